@@ -1,0 +1,1 @@
+"""What a model is made of: sites, discovery, instrumented attention, proofs, loading."""

@@ -1,0 +1,112 @@
+"""How a family lays a tensor out in memory, and the one order everybody reads it in.
+
+A layout is written like an einops pattern: the native order, for example `(b h) p e`, and the canonical one it is
+read in. Letters: b batch, p position (queries), k key position, h head, e head width, d model width or neurons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+TOKENS = "b p d"
+HEADS = "b p h e"
+PATTERN = "b h p k"
+
+
+def _groups(pattern: str) -> list[list[str]]:
+    groups: list[list[str]] = []
+    inside = False
+    for token in pattern.replace("(", " ( ").replace(")", " ) ").split():
+        if token == "(":
+            inside = True
+            groups.append([])
+        elif token == ")":
+            inside = False
+        elif inside:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    return groups
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Converts between a native and a canonical order.
+
+    >>> import torch
+    >>> x = torch.arange(12).reshape(6, 2)                       # (b p) d
+    >>> layout = Layout("(b p) d", "b p d")
+    >>> y = layout.read(x, b=2)
+    >>> y.shape, torch.equal(layout.write(y), x)
+    (torch.Size([2, 3, 2]), True)
+    """
+
+    native: str
+    canonical: str
+    sizes: tuple[tuple[str, int], ...] = ()  # sizes that do not change between runs, such as h
+    scale: float = 1.0  # canonical value = scale * native value
+    _plain: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_plain", self.native == self.canonical)
+
+    def read(self, x: Tensor, b: int) -> Tensor:
+        """The canonical view of a native tensor of batch size `b`."""
+        if not self._plain:
+            known = {**dict(self.sizes), "b": b}
+            shape: list[int] = []
+            for size, group in zip(x.shape, _groups(self.native), strict=True):
+                rest = size
+                for letter in group:
+                    rest //= known.get(letter, 1)
+                shape += [known[letter] if letter in known else rest for letter in group]
+            letters = [letter for group in _groups(self.native) for letter in group]
+            x = x.reshape(shape).permute([letters.index(c) for c in self.canonical.split()])
+        return x if self.scale == 1.0 else x * self.scale
+
+    def write(self, x: Tensor) -> Tensor:
+        """The native form of a canonical tensor."""
+        if self.scale != 1.0:
+            x = x / self.scale
+        if self._plain:
+            return x
+        order = self.canonical.split()
+        groups = _groups(self.native)
+        x = x.permute([order.index(letter) for group in groups for letter in group])
+        shape: list[int] = []
+        i = 0
+        for group in groups:
+            size = 1
+            for _ in group:
+                size *= x.shape[i]
+                i += 1
+            shape.append(size)
+        return x.reshape(shape)
+
+
+# Native orders met in the wild, most usual first.
+NATIVE = {
+    TOKENS: ("b p d", "(b p) d", "p b d", "(p b) d"),
+    HEADS: ("b p h e", "b h p e", "b p (h e)", "(b h) p e", "p b (h e)", "p b h e", "p (b h) e", "(b p) (h e)"),
+    PATTERN: ("b h p k", "(b h) p k", "p k b h", "b p h k"),
+}
+
+
+def recognise(shape: tuple[int, ...], canonical: str, **sizes: int) -> Layout | None:
+    """The layout whose native order gives `shape` for these sizes (all letters that matter must be given)."""
+    for native in NATIVE[canonical]:
+        groups = _groups(native)
+        if len(groups) != len(shape):
+            continue
+        fits = True
+        for size, group in zip(shape, groups, strict=True):
+            product = 1
+            for letter in group:
+                product *= sizes.get(letter, -1)
+            fits = fits and product == size
+        if fits:
+            constant = tuple((letter, sizes[letter]) for letter in "h" if letter in sizes and letter in canonical.split())
+            return Layout(native, canonical, constant)
+    return None

@@ -1,0 +1,40 @@
+"""Errors a user meets. Each says what was given, what was expected and what to do instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PellucidError(ValueError):
+    """Base of every error pellucid raises on purpose; the command line prints it as one line and exits with 2."""
+
+
+class LoadError(PellucidError):
+    """A model could not be opened."""
+
+
+class SiteError(PellucidError):
+    """A site does not exist on this model, or its address cannot be parsed."""
+
+
+class Refused(PellucidError):
+    """The model has this site or feature, but a proof it rests on failed, so using it would give wrong numbers."""
+
+
+class InputError(PellucidError):
+    """A prompt, token, target or other argument is not usable."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A hint naming the known names closest to `name`.
+
+    >>> nearest("resid_prE", ["resid_pre", "mlp.out"])
+    "; did you mean 'resid_pre'?"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+    if close:
+        return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
+    shown = ", ".join(repr(k) for k in known[:12])
+    return f"; known: {shown}" if known else ""
