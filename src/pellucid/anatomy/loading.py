@@ -1,0 +1,389 @@
+"""Where does a model come from? A hub id, a local directory, a GGUF file, or a module already in memory.
+
+`read` turns any of these into a `Loaded`: the module ready to run, its tokenizer and its identity. Files are
+looked at before transformers is asked, so that each thing that can be wrong with them has one error, which
+says what to do. Nothing in a checkpoint is executed or unpickled unless the caller asks for it by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging as chatter
+
+from pellucid.errors import LoadError, nearest
+
+Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "base"]
+
+# task -> (auto class, its table: model type -> class name). A class in two tables goes to the earlier row.
+_HEADS = {
+    "causal-lm": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    "masked-lm": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "classification": (
+        "AutoModelForSequenceClassification",
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "base": ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+}
+
+# What no connection raises: its class is that of the HTTP client huggingface_hub was built on.
+_TRANSPORT: tuple[type[Exception], ...] = (OSError, *hub_errors.HfHubHTTPError.__bases__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was opened: what runs, what splits text for it, and which weights these are.
+
+    `revision` is the commit on the hub, None for a model from elsewhere. `dtype` is what it computes in.
+    `notes` says what the caller may not expect: a wrapper set aside, weights of the checkpoint left out.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    name: str
+    revision: str | None
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """`weight_digest` of the module, computed when first asked for."""
+        return weight_digest(self.module)
+
+
+def read(
+    source: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    task: Task = "auto",
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Loaded:
+    """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched.
+
+    `tokenizer` is a tokenizer, or where to read one; by default it comes with the model. `task` names the
+    head; "auto" follows the checkpoint. `dtype` is the checkpoint's own by default, and float32 for GGUF,
+    whose quantised weights are expanded. Only safetensors are read, unless `allow_pickle` is set.
+
+    Raises LoadError: one line that says what to do.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)))
+    Traceback (most recent call last):
+    pellucid.errors.LoadError: a GPT2LMHeadModel in memory needs its tokenizer: pass tokenizer=...
+    """
+    if task not in get_args(Task):
+        raise LoadError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
+    if isinstance(source, nn.Module):
+        if (task, revision, dtype, device, device_map) != ("auto", None, None, None, None):
+            raise LoadError("a module in memory is used as it is: task, dtype and the like are for files")
+        return _in_memory(source, tokenizer, trust_remote_code)
+    if device is not None and device_map is not None:
+        raise LoadError("device and device_map contradict each other: pass one of them")
+
+    files = _locate(source, revision)
+    files.check_weights(allow_pickle)
+    options = files.options | {"trust_remote_code": trust_remote_code}
+    placing = {
+        "dtype": _dtype(dtype, default=torch.float32 if files.gguf else "auto"),
+        "device_map": device_map,
+        "use_safetensors": None if allow_pickle else True,
+    }
+    with _one_line_errors(files.name), _quiet():
+        config = transformers.AutoConfig.from_pretrained(files.where, **options)
+        if tokenizer is None:
+            tokenizer = _tokenizer(files.where, files.name, **options)
+        else:
+            tokenizer = _tokenizer(tokenizer, files.name, trust_remote_code=trust_remote_code)
+        module, notes = _open(files, config, task, options | placing)
+        if device is not None:
+            module = module.to(device)
+    return Loaded(module.eval(), tokenizer, files.name, files.revision, _dtype_of(module), notes)
+
+
+def weight_digest(module: nn.Module) -> str:
+    """Sixteen hex digits that identify a module's weights, cheap enough for every load.
+
+    Hashes, for each entry of the state dict, its name, shape, dtype and up to 64 values at fixed
+    pseudo-random places. Models trained, quantised or edited differently differ in it; an edit of a few
+    single numbers can go unseen. Weights on the meta device (accelerate's) count by name and shape only.
+
+    >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> weight_digest(a) == weight_digest(a), weight_digest(a) == weight_digest(b)
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(_unwrapped(module).state_dict().items()):
+        if not isinstance(value, torch.Tensor):  # quantised modules keep settings beside their tensors
+            digest.update(f"{name} {value!r}".encode())
+            continue
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        if value.numel() and not value.is_meta:
+            # Multiplied by a prime: an even stride would stay in one column of a square matrix.
+            places = torch.arange(min(64, value.numel()), device=value.device) * 2654435761 % value.numel()
+            sample = value.detach().flatten()[places].to("cpu", torch.float64)
+            digest.update(sample.numpy().astype("<f8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Loaded:
+    """A module the caller built: nothing is moved, cast or switched."""
+    inner = _unwrapped(module)
+    if tokenizer is None:
+        raise LoadError(f"a {type(inner).__name__} in memory needs its tokenizer: pass tokenizer=...")
+    notes = []
+    if inner is not module:
+        notes.append("torch.compile's wrapper is set aside: the module inside it runs")
+    if inner.training:
+        notes.append("the module is in training mode: dropout is active until you call .eval()")
+    config = getattr(inner, "config", None)
+    name = getattr(config, "name_or_path", "") or type(inner).__name__
+    with _one_line_errors(name), _quiet():
+        tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
+    revision = getattr(config, "_commit_hash", None)
+    return Loaded(inner, tokenizer, name, revision, _dtype_of(inner), tuple(notes))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter: packed quantised weights are integers."""
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(floats, torch.get_default_dtype())
+
+
+def _dtype(given: str | torch.dtype | None, default: str | torch.dtype) -> str | torch.dtype:
+    if given is None:
+        return default
+    if isinstance(given, torch.dtype) or given == "auto":
+        return given
+    found = getattr(torch, given, None)
+    if not isinstance(found, torch.dtype):
+        known = ("float32", "bfloat16", "float16", "float64", "auto")
+        raise LoadError(f"unknown dtype {given!r}{nearest(given, known)}")
+    return found
+
+
+# Files: what there is to open, before any of it is read
+
+
+@dataclass(frozen=True)
+class _Files:
+    name: str  # as the caller wrote it
+    where: str  # what from_pretrained takes: a directory or a hub id
+    listing: frozenset[str]
+    revision: str | None = None
+    gguf: str | None = None  # the file to read, when it is not a transformers checkpoint
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What from_pretrained needs to find the same files."""
+        named = {"revision": self.revision, "gguf_file": self.gguf}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def pick(self) -> _Files:
+        """Decide what to read: the checkpoint transformers wrote, or the only GGUF file beside no such."""
+        if "config.json" in self.listing:
+            return self
+        ggufs = sorted(f for f in self.listing if f.endswith(".gguf"))
+        if not ggufs:
+            found = f"found: {_few(self.listing)}"
+            raise LoadError(f"{self.name!r} has no config.json, so it is no transformers model ({found})")
+        if len(ggufs) > 1:
+            raise LoadError(f"{self.name!r} holds {len(ggufs)} GGUF files ({_few(ggufs)}): pass one of them")
+        return _gguf(self.name, self.where, ggufs[0], self.revision)
+
+    def check_weights(self, allow_pickle: bool) -> None:
+        """Refuse pickled or absent weights before anything is opened."""
+        safe = [f for f in self.listing if f.endswith(".safetensors") and not f.startswith("adapter")]
+        if safe or self.gguf:
+            return
+        if not any(f.startswith("pytorch_model") for f in self.listing):
+            raise LoadError(f"{self.name!r} holds no weights in safetensors (found: {_few(self.listing)})")
+        if not allow_pickle:
+            raise LoadError(
+                f"{self.name!r} holds its weights only as pickles, which can run code when they are read: "
+                "save them as safetensors (save_pretrained does), or pass allow_pickle=True if you trust them"
+            )
+
+
+def _locate(source: str | Path, revision: str | None) -> _Files:
+    path, name = Path(source).expanduser(), str(source)
+    if not path.exists():
+        hub_id = isinstance(source, str) and len(path.parts) <= 2 and not name.startswith((".", "/", "~"))
+        if hub_id and path.suffix != ".gguf":
+            return _on_hub(name, revision).pick()
+        raise LoadError(f"no such file or directory: {name!r}{_nearest_models(path)}")
+    if revision is not None:
+        raise LoadError(f"revision={revision!r} is for models on the hub, and {name!r} is on this disk")
+    if path.is_dir():
+        return _Files(name, str(path), frozenset(f.name for f in path.iterdir())).pick()
+    if path.suffix != ".gguf":
+        raise LoadError(f"{name!r} is a file: pass the directory it lies in, or a .gguf file")
+    return _gguf(name, str(path.parent), path.name)
+
+
+def _gguf(name: str, where: str, file: str, revision: str | None = None) -> _Files:
+    missing = [p for p in ("gguf", "accelerate") if importlib.util.find_spec(p) is None]
+    if missing:
+        raise LoadError(f"reading {file!r} needs {' and '.join(missing)}: pip install 'pellucid[gguf]'")
+    return _Files(name, where, frozenset({file}), revision, file)
+
+
+def _on_hub(name: str, revision: str | None) -> _Files:
+    """Ask the hub what the model holds; without a connection, look at the copy in the hub's cache."""
+    hint = _nearest_models(Path(name))
+    try:
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+        return _Files(name, name, frozenset(f.rfilename for f in info.siblings or []), info.sha)
+    except hub_errors.GatedRepoError as error:
+        raise LoadError(f"{name!r} is gated: accept its terms on the hub, then `hf auth login`") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise LoadError(f"{name!r} has no revision {revision!r}: no such branch, tag or commit") from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise LoadError(f"{name!r} is neither a directory here nor a model on the hub{hint}") from error
+    except _TRANSPORT as error:
+        unreachable = error
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except OSError:
+        which = repr(name) if revision is None else f"{name!r} at revision {revision!r}"
+        raise LoadError(
+            f"{which} is neither a directory here nor in the hub's cache, and the hub cannot be reached{hint}"
+        ) from unreachable
+    return _Files(name, str(folder), frozenset(f.name for f in folder.iterdir()), folder.name)
+
+
+def _nearest_models(path: Path) -> str:
+    """A hint naming the models that lie beside a path that does not exist."""
+    parent = next(p for p in path.absolute().parents if p.is_dir())
+    with contextlib.suppress(OSError):
+        models = [p.name for p in parent.iterdir() if p.suffix == ".gguf" or (p / "config.json").exists()]
+        return nearest(path.name, sorted(models))
+    return ""
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+
+
+# What transformers is asked, and what it answers
+
+
+def _open(
+    files: _Files, config: Any, task: Task, options: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The module with all of its weights, and notes on what did not match."""
+    remote = getattr(config, "auto_map", {}) if options["trust_remote_code"] else {}
+    for head in _candidates(config, task, remote):
+        auto = getattr(transformers, _HEADS[head][0])
+        module, info = auto.from_pretrained(files.where, config=config, output_loading_info=True, **options)
+        # A pooler hangs beside the model: nothing in it changes when that is random.
+        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+        if not missing:
+            break
+    else:
+        raise LoadError(
+            f"{files.name!r} has no weights for {_few(missing)} of {type(module).__name__}, which would be "
+            "random: pass task='base' to open it without a head"
+        )
+    notes = []
+    if info["unexpected_keys"]:
+        notes.append(
+            f"{type(module).__name__} has no place for these weights: {_few(info['unexpected_keys'])}"
+        )
+    if info["missing_keys"]:
+        notes.append(f"not in the checkpoint, so random: {_few(info['missing_keys'])}")
+    return module, tuple(notes)
+
+
+def _candidates(config: Any, task: Task, remote: Mapping[str, str]) -> list[str]:
+    """The heads to try in turn: the one asked for, the one it was saved with, or a guess before none."""
+    known = [head for head, (auto, table) in _HEADS.items() if auto in remote or config.model_type in table]
+    if task != "auto":
+        if task not in known:
+            raise LoadError(f"a {config.model_type} model has no {task} class{nearest(task, known)}")
+        return [task]
+    saved = (config.architectures or [None])[0]
+    stated = [head for head, (auto, table) in _HEADS.items() if auto in remote or saved in table.values()]
+    if stated:
+        return stated[:1]
+    if config.is_encoder_decoder:
+        likely = ["seq2seq-lm"]
+    elif getattr(config, "is_decoder", False):
+        likely = ["causal-lm"]
+    else:
+        likely = ["masked-lm", "causal-lm"]
+    return [*[head for head in likely if head in known][:1], "base"]
+
+
+def _tokenizer(source: Any, name: str, **options: Any) -> Any:
+    """A tokenizer, given or read from a place, that can say which characters each token covers."""
+    tokenizer = source
+    if isinstance(source, str | Path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    if not getattr(tokenizer, "is_fast", False):
+        raise LoadError(
+            f"the tokenizer of {name!r}, a {type(tokenizer).__name__}, has no offset mapping (which "
+            "characters each token covers): pass tokenizer= a fast one, such as "
+            "PreTrainedTokenizerFast(tokenizer_file=...)"
+        )
+    # Without tokenizer files transformers makes one that knows its special tokens only.
+    if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
+        raise LoadError(f"{name!r} has no tokenizer files: pass tokenizer= the one it was trained with")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Whatever transformers and the readers below it raise becomes one LoadError of one line."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in text:
+            text = "it runs code of its own: read that, then pass trust_remote_code=True"
+        raise LoadError(f"cannot open {name!r}: {textwrap.shorten(text, 300)}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars (downloads keep theirs) and no load report: `_open` says the same in notes and errors.
+
+    A verbosity the user chose is left alone.
+    """
+    level, start = chatter.get_verbosity(), tqdm.__init__
+    if level == chatter.WARNING:
+        chatter.set_verbosity_error()
+    tqdm.__init__ = functools.partialmethod(start, disable=True)
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        tqdm.__init__ = start

@@ -1,0 +1,132 @@
+"""From addresses to taps: expand selectors on a model's map, and find where a concrete site is met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pellucid.anatomy.sites import PARTS, WHOLE, Site, choose
+from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
+from pellucid.errors import Refused, SiteError, nearest
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A concrete site on a model: the tap its tensor is met at, and which unit of it (None: all of it)."""
+
+    site: Site
+    tap: Tap
+    unit: int | None
+    unit_axis: int
+    position_axis: int
+
+
+def stack_of(anatomy: Anatomy, site: Site) -> Stack:
+    for stack in anatomy.stacks:
+        if stack.name == site.stack:
+            return stack
+    if not site.stack and site.layer is None:
+        return anatomy.stacks[-1]
+    names = [f"{s.name}.{replace(site, stack='')}" for s in anatomy.stacks if s.name]
+    hint = f": write {' or '.join(repr(n) for n in names)}" if names else f": it has one stack, write '{replace(site, stack='')}'"
+    raise SiteError(f"{str(site)!r} does not say which stack of this model is meant" + hint)
+
+
+def block_of(anatomy: Anatomy, site: Site) -> Block:
+    stack = stack_of(anatomy, site)
+    (layer,) = choose(site.layer if site.layer is not None else 0, len(stack.blocks), "layer", site)
+    return stack.blocks[layer]
+
+
+def expand(anatomy: Anatomy, text: str | Site) -> list[Site]:
+    """The concrete sites an address with selectors names, in order; sites that a block does not have are skipped."""
+    site = Site.parse(text)
+    if site.layer is None:
+        return [site]
+    stack = stack_of(anatomy, site)
+    layers = choose(site.layer, len(stack.blocks), "layer", site)
+    found: list[Site] = []
+    for layer in layers:
+        here = replace(site, layer=layer)
+        if site.unit is None:
+            found.append(here)
+        elif isinstance(site.unit, int) and site.unit >= 0 and len(layers) == 1:
+            found.append(here)
+        else:
+            size = unit_count(stack.blocks[layer], here)
+            found += [replace(here, unit=u) for u in choose(site.unit, size, site.unit_dim, site)] if size else []
+    if len(layers) == 1 or not found:
+        for concrete in found:
+            locate(anatomy, concrete)
+        return found
+    present = [s for s in found if _has(anatomy, s)]
+    if not present:
+        locate(anatomy, found[0])  # raises with the reason
+    return present
+
+
+def _has(anatomy: Anatomy, site: Site) -> bool:
+    try:
+        locate(anatomy, site)
+    except (SiteError, Refused):
+        return False
+    return True
+
+
+def unit_count(block: Block, site: Site) -> int:
+    """How many heads, neurons or experts the block has for this site; 0 where it is not known before running."""
+    area = site.part.partition(".")[0]
+    attention = block.attentions.get(area)
+    if attention is not None:
+        shared = site.unit_dim == "kv_head" and site.port != "heads"
+        return attention.kv_heads if shared else attention.heads
+    return block.sizes.get("expert" if "expert" in site.part or site.part == "mlp.router" else site.unit_dim, 0)
+
+
+def locate(anatomy: Anatomy, site: Site) -> Spot:
+    """Where a concrete site is met. SiteError if the model has no such site, Refused if a proof it needs failed."""
+    if site.part == "embed":
+        return replace(locate(anatomy, Site("resid_pre", 0, stack_of(anatomy, site).name)), site=site)
+    if site.part == "final_norm":
+        if anatomy.head is None or anatomy.head.norm is None:
+            raise SiteError("this model has no final norm between its last block and its head")
+        return Spot(site, anatomy.head.norm, None, 2, 1)
+    if site.part == "logits":
+        raise SiteError("logits are read from a run (run.logits), not kept or edited; edit 'final_norm' or a residual")
+    block = block_of(anatomy, site)
+    part = "attn.z_out" if site.port == "heads" and site.part == "attn.out" else site.part
+    part = "cross.z_out" if site.port == "heads" and site.part == "cross.out" else part
+    tap = block.taps.get(part)
+    if tap is None:
+        raise _missing(block, part, site)
+    if part.startswith("mlp.experts."):
+        assert isinstance(site.unit, int)
+        (unit,) = choose(site.unit, unit_count(block, site), "expert", site)
+        return Spot(site, replace(tap, unit=unit), None, 2, 1)
+    dims = PARTS[part]
+    position_axis = dims.index("query" if "query" in dims else "position")
+    unit_dim = next((d for d in dims if d in ("head", "kv_head")), dims[-1])
+    return Spot(site, tap, _unit(block, site, part), dims.index(unit_dim), position_axis)
+
+
+def _unit(block: Block, site: Site, part: str) -> int | None:
+    if site.unit is None:
+        return None
+    size = unit_count(block, site)
+    unit = site.unit
+    if size:
+        (unit,) = choose(site.unit, size, site.unit_dim.removeprefix("kv_"), site)
+    assert isinstance(unit, int)
+    attention = block.attentions.get(part.partition(".")[0])
+    if attention is not None and site.port == "heads" and part.endswith((".k", ".v")):
+        return unit // (attention.heads // attention.kv_heads)  # several query heads share one key-value head
+    return unit
+
+
+def _missing(block: Block, part: str, site: Site) -> Exception:
+    area = part.partition(".")[0]
+    reason = block.refused.get(part) or block.refused.get(area)
+    if reason is None and part in ("resid_mid", "attn.out", "mlp.out"):
+        reason = block.refused.get("resid")
+    if reason is not None:
+        return Refused(f"{str(site)!r} is refused on this model: {reason}")
+    return SiteError(f"layer {site.layer} of this model has no {part!r}{nearest(part, [*block.taps, *WHOLE])}")

@@ -1,0 +1,246 @@
+"""A run: inputs in, what to keep and what to edit, labelled tensors out. Nothing is left behind on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pellucid.anatomy.opening import main_output
+from pellucid.anatomy.sites import Site
+from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.wiretap import Wiretap
+from pellucid.engine.applying import Window, apply
+from pellucid.engine.edits import Edit
+from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.locate import Spot, block_of, expand, locate
+from pellucid.errors import InputError, Refused, SiteError, nearest
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+class Run:
+    """What a run gave: `logits`, the kept tensors (`run.tensor(site)`, labelled: `run[site]`) and their gradients."""
+
+    def __init__(self, anatomy: Anatomy, inputs: Inputs, output: Any, kept: dict[Tap, Tensor], sites: list[Site]) -> None:
+        self.anatomy, self.inputs, self.output = anatomy, inputs, output
+        self.kept, self.sites = kept, sites
+        self.gradients: dict[Tap, Tensor] = {}
+        self.metric: Tensor | None = None  # [batch], where a gradient was asked for
+
+    @property
+    def logits(self) -> Tensor:
+        """[batch, position, vocabulary], or the last hidden state of a model without a head."""
+        return main_output(self.output)
+
+    def tensor(self, site: Site | str) -> Tensor:
+        """The kept values at a site, as torch tensor in the order of `site.dims`; positions as the site says."""
+        return self._select(Site.parse(site), self.kept)
+
+    def grad(self, site: Site | str) -> Tensor:
+        """The gradient of the metric (`grad_of=`), summed over the batch, with respect to the values at a site."""
+        if not self.gradients:
+            raise InputError("this run has no gradients: ask for them with model.run(..., grad_of=metric)")
+        return self._select(Site.parse(site), self.gradients)
+
+    def everywhere(self, site: Site) -> tuple[Tensor, Tensor]:
+        """The values at a site's unit over all positions, [batch, position, ...], and which of them are real."""
+        bare = replace(site, at=None)
+        stream = self.stream(bare)
+        value = self.tensor(bare)
+        axis = next(i for i, d in enumerate(bare.dims) if d in ("position", "query"))
+        return value.movedim(axis, 1), stream.mask.bool()
+
+    def stream(self, site: Site) -> Stream:
+        return stream_of(self.inputs, site)
+
+    def _select(self, site: Site, values: dict[Tap, Tensor]) -> Tensor:
+        spot = locate(self.anatomy, self._concrete(site))
+        site = spot.site
+        x = values.get(spot.tap)
+        if x is None:
+            kept = sorted({str(s.whole) for s in self.sites})
+            raise SiteError(f"{str(site)!r} was not kept in this run: add it to keep=[...]{nearest(str(site), kept)}")
+        axis = spot.position_axis
+        if spot.unit is not None:
+            x = x.select(spot.unit_axis, spot.unit)
+            axis -= spot.unit_axis < spot.position_axis
+        if site.port == "heads" and site.part.endswith(".out"):
+            x = head_output(self.anatomy, site, x)
+        columns = self.stream(site).find(site.at)
+        if columns is None:
+            return x
+        x = x.movedim(axis, 1)
+        x = x[torch.arange(len(x), device=x.device)[:, None], columns]
+        return x.movedim(1, axis)
+
+    def _concrete(self, site: Site) -> Site:
+        found = expand(self.anatomy, site)
+        if len(found) != 1:
+            raise SiteError(f"{str(site)!r} names {len(found)} sites; ask for one at a time")
+        return found[0]
+
+    def __getitem__(self, site: Site | str) -> xr.DataArray:
+        """The kept values at a site as an xarray with named dimensions; `token` labels the positions."""
+        import xarray as xr
+
+        site = self._concrete(Site.parse(site))
+        values = self.tensor(site).detach().float().cpu().numpy()
+        coords: dict[str, Any] = {}
+        labels = self.stream(site).labels
+        for dim, name in (("position", "token"), ("query", "query_token"), ("key", "key_token")):
+            size = dict(zip(site.dims, values.shape, strict=True)).get(dim)
+            if len(labels) == 1 and site.at is None and size == len(labels[0]):
+                coords[dim] = range(size)
+                coords[name] = (dim, list(labels[0]))
+        return xr.DataArray(values, dims=site.dims, coords=coords, name=str(site))
+
+    def __repr__(self) -> str:
+        kept = ", ".join(sorted({str(s) for s in self.sites})[:6]) or "nothing"
+        more = f" and {len(self.sites) - 6} more" if len(self.sites) > 6 else ""
+        return f"<Run of {len(self.inputs)} prompt(s); kept {kept}{more}>"
+
+
+def stream_of(inputs: Inputs, site: Site) -> Stream:
+    """The stream a site's positions are counted on; keys and values of cross-attention are the encoder's."""
+    if site.part in ("cross.k", "cross.v"):
+        return inputs.stream("encoder")
+    return inputs.stream(site.stack)
+
+
+def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
+    """What one head writes to the residual stream: z [..., d_head] times its rows of the output projection."""
+    block = block_of(anatomy, site)
+    attention = block.attentions[site.part.partition(".")[0]]
+    if attention.o_proj is None or not isinstance(site.unit, int):
+        raise Refused(f"{str(site)!r} is refused on this model: its heads do not write to the residual independently")
+    e = attention.d_value
+    weight, _ = linear_map(anatomy.module.get_submodule(attention.o_proj), attention.heads * e)
+    return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
+
+
+class Session:
+    """Turns keeps and edits into handlers on taps for one run."""
+
+    def __init__(
+        self, anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str] = (), edits: Sequence[Edit] = (), gradients: bool = False
+    ) -> None:  # fmt: skip
+        self.anatomy, self.inputs, self.gradients = anatomy, inputs, gradients
+        self.sites = [s for k in keep for s in expand(anatomy, k)]
+        self.keeping = {locate(anatomy, s).tap for s in self.sites}
+        self.editing: dict[Tap, list[tuple[Edit, Spot]]] = {}
+        self.middles: dict[Tap, list[Middle]] = {}
+        self.kept: dict[Tap, Tensor] = {}
+        self.windows: dict[str, Window] = {}
+        for edit in edits:
+            for site in expand(anatomy, edit.site):
+                self._place(edit, locate(anatomy, site))
+
+    def _place(self, edit: Edit, spot: Spot) -> None:
+        site = spot.site
+        if site.port == "heads" and site.part.endswith(".out"):
+            raise SiteError(f"{str(site)!r} cannot be edited directly: edit the head itself ({str(site)[:-4]!r}, its z)")
+        if site.part == "resid_mid" and spot.tap.port == "in":
+            middle = Middle(edit, spot, self.anatomy)
+            for tap in middle.taps:
+                self.middles.setdefault(tap, []).append(middle)
+        else:
+            self.editing.setdefault(spot.tap, []).append((edit, spot))
+
+    def window(self, site: Site) -> Window:
+        stream = "encoder" if site.part in ("cross.k", "cross.v") else site.stack
+        if stream not in self.windows:
+            self.windows[stream] = Window(self.inputs.stream(stream))
+        return self.windows[stream]
+
+    def handlers(self) -> dict[Tap, Callable[[Tensor], Tensor | None]]:
+        return {tap: self._handler(tap) for tap in {*self.keeping, *self.editing, *self.middles}}
+
+    def _handler(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
+        edits, middles, keep = self.editing.get(tap, ()), self.middles.get(tap, ()), tap in self.keeping
+
+        def handler(x: Tensor) -> Tensor | None:
+            old = x
+            for edit, spot in edits:
+                x = apply(edit, spot, x, self.window(spot.site))
+            for middle in middles:
+                x = middle.meet(tap, x, self.window)
+            if keep and self.gradients:
+                # the kept tensor must lie on the way to the metric: hand the model this very tensor
+                x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
+                self.kept[tap] = x
+            elif keep:
+                self.kept[tap] = x.detach().clone() if not torch.is_grad_enabled() else x.clone()
+            return None if x is old else x
+
+        return handler
+
+    def check(self, wire: Wiretap) -> None:
+        """An edit that never fired is an error, not silence."""
+        silent = [spot for tap, pairs in self.editing.items() if tap not in wire.met for _, spot in pairs]
+        silent += [m.spot for tap, ms in self.middles.items() if tap not in wire.met for m in ms]
+        if silent:
+            raise SiteError(f"the edit on {str(silent[0].site)!r} never fired: the run did not pass through it")
+
+
+class Middle:
+    """Editing resid_mid of a pre-norm block: no module hands it on alone, so the change is carried by the last
+    contribution before it (mid = input + contributions, hence new contribution = old + new mid - old mid)."""
+
+    def __init__(self, edit: Edit, spot: Spot, anatomy: Anatomy) -> None:
+        self.edit, self.spot = edit, spot
+        block = block_of(anatomy, spot.site)
+        state = block.states[-1]
+        self.constant = state.constant
+        parts = {t.source: t.coefficient for t in state.terms if not t.source.startswith("mlp")}
+        self.coefficients = {block.taps["resid_pre" if name == "in" else name]: c for name, c in parts.items()}
+        self.taps = tuple(self.coefficients)
+        self._met: dict[Tap, Tensor] = {}
+
+    def meet(self, tap: Tap, x: Tensor, window: Callable[[Site], Window]) -> Tensor:
+        self._met[tap] = x
+        if len(self._met) < len(self.taps):
+            return x
+        mid: Any = 0.0 if self.constant is None else self.constant
+        for t, c in self.coefficients.items():
+            mid = mid + self._met[t] * c
+        self._met = {}
+        return x + (apply(self.edit, self.spot, mid, window(self.spot.site)) - mid) / self.coefficients[tap]
+
+
+def execute(
+    anatomy: Anatomy,
+    inputs: Inputs,
+    keep: Iterable[Site | str] = (),
+    edits: Sequence[Edit] = (),
+    grad_of: Callable[[Run], Tensor] | None = None,
+    forward: dict[str, Any] | None = None,
+) -> Run:
+    """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too."""
+    module = anatomy.module
+    if grad_of is not None and module.training and getattr(module, "is_gradient_checkpointing", False):
+        raise Refused("gradients through a checkpointed forward recompute outside the run: call model.module.eval() first")
+    session = Session(anatomy, inputs, keep, edits, grad_of is not None)
+    with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
+        if session.keeping or session.editing or session.middles:
+            with Wiretap(module, session.handlers(), len(inputs)) as wire:
+                output = module(**inputs.tensors, **(forward or {}))
+            session.check(wire)
+        else:
+            output = module(**inputs.tensors, **(forward or {}))
+        run = Run(anatomy, inputs, output, session.kept, session.sites)
+        if grad_of is not None:
+            run.metric = grad_of(run)
+            taps = list(session.kept)
+            found = torch.autograd.grad(run.metric.sum(), [session.kept[t] for t in taps], allow_unused=True)
+            run.gradients = {
+                t: torch.zeros_like(session.kept[t]) if g is None else g for t, g in zip(taps, found, strict=True)
+            }
+            run.kept = {t: v.detach() for t, v in session.kept.items()}
+            run.metric = run.metric.detach()
+    return run

@@ -1,0 +1,115 @@
+"""The model a user holds: a loaded module with its tokenizer, its proven anatomy, and every way to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pellucid.anatomy.loading import Loaded, read
+from pellucid.anatomy.opening import open_module
+from pellucid.anatomy.sites import Site
+from pellucid.anatomy.structure import Anatomy
+from pellucid.engine.binding import bound
+from pellucid.engine.edits import Edit
+from pellucid.engine.generation import Generated, generate
+from pellucid.engine.inputs import Inputs, Spans, read_inputs
+from pellucid.engine.locate import expand
+from pellucid.engine.run import Run, execute
+from pellucid.metrics import BoundMetric, Metric, as_metric
+
+
+def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None = None, **options: Any) -> Model:
+    """Open a model: a hub id, a local directory, a `.gguf` file, or a module in memory with its tokenizer.
+
+    Options are those of `pellucid.anatomy.loading.read` (revision, dtype, device, device_map, task, ...); `probe` are
+    forward arguments to prove the map with, for models that take more than token ids. LoadError says what is missing
+    and what to do.
+    """
+    return Model(read(source, tokenizer=tokenizer, **options), probe)
+
+
+class Model:
+    """A model opened: `anatomy` is its proven map; `run`, `generate` and `sweep` are the ways in.
+
+    The module is the user's own and is left as it was.
+    """
+
+    def __init__(self, loaded: Loaded, probe: Mapping[str, Any] | None = None) -> None:
+        self.loaded = loaded
+        self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
+        self.anatomy: Anatomy = open_module(self.module, probe)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the weights."""
+        return self.loaded.digest
+
+    def __repr__(self) -> str:
+        stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)
+        failed = [p.name for p in self.anatomy.proofs if p.holds is False]
+        state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
+        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+
+    # ---- addresses and inputs
+
+    def sites(self, pattern: str | Site) -> list[Site]:
+        """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
+        return expand(self.anatomy, pattern)
+
+    def inputs(self, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`."""
+        return read_inputs(self.module, self.tokenizer, prompt, target=target, spans=spans)
+
+    # ---- running
+
+    def run(
+        self,
+        prompt: Any,
+        *,
+        keep: Iterable[str | Site] | str = (),
+        edits: Sequence[Edit] = (),
+        grad_of: Metric | Any = None,
+        target: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+    ) -> Run:
+        """Run prompts, keeping the tensors at some sites and editing others.
+
+        `grad_of` is a metric: the run then also holds its gradient at every kept site. `target` is what the decoder of
+        an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
+        """
+        inputs = self.inputs(prompt, target=target, spans=spans)
+        keep = [keep] if isinstance(keep, str) else keep
+        metric = None if grad_of is None else self.bind(grad_of, len(inputs))
+        return execute(
+            self.anatomy, inputs, keep, self.bound(edits), None if metric is None else lambda run: self.score(run, metric)
+        )
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        edits: Sequence[Edit] = (),
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        use_cache: bool = True,
+    ) -> Generated:
+        """Continue prompts under edits; greedy unless a temperature is given. `print` the result for its text."""
+        inputs = self.inputs(prompt)
+        return generate(
+            self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
+        )
+
+    def bound(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Edits whose sources are prompts, with those prompts run."""
+        return bound(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+
+    # ---- metrics
+
+    def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
+        """The metric with its answers as token ids of this model's vocabulary."""
+        return as_metric(metric).bind(self.tokenizer, batch)
+
+    def score(self, run: Run, metric: Metric | Any) -> Any:
+        """The metric's value for each prompt of a run, [batch]."""
+        return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
