@@ -60,11 +60,9 @@ class BoundMetric:
         positions = "position" if self.positions is None else len(self.positions)
         rows = "vocab" if self.tokens is None else self.tokens.shape[1]
         read = ["batch", "classes"] if self.classes else ["batch", positions, rows]
-        free = not self.classes and self.positions is None and self.tokens is None  # a function of your own
-        fits = logits.ndim == len(read) and all(
-            a in (b, str(a)) for a, b in zip(read, logits.shape, strict=True)
-        )
-        if not (free or fits):
+        own = not self.classes and self.positions is None and self.tokens is None  # a function that takes any
+        fits = all(isinstance(a, str) or a == b for a, b in zip(read, logits.shape, strict=False))
+        if not own and (logits.ndim != len(read) or not fits):
             raise InputError(f"{self.name} reads {read} of the logits, got {list(logits.shape)}")
         scores = self.function(logits if logits.dtype == torch.float64 else logits.float())
         if scores.shape != logits.shape[:1]:
@@ -217,7 +215,7 @@ class AnswerMetric:
         return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes)
 
     def _ids(self, answers: Answers, tokenizer: Any, batch: int) -> list[list[int]]:
-        find = _class if self.classes else partial(_single, tokenizer)
+        find = _class if self.classes else partial(single_id, tokenizer)
         entries = [each if isinstance(each, tuple) else (each,) for each in _per_prompt(answers, batch)]
         if not all(entries):
             raise InputError(f"{self.name}: a prompt has an empty list of answers; give it at least one")
@@ -461,14 +459,6 @@ def _per_prompt(answers: Answers, batch: int) -> tuple[Any, ...]:
     if len(entries) not in (1, batch):
         raise InputError(f"{len(entries)} answers for {batch} prompts: give one each, or one for all")
     return entries
-
-
-def _single(tokenizer: Any, token: Token) -> int:
-    if isinstance(token, str):
-        return single_id(tokenizer, token)
-    if token < 0:
-        raise InputError(f"token id {token} is negative; ids count from 0")
-    return token
 
 
 def _class(label: Token) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pellucid.anatomy.loading import Loaded, read
@@ -15,6 +16,7 @@ from pellucid.engine.generation import Generated, generate
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.run import Run, execute
+from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.metrics import BoundMetric, Metric, as_metric
 
 
@@ -99,6 +101,46 @@ class Model:
         return generate(
             self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
         )
+
+    def plan(
+        self,
+        prompt: Any,
+        variants: Sequence[Edit | Sequence[Edit]],
+        metric: Metric | Any,
+        *,
+        target: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        memory: int | None = None,
+        checkpoint: str | Path | None = None,
+        executor: str | None = None,
+    ) -> Plan:
+        """How a sweep would be run: `plan.explain()` gives its cost in forward passes, `plan.run()` runs it.
+
+        `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
+        interrupted sweep continues; `executor` forces one of `pellucid.engine.sweep.RUNGS`.
+        """
+        inputs = self.inputs(prompt, target=target, spans=spans)
+        flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
+        ready = iter(self.bound([e for v in flat for e in v]))
+        variants = [[next(ready) for _ in v] for v in flat]
+        return plan_sweep(
+            self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor
+        )
+
+    def sweep(
+        self,
+        prompt: Any,
+        variants: Sequence[Edit | Sequence[Edit]],
+        metric: Metric | Any,
+        *,
+        progress: bool = True,
+        **options: Any,
+    ) -> Sweep:
+        """Score the prompts under each of many sets of edits: `.values` [variant, batch], `.clean` [batch].
+
+        Gives the numbers of running them one by one, for a fraction of the cost; options are those of `plan`.
+        """
+        return self.plan(prompt, variants, metric, **options).run(progress)
 
     def bound(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy, Tap
 from pellucid.anatomy.weights import linear_map
-from pellucid.anatomy.wiretap import Wiretap
+from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.applying import Window, apply
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
@@ -124,76 +124,22 @@ def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
     return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
 
 
-class Session:
-    """Turns keeps and edits into handlers on taps for one run."""
+class Written:
+    """An edit at the tap of its own site."""
 
-    def __init__(
-        self, anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str] = (), edits: Sequence[Edit] = (), gradients: bool = False
-    ) -> None:  # fmt: skip
-        self.anatomy, self.inputs, self.gradients = anatomy, inputs, gradients
-        self.sites = [s for k in keep for s in expand(anatomy, k)]
-        self.keeping = {locate(anatomy, s).tap for s in self.sites}
-        self.editing: dict[Tap, list[tuple[Edit, Spot]]] = {}
-        self.middles: dict[Tap, list[Middle]] = {}
-        self.kept: dict[Tap, Tensor] = {}
-        self.windows: dict[str, Window] = {}
-        for edit in edits:
-            for site in expand(anatomy, edit.site):
-                self._place(edit, locate(anatomy, site))
+    def __init__(self, edit: Edit, spot: Spot) -> None:
+        self.edit, self.spot, self.taps = edit, spot, (spot.tap,)
 
-    def _place(self, edit: Edit, spot: Spot) -> None:
-        site = spot.site
-        if site.port == "heads" and site.part.endswith(".out"):
-            raise SiteError(f"{str(site)!r} cannot be edited directly: edit the head itself ({str(site)[:-4]!r}, its z)")
-        if site.part == "resid_mid" and spot.tap.port == "in":
-            middle = Middle(edit, spot, self.anatomy)
-            for tap in middle.taps:
-                self.middles.setdefault(tap, []).append(middle)
-        else:
-            self.editing.setdefault(spot.tap, []).append((edit, spot))
-
-    def window(self, site: Site) -> Window:
-        stream = "encoder" if site.part in ("cross.k", "cross.v") else site.stack
-        if stream not in self.windows:
-            self.windows[stream] = Window(self.inputs.stream(stream))
-        return self.windows[stream]
-
-    def handlers(self) -> dict[Tap, Callable[[Tensor], Tensor | None]]:
-        return {tap: self._handler(tap) for tap in {*self.keeping, *self.editing, *self.middles}}
-
-    def _handler(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
-        edits, middles, keep = self.editing.get(tap, ()), self.middles.get(tap, ()), tap in self.keeping
-
-        def handler(x: Tensor) -> Tensor | None:
-            old = x
-            for edit, spot in edits:
-                x = apply(edit, spot, x, self.window(spot.site))
-            for middle in middles:
-                x = middle.meet(tap, x, self.window)
-            if keep and self.gradients:
-                # the kept tensor must lie on the way to the metric: hand the model this very tensor
-                x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
-                self.kept[tap] = x
-            elif keep:
-                self.kept[tap] = x.detach().clone() if not torch.is_grad_enabled() else x.clone()
-            return None if x is old else x
-
-        return handler
-
-    def check(self, wire: Wiretap) -> None:
-        """An edit that never fired is an error, not silence."""
-        silent = [spot for tap, pairs in self.editing.items() if tap not in wire.met for _, spot in pairs]
-        silent += [m.spot for tap, ms in self.middles.items() if tap not in wire.met for m in ms]
-        if silent:
-            raise SiteError(f"the edit on {str(silent[0].site)!r} never fired: the run did not pass through it")
+    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
+        return apply(self.edit, self.spot, x, window)
 
 
-class Middle:
-    """Editing resid_mid of a pre-norm block: no module hands it on alone, so the change is carried by the last
-    contribution before it (mid = input + contributions, hence new contribution = old + new mid - old mid)."""
+class Middle(Written):
+    """An edit of resid_mid in a pre-norm block: no module hands that state on alone, so the change is carried by the
+    last contribution before it (mid = input + contributions, hence new contribution = old + new mid - old mid)."""
 
     def __init__(self, edit: Edit, spot: Spot, anatomy: Anatomy) -> None:
-        self.edit, self.spot = edit, spot
+        super().__init__(edit, spot)
         block = block_of(anatomy, spot.site)
         state = block.states[-1]
         self.constant = state.constant
@@ -202,7 +148,7 @@ class Middle:
         self.taps = tuple(self.coefficients)
         self._met: dict[Tap, Tensor] = {}
 
-    def meet(self, tap: Tap, x: Tensor, window: Callable[[Site], Window]) -> Tensor:
+    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
         self._met[tap] = x
         if len(self._met) < len(self.taps):
             return x
@@ -210,7 +156,77 @@ class Middle:
         for t, c in self.coefficients.items():
             mid = mid + self._met[t] * c
         self._met = {}
-        return x + (apply(self.edit, self.spot, mid, window(self.spot.site)) - mid) / self.coefficients[tap]
+        return x + (apply(self.edit, self.spot, mid, window) - mid) / self.coefficients[tap]
+
+
+def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
+    """The edits placed on the model's taps, selectors expanded. SiteError for sites that cannot be written to."""
+    placed: list[Written] = []
+    for edit in edits:
+        for site in expand(anatomy, edit.site):
+            spot = locate(anatomy, site)
+            if site.port == "heads" and site.part.endswith(".out"):
+                raise SiteError(f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}")
+            if site.part == "resid_mid" and spot.tap.port == "in":
+                placed.append(Middle(edit, spot, anatomy))
+            else:
+                placed.append(Written(edit, spot))
+    return placed
+
+
+class Session:
+    """Turns keeps and edits into handlers on taps for one run."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        inputs: Inputs,
+        keep: Iterable[Site | str] = (),
+        edits: Sequence[Edit] = (),
+        gradients: bool = False,
+    ) -> None:
+        self.inputs, self.gradients = inputs, gradients
+        self.sites = [s for k in keep for s in expand(anatomy, k)]
+        self.keeping = {locate(anatomy, s).tap for s in self.sites}
+        self.writing: dict[Tap, list[Written]] = {}
+        for w in written(anatomy, edits):
+            for tap in w.taps:
+                self.writing.setdefault(tap, []).append(w)
+        self.kept: dict[Tap, Tensor] = {}
+        self.windows: dict[str, Window] = {}
+
+    def window(self, site: Site) -> Window:
+        stream = "encoder" if site.part in ("cross.k", "cross.v") else site.stack
+        if stream not in self.windows:
+            self.windows[stream] = Window(self.inputs.stream(stream))
+        return self.windows[stream]
+
+    def handlers(self) -> dict[Tap, Handler]:
+        return {tap: self._handler(tap) for tap in {*self.keeping, *self.writing}}
+
+    def _handler(self, tap: Tap) -> Handler:
+        writers, keep = self.writing.get(tap, ()), tap in self.keeping
+
+        def handler(x: Tensor) -> Tensor | None:
+            old = x
+            for w in writers:
+                x = w.meet(tap, x, self.window(w.spot.site))
+            if keep and self.gradients:
+                # the kept tensor must lie on the way to the metric: hand the model this very tensor
+                x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
+                self.kept[tap] = x
+            elif keep:
+                self.kept[tap] = x.clone() if torch.is_grad_enabled() else x.detach().clone()
+            return None if x is old else x
+
+        return handler
+
+    def check(self, wire: Wiretap) -> None:
+        """An edit that never fired is an error, not silence."""
+        for tap, writers in self.writing.items():
+            if tap not in wire.met:
+                site = str(writers[0].spot.site)
+                raise SiteError(f"the edit on {site!r} never fired: the run did not pass through it")
 
 
 def execute(
@@ -227,8 +243,9 @@ def execute(
         raise Refused("gradients through a checkpointed forward recompute outside the run: call model.module.eval() first")
     session = Session(anatomy, inputs, keep, edits, grad_of is not None)
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
-        if session.keeping or session.editing or session.middles:
-            with Wiretap(module, session.handlers(), len(inputs)) as wire:
+        handlers = session.handlers()
+        if handlers:
+            with Wiretap(module, handlers, len(inputs)) as wire:
                 output = module(**inputs.tensors, **(forward or {}))
             session.check(wire)
         else:

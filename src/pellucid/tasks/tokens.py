@@ -1,0 +1,92 @@
+"""How does this tokenizer cut that text?
+
+Everything here asks the tokenizer itself, through offset mappings, and assumes nothing about its family:
+byte-level BPE, WordPiece, sentencepiece-like and word-level ones all answer. No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pellucid.errors import InputError
+
+# What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
+# any other is tried after marks that hardly any tokenizer glues to what comes next.
+ANCHORS = {True: ("a", "."), False: (".", "\n", ":", "a")}
+
+
+def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and the [start, stop) characters of each; a special token has an empty range.
+
+    InputError if the tokenizer gives no offsets (a slow one).
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        name = type(tokenizer).__name__
+        raise InputError(
+            f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)"
+        )
+    encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
+    return list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
+
+
+def pieces(tokenizer: Any, text: str, *, specials: bool = True) -> list[str]:
+    """The text of every token, a special token by its name: how to show a cut to a person."""
+    ids, offsets = encode(tokenizer, text, specials=specials)
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return [text[a:b] if a < b else name for name, (a, b) in zip(names, offsets, strict=True)]
+
+
+def covering(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
+    """The [first, last + 1) tokens that touch the characters [start, stop); (0, 0) if none does.
+
+    >>> covering([(0, 0), (0, 4), (4, 9), (9, 12)], 5, 9)
+    (2, 3)
+    """
+    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def continuation(tokenizer: Any, head: str, answer: str, tail: str = "") -> list[int]:
+    """The ids of `answer` between `head` and `tail`; empty if it has no tokens of its own there.
+
+    That is so when a token straddles a border, or when the answer changes how `head` is cut: a model that has
+    read `head` cannot give this answer.
+    """
+    ids, offsets = encode(tokenizer, head + answer + tail, specials=False)
+    start, stop = len(head), len(head) + len(answer)
+    first, last = covering(offsets, start, stop)
+    if first == last or offsets[first][0] < start or offsets[last - 1][1] > stop:
+        return []
+    return ids[first:last] if ids[:first] == encode(tokenizer, head, specials=False)[0] else []
+
+
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """The ids of `answer` as it stands in running text: " Paris" after a word, "53" right after other marks.
+
+    Encoding the text alone would differ: sentencepiece-like tokenizers put a space of their own before it.
+    """
+    if not answer:
+        raise InputError("an answer is an empty string: give the text that should come next, e.g. ' Paris'")
+    anchored = (continuation(tokenizer, anchor, answer) for anchor in ANCHORS[answer.startswith(" ")])
+    return next(filter(None, anchored), None) or encode(tokenizer, answer, specials=False)[0]
+
+
+def single_id(tokenizer: Any, answer: str | int) -> int:
+    """The id of `answer` (an id is its own). InputError if it is not one known token, with its pieces."""
+    if isinstance(answer, int):
+        if answer < 0:
+            raise InputError(f"token id {answer} is negative; ids count from 0")
+        return answer
+    ids = answer_ids(tokenizer, answer)
+    if len(ids) == 1 and (ids != [tokenizer.unk_token_id] or answer == tokenizer.unk_token):
+        return ids[0]
+    if len(ids) == 1:
+        raise InputError(f"{answer!r} is unknown to this tokenizer; choose a word of its vocabulary")
+    cut = " ".join(map(repr, pieces(tokenizer, answer, specials=False)))
+    respaced = answer[1:] if answer.startswith(" ") else f" {answer}"
+    fits = respaced and len(answer_ids(tokenizer, respaced)) == 1
+    other = f", or {respaced!r}, which is one token" if fits else ""
+    raise InputError(
+        f"{answer!r} is {len(ids)} tokens here ({cut}) where one is read: "
+        f"use sequence_log_probability({answer!r}){other}"
+    )
