@@ -12,9 +12,10 @@ from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.binding import bound
 from pellucid.engine.edits import Edit
-from pellucid.engine.generation import Generated, generate
+from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
+from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.metrics import BoundMetric, Metric, as_metric
@@ -40,6 +41,7 @@ class Model:
         self.loaded = loaded
         self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
         self.anatomy: Anatomy = open_module(self.module, probe)
+        self._padding = Padding(self.anatomy)
 
     @property
     def digest(self) -> str:
@@ -59,8 +61,11 @@ class Model:
         return expand(self.anatomy, pattern)
 
     def inputs(self, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`."""
-        return read_inputs(self.module, self.tokenizer, prompt, target=target, spans=spans)
+        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+
+        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        """
+        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, target=target, spans=spans))
 
     # ---- running
 
@@ -97,7 +102,7 @@ class Model:
         use_cache: bool = True,
     ) -> Generated:
         """Continue prompts under edits; greedy unless a temperature is given. `print` the result for its text."""
-        inputs = self.inputs(prompt)
+        inputs = self._padding.fit(left_padded(read_inputs(self.module, self.tokenizer, prompt)))
         return generate(
             self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
         )

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pellucid.anatomy import dataflow as flow
 from pellucid.anatomy.layout import HEADS, PATTERN, Layout, recognise
 from pellucid.anatomy.structure import Attention, Tap
 from pellucid.anatomy.trace import CONTRACTIONS, SOFTMAXES, Call, Op, Trace, Value
 
-
 FUSED = "scaled_dot_product_attention"
+Found = tuple[Attention, dict[str, Tap]]
 
 
-def attention_ops(t: Trace, call: Call) -> list[Op]:
-    """The attention operations that ran inside a module call, in order."""
-    ops = t.ops[call.start : call.end]
-    return [op for op in ops if op.name == "attention"] or [
-        op for op in ops if op.name == FUSED or contraction_pair(op) is not None
-    ]
+def attention_ops(t: Trace, start: int, end: int) -> list[Op]:
+    """The attention operations among those numbered from `start` to `end`, in order."""
+    ops = t.ops[start:end]
+    return [op for op in ops if op.name in ("attention", FUSED) or contraction_pair(op) is not None]
 
 
 def contraction_pair(softmax: Op) -> tuple[Op, Op] | None:
     """For an attention softmax: QK^T before it and PV after it."""
     if softmax.name not in SOFTMAXES or softmax.outputs[0].tensor.ndim < 3:
         return None
-    qk = next((op for op in _upstream(softmax.inputs[0]) if _two_sided(op)), None)
-    pv = next((op for op in _downstream(softmax.outputs[0]) if _two_sided(op)), None)
-    if qk is None or pv is None or not (qk.call is softmax.call is pv.call):
-        return None
-    return qk, pv
+    qk = next((op for op in _upstream(softmax.inputs[0]) if contracts(op)), None)
+    pv = next((op for op in _downstream(softmax.outputs[0]) if contracts(op)), None)
+    return None if qk is None or pv is None else (qk, pv)
 
 
-def key_of(op: Op) -> Value:
-    """The keys an attention operation reads."""
+def compared(op: Op) -> list[tuple[Value, Value]]:
+    """What an attention compares with what: queries with keys, and with relative positions where there are any."""
     if op.name in ("attention", FUSED):
-        return op.inputs[1]
-    pair = contraction_pair(op)
-    assert pair is not None
-    return pair[0].inputs[-1]
+        return [(op.inputs[0], op.inputs[1])]
+    return [(o.inputs[-2], o.inputs[-1]) for o in _upstream(op.inputs[0]) if contracts(o)]
 
 
 def output_of(op: Op) -> Value:
@@ -50,8 +45,22 @@ def output_of(op: Op) -> Value:
     return pair[1].outputs[0]
 
 
-def _two_sided(op: Op) -> bool:
-    return op.name in CONTRACTIONS and len(op.inputs) >= 2 and not any(flow.constant(v) for v in op.inputs[-2:])
+def where(t: Trace, op: Op) -> str:
+    """The module that attends."""
+    return t.names[op.args[0]] if op.name == "attention" else op.call.name if op.call is not None else "?"
+
+
+def two_sided(op: Op) -> bool:
+    """A contraction of two values of the pass."""
+    return op.name in CONTRACTIONS and len(op.inputs) >= 2 and not any(map(flow.parametric, op.inputs[-2:]))
+
+
+def contracts(op: Op) -> bool:
+    """A contraction that may be QK^T or PV: of values of the pass, or of one with learned queries (latents)."""
+    a, b = op.inputs[-2:] if op.name in CONTRACTIONS and len(op.inputs) >= 2 else (None, None)
+    return a is not None and b is not None and min(a.tensor.ndim, b.tensor.ndim) > 2 and not (
+        flow.parametric(a) and flow.parametric(b)
+    )  # fmt: skip
 
 
 def _upstream(value: Value, reach: int = 60) -> Iterator[Op]:
@@ -63,8 +72,8 @@ def _upstream(value: Value, reach: int = 60) -> Iterator[Op]:
         if v.producer is None:
             continue
         yield v.producer
-        if not _two_sided(v.producer):
-            queue += [i for i in v.producer.inputs if i.tensor.numel() >= v.tensor.numel()]
+        if not contracts(v.producer) and flow.weight_of(v.producer) is None:
+            queue += [i for i in v.producer.inputs if 2 * i.tensor.numel() >= v.tensor.numel()]
 
 
 def _downstream(value: Value, reach: int = 60) -> Iterator[Op]:
@@ -74,82 +83,67 @@ def _downstream(value: Value, reach: int = 60) -> Iterator[Op]:
             return
         for op in queue.pop(0).consumers:
             yield op
-            if not _two_sided(op):
-                queue += [o for o in op.outputs if o.tensor.numel() >= value.tensor.numel()]
+            if not contracts(op) and flow.weight_of(op) is None:
+                queue += [o for o in op.outputs if 2 * o.tensor.numel() >= value.tensor.numel()]
 
 
-def describe(t: Trace, op: Op, part: str, nth: int, batch: int) -> tuple[Attention, dict[str, Tap]] | str:
-    """The attention behind `op` and its taps, or why it cannot be tapped."""
+def describe(t: Trace, op: Op, part: str, batch: int) -> Found | None:
+    """The attention behind `op` and the taps of q, k, v, scores, pattern and z; None if it is laid out in pieces."""
     if op.name == "attention":
-        found: tuple[Attention, dict[str, Tap]] | str = _from_interface(t, op, part, nth)
-    elif op.name == FUSED:
-        found = _from_fused(op, part)
-    else:
-        found = _from_operators(op, part, batch)
-    if isinstance(found, str):
-        return found
-    attention, taps = found
-    projection = flow.projection_of(output_of(op))
-    if projection is None or projection[0].call is None:
-        return attention, taps
-    linear, exact = projection
-    call = linear.call
-    assert call is not None
-    width = attention.heads * attention.d_value
-    if call.input is None or flow.weight_of(linear) is None or call.input.shape[-1] != width or call.children:
-        return attention, taps
-    positions = width and call.input.tensor.numel() // (batch * width)
-    layout = recognise(tuple(call.input.shape), HEADS, b=batch, p=positions, h=attention.heads, e=attention.d_value)
-    if layout is None:
-        return attention, taps
-    key = next(k for k, v in call.inputs.items() if v is call.input)
-    taps[f"{part}.z_out"] = Tap(call.name, "in", layout, key, call.nth)
-    return _with(attention, o_proj=call.name, gated=not exact), taps
+        return _from_interface(t, op, part)
+    return _from_fused(op, part) if op.name == FUSED else _from_operators(op, part, batch)
 
 
-def _with(a: Attention, o_proj: str, gated: bool) -> Attention:
-    from dataclasses import replace
+def describe_pieces(t: Trace, op: Op, part: str) -> Attention:
+    """An attention that is computed in windows or streams; how many heads it has is read off its output projection."""
+    nth = op.call.nth if op.call is not None else 0
+    return Attention(part, where(t, op), nth, "pieces", 0, 0, 0, 0)
 
-    return replace(a, o_proj=o_proj, gated=gated)
+
+def with_heads(a: Attention, given: Value) -> Attention:
+    """The heads are the last two dimensions that are merged into what the output projection reads."""
+    for v in flow.sources(given):
+        if v.tensor.ndim > 2 and v.shape[-1] < given.shape[-1] == v.shape[-2] * v.shape[-1]:
+            h, e = v.shape[-2:]
+            return replace(a, heads=h, kv_heads=h, d_head=e, d_value=e)
+    return a
 
 
-def _from_interface(t: Trace, op: Op, part: str, nth: int) -> tuple[Attention, dict[str, Tap]]:
+def _from_interface(t: Trace, op: Op, part: str) -> Found:
     module = t.names[op.args[0]]
+    # shared layers are called many times
+    nth = sum(o.name == "attention" and o.args[0] is op.args[0] for o in t.ops[: op.index])
     q, k, v = (value.tensor for value in op.inputs[:3])
     taps = {f"{part}.{p}": Tap(module, p, Layout("b h p e", HEADS), nth=nth) for p in "qkv"}
     taps[f"{part}.z"] = Tap(module, "z", Layout(HEADS, HEADS), nth=nth)
     for p in ("scores", "pattern"):
         taps[f"{part}.{p}"] = Tap(module, p, Layout(PATTERN, PATTERN), nth=nth)
-    return (
-        Attention(part, module, nth, "interface", q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], None, False),
-        taps,
-    )
+    return Attention(part, module, nth, "interface", q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]), taps
 
 
-def _from_fused(op: Op, part: str) -> tuple[Attention, dict[str, Tap]] | str:
+def _from_fused(op: Op, part: str) -> Found | None:
     """A direct call of torch's fused attention is all three operations in one."""
     q, k, v = (value.tensor for value in op.inputs[:3])
     if op.call is None or q.ndim != 4:
-        return "the fused attention of this family is laid out in an unknown order"
+        return None
     ops = (op.ordinal,) * 3
     heads = Layout("b h p e", HEADS)
     layouts = {p: heads for p in "qkvz"} | {p: Layout(PATTERN, PATTERN) for p in ("scores", "pattern")}
-    taps = {f"{part}.{p}": Tap(op.call.name, p, layout, nth=op.call.nth, ops=ops) for p, layout in layouts.items()}
-    attention = Attention(
-        part, op.call.name, op.call.nth, "operators", q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], None, False
-    )
-    return attention, taps
+    module, nth = op.call.name, op.call.nth
+    taps = {f"{part}.{p}": Tap(module, p, layout, nth=nth, ops=ops) for p, layout in layouts.items()}
+    return Attention(part, module, nth, "operators", q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]), taps
 
 
-def _from_operators(op: Op, part: str, batch: int) -> tuple[Attention, dict[str, Tap]] | str:
+def _from_operators(op: Op, part: str, batch: int) -> Found | None:
     pair = contraction_pair(op)
-    assert pair is not None and op.call is not None
+    assert pair is not None
     qk, pv = pair
+    calls = qk.call, op.call, pv.call
+    if None in calls:
+        return None
     scores, z = op.outputs[0], pv.outputs[0]
     p, k = scores.shape[-2:]
     heads = scores.shape[1] if scores.tensor.ndim == 4 else scores.shape[0] // batch
-    if scores.tensor.ndim == 4 and scores.shape[-1] != scores.shape[-2] and qk.name == "einsum":
-        p, k = scores.shape[-2:]
     pattern = recognise(tuple(scores.shape), PATTERN, b=batch, p=p, h=heads, k=k)
     d_value = z.tensor.numel() // (batch * heads * p)
     d_head = qk.inputs[-2].tensor.numel() // (batch * heads * p)
@@ -162,16 +156,19 @@ def _from_operators(op: Op, part: str, batch: int) -> tuple[Attention, dict[str,
         "pattern": pattern,
     }
     if layouts["z"] is None or pattern is None:
-        return "the attention of this family is laid out in an unknown order"
-    ops = (qk.ordinal, op.ordinal, pv.ordinal)
-    taps = {
-        f"{part}.{port}": Tap(op.call.name, port, layout, nth=op.call.nth, ops=ops)
-        for port, layout in layouts.items()
-        if layout is not None
-    }
+        return None
+    taps: dict[str, Tap] = {}
+    steps = {"q": qk, "k": qk, "scores": op, "pattern": op, "v": pv, "z": pv}
+    for port, layout in layouts.items():
+        call = steps[port].call
+        ops = tuple(o.ordinal if o.call is call else 0 for o in (qk, op, pv))
+        if layout is not None and call is not None:
+            taps[f"{part}.{port}"] = Tap(call.name, port, layout, nth=call.nth, ops=ops)
     shared = layouts["k"]
     kv_heads = dict(shared.sizes)["h"] if shared is not None else heads
-    return Attention(part, op.call.name, op.call.nth, "operators", heads, kv_heads, d_head, d_value, None, False), taps
+    call = op.call
+    assert call is not None
+    return Attention(part, call.name, call.nth, "operators", heads, kv_heads, d_head, d_value), taps
 
 
 def _head_layout(value: Value, batch: int, positions: int, heads: int, width: int, transposed: bool) -> Layout | None:
@@ -180,3 +177,24 @@ def _head_layout(value: Value, batch: int, positions: int, heads: int, width: in
         shape[-1], shape[-2] = shape[-2], shape[-1]
     own = max(1, value.tensor.numel() // (batch * positions * width))  # fewer than `heads` when they are shared
     return recognise(tuple(shape), HEADS, b=batch, p=positions, h=own, e=width)
+
+
+def projection_input(call: Call, a: Attention, batch: int) -> tuple[Tap | None, tuple[int, ...]]:
+    """The tap of z_out, what enters the output projection, split into heads; and one token's shape of it."""
+    given = call.input
+    width, e = a.heads * a.d_value, a.d_value
+    if given is None or not e:
+        return None, ()
+    shape = tuple(given.shape)
+    key = next(k for k, v in call.inputs.items() if v is given)
+    if len(shape) == 4 and shape[-2] * shape[-1] == width and shape[-1] % e == 0:  # groups of heads
+        groups = Layout("b p g (i e)", "b p (g i) e", (("g", shape[-2]), ("e", e)))
+        return Tap(call.name, "in", groups, key, call.nth), shape[-2:]
+    for inputs in (shape[-1], shape[1] if len(shape) == 3 else 0):
+        if inputs < width or inputs % e:
+            continue
+        positions = given.tensor.numel() // (batch * inputs)
+        layout = recognise(shape, HEADS, b=batch, p=positions, h=inputs // e, e=e)
+        if layout is not None:
+            return Tap(call.name, "in", layout, key, call.nth), (inputs,)
+    return None, ()

@@ -8,27 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.trace import Call, Op, Value
+from pellucid.anatomy.trace import CONTRACTIONS, OPAQUE, Call, Op, Value, take
 
 TRANSPARENT = {
     "view", "reshape", "transpose", "permute", "contiguous", "to", "type", "float", "half", "bfloat16", "double",
     "clone", "dropout", "dropout_", "squeeze", "unsqueeze", "flatten", "unflatten", "type_as", "view_as",
     "swapaxes", "swapdims", "movedim", "t", "__get__", "detach", "reshape_as", "alias", "cpu", "expand", "expand_as",
 }  # fmt: skip
+GUARDS = {"clamp", "clip", "clamp_", "nan_to_num"}  # against overflow: they change nothing where nothing overflows
 ADD = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
-MULTIPLY = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "true_divide", "__truediv__"}
+MULTIPLY = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "true_divide", "__truediv__", "multiply"}
 LINEAR = {"linear", "addmm", "matmul", "mm", "__matmul__", "conv1d", "einsum", "bmm", "__rmatmul__"}
+
+SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}  # the second operand gives no numbers
+CREATED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full"}
+
+Coefficient = float | Tensor
 
 
 def passes(op: Op) -> bool:
-    """Whether the operation only moves its (first) input's numbers around, all of them."""
-    if op.name not in TRANSPARENT | {"__getitem__"} or not op.inputs:
+    """Whether the operation only moves its (first) input's numbers around, all of them, heads and tokens staying whole."""
+    if not op.inputs or not op.outputs or op.outputs[0].tensor.numel() != op.inputs[0].tensor.numel():
         return False
-    return op.outputs[0].tensor.numel() == op.inputs[0].tensor.numel()
+    if op.name in GUARDS:
+        return torch.equal(op.outputs[0].tensor, op.inputs[0].tensor)
+    return op.name in TRANSPARENT or (op.name == "__getitem__" and plain_index(op.args[1]))
+
+
+def plain_index(index: Any) -> bool:
+    """Slices and None keep the order of what they keep; tensors and lists may permute it."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or isinstance(i, (slice, int)) for i in items)
 
 
 def constant(value: Value, depth: int = 8) -> bool:
@@ -36,7 +51,18 @@ def constant(value: Value, depth: int = 8) -> bool:
     if value.fixed:
         return True
     op = value.producer
-    return op is not None and depth > 0 and all(constant(v, depth - 1) for v in op.inputs)
+    if op is None or depth == 0:
+        return False
+    if op.name in CREATED:
+        return True
+    return bool(op.inputs) and all(constant(v, depth - 1) for v in (op.inputs[:1] if op.name in SHAPED_LIKE else op.inputs))
+
+
+def parametric(value: Value) -> bool:
+    """Whether the value is made from parameters, though which of them may depend on the input (chosen experts)."""
+    op = value.producer
+    chosen = op is not None and op.name in TRANSPARENT | {"__getitem__", "index_select"} and bool(op.inputs)
+    return constant(value) or (chosen and op is not None and parametric(op.inputs[0]))
 
 
 def number(op: Op) -> float | None:
@@ -47,7 +73,7 @@ def number(op: Op) -> float | None:
     return None
 
 
-def factor(op: Op) -> tuple[Value, float | Tensor] | None:
+def factor(op: Op) -> tuple[Value, Coefficient] | None:
     """For a product with (or quotient by) something constant: the other operand and the factor."""
     if op.name not in MULTIPLY:
         return None
@@ -59,14 +85,14 @@ def factor(op: Op) -> tuple[Value, float | Tensor] | None:
         return op.inputs[0], (1 / n if invert else n)
     a, b = op.inputs[:2]
     if constant(b):
-        return a, (1 / b.tensor.detach() if invert else b.tensor.detach())
+        return a, _scalar(1 / b.tensor.detach() if invert else b.tensor.detach())
     if constant(a) and not invert:
-        return b, a.tensor.detach()
+        return b, _scalar(a.tensor.detach())
     return None
 
 
-def times(a: float | Tensor, b: float | Tensor) -> float | Tensor:
-    return a * b
+def _scalar(x: Tensor) -> Coefficient:
+    return float(x) if x.numel() == 1 else x
 
 
 def sources(value: Value) -> Iterator[Value]:
@@ -78,17 +104,42 @@ def sources(value: Value) -> Iterator[Value]:
 
 
 def is_norm(call: Call) -> bool:
-    """A norm by what it does: same shape in and out, parameters of one dimension only, and a division by a size."""
-    if call.input is None or call.output is None or call.input.shape != call.output.shape:
+    """A norm by what it does: one input, vectors as parameters, and an output that forgets the input's size."""
+    if call.norm is None:
+        call.norm = _forgets_size(call)
+    return call.norm
+
+
+def _forgets_size(call: Call) -> bool:
+    given, made = call.input, call.output
+    if given is None or made is None or given is made or given.shape != made.shape:
         return False
-    if "norm" not in type(call.module).__name__.lower() and not isinstance(call.module, nn.LayerNorm):
+    if any(v.tensor.is_floating_point() for v in call.inputs.values() if v is not given):
         return False
-    return all(p.ndim <= 1 for p in call.module.parameters())
+    if any(p.ndim > 1 for p in call.module.parameters()):
+        return False
+    key = next(k for k, v in call.inputs.items() if v is given)
+    out_key = next(k for k, v in call.outputs.items() if v is made)
+    x = given.tensor.detach()
+    x = x * (8 / x.float().pow(2).mean().sqrt().clamp_min(1e-6)).to(x.dtype)
+    with torch.no_grad():
+        once, twice = (run_with(call.module, call.args, call.kwargs, key, x * k, out_key).float() for k in (1, 2))
+    varies = float(once.std()) > 1e-6
+    return varies and float((once - twice).abs().max()) <= 2e-2 * float(once.abs().max())
+
+
+def run_with(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, x: Tensor, out_key: int | str
+) -> Tensor:
+    """Call a traced module again with one argument replaced (in the precision the module was given)."""
+    x = x.to(args[key].dtype if isinstance(key, int) else kwargs[key].dtype)
+    args = tuple(x if i == key else a for i, a in enumerate(args))
+    return take(module(*args, **{k: (x if k == key else v) for k, v in kwargs.items()}), out_key)
 
 
 def norm_of(value: Value) -> Call | None:
     """The norm call that returned this value."""
-    return next((c for c in value.made_by if is_norm(c) and c.input is not value), None)
+    return next((c for c in value.made_by if c.input is not value and is_norm(c)), None)
 
 
 @dataclass
@@ -102,7 +153,7 @@ class Additive:
         self._reaches: dict[int, bool] = {}
 
     def reaches(self, value: Value) -> bool:
-        """Whether the block's input arrives here through additions, constant factors and norms of such sums."""
+        """Whether the block's input arrives here through additions, factors and norms of such sums."""
         key = id(value)
         if key not in self._reaches:
             self._reaches[key] = False
@@ -123,11 +174,47 @@ class Additive:
         scaled = factor(op)
         if scaled is not None:
             return self.reaches(scaled[0])
-        return op.name in ADD and any(self.reaches(v) for v in op.inputs)
+        added = op.name in ADD and len(op.inputs) == 2 and any(self.reaches(v) for v in op.inputs)
+        return added or self.carried(value) is not None
 
-    def terms(self, value: Value) -> list[tuple[float | Tensor, Value]]:
-        """`value` as a sum of coefficients times values: the start, norms of sums, contributions and constants."""
-        if value is self.start or norm_of(value) is not None or not self.reaches(value):
+    def carried(self, value: Value) -> Value | None:
+        """The residual state that is multiplied by weights of the pass on its way here: a mask, or weights that mix
+        parallel residual streams."""
+        op = value.producer
+        if op is None or op.index < self.first_op or op.name not in MULTIPLY | CONTRACTIONS or len(op.inputs) != 2:
+            return None
+        for state, weights in (op.inputs, op.inputs[::-1]):
+            small = weights.tensor.numel() < state.tensor.numel() == value.tensor.numel()
+            if small and not constant(weights) and self.reaches(state) and not self.reaches(weights):
+                return state
+        return None
+
+    def stream(self, value: Value) -> set[int]:
+        """The residual values on the way from the start to `value` (ids), norms of sums included."""
+        found: set[int] = set()
+        queue = [value]
+        while queue:
+            v = queue.pop()
+            if id(v) in found or not self.reaches(v):
+                continue
+            found.add(id(v))
+            norm, op = norm_of(v), v.producer
+            if norm is not None and norm.start >= self.first_op and norm.input is not None:
+                queue.append(norm.input)
+            elif v is not self.start and op is not None:
+                queue += op.inputs
+        return found
+
+    def leaf(self, value: Value) -> bool:
+        whole = value is self.start or norm_of(value) is not None or not self.reaches(value)
+        return whole or self.carried(value) is not None
+
+    def terms(self, value: Value) -> list[tuple[Coefficient, Value]]:
+        """`value` as a sum of coefficients times values: the start, norms of sums, contributions and constants.
+
+        A sum with contributions that is scaled channel by channel is not opened: it stays a state of its own.
+        """
+        if self.leaf(value):
             return [(1.0, value)]
         op = value.producer
         assert op is not None
@@ -135,13 +222,26 @@ class Additive:
             return self.terms(op.inputs[0])
         scaled = factor(op)
         if scaled is not None:
-            return [(times(c, scaled[1]), v) for c, v in self.terms(scaled[0])]
-        sign = -1.0 if "sub" in op.name else 1.0
-        alpha = float(op.kwargs.get("alpha", 1.0))
-        out: list[tuple[float | Tensor, Value]] = []
-        for i, v in enumerate(op.inputs[:2]):
-            out += [(times(c, sign * alpha) if i else c, leaf) for c, leaf in self.terms(v)]
-        return out
+            inner = self.shallow(scaled[0]) if isinstance(scaled[1], Tensor) else self.terms(scaled[0])
+            return [(c * scaled[1], v) for c, v in inner]
+        return [(c * s, leaf) for s, v in signed(op) for c, leaf in self.terms(v)]
+
+    def shallow(self, value: Value) -> list[tuple[Coefficient, Value]]:
+        """The terms of a sum of states and constants; a sum that holds contributions of its own is one term."""
+        op = value.producer
+        if self.leaf(value) or op is None:
+            return [(1.0, value)]
+        if passes(op):
+            return self.shallow(op.inputs[0])
+        if op.name not in ADD or not all(constant(v) or self.reaches(v) for v in op.inputs):
+            return [(1.0, value)]
+        return [(c * s, leaf) for s, v in signed(op) for c, leaf in ([(1.0, v)] if constant(v) else self.shallow(v))]
+
+
+def signed(op: Op) -> list[tuple[float, Value]]:
+    """The operands of an addition or subtraction with their signs."""
+    second = (-1.0 if "sub" in op.name else 1.0) * float(op.kwargs.get("alpha", 1.0))
+    return list(zip((1.0, second), op.inputs[:2], strict=False))
 
 
 def ancestors(value: Value, stop: Callable[[Value], bool]) -> Iterator[Op]:
@@ -157,37 +257,52 @@ def ancestors(value: Value, stop: Callable[[Value], bool]) -> Iterator[Op]:
         queue.extend(v.producer.inputs)
 
 
-def made_by_module(value: Value, within: Call) -> tuple[Call, float | Tensor, Value] | None:
-    """The outermost module call inside `within` that returned `value` (up to a constant factor), and that factor."""
-    coefficient: float | Tensor = 1.0
+def made_by_module(value: Value, inside: Callable[[Call], bool]) -> tuple[Call, Coefficient, Value] | None:
+    """The outermost of the calls that are `inside` which returned `value` up to a constant factor, and that factor."""
+    coefficient: Coefficient = 1.0
     while True:
         for v in sources(value):
-            calls = [c for c in v.made_by if c is not within and c.inside(within)]
+            calls = [c for c in v.made_by if inside(c)]
             if calls:
                 return calls[-1], coefficient, v
             value = v
         scaled = factor(value.producer) if value.producer is not None else None
         if scaled is None:
             return None
-        value, coefficient = scaled[0], times(coefficient, scaled[1])
+        value, coefficient = scaled[0], coefficient * scaled[1]
 
 
-def weight_of(op: Op) -> nn.Parameter | None:
-    """The two-dimensional parameter of a linear operation."""
+def weight_of(op: Op) -> Value | None:
+    """The constant matrix of a linear operation (one per group of channels, if there are groups)."""
     if op.name not in LINEAR:
         return None
-    found = [v for v in op.inputs if constant(v) and v.tensor.ndim == 2]
-    if len(found) != 1:
-        return None
-    return next((w for w in _parameters(found[0])), None)
+    found = [v for v in op.inputs if constant(v) and v.tensor.ndim in (2, 3)]
+    return found[0] if len(found) == 1 else None
 
 
-def _parameters(value: Value) -> Iterator[nn.Parameter]:
-    if isinstance(value.tensor, nn.Parameter):
-        yield value.tensor
-    elif value.producer is not None:
-        for v in value.producer.inputs:
-            yield from _parameters(v)
+def is_linear(op: Op) -> bool:
+    """Whether the operation is a linear map with weights of its own, also one that only its module's calls show."""
+    if op.name != OPAQUE or op.call is None:
+        return weight_of(op) is not None
+    if op.call.linear is None:
+        op.call.linear = _acts_linearly(op.call)
+    return op.call.linear
+
+
+def _acts_linearly(call: Call) -> bool:
+    given, made = call.input, call.output
+    if given is None or made is None or call.children or given.shape[:-1] != made.shape[:-1]:
+        return False
+    keys = next(k for k, v in call.inputs.items() if v is given), next(k for k, v in call.outputs.items() if v is made)
+    x = given.tensor.detach()
+    y = x.flip(0) if x.shape[0] > 1 else x.flip(1)
+
+    def f(x: Tensor) -> Tensor:
+        return run_with(call.module, call.args, call.kwargs, keys[0], x, keys[1]).float()
+
+    with torch.no_grad():
+        apart, together = f(x) + f(y) - f(torch.zeros_like(x)), f(x + y)
+    return float((apart - together).abs().max()) <= 2e-2 * float(together.abs().max())
 
 
 def projection_of(value: Value) -> tuple[Op, bool] | None:
@@ -200,7 +315,7 @@ def projection_of(value: Value) -> tuple[Op, bool] | None:
             continue
         seen.add(id(v))
         for op in v.consumers:
-            if op.name in LINEAR and weight_of(op) is not None:
+            if is_linear(op):
                 return op, exact
             if len(seen) < 60:
                 queue.extend((o, exact and passes(op)) for o in op.outputs)
@@ -208,7 +323,7 @@ def projection_of(value: Value) -> tuple[Op, bool] | None:
 
 
 def linear_before(value: Value, first_op: int) -> Op | None:
-    """The last linear map with a weight of its own that `value` was computed by, through norms, factors and biases."""
+    """The last linear map (or mixture of experts) that `value` was computed by, through norms, factors and biases."""
     queue, seen = [value], 0
     while queue and seen < 80:
         v = queue.pop(0)
@@ -216,15 +331,7 @@ def linear_before(value: Value, first_op: int) -> Op | None:
         op = v.producer
         if op is None or op.index < first_op:
             continue
-        if op.name in LINEAR and weight_of(op) is not None:
+        if is_linear(op) or op.name == "experts":
             return op
-        queue.extend(i for i in op.inputs if i.tensor.shape == v.tensor.shape or i.tensor.numel() == v.tensor.numel())
+        queue.extend(i for i in op.inputs if i.tensor.numel() == v.tensor.numel() or i.shape[-1:] == v.shape[-1:])
     return None
-
-
-def parameter_count(module: nn.Module) -> int:
-    return sum(1 for p in module.parameters() if p.ndim > 1)
-
-
-def same_numbers(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)

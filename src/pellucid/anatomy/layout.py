@@ -1,7 +1,8 @@
 """How a family lays a tensor out in memory, and the one order everybody reads it in.
 
 A layout is written like an einops pattern: the native order, for example `(b h) p e`, and the canonical one it is
-read in. Letters: b batch, p position (queries), k key position, h head, e head width, d model width or neurons.
+read in. Letters: b batch, p position (queries), k key position, h head, e head width, d model width or neurons,
+s parallel residual streams.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 TOKENS = "b p d"
 HEADS = "b p h e"
 PATTERN = "b h p k"
+STREAMS = "b p (s d)"
 
 
 def _groups(pattern: str) -> list[list[str]]:
@@ -55,43 +57,49 @@ class Layout:
     def read(self, x: Tensor, b: int) -> Tensor:
         """The canonical view of a native tensor of batch size `b`."""
         if not self._plain:
-            known = {**dict(self.sizes), "b": b}
-            shape: list[int] = []
-            for size, group in zip(x.shape, _groups(self.native), strict=True):
-                rest = size
-                for letter in group:
-                    rest //= known.get(letter, 1)
-                shape += [known[letter] if letter in known else rest for letter in group]
-            letters = [letter for group in _groups(self.native) for letter in group]
-            x = x.reshape(shape).permute([letters.index(c) for c in self.canonical.split()])
+            x = _rearrange(x, self.native, self.canonical, {**dict(self.sizes), "b": b})
         return x if self.scale == 1.0 else x * self.scale
 
     def write(self, x: Tensor) -> Tensor:
         """The native form of a canonical tensor."""
         if self.scale != 1.0:
             x = x / self.scale
-        if self._plain:
-            return x
-        order = self.canonical.split()
-        groups = _groups(self.native)
-        x = x.permute([order.index(letter) for group in groups for letter in group])
-        shape: list[int] = []
-        i = 0
-        for group in groups:
-            size = 1
-            for _ in group:
-                size *= x.shape[i]
-                i += 1
-            shape.append(size)
-        return x.reshape(shape)
+        return x if self._plain else _rearrange(x, self.canonical, self.native, dict(self.sizes))
+
+
+def _rearrange(x: Tensor, source: str, target: str, sizes: dict[str, int]) -> Tensor:
+    """From one order of the same letters to another; in every group at most one size may be unknown."""
+    letters: list[str] = []
+    shape: list[int] = []
+    for size, group in zip(x.shape, _groups(source), strict=True):
+        rest = size
+        for letter in group:
+            rest //= sizes.get(letter, 1)
+        letters += group
+        shape += [sizes.get(letter, rest) if len(group) > 1 else size for letter in group]
+    wanted = _groups(target)
+    x = x.reshape(shape).permute([letters.index(letter) for group in wanted for letter in group])
+    if all(len(group) == 1 for group in wanted):
+        return x
+    known = dict(zip((letter for group in wanted for letter in group), x.shape, strict=True))
+    merged = []
+    for group in wanted:
+        product = 1
+        for letter in group:
+            product *= known[letter]
+        merged.append(product)
+    return x.reshape(merged)
 
 
 # Native orders met in the wild, most usual first.
 NATIVE = {
-    TOKENS: ("b p d", "(b p) d", "p b d", "(p b) d"),
-    HEADS: ("b p h e", "b h p e", "b p (h e)", "(b h) p e", "p b (h e)", "p b h e", "p (b h) e", "(b p) (h e)"),
+    TOKENS: ("b p d", "(b p) d", "p b d", "b d p"),
+    HEADS: (
+        "b p h e", "b h p e", "b p (h e)", "(b h) p e", "p b (h e)", "p b h e", "p (b h) e", "(b p) (h e)", "b (h e) p",
+    ),
     PATTERN: ("b h p k", "(b h) p k", "p k b h", "b p h k"),
-}
+    STREAMS: ("b p s d", "s b p d"),
+}  # fmt: skip
 
 
 def recognise(shape: tuple[int, ...], canonical: str, **sizes: int) -> Layout | None:
@@ -107,6 +115,5 @@ def recognise(shape: tuple[int, ...], canonical: str, **sizes: int) -> Layout | 
                 product *= sizes.get(letter, -1)
             fits = fits and product == size
         if fits:
-            constant = tuple((letter, sizes[letter]) for letter in "h" if letter in sizes and letter in canonical.split())
-            return Layout(native, canonical, constant)
+            return Layout(native, canonical, tuple((letter, sizes[letter]) for letter in "hs" if letter in sizes))
     return None

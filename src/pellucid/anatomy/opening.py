@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import discovery
+from pellucid.anatomy.attending import attention_ops, where
+from pellucid.anatomy.checks import error
 from pellucid.anatomy.proofs import Prover, refused_parts
-from pellucid.anatomy.structure import Anatomy, Proof, Stack
+from pellucid.anatomy.spans import Span
+from pellucid.anatomy.structure import Anatomy, Head, Proof, Stack
+from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
-from pellucid.errors import LoadError
+from pellucid.anatomy.wiretap import tapped
 
 BATCH, LENGTH, TARGET_LENGTH = 2, 11, 7
+LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
 
 
 def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatomy:
@@ -27,32 +33,89 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> A
     training = module.training
     module.eval()
     try:
-        return _open(module, dict(inputs) if inputs is not None else probe(module))
+        with torch.no_grad():
+            return _open(module, dict(inputs) if inputs is not None else probe(module))
     finally:
         module.train(training)
 
 
 def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
-    batch = next(v for v in inputs.values() if isinstance(v, Tensor)).shape[0]
+    batch = min(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
     t, output = discovery.trace(module, inputs)
-    calls = discovery.block_calls(t)
-    if not calls:
-        raise LoadError(
-            f"no stack of blocks was found in {type(module).__name__}: expected modules in a ModuleList that each take "
-            "and return a residual of the same shape"
-        )
-    stacks = discovery.find_stacks(t, batch)
-    head = find_head(t, calls[-1][-1], main_output(output), batch) if _has_head(output) else None
-    prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch)
-    proofs = prover.prove()
+    found = discovery.find_stacks(t, batch)
+    has_head = any(getattr(output, k, None) is not None for k in LOGITS)
+    head: Head | None = None
+    for stack, spans in reversed(found) if has_head else ():
+        tap = stack.blocks[-1].taps.get("resid_post")
+        if tap is not None:
+            head = find_head(t, spans[-1].made, spans[-1].end, main_output(output), tap.layout, batch)
+        if head is not None:
+            found.append(found.pop(found.index((stack, spans))))  # the stack that the head reads comes last
+            break
+    stacks = tuple(stack for stack, _ in found)
+    covered, elsewhere = coverage(t, [span for _, spans in found for span in spans])
+    del t, found
+    prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head)
+    proofs = [covered, *prover.prove()]
+    causal = causality(module, inputs, stacks, prover)
     stacks = tuple(
-        Stack(s.name, tuple(refused_parts(b, prover.failed.get((s.name, b.index), {})) for b in s.blocks), s.d_model)
+        replace(
+            s,
+            blocks=tuple(refused_parts(b, prover.failed.get((s.name, b.index), {})) for b in s.blocks),
+            causal=causal.get(s.name),
+        )
         for s in stacks
     )
     routes = {a.route for s in stacks for b in s.blocks for a in b.attentions.values()}
     return Anatomy(
-        module, stacks, head, proofs, refusals(stacks, proofs), inputs, " + ".join(sorted(routes)) or "no attention"
-    )
+        module, stacks, head, proofs, refusals(stacks, proofs) | elsewhere, inputs,
+        " + ".join(sorted(routes)) or "no attention",
+    )  # fmt: skip
+
+
+def coverage(t: Trace, spans: list[Span]) -> tuple[Proof, dict[str, str]]:
+    """Every listed module that attends is (part of) a block; attention elsewhere (a bridge, a pooler) has no sites."""
+    containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+    listed = {child for m in t.root.modules() if isinstance(m, containers) for child in m.children()}
+    missed, elsewhere = [], {}
+    for op in attention_ops(t, 0, len(t.ops)):
+        if any(s.start <= op.index < s.end for s in spans):
+            continue
+        elsewhere[where(t, op)] = "attention outside the stacks of blocks; it is not mapped"
+        if any(call.module in listed for call in enclosing(op)):
+            missed.append(where(t, op))
+    detail = "blocks that are not mapped: " + ", ".join(missed[:3]) if missed else "every block that attends is mapped"
+    return Proof("coverage", not missed, None, detail), elsewhere
+
+
+def enclosing(op: Op) -> Iterator[Call]:
+    call = op.call
+    while call is not None:
+        yield call
+        call = call.parent
+
+
+def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover) -> dict[str, bool]:
+    """Stack -> whether its earlier residuals stay the same when the last token that goes into it is another."""
+    own = {s.name: "decoder_input_ids" if s.name == "decoder" else "input_ids" for s in stacks}
+    found: dict[str, bool] = {}
+    for key in {k if k in inputs else next(iter(inputs)) for k in own.values()}:
+        ids = inputs[key]
+        if ids.is_floating_point() or ids.ndim != 2 or ids.shape[1] < 3:
+            continue
+        changed = ids.clone()
+        changed[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
+        taps = {
+            b.taps["resid_post"]: s.name
+            for s in stacks
+            for b in s.blocks
+            if "resid_post" in b.taps and (own[s.name] == key or own[s.name] not in inputs)
+        }
+        values, _ = tapped(module, taps, prover.batch, lambda: module(**{**inputs, key: changed}))  # noqa: B023
+        for tap, name in taps.items():
+            same = tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
+            found[name] = found.get(name, True) and same
+    return found
 
 
 def probe(module: nn.Module) -> dict[str, Any]:
@@ -73,13 +136,6 @@ def probe(module: nn.Module) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids(TARGET_LENGTH)
     return inputs
-
-
-LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
-
-
-def _has_head(output: Any) -> bool:
-    return any(getattr(output, k, None) is not None for k in LOGITS)
 
 
 def main_output(output: Any) -> Tensor:
@@ -106,6 +162,5 @@ def refusals(stacks: tuple[Stack, ...], proofs: list[Proof]) -> dict[str, str]:
     for (prefix, part, why), blocks in gathered.items():
         which = "*" if len(blocks) == sizes[prefix] else ",".join(map(str, blocks))
         found[f"{prefix}layers.{which}.{part}"] = why
-    if any(p.name == "unembedding" and not p.holds for p in proofs):
-        found["head"] = next(p.detail or "the head's proof failed" for p in proofs if p.name == "unembedding")
+    found |= {"head": p.detail or "the head's proof failed" for p in proofs if p.name == "unembedding" and not p.holds}
     return found

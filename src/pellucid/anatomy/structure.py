@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from pellucid.anatomy.experts import Experts
 from pellucid.anatomy.layout import Layout
 from pellucid.anatomy.trace import SELF
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
 ATTENTION_PORTS = ("q", "k", "v", "scores", "pattern", "z")
 
@@ -18,8 +24,10 @@ ATTENTION_PORTS = ("q", "k", "v", "scores", "pattern", "z")
 class Tap:
     """Where a tensor is met during a forward pass: a module's call, and a port of it.
 
-    `port` is "in" or "out" (with `key` saying which argument or result) or one of the ports of attention. For
-    attention outside the interface, `ops` are the ordinals of QK^T, softmax and PV among the module's operations.
+    `port` is "in" or "out" (with `key` saying which argument or result), one of the ports of attention or of experts
+    (of expert `unit`), or "op". For attention outside the interface, `ops` are the ordinals of QK^T, softmax and PV
+    among the module's contractions; for "op" the tensor is the result of the n-th operation named `key` in the
+    module's own code, `ops` = (n,).
     """
 
     module: str
@@ -27,15 +35,21 @@ class Tap:
     layout: Layout
     key: int | str = SELF
     nth: int = 0
-    ops: tuple[int, int, int] | None = None
+    ops: tuple[int, ...] | None = None
+    unit: int | None = None
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a residual state: a coefficient (number, vector or None for 1) times a source."""
+    """One summand of a residual state: a coefficient (number, or vector over d_model) times a source.
 
-    source: str  # "in", "attn.out", "cross.out", "mixer.out", "mlp.out" with "#2".. for further ones, or "state 0"
+    With `carried`, the source's streams are first scaled or mixed, token by token, by weights of the pass; what comes
+    out is met at that tap.
+    """
+
+    source: str  # "in", "attn.out", "cross.out", "mixer.out", "mlp.out", "mlp#2.out" for a further one, or "state 0"
     coefficient: float | Tensor = 1.0
+    carried: Tap | None = None
 
 
 @dataclass(frozen=True)
@@ -49,30 +63,72 @@ class State:
 
 
 @dataclass(frozen=True)
+class Path:
+    """What stands between a projection's output and the contribution it makes (norm, factor, gate, ...), in order."""
+
+    names: tuple[str, ...] = ()
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # native tensor in, native tensor out; gates as on the probe
+
+    def run(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module on the map: what it reads and what it makes."""
+
+    module: str
+    shape: tuple[int, ...]  # of one token's input as the module takes it: (width,), or (groups, width of a group)
+    given: Tap
+    made: Tap
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class Head:
-    """From the last residual to the logits: a chain of steps, each a module call or an elementwise operation."""
+    """From the last residual to the logits: a chain of steps, each a module call or an operation."""
 
     steps: tuple[Callable[[Tensor], Tensor], ...]
     names: tuple[str, ...]
     norm: Tap | None  # the output of the final norm
-    unembed: str  # module whose weight has one row (or column) per token
+    unembed: str  # module whose weight has one row (or column) per token; "" if that step is an operation
     after: int  # index of the first step after the unembedding
+    chosen: Callable[[Tensor], Tensor] | None = None  # from all positions' logits to those the model returns
 
 
 @dataclass(frozen=True)
 class Attention:
     """One attention (self or cross) of a block."""
 
-    part: str  # "attn" or "cross"
+    part: str  # "attn" or "cross" ("attn#2" for a second one in the same block)
     module: str
     nth: int
-    route: str  # "interface" or "operators"
+    route: str  # "interface", "operators", or "pieces" (windows, several streams): only z_out can be met
     heads: int
     kv_heads: int
     d_head: int
     d_value: int
-    o_proj: str | None
-    gated: bool  # something sits between z and the output projection: head edits act on z_out
+    o_proj: str | None = None
+    gated: bool = False  # something sits between z and the output projection: head edits act on z_out
+    linear: Linear | None = None  # the output projection; it may read more than the heads (convolutions beside them)
+    path: Path | None = None  # from the output projection to the contribution; None: it is worked on before it is added
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One position-wise contribution: a down projection that reads neurons, or a mixture of experts."""
+
+    part: str  # "mlp" ("mlp#2" for a second one in the same block)
+    down_proj: str | None = None
+    linear: Linear | None = None
+    path: Path | None = None
+    experts: Experts | None = None
+    reads: tuple[Tap, ...] = ()  # where it takes the residual
 
 
 @dataclass(frozen=True)
@@ -85,20 +141,30 @@ class Block:
     form: str  # "pre-norm", "post-norm", "parallel", ... as found
     taps: dict[str, Tap]
     states: tuple[State, ...]  # the last one is resid_post
-    attentions: dict[str, Attention]
-    down_proj: str | None = None
-    experts: str | None = None
+    attentions: dict[str, Attention] = field(default_factory=dict)
+    mlps: dict[str, Mlp] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
     sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
+    unmapped: tuple[str, ...] = ()  # attention that ran in the block but could not be put on the map: why
+    whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
+
+    @property
+    def down_proj(self) -> str | None:
+        return self.mlps["mlp"].down_proj if "mlp" in self.mlps else None
+
+    @property
+    def experts(self) -> Experts | None:
+        return self.mlps["mlp"].experts if "mlp" in self.mlps else None
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A sequence of blocks that hand one residual stream along; `name` is "", "encoder" or "decoder"."""
+    """A sequence of blocks that hand one residual stream along; `name` is "", "encoder", "decoder" or "stack0"..."""
 
     name: str
     blocks: tuple[Block, ...]
     d_model: int
+    causal: bool | None = None  # earlier residuals stay the same when the last token changes; None: not probed
 
     @property
     def prefix(self) -> str:
@@ -115,7 +181,7 @@ class Proof:
     detail: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Anatomy:
     """The map of a model and its proofs. Print it to see the tree."""
 
@@ -126,7 +192,29 @@ class Anatomy:
     refusals: dict[str, str]  # site pattern -> reason
     inputs: dict[str, Any]  # the probe the map was found and proven with
     route: str
+    rungs: Any = None  # how sweeps may be run here (pellucid.engine.rungs), found by the first sweep
 
     @property
     def complete(self) -> bool:
         return all(p.holds is not False for p in self.proofs)
+
+    def tree(self) -> Tree:
+        """The map as a rich tree: stacks, blocks folded when alike, the head, every proof, every refusal."""
+        from pellucid.anatomy import display
+
+        return display.tree(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the tree shows, as plain data."""
+        from pellucid.anatomy import display
+
+        return display.describe(self)
+
+    def to_json(self) -> str:
+        """What the tree shows, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __repr__(self) -> str:
+        from pellucid.anatomy import display
+
+        return display.text(self)

@@ -7,6 +7,7 @@ known by name. Values are identified by the tensor object; an in-place operation
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pellucid.anatomy.interfaces import listening
 
 SELF = "self"
+OPAQUE = "opaque"  # what a module does by other means than torch functions (custom kernels, quantised products)
 # Called in the course of an operation but carrying no data of their own.
 SILENT = {"size", "dim", "numel", "is_floating_point", "__len__", "is_contiguous", "stride", "get_device", "item"}
 
@@ -51,6 +53,7 @@ class Op:
     kwargs: dict[str, Any]
     func: Any = None
     ordinal: int = 0  # how many contractions and softmaxes its module call had made, this one included
+    nth: int = 0  # how many operations of this name its module call had made, this one included
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +72,9 @@ class Call:
     children: list[Call] = field(default_factory=list)
     end: int = -1
     contractions: int = 0
+    made: Counter[str] = field(default_factory=Counter)  # operations by name
+    norm: bool | None = None  # whether it normalises, once somebody asked
+    linear: bool | None = None  # whether an opaque one is linear
 
     @property
     def input(self) -> Value | None:
@@ -105,6 +111,11 @@ def counts(name: str) -> bool:
     return name in CONTRACTIONS or name in SOFTMAXES or name == "scaled_dot_product_attention"
 
 
+def in_place(name: str) -> bool:
+    """Whether the operation changes its first operand."""
+    return name.endswith("_") and not name.endswith("__") or name in ("__iadd__", "__isub__", "__imul__", "__setitem__")
+
+
 class Trace(TorchFunctionMode):
     """Use as a context around a forward pass; afterwards `calls`, `ops` and `value_of` hold the graph."""
 
@@ -118,6 +129,7 @@ class Trace(TorchFunctionMode):
         self._keep: list[Any] = []  # keeps tensor objects alive, so that an id is never used twice
         self._stack: list[Call] = []
         self._times: dict[nn.Module, int] = {}
+        self.lengths: set[int] = set()  # of the token sequences that went in
         self._fixed = {id(t) for t in (*root.parameters(), *root.buffers())}
 
     # ---- values
@@ -125,7 +137,8 @@ class Trace(TorchFunctionMode):
     def value_of(self, tensor: Tensor) -> Value:
         value = self._now.get(id(tensor))
         if value is None:
-            value = self._now[id(tensor)] = Value(tensor, fixed=id(tensor) in self._fixed)
+            fixed = id(tensor) in self._fixed or isinstance(tensor, nn.Parameter)  # offloaded weights come as new ones
+            value = self._now[id(tensor)] = Value(tensor, fixed=fixed)
             self._keep.append(tensor)
         return value
 
@@ -138,17 +151,16 @@ class Trace(TorchFunctionMode):
         self, name: str, inputs: Any, outputs: Any, args: tuple[Any, ...] = (), kwargs: Any = None, func: Any = None
     ) -> Op | None:
         given = [self.value_of(t) for t in tensors(inputs)]
-        in_place = name.endswith("_") and not name.endswith("__") or name in ("__iadd__", "__imul__", "__setitem__")
         known = {id(v.tensor) for v in given}
         results = list(tensors(args[:1])) if name == "__setitem__" else list(tensors(outputs))
-        if not in_place:
+        if not in_place(name):
             results = [t for t in results if id(t) not in known]  # handed back as it was: the same value
         if not results:
             return None
         call = self._stack[-1] if self._stack else None
         op = Op(len(self.ops), name, call, given, [], args, dict(kwargs or {}), func)
         if call is not None:
-            op.ordinal = call.contractions
+            op.ordinal, op.nth = call.contractions, call.made[name]
         for value in given:
             value.consumers.append(op)
         op.outputs = [self._fresh(t, op) for t in results]
@@ -158,8 +170,9 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._stack and counts(name):
-            self._stack[-1].contractions += 1
+        if self._stack:
+            self._stack[-1].made[name] += 1
+            self._stack[-1].contractions += counts(name)
         result = func(*args, **kwargs)
         if name not in SILENT:
             self.record(name, (args, kwargs), result, args, kwargs, func)
@@ -181,7 +194,11 @@ class Trace(TorchFunctionMode):
         self._stack.append(call)
 
     def _post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = self._stack.pop()
+        call = self._stack[-1]
+        for _, tensor in results(output):
+            if id(tensor) not in self._now:  # made by a kernel that torch functions do not show
+                self.record(OPAQUE, (args, kwargs), tensor, args, kwargs)
+        self._stack.pop()
         call.end = len(self.ops)
         for key, tensor in results(output):
             value = call.outputs[key] = self.value_of(tensor)

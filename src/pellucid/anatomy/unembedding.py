@@ -3,114 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from pellucid.anatomy import dataflow as flow
-from pellucid.anatomy.layout import TOKENS, recognise
+from pellucid.anatomy.layout import STREAMS, TOKENS, Layout, recognise
+from pellucid.anatomy.paths import Step, find_path, replay
 from pellucid.anatomy.structure import Head, Tap
-from pellucid.anatomy.trace import Call, Op, Trace, Value
-
-Step = tuple[str, Callable[[Tensor], Tensor], Value, Call | None]
+from pellucid.anatomy.trace import OPAQUE, Call, Trace, Value
 
 
-def find_head(t: Trace, last: Call, logits: Tensor, batch: int) -> Head | None:
-    """Follow the last block's output through modules and elementwise operations until the logits are reached."""
-    target = t.value_of(logits)
-    assert last.output is not None
-    path = _search(last.output, target, last.end, set())
-    if path is None:
+def find_head(t: Trace, last: Value, after: int, logits: Tensor, layout: Layout, batch: int) -> Head | None:
+    """Follow the last residual through modules and operations until the logits are reached."""
+    for target, chosen in _targets(t.value_of(logits)):
+        width = target.shape[-1]
+        path = find_path(last, target, after, shut=lambda call: _hides_unembedding(t, call, width))  # noqa: B023
+        if path is not None and layout.canonical == STREAMS:  # the head reads parallel streams as they are laid out
+            path = (Step("streams", layout.write, last), *path)
+        if path is not None and _shape(path, layout.read(last.tensor, batch)) == target.shape:
+            break
+    else:
         return None
-    linear = [i for i, (_, _, v, c) in enumerate(path) if c is not None and _weight(c, v, logits.shape[-1])]
+    linear = [i for i, s in enumerate(path) if _is_unembedding(s, width, last if i == 0 else path[i - 1].made)]
     if not linear:
         return None
-    norm = next((c for _, _, _, c in path[: linear[-1]] if c is not None and flow.is_norm(c)), None)
+    norm = next((s.call for s in path[: linear[-1]] if s.call is not None and flow.is_norm(s.call)), None)
     tap = None
     if norm is not None and norm.output is not None:
-        positions = norm.output.tensor.numel() // (batch * norm.output.shape[-1])
-        layout = recognise(tuple(norm.output.shape), TOKENS, b=batch, p=positions, d=norm.output.shape[-1])
-        if layout is not None:
-            key = next(k for k, v in norm.outputs.items() if v is norm.output)
-            tap = Tap(norm.name, "out", layout, key, norm.nth)
-    call = path[linear[-1]][3]
-    assert call is not None
-    return Head(tuple(s[1] for s in path), tuple(s[0] for s in path), tap, call.name, linear[-1] + 1)
+        shape = tuple(norm.output.shape)
+        form = recognise(shape, TOKENS, b=batch, p=norm.output.tensor.numel() // (batch * shape[-1]), d=shape[-1])
+        if form is not None:
+            tap = Tap(norm.name, "out", form, next(k for k, v in norm.outputs.items() if v is norm.output), norm.nth)
+    call = path[linear[-1]].call
+    return Head(
+        tuple(s.run for s in path), tuple(s.name for s in path), tap, call.name if call else "", linear[-1] + 1, chosen
+    )
 
 
-def _weight(call: Call, out: Value, width: int) -> bool:
+def _shape(path: tuple[Step, ...], x: Tensor) -> torch.Size:
+    with torch.no_grad():
+        for step in path:
+            x = step.run(x)
+    return x.shape
+
+
+def _targets(logits: Value) -> Iterator[tuple[Value, Callable[[Tensor], Tensor] | None]]:
+    """The logits, and what they were before they were moved or only some positions were chosen (as classifiers do)."""
+    value, chosen = logits, None
+    yield value, chosen
+    while value.producer is not None and (value.producer.name == "__getitem__" or flow.passes(value.producer)):
+        op, value = value.producer, value.producer.inputs[0]
+        chosen = _then(replay([op], value), chosen)
+        yield value, chosen
+
+
+def _then(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    return first if second is None else lambda x: second(first(x))
+
+
+def _hides_unembedding(t: Trace, call: Call, width: int) -> bool:
+    """Whether a module does the unembedding and more: it is opened, so that the unembedding is a step of its own."""
+    if _is_linear_module(call, width):
+        return False
+    return any(op.outputs[0].shape[-1:] == (width,) and flow.is_linear(op) for op in t.ops[call.start : call.end])
+
+
+def _is_unembedding(step: Step, width: int, given: Value) -> bool:
+    """Whether a step is the linear map onto the vocabulary (or classes)."""
+    if step.made.shape[-1] != width:
+        return False
+    if step.call is not None:
+        return _is_linear_module(step.call, width)
+    maker = step.made.producer
+    several = maker is not None and maker.name in ("stack", "cat")  # one unembedding per codebook
+    ops = [v.producer for v in maker.inputs] if several and maker is not None else [maker]
+    return all(op is not None and flow.weight_of(op) is not None for op in ops)
+
+
+def _is_linear_module(call: Call, width: int) -> bool:
+    """A module that is one linear map onto `width` outputs."""
     weight = getattr(call.module, "weight", None)
-    return weight is not None and weight.ndim == 2 and width in weight.shape and out.shape[-1] == width
-
-
-def _search(value: Value, target: Value, after: int, seen: set[int], depth: int = 0) -> list[Step] | None:
-    if value is target:
-        return []
-    if depth > 40 or id(value) in seen:
-        return None
-    seen.add(id(value))
-    for name, step, out, call in _next_steps(value, after):
-        rest = _search(out, target, after, seen, depth + 1)
-        if rest is not None:
-            return [*([(name, step, out, call)] if name else []), *rest]
-    return None
-
-
-def _next_steps(value: Value, after: int) -> Iterator[Step]:
-    """Ways onward from a value: innermost modules first, then single operations; moves have no name."""
-    for call in reversed(value.read_by):
-        if call.start >= after and call.input is value and call.output is not None and call.output is not value:
-            alone = sum(v.tensor.is_floating_point() for v in call.inputs.values()) == 1
-            if alone and call.output.shape[:-1] == value.shape[:-1]:
-                yield call.name, _module_step(call), call.output, call
-    for op in value.consumers:
-        if op.index < after or not op.outputs:
-            continue
-        out = op.outputs[0]
-        others = [v for v in op.inputs if v is not value]
-        if flow.passes(op) or (op.name == "__getitem__" and op.inputs[0] is value):
-            step = _slice_step(op) if out.shape[-1] != value.shape[-1] and out.tensor.ndim == value.tensor.ndim else None
-            yield ("slice" if step else ""), step or _identity, out, None
-        elif op.func is not None and out.shape == value.shape and all(flow.constant(v) for v in others):
-            yield op.name, _op_step(op, value), out, None
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _slice_step(op: Op) -> Callable[[Tensor], Tensor]:
-    width = op.outputs[0].shape[-1]
-    return lambda x: x[..., :width]
-
-
-def _module_step(call: Call) -> Callable[[Tensor], Tensor]:
-    key = next(k for k, v in call.inputs.items() if v is call.input)
-    out_key = next(k for k, v in call.outputs.items() if v is call.output)
-
-    def step(x: Tensor) -> Tensor:
-        from pellucid.anatomy.trace import take
-
-        args = [x if i == key else a for i, a in enumerate(call.args)]
-        kwargs = {k: (x if k == key else v) for k, v in call.kwargs.items()}
-        return take(call.module(*args, **kwargs), out_key)
-
-    return step
-
-
-def _op_step(op: Op, value: Value) -> Callable[[Tensor], Tensor]:
-    """The same elementwise operation on another tensor."""
-
-    def replaced(tree: Any, x: Tensor) -> Any:
-        if isinstance(tree, (tuple, list)):
-            return type(tree)(replaced(i, x) for i in tree)
-        if isinstance(tree, dict):
-            return {k: replaced(v, x) for k, v in tree.items()}
-        return x if tree is value.tensor else tree
-
-    def step(x: Tensor) -> Tensor:
-        if op.name.endswith("_") and not op.name.endswith("__"):
-            x = x.clone()
-        return op.func(*replaced(op.args, x), **replaced(op.kwargs, x))
-
-    return step
+    made = call.output.producer if call.output is not None else None
+    plain = weight is not None and weight.ndim == 2 and width in weight.shape
+    return not call.children and (plain or (made is not None and made.call is call and made.name == OPAQUE and flow.is_linear(made)))

@@ -8,8 +8,9 @@ native fused kernel unless somebody wants its scores or pattern.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from pellucid.anatomy.experts import EXPERT_PORTS, routed
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import ATTENTION_PORTS, Tap
-from pellucid.anatomy.trace import CONTRACTIONS, UNFRAMED, counts, put, results, take
+from pellucid.anatomy.trace import CONTRACTIONS, UNFRAMED, counts, in_place, put, results, take
 from pellucid.errors import Refused
 
 Handler = Callable[[Tensor], Tensor | None]
@@ -41,6 +43,8 @@ class Wiretap:
         self._owner = threading.get_ident()
         self._times: dict[tuple[str, str], int] = {}
         self._attention: dict[nn.Module, dict[tuple[int, str], Tap]] = {}
+        self._experts: dict[nn.Module, dict[tuple[int, str, int | None], Tap]] = {}
+        self._unseen: Callable[[], Any] = nullcontext  # what runs inside an interface does not count as an operation
         self._stack = ExitStack()
 
     # ---- going up and coming down
@@ -54,6 +58,8 @@ class Wiretap:
                 plain.setdefault((tap.module, tap.port), []).append(tap)
             elif tap.ops is not None:
                 by_operators.setdefault(tap.module, []).append(tap)
+            elif tap.port in EXPERT_PORTS:
+                self._experts.setdefault(modules[tap.module], {})[tap.nth, tap.port, tap.unit] = tap
             else:
                 self._attention.setdefault(modules[tap.module], {})[tap.nth, tap.port] = tap
         try:
@@ -63,9 +69,10 @@ class Wiretap:
                     self._hook(modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True))
                 else:
                     self._hook(modules[name].register_forward_hook(self._after(name, taps), with_kwargs=True))
-            if self._attention:
+            if self._attention or self._experts or by_operators:
                 self._stack.enter_context(listening(self))
             if by_operators:
+                self._unseen = torch._C.DisableTorchFunction
                 self._stack.enter_context(OperatorTap(self, modules, by_operators))
         except BaseException:
             self._stack.close()
@@ -144,7 +151,8 @@ class Wiretap:
     ) -> tuple[Tensor, Tensor | None]:
         taps = self._attention.get(module)
         if taps is None:
-            return native(module, q, k, v, mask, **kw)
+            with self._unseen():
+                return native(module, q, k, v, mask, **kw)
         n = self.nth(f"{id(module)}", "attention")
 
         def meet(port: str, x: Tensor) -> Tensor:
@@ -152,14 +160,31 @@ class Wiretap:
             return x if tap is None else self.meet(tap, x)
 
         q, k, v = meet("q", q), meet("k", k), meet("v", v)
-        if (n, "scores") in taps or (n, "pattern") in taps:
-            z, pattern = explicit_attention(module, q, k, v, mask, meet, **kw)
-        else:
-            z, pattern = native(module, q, k, v, mask, **kw)
+        with self._unseen():
+            if (n, "scores") in taps or (n, "pattern") in taps:
+                z, pattern = explicit_attention(module, q, k, v, mask, meet, **kw)
+            else:
+                z, pattern = native(module, q, k, v, mask, **kw)
         return meet("z", z), pattern
 
-    def experts(self, native: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        return native(module, *args, **kwargs)
+    # ---- experts through the interface
+
+    def experts(
+        self, native: Callable[..., Any], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:  # fmt: skip
+        taps = self._experts.get(module)
+        if taps is None:
+            with self._unseen():
+                return native(module, hidden_states, top_k_index, top_k_weights)
+        n = self.nth(f"{id(module)}", "experts")
+
+        def meet(port: str, unit: int | None, x: Tensor) -> Tensor:
+            tap = taps.get((n, port, unit))
+            return x if tap is None else self.meet(tap, x)
+
+        wanted = {unit for nth, _, unit in taps if nth == n and unit is not None}
+        with self._unseen():
+            return routed(module, hidden_states, top_k_index, top_k_weights, meet, wanted)
 
 
 def explicit_attention(
@@ -217,13 +242,16 @@ def explicit_attention(
     return (pattern @ v).transpose(1, 2).contiguous(), pattern
 
 
+_COUNTED = "contractions and softmaxes"
+
+
 class OperatorTap(TorchFunctionMode):
     """The same ports for families with attention code of their own: the n-th contraction of the module is QK^T, ..."""
 
     def __init__(self, wire: Wiretap, modules: dict[str, nn.Module], taps: dict[str, list[Tap]]) -> None:
         super().__init__()
         self.wire, self.modules, self.taps = wire, modules, taps
-        self._frames: list[tuple[str, int, list[int]]] = []  # module, which call of it, operations so far
+        self._frames: list[tuple[str, int, Counter[str]]] = []  # module, which call of it, operations so far
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> OperatorTap:
@@ -243,7 +271,7 @@ class OperatorTap(TorchFunctionMode):
     def _push(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == self.wire._owner:
-                self._frames.append((name, self.wire.nth(name, "operators") if name else 0, [0]))
+                self._frames.append((name, self.wire.nth(name, "operators") if name else 0, Counter()))
 
         return hook
 
@@ -254,20 +282,26 @@ class OperatorTap(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not self._frames or not counts(name):
+        if not self._frames:
             return func(*args, **kwargs)
         module, nth, done = self._frames[-1]
-        done[0] += 1
-        here = [t for t in self.taps.get(module, ()) if t.nth == nth and t.ops is not None and done[0] in t.ops]
+        done[name] += 1
+        done[_COUNTED] += counts(name)
+        mine = [t for t in self.taps.get(module, ()) if t.nth == nth and t.ops is not None]
+        for tap in mine:
+            if tap.port == "op" and tap.key == name and tap.ops == (done[name],):
+                return self._any(tap, func, args, kwargs)
+        step = done[_COUNTED]
+        here = [t for t in mine if t.port != "op" and step in t.ops] if counts(name) else []  # type: ignore[operator]
         if not here:
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._fused({t.port: t for t in here}, func, args, kwargs)
-        step = here[0].ops.index(done[0])  # type: ignore[union-attr]
-        mine = {t.port: t for t in here if t.port in (("q", "k"), ("scores", "pattern"), ("v", "z"))[step]}
+        step = here[0].ops.index(step)  # type: ignore[union-attr]
+        ports = {t.port: t for t in here if t.port in (("q", "k"), ("scores", "pattern"), ("v", "z"))[step]}
 
         def meet(port: str, x: Tensor) -> Tensor:
-            return self.wire.meet(mine[port], x) if port in mine else x
+            return self.wire.meet(ports[port], x) if port in ports else x
 
         if step == 1:
             args, kwargs = _replace(name, args, kwargs, lambda xs: [meet("scores", xs[0])])
@@ -280,6 +314,12 @@ class OperatorTap(TorchFunctionMode):
         args, kwargs = _replace(name, args, kwargs, lambda xs: [xs[0], meet("v", xs[1])])
         return meet("z", func(*args, **kwargs))
 
+    def _any(self, tap: Tap, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The result of any operation; one that works in place keeps working in place."""
+        old = func(*args, **kwargs)
+        old = args[0] if old is None else old  # x[i] = y returns nothing: it made x
+        new = self.wire.meet(tap, old)
+        return old if new is old else old.copy_(new) if in_place(str(tap.key)) else new
 
     def _fused(self, mine: dict[str, Tap], func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
         """torch's fused attention: step by step only if its scores or pattern are wanted."""

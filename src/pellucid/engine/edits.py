@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
+from pellucid.engine.inputs import Stream
 from pellucid.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,17 +39,18 @@ class Place:
     """The surroundings of an edit."""
 
     site: Site
+    stream: Stream  # the prompts its positions are counted on
     values: Tensor  # [batch, position, ...] the site's unit at every position
     real: Tensor  # [batch, position] False on padding
     positions: Tensor  # [batch, n] the chosen positions, counted from each row's first real token
-    lengths: Tensor  # [batch] real tokens of each prompt
     generating: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """Base of the edits. `new` is given the values at the chosen positions, [batch, n, ...] (for scores and patterns
-    n counts queries), and returns what stands there instead. `when` decides at each generation step."""
+    """Base of the edits. `new` is given the values at the chosen positions, [batch, n, ...], and returns what stands
+    there instead. `when` decides at each generation step. For scores and patterns n counts queries, keys are counted
+    from the first real token as positions are, and masked scores stay masked."""
 
     site: Site | str
     when: Condition | None = field(default=None, kw_only=True)
@@ -71,7 +73,8 @@ class Ablate(Edit):
 
     `how`: "zero"; "mean" over all real positions and prompts of the reference; "position_mean" over its prompts only;
     "resample": another prompt's value at the same position, prompts drawn by `seed`. The reference is a run that
-    kept the site, or prompts; without one it is the batch itself.
+    kept the site, or prompts; without one it is the batch itself. Patterns have no mean over positions, and scores
+    (where masked ones are no numbers) only zero.
 
     >>> Ablate("layers.9.attn.heads.9").how
     'zero'
@@ -85,6 +88,9 @@ class Ablate(Edit):
         super().__post_init__()
         if self.how not in get_args(How):
             raise InputError(f"cannot ablate by {self.how!r}: expected one of {', '.join(get_args(How))}")
+        part = self.site.part  # type: ignore[union-attr]
+        if self.how != "zero" and (part.endswith(".scores") or (part.endswith(".pattern") and self.how == "mean")):
+            raise InputError(f"{str(self.site)!r} cannot be ablated by {self.how!r}: each query sees other keys; use 'zero'")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -93,6 +99,8 @@ class Ablate(Edit):
     def new(self, x: Tensor, place: Place) -> Tensor:
         if self.how == "zero":
             return torch.zeros_like(x)
+        if self.reference is None and place.generating:
+            raise InputError(f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts")
         values, lengths = _reference(self.reference, place)
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
@@ -100,10 +108,18 @@ class Ablate(Edit):
         if self.how == "position_mean":
             weight = real.to(values.dtype).reshape(*real.shape, *[1] * (values.ndim - 2))
             mean = (values * weight).sum(0) / weight.sum(0).clamp_min(1)
-            return _at(mean[None], lengths.max()[None], place.positions)
+            return _with_keys_of(x, _at(mean[None], lengths.max()[None], place.positions), place)
+        rows = self._draw(len(values), len(x)).to(x.device)
+        return _with_keys_of(x, _at(values[rows], lengths[rows], place.positions), place)
+
+    def _draw(self, pool: int, batch: int) -> Tensor:
+        """[batch] rows of the reference; of the batch itself never a prompt's own."""
         generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.randint(len(values), (len(x),), generator=generator).to(x.device)
-        return _at(values[rows], lengths[rows], place.positions)
+        if self.reference is not None:
+            return torch.randint(pool, (batch,), generator=generator)
+        if batch == 1:
+            raise InputError("resampling a single prompt needs reference=: a run or prompts to draw from")
+        return (torch.arange(batch) + torch.randint(1, batch, (batch,), generator=generator)) % batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +130,7 @@ class Patch(Edit):
     [batch, n, ...]).
     """
 
-    source: Run | Tensor | str | Sequence[str] = field(kw_only=False, default=None)  # type: ignore[assignment]
+    source: Run | Tensor | str | Sequence[str]
     source_at: Position = None
 
     @property
@@ -123,21 +139,21 @@ class Patch(Edit):
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         if isinstance(self.source, Tensor):
-            return self.source.to(x.device, x.dtype).expand_as(x)
+            return torch.as_tensor(_fitting(self.source, x, "the tensor", place)).expand_as(x)
         values, lengths = _reference(self.source, place)
+        stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:
-            stream = self.source.stream(place.site)  # type: ignore[union-attr]
-            columns = stream.find(self.source_at)
-            assert columns is not None
-            positions = columns - stream.starts[:, None]
-            return _at(values, lengths, positions.expand(len(x), -1))
-        if not place.generating and bool((lengths != place.lengths).any()):
-            raise InputError(
-                f"cannot patch {str(place.site)!r} from a prompt of {lengths.tolist()} tokens into one of "
-                f"{place.lengths.tolist()}: positions do not align; give source_at=... or prompts of equal length"
-            )
-        inside = place.positions < lengths[:, None]
-        new = _at(values, lengths, place.positions.clamp(max=int(lengths.max()) - 1))
+            found = stream.find(self.source_at)
+            positions = place.positions if found is None else found - stream.starts[:, None]
+            if positions.shape[1] not in (1, x.shape[1]):
+                raise InputError(
+                    f"source_at={self.source_at!r} names {positions.shape[1]} positions for the {x.shape[1]} of "
+                    f"{str(place.site)!r}: expected one, or as many"
+                )
+            return _with_keys_of(x, _at(values, lengths, positions.expand(len(x), x.shape[1])), place)
+        _check_aligned(stream, place)
+        inside = place.positions < lengths[:, None]  # padding, and what is generated, has no counterpart
+        new = _with_keys_of(x, _at(values, lengths, place.positions.minimum(lengths[:, None] - 1)), place)
         return torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), new, x)
 
 
@@ -145,40 +161,45 @@ class Patch(Edit):
 class Steer(Edit):
     """Add `strength * vector` to the site. The vector broadcasts to [batch, n, ...]; usually it is [d_model]."""
 
-    vector: Tensor = field(default=None)  # type: ignore[assignment]
+    vector: Tensor
     strength: float = 1.0
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        return x + self.strength * self.vector.to(x.device, x.dtype)
+        return x + self.strength * _fitting(self.vector, x, "the vector", place)
 
 
 @dataclass(frozen=True, eq=False)
 class Scale(Edit):
     """Multiply the site by a factor (a number or something that broadcasts)."""
 
-    factor: float | Tensor = 1.0
+    factor: float | Tensor
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        return x * self.factor
+        return x * _fitting(self.factor, x, "the factor", place)
 
 
 @dataclass(frozen=True, eq=False)
 class ProjectOut(Edit):
     """Remove the span of some directions, [d] or [k, d], from the last dimension of the site."""
 
-    directions: Tensor = field(default=None)  # type: ignore[assignment]
+    directions: Tensor
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        rows = torch.atleast_2d(self.directions).to(x.device, torch.float64)
-        basis = torch.linalg.qr(rows.T)[0].to(x.dtype)  # [d, k], orthonormal
-        return x - (x @ basis) @ basis.T
+        rows = torch.atleast_2d(torch.as_tensor(self.directions)).to(x.device, torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != x.shape[-1]:
+            raise InputError(
+                f"the directions for {str(place.site)!r} are {list(self.directions.shape)}: expected [k, {x.shape[-1]}]"
+            )
+        inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x - ((x.to(wide) @ inverse.to(wide)) @ rows.to(wide)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Replace(Edit):
     """Put in whatever `function` makes of the values [batch, n, ...]."""
 
-    function: Callable[[Tensor], Tensor] = field(default=None)  # type: ignore[assignment]
+    function: Callable[[Tensor], Tensor]
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         new = self.function(x)
@@ -188,22 +209,41 @@ class Replace(Edit):
         return new
 
 
+# ---- fitting what comes from elsewhere
+
+
+def turned(values: Tensor, by: Tensor, axis: int) -> Tensor:
+    """Values [batch, ...] turned by[row] steps towards the front along `axis`; what falls off comes back behind.
+
+    >>> turned(torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([0, 1]), 1)
+    tensor([[0, 1, 2],
+            [4, 5, 3]])
+    """
+    if not bool(by.any()):
+        return values
+    n = values.shape[axis]
+    index = (torch.arange(n, device=values.device) + by[:, None]) % n
+    shape = [1] * values.ndim
+    shape[0], shape[axis] = index.shape
+    return values.gather(axis, index.reshape(shape).expand_as(values))
+
+
 def left_aligned(values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Values [batch, position, ...] with each row's first real token in column 0, and the rows' lengths."""
     lengths = real.long().sum(1)
-    if bool(real[:, 0].all()):
-        return values, lengths
-    columns = real.long().argmax(1)[:, None] + torch.arange(int(lengths.max()), device=values.device)
-    columns = columns.clamp(max=values.shape[1] - 1)
-    return values[torch.arange(len(values), device=values.device)[:, None], columns], lengths
+    return turned(values, real.long().argmax(1), 1)[:, : int(lengths.max())], lengths
 
 
 def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
-    """The reference's values at the site's unit, left aligned [rows, position, ...], and its lengths."""
+    """The reference's values at the site's unit, real positions first [rows, position, ...], and its lengths [rows]."""
     if source is None:
-        return left_aligned(place.values, place.real)
-    values, real = source.everywhere(place.site)
-    return left_aligned(values.to(place.values.device, place.values.dtype), real)
+        values, real = place.values, place.real
+    elif hasattr(source, "everywhere"):
+        values, real = source.everywhere(place.site)
+        values, real = values.to(place.values.device, place.values.dtype), real.to(place.values.device)
+    else:
+        raise InputError(f"{str(place.site)!r} can be taken from a run, prompts or token ids, not from {type(source).__name__}")
+    return left_aligned(values, real)
 
 
 def _at(values: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
@@ -219,3 +259,40 @@ def _at(values: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
         )
     rows = torch.arange(len(positions), device=values.device)[:, None] if len(values) > 1 else 0
     return values[rows, positions]
+
+
+def _with_keys_of(x: Tensor, new: Tensor, place: Place) -> Tensor:
+    """Scores and patterns of a reference, with the keys of `x`: those that the reference does not have stay."""
+    if "key" not in place.site.dims or new.shape[-1] == x.shape[-1]:
+        return new
+    if new.shape[-1] > x.shape[-1]:
+        raise InputError(
+            f"{str(place.site)!r} has {x.shape[-1]} keys but its reference {new.shape[-1]}: expected prompts of equal length"
+        )
+    return torch.cat([new, x[..., new.shape[-1] :]], -1)
+
+
+def _check_aligned(source: Stream, place: Place) -> None:
+    """Same positions mean the same only where the prompts are equally long; else say where they part."""
+    own, n = place.stream, len(source.lengths)
+    if n not in (1, len(own.lengths)) or bool((source.lengths == own.lengths).all()):
+        return
+    row = next(b for b, labels in enumerate(own.labels) if len(labels) != len(source.labels[b % n]))
+    here, there = own.labels[row], source.labels[row % n]
+    part = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there)))
+    shown = [" ".join(map(repr, labels[part : part + 5])) or "its end" for labels in (there, here)]
+    raise InputError(
+        f"cannot patch {str(place.site)!r} from a prompt of {len(there)} tokens into one of {len(here)}: they part at "
+        f"position {part}, {shown[0]} there and {shown[1]} here; give source_at=... or prompts of equal length"
+    )
+
+
+def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
+    """A number, or a tensor that broadcasts to x [batch, n, ...]; InputError for anything else."""
+    if isinstance(value, (int, float)):
+        return value
+    value = torch.as_tensor(value).to(x.device, x.dtype)
+    shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
+    if len(shape) > x.ndim or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
+        raise InputError(f"{what} for {str(place.site)!r} is {list(value.shape)}: it does not broadcast to {list(x.shape)}")
+    return value

@@ -53,6 +53,8 @@ def freeze(norm: Map, x: Tensor) -> FrozenNorm | None:
         signs[1] = -2  # the mean must be zero
     probe = 100 * signs / signs.square().mean().sqrt()  # so large that the norm's epsilon does not count
     with torch.no_grad():
+        if norm(x).shape != x.shape:
+            return None
         up, down = norm(probe[None])[0], norm(-probe[None])[0]
         moved = norm(probe[None] + 100)[0]
         given, made = x.double(), norm(x).double()

@@ -7,19 +7,22 @@ so that generating with a cache and without one gives the same text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
-from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.anatomy.wiretap import Wiretap
+from pellucid.engine.applying import Window
 from pellucid.engine.edits import Edit, Step
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.locate import Spot
 from pellucid.engine.run import Session
+from pellucid.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,31 +44,47 @@ class Generated:
 class _Follower(Session):
     """A session over many forward passes: it keeps the windows and the edits' decisions up to date."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit]) -> None:
-        super().__init__(anatomy, inputs, keep, edits)
-        self.edits = edits
-        self.stack = anatomy.stacks[-1].name
+    def __init__(self, anatomy: Anatomy, inputs: Inputs, edits: Sequence[Edit]) -> None:
+        super().__init__(anatomy, inputs, (), edits)
+        self.conditional = [edit for edit in edits if edit.when is not None]
+        self.stream = inputs.stream("")
+        self.history: dict[int, list[Tensor]] = {}
+        self.ids_name = "decoder_input_ids" if "decoder" in inputs.streams else "input_ids"
         self.steps = 0
         self.tokens: list[Tensor] = []
-        window = self.window(Site("resid_pre", 0, self.stack))
-        window.generating = True
 
     def step(self, kwargs: dict[str, Any]) -> None:
-        window = self.windows[self.stack]
-        ids = kwargs.get("decoder_input_ids" if self.stack == "decoder" else "input_ids")
+        """What the model is called with tells which columns it computes and which token came last."""
+        ids = kwargs.get(self.ids_name)
         width = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
-        prompt = window.stream.ids.shape[1]
-        if self.steps and ids is not None:
-            self.tokens.append(ids[:, -1])
-        batch = len(window.stream.ids)
-        tokens = torch.stack(self.tokens, 1) if self.tokens else window.stream.ids.new_zeros(batch, 0)
-        for edit in self.edits:
-            if edit.when is not None:
-                said = torch.as_tensor(edit.when(Step(self.steps, tokens)), device=window.stream.ids.device).bool()
-                window.history.setdefault(id(edit), []).append(said.expand(batch))
-        window.width = width
-        window.offset = prompt + self.steps - width
+        prompt = self.stream.ids
+        if self.conditional:
+            if self.steps and ids is not None:
+                self.tokens.append(ids[:, -1])
+            tokens = torch.stack(self.tokens, 1) if self.tokens else prompt.new_zeros(len(prompt), 0)
+            for edit in self.conditional:
+                said = torch.as_tensor(edit.when(Step(self.steps, tokens)), device=prompt.device).bool()  # type: ignore[misc]
+                self.history.setdefault(id(edit), []).append(said.expand(len(prompt)))
+        for window in self.windows.values():
+            if window.stream is self.stream:
+                window.width, window.offset = width, prompt.shape[1] + self.steps - width
         self.steps += 1
+
+    def window(self, spot: Spot) -> Window:
+        window = super().window(spot)
+        window.generating, window.history = window.stream is self.stream, self.history
+        return window
+
+
+class _Dice(LogitsProcessor):
+    """Sampling as the largest of randomly moved logits: it needs no global random state, so threads do not meet there."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature, self.generator = temperature, torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chance = torch.empty(scores.shape).exponential_(generator=self.generator).clamp_min(1e-20)
+        return scores / self.temperature - chance.log().to(scores.device)
 
 
 def generate(
@@ -79,27 +98,29 @@ def generate(
     use_cache: bool = True,
 ) -> Generated:
     """Greedy (or, with a temperature, sampled) continuation of each prompt under edits."""
-    inputs = left_padded(inputs)
-    follower = _Follower(anatomy, inputs, (), edits)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "num_beams": 1}
+    module = anatomy.module
+    if not (hasattr(module, "generate") and module.can_generate()):
+        raise InputError(f"a {type(module).__name__} does not generate text: open a causal or encoder-decoder model")
+    follower = _Follower(anatomy, inputs, edits)
+    handlers = follower.handlers()
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "use_cache": use_cache, "num_beams": 1, "do_sample": False,
+        "temperature": None, "top_p": None, "top_k": None, "return_dict_in_generate": False,
+    }  # fmt: skip
     if temperature > 0:
-        torch.manual_seed(seed)
-        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    else:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if tokenizer is not None and anatomy.module.generation_config.pad_token_id is None:
-        eos = anatomy.module.generation_config.eos_token_id
+        options["logits_processor"] = LogitsProcessorList([_Dice(temperature, seed)])
+    if tokenizer is not None and module.generation_config.pad_token_id is None:
+        eos = module.generation_config.eos_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
         options["pad_token_id"] = pad[0] if isinstance(pad, list) else pad
-    tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}
+    tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}  # generate counts positions itself
     with torch.no_grad():
-        handlers = follower.handlers()
         if handlers:
-            with Wiretap(anatomy.module, handlers, len(inputs), follower.step) as wire:
-                out = anatomy.module.generate(**tensors, **options)
+            with Wiretap(module, handlers, len(inputs), follower.step) as wire:
+                out = module.generate(**tensors, **options)
             follower.check(wire)
         else:
-            out = anatomy.module.generate(**tensors, **options)
+            out = module.generate(**tensors, **options)
     new = out[:, inputs.stream("").ids.shape[1] :]
     texts = tuple(tokenizer.batch_decode(new, skip_special_tokens=True)) if tokenizer is not None else ("",) * len(new)
     return Generated(texts, new, inputs.texts)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,22 +25,25 @@ Spans = Mapping[str, Sequence[tuple[int, int]]]
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The tokens one stack sees: ids [batch, length], and where each row's real tokens start and how many there are."""
+    """The tokens one stack sees: ids [batch, length], mask (1 on real tokens, which stand together) and their texts."""
 
     ids: Tensor
     mask: Tensor
     labels: tuple[tuple[str, ...], ...]
     spans: Spans = field(default_factory=dict)
+    _found: dict[Position, Tensor] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def starts(self) -> Tensor:
+        """[batch] the column of each row's first real token."""
         return self.mask.long().argmax(1)
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
+        """[batch] how many real tokens each row has."""
         return self.mask.long().sum(1)
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         return not bool(self.mask.all())
 
@@ -46,13 +51,15 @@ class Stream:
         """Columns [batch, n] of the positions `at` names in each row; None for every position."""
         if at is None or at == "*":
             return None
-        rows = [self._row(at, b) for b in range(len(self.ids))]
-        if len({len(r) for r in rows}) > 1:
-            raise InputError(
-                f"'@{at}' names {', '.join(str(len(r)) for r in rows)} positions in the prompts of this batch: "
-                "expected the same number in each; run them one at a time or name single positions"
-            )
-        return torch.tensor(rows, device=self.ids.device) + self.starts[:, None]
+        if at not in self._found:
+            rows = [self._row(at, b) for b in range(len(self.ids))]
+            if len({len(r) for r in rows}) > 1:
+                raise InputError(
+                    f"'@{at}' names {', '.join(str(len(r)) for r in rows)} positions in the prompts of this batch: "
+                    "expected the same number in each; run them one at a time or name single positions"
+                )
+            self._found[at] = torch.tensor(rows, device=self.ids.device) + self.starts[:, None]
+        return self._found[at]
 
     def _row(self, at: Position, b: int) -> list[int]:
         length = int(self.lengths[b])
@@ -62,21 +69,29 @@ class Stream:
             return [at % length]
         assert isinstance(at, str)
         if at[0] in "'\"":
-            return [self._token(ast.literal_eval(at), b)]
-        if at.replace("-", "").replace(",", "").isdigit():
+            return [self._token(at, b)]
+        if re.fullmatch(r"-?\d+(,-?\d+)+", at):
             return [self._row(int(word), b)[0] for word in at.split(",")]
-        if ":" in at:
-            start, _, stop = at.partition(":")
-            return list(range(length))[slice(int(start) if start else None, int(stop) if stop else None)]
         if at in self.spans:
-            return list(range(*self.spans[at][b]))
-        raise InputError(f"'@{at}' is no position: expected an index, a slice, 'token' or a span{nearest(at, self.spans)}")
+            named = range(*self.spans[at][b])
+        elif bounds := re.fullmatch(r"(-?\d+)?:(-?\d+)?", at):
+            named = range(length)[slice(*(int(n) if n else None for n in bounds.groups()))]
+        else:
+            known = nearest(at, self.spans) if self.spans else ""
+            raise InputError(f"'@{at}' is no position: expected an index, a slice such as '1:4', 'token' or a span{known}")
+        if not named or named[-1] >= length:
+            raise InputError(f"'@{at}' names no tokens of the prompt, which has {length}: {self._shown(b)}")
+        return list(named)
 
-    def _token(self, text: str, b: int) -> int:
+    def _token(self, quoted: str, b: int) -> int:
         """The last occurrence of a token, by its text with or without the leading space."""
+        try:
+            text = str(ast.literal_eval(quoted))
+        except (SyntaxError, ValueError) as error:
+            raise InputError(f"cannot read the token in '@{quoted}': expected quotes on both sides, such as @'Paris'") from error
         row = self.labels[b]
         for wanted in (text, text.strip()):
-            found = [i for i, label in enumerate(row) if label == wanted or label.strip() == wanted]
+            found = [i for i, label in enumerate(row) if wanted in (label, label.strip())]
             if found:
                 return found[-1]
         raise InputError(f"the token {text!r} is not in the prompt; its tokens are {self._shown(b)}{nearest(text, row)}")
@@ -99,19 +114,6 @@ class Inputs:
     def stream(self, stack: str) -> Stream:
         return self.streams.get(stack) or self.streams[""]
 
-    def rows(self, index: list[int]) -> Inputs:
-        """Some of the prompts, as inputs of their own."""
-
-        def cut(stream: Stream) -> Stream:
-            spans = {k: [v[i] for i in index] for k, v in stream.spans.items()}
-            return Stream(stream.ids[index], stream.mask[index], tuple(stream.labels[i] for i in index), spans)
-
-        batch = len(self)
-        tensors = {
-            k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in self.tensors.items()
-        }
-        return Inputs(tensors, {k: cut(s) for k, s in self.streams.items()}, tuple(self.texts[i] for i in index))
-
 
 def read_inputs(
     module: nn.Module, tokenizer: Any, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None
@@ -123,33 +125,28 @@ def read_inputs(
     """
     if isinstance(prompt, Inputs):
         return prompt
-    if isinstance(prompt, Mapping):
-        tensors = {k: v for k, v in prompt.items() if v is not None}
-        if "input_ids" not in tensors:
-            raise InputError(f"the inputs have no 'input_ids' (they have {', '.join(tensors)}); give a prompt or token ids")
-    elif isinstance(prompt, Tensor):
-        tensors = {"input_ids": prompt if prompt.ndim == 2 else prompt[None]}
-    else:
-        tensors = _tokenise(tokenizer, prompt)
-    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
-    _check_length(module, tensors["input_ids"])
     accepted = inspect.signature(module.forward).parameters
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    tensors = _tensors(module, tokenizer, prompt)
+    tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
     ids = tensors["input_ids"]
-    mask = tensors.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None or mask.ndim != 2 else mask
-    tensors["attention_mask"] = mask
-    if not bool(mask[:, 0].all()) and "position_ids" in accepted and "position_ids" not in tensors:
-        tensors["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    first = Stream(ids, mask, _labels(tokenizer, ids, mask), dict(spans or {}))
+    mask = tensors.setdefault("attention_mask", torch.ones_like(ids))
+    mask = mask if mask.ndim == 2 else torch.ones_like(ids)  # a 4-D mask is the model's business
+    ids = ids[:: max(1, len(ids) // len(mask))]  # music decoders have a row of tokens per codebook
+    _check(module, ids, mask)
+    first = Stream(ids, mask, _labels(tokenizer, ids, mask), _spans(spans or {}, len(ids)))
     streams = {"": first}
     if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         given = tensors.get("decoder_input_ids")
-        decoder_ids, decoder_mask = (given, torch.ones_like(given)) if given is not None else _target(module, tokenizer, target, ids)
-        tensors["decoder_input_ids"] = decoder_ids
-        if not bool(decoder_mask.all()):
-            tensors["decoder_attention_mask"] = decoder_mask
-        decoder = Stream(decoder_ids, decoder_mask, _labels(tokenizer, decoder_ids, decoder_mask))
+        if given is None:
+            given, given_mask = _target(module, tokenizer, target, ids)
+        else:
+            given_mask = tensors.get("decoder_attention_mask", torch.ones_like(given))
+        _check(module, given, given_mask)
+        tensors["decoder_input_ids"] = given
+        if not bool(given_mask.all()):
+            tensors["decoder_attention_mask"] = given_mask
+        decoder = Stream(given, given_mask, _labels(tokenizer, given, given_mask))
         streams = {"encoder": first, "decoder": decoder, "": decoder}
     elif target is not None:
         raise InputError("only encoder-decoder models take a target; append it to the prompt instead")
@@ -158,23 +155,43 @@ def read_inputs(
     return Inputs(tensors, streams, texts)
 
 
-def _tokenise(tokenizer: Any, prompt: Any) -> dict[str, Any]:
-    if tokenizer is None:
-        raise InputError("this model was opened without a tokenizer: give token ids, or open it with tokenizer=...")
+def _tensors(module: nn.Module, tokenizer: Any, prompt: Any) -> dict[str, Any]:
+    """The prompt as keyword arguments of the forward pass, `input_ids` [batch, length] among them."""
+    if isinstance(prompt, Mapping):
+        given = {k: torch.as_tensor(v) if isinstance(v, list) else v for k, v in prompt.items() if v is not None}
+        if "input_ids" not in given:
+            raise InputError(f"the inputs have no 'input_ids' (they have {', '.join(given)}); give a prompt or token ids")
+    elif isinstance(prompt, Tensor):
+        given = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
+    else:
+        given = pad(_rows(tokenizer, prompt), _pad_id(module, tokenizer))
+    ids = given["input_ids"]
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise InputError(f"token ids must be whole numbers [batch, length], not {list(ids.shape)} of {ids.dtype}")
+    return given
+
+
+def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
+    """Token ids of every prompt, each a text or already a list of ids."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise InputError("no prompt was given: expected a string or a list of strings")
-    if isinstance(prompts[0], int):
-        return {"input_ids": torch.tensor([prompts])}
+    if all(isinstance(p, int) for p in prompts):
+        return [prompts]
     rows = []
-    for text in prompts:
-        if not isinstance(text, str):
-            raise InputError(f"a prompt must be a string or token ids, not {type(text).__name__}")
-        ids = tokenizer(text)["input_ids"]
-        if not text.strip() or not ids:
+    for each in prompts:
+        if isinstance(each, str) and tokenizer is None:
+            raise InputError("this model was opened without a tokenizer: give token ids, or open it with tokenizer=...")
+        if isinstance(each, str):
+            ids = tokenizer(each)["input_ids"] if each.strip() else []
+        elif isinstance(each, (list, tuple)) and all(isinstance(i, int) for i in each):
+            ids = list(each)
+        else:
+            raise InputError(f"a prompt must be a string or token ids, not {type(each).__name__}")
+        if not ids:
             raise InputError("the prompt is empty: give at least one word")
         rows.append(ids)
-    return pad(rows, tokenizer.pad_token_id or 0)
+    return rows
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
@@ -185,15 +202,31 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _pad_id(module: nn.Module, tokenizer: Any) -> int:
+    """What padding is written as: some models find it by its id, so the model's own word counts most."""
+    config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
+    named = (getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), 0)
+    return next(n for n in named if isinstance(n, int) and n >= 0)
+
+
 def _target(module: nn.Module, tokenizer: Any, target: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     start = getattr(module.config, "decoder_start_token_id", None)
     start = start if start is not None else getattr(module.config, "bos_token_id", None) or 0
     targets = [""] * len(ids) if target is None else [target] * len(ids) if isinstance(target, str) else list(target)
     if len(targets) != len(ids):
         raise InputError(f"{len(ids)} prompts but {len(targets)} targets: give one target per prompt")
+    if tokenizer is None and any(targets):
+        raise InputError("this model was opened without a tokenizer: give decoder_input_ids instead of target=")
     rows = [[start, *(tokenizer(t, add_special_tokens=False)["input_ids"] if t else [])] for t in targets]
-    padded = pad(rows, (tokenizer.pad_token_id or 0) if tokenizer is not None else 0)
+    padded = pad(rows, _pad_id(module, tokenizer))
     return padded["input_ids"].to(ids.device), padded["attention_mask"].to(ids.device)
+
+
+def _spans(spans: Spans, batch: int) -> Spans:
+    for name, rows in spans.items():
+        if len(rows) != batch or any(len(tuple(row)) != 2 for row in rows):
+            raise InputError(f"the span {name!r} needs one (first, last + 1) per prompt: expected {batch}, got {rows!r}")
+    return dict(spans)
 
 
 def _labels(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...], ...]:
@@ -205,8 +238,20 @@ def _labels(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...],
     return tuple(tuple(text[i] for i in row) for row in rows)
 
 
-def _check_length(module: nn.Module, ids: Tensor) -> None:
+def _check(module: nn.Module, ids: Tensor, mask: Tensor) -> None:
+    """InputError for ids the embedding does not have, prompts beyond the context, and masks that are no padding."""
+    if mask.shape != ids.shape:
+        raise InputError(f"the attention mask is {list(mask.shape)}, but the token ids are {list(ids.shape)}")
+    edges = mask.long().diff(dim=1, prepend=torch.zeros_like(mask[:, :1]).long())
+    if bool(((edges == 1).sum(1) != 1).any()):
+        raise InputError("each row of the attention mask must be 1 on one stretch of tokens and 0 on the padding around it")
     config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
     limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and limit > 1 and ids.shape[1] > limit:
+    if isinstance(limit, int) and 1 < limit < ids.shape[1]:
         raise InputError(f"the prompt has {ids.shape[1]} tokens but the model's context holds {limit}: shorten the prompt")
+    try:
+        known = getattr(module.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # families that embed in ways of their own
+        return
+    if isinstance(known, int) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise InputError(f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {known - 1}")

@@ -11,13 +11,18 @@ from pellucid.errors import Refused, SiteError, nearest
 
 @dataclass(frozen=True)
 class Spot:
-    """A concrete site on a model: the tap its tensor is met at, and which unit of it (None: all of it)."""
+    """A concrete site on a model: the tap its tensor is met at, and which unit of it (None: all of it).
+
+    `stream` names the tokens its positions are counted on, `keys` those a query of it looks at.
+    """
 
     site: Site
     tap: Tap
     unit: int | None
     unit_axis: int
     position_axis: int
+    stream: str
+    keys: str
 
 
 def stack_of(anatomy: Anatomy, site: Site) -> Stack:
@@ -89,7 +94,8 @@ def locate(anatomy: Anatomy, site: Site) -> Spot:
     if site.part == "final_norm":
         if anatomy.head is None or anatomy.head.norm is None:
             raise SiteError("this model has no final norm between its last block and its head")
-        return Spot(site, anatomy.head.norm, None, 2, 1)
+        name = anatomy.stacks[-1].name
+        return Spot(site, anatomy.head.norm, None, 2, 1, name, name)
     if site.part == "logits":
         raise SiteError("logits are read from a run (run.logits), not kept or edited; edit 'final_norm' or a residual")
     block = block_of(anatomy, site)
@@ -98,14 +104,16 @@ def locate(anatomy: Anatomy, site: Site) -> Spot:
     tap = block.taps.get(part)
     if tap is None:
         raise _missing(block, part, site)
+    keys = "encoder" if part.startswith("cross.") else site.stack
+    stream = keys if part.endswith((".k", ".v")) else site.stack
     if part.startswith("mlp.experts."):
         assert isinstance(site.unit, int)
         (unit,) = choose(site.unit, unit_count(block, site), "expert", site)
-        return Spot(site, replace(tap, unit=unit), None, 2, 1)
+        return Spot(site, replace(tap, unit=unit), None, 2, 1, stream, keys)
     dims = PARTS[part]
     position_axis = dims.index("query" if "query" in dims else "position")
     unit_dim = next((d for d in dims if d in ("head", "kv_head")), dims[-1])
-    return Spot(site, tap, _unit(block, site, part), dims.index(unit_dim), position_axis)
+    return Spot(site, tap, _unit(block, site, part), dims.index(unit_dim), position_axis, stream, keys)
 
 
 def _unit(block: Block, site: Site, part: str) -> int | None:

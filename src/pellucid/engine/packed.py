@@ -22,8 +22,9 @@ from pellucid.anatomy.trace import take
 from pellucid.anatomy.wiretap import Wiretap, explicit_attention
 from pellucid.engine.applying import Window
 from pellucid.engine.inputs import Inputs
-from pellucid.engine.recording import AttentionCall, Recording
+from pellucid.engine.recording import AttentionCall, Recording, Shapes
 from pellucid.engine.run import Written
+from pellucid.errors import SiteError
 
 
 @dataclass(eq=False)
@@ -46,32 +47,36 @@ class Group:
 
 
 class Packed(Wiretap):
-    """Runs variants through the stack's blocks; `logits_rows` of the result are read by the sweep."""
+    """Runs variants through the stack's blocks. `shapes` says which block arguments are per position."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Inputs, recording: Recording) -> None:
-        self.anatomy, self.inputs, self.recording = anatomy, inputs, recording
+    def __init__(self, anatomy: Anatomy, inputs: Inputs, recording: Recording, shapes: Shapes) -> None:
+        self.inputs, self.recording, self.shapes = inputs, recording, shapes
         self.stack_map: Stack = recording.stack
-        self.stream = inputs.stream(recording.stack.name)
-        self.rows, self.length = self.stream.ids.shape
-        self.modules = {b.module: anatomy.module.get_submodule(b.module) for b in self.stack_map.blocks}
+        self.rows, self.length = inputs.stream(recording.stack.name).ids.shape
+        blocks = self.stack_map.blocks
+        self.modules = {b.module: anatomy.module.get_submodule(b.module) for b in blocks}
+        self.parts = {anatomy.module.get_submodule(a.module): a.part for b in blocks for a in b.attentions.values()}
         super().__init__(anatomy.module, {}, batch=1)
 
     # ---- the pass
 
     def final(self, variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
         """Each variant with its last residual [batch, length - start, d]."""
-        self.handlers = {tap: self._handler(tap) for v in variants for w in v.writers for tap in w.taps}
         self.writers: dict[Tap, list[tuple[Variant, Written]]] = {}
         for v in variants:
             for w in v.writers:
                 for tap in w.taps:
                     self.writers.setdefault(tap, []).append((v, w))
+        self.handlers = {tap: self._handler(tap) for tap in self.writers}
         self.groups: list[Group] = []
         with self:
             for layer, block in enumerate(self.stack_map.blocks):
                 self._join(layer, [v for v in variants if v.layer == layer])
                 if self.groups:
                     self._block(layer, block)
+        missed = next((writers[0][1] for tap, writers in self.writers.items() if tap not in self.met), None)
+        if missed is not None:
+            raise SiteError(f"the edit on {str(missed.spot.site)!r} never fired: the run did not pass through it")
         for group in self.groups:
             yield from zip(group.variants, group.hidden, strict=True)
 
@@ -88,7 +93,7 @@ class Packed(Wiretap):
                 group.hidden = torch.cat([group.hidden, rows])
 
     def _block(self, layer: int, block: Block) -> None:
-        self.block, self.calls_met = block, 0
+        self.block, self.times, self.attended = block, {}, 0
         self.spans: dict[Variant, slice] = {}
         at = 0
         self.slices: list[slice] = []
@@ -99,11 +104,15 @@ class Packed(Wiretap):
                 self.spans[v] = slice(at, at + size)
                 at += size
         packed = torch.cat([g.hidden.reshape(-1, g.hidden.shape[-1]) for g in self.groups])[None]
-        self.row, self.column = self._coordinates(packed.device)
+        row, column = self._coordinates(packed.device)
         call = self.recording.calls[layer]
         key = block.taps["resid_pre"].key
-        args = tuple(packed if i == key else self._cut(a) for i, a in enumerate(call.args))
-        kwargs = {k: packed if k == key else self._cut(v, k) for k, v in call.kwargs.items()}
+
+        def look_up(x: Tensor, batch: int | None, length: int) -> Tensor:
+            return _per_token(x, batch, length, row, column)
+
+        args = tuple(packed if i == key else self.shapes.cut(a, (layer, i), look_up) for i, a in enumerate(call.args))
+        kwargs = {k: packed if k == key else self.shapes.cut(v, (layer, k), look_up) for k, v in call.kwargs.items()}
         self.attention_calls = call.attention
         output = take(self.modules[block.module](*args, **kwargs), block.taps["resid_post"].key)
         for group, where in zip(self.groups, self.slices, strict=True):
@@ -120,35 +129,22 @@ class Packed(Wiretap):
             rows.append(row.repeat(len(g.variants)))
         return torch.cat(rows), torch.cat(columns)
 
-    def _cut(self, value: Any, name: str = "") -> Any:
-        """A block's argument for packed tokens: per-position tensors are looked up, caches are left out."""
-        if name in ("past_key_values", "past_key_value", "layer_past", "cache_params"):
-            return None
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._cut(v) for v in value)
-        if not isinstance(value, Tensor):
-            return value
-        if value.ndim == 1 and len(value) == self.length:
-            return value[self.column]
-        if value.ndim in (2, 3) and value.shape[1] == self.length and len(value) in (1, self.rows):
-            return value[self.row if len(value) > 1 else 0, self.column][None]
-        if value.ndim == 2 and len(value) == self.length:
-            return value[self.column]
-        return value
-
     # ---- edits
 
     def nth(self, name: str, port: str) -> int:
-        return self.block.nth
+        """Which call of a module this is in a whole forward pass: shared blocks call it once in every earlier call."""
+        n = self.times.get((name, port), 0)
+        self.times[name, port] = n + 1
+        return self.block.nth + n
 
     def _handler(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
         def handler(x: Tensor) -> Tensor | None:
-            old, x = x, x.clone()
+            x = x.clone()
             for v, w in self.writers[tap]:
                 where = self.spans.get(v)
                 if where is not None:
-                    part = old[0, where].unflatten(0, (self.rows, self.length - v.start))
-                    x[0, where] = w.meet(tap, part, Window(self.stream, offset=v.start)).flatten(0, 1)
+                    part = x[0, where].unflatten(0, (self.rows, self.length - v.start))
+                    x[0, where] = w.meet(tap, part, Window.on(self.inputs, w.spot, v.start)).flatten(0, 1)
             return x
 
         return handler
@@ -157,29 +153,29 @@ class Packed(Wiretap):
 
     def __enter__(self) -> Packed:
         super().__enter__()
-        if not self._attention:
-            self._stack.enter_context(listening(self))
+        self._stack.enter_context(listening(self))
         return self
 
     def attention(
         self, native: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
     ) -> tuple[Tensor, None]:
-        recorded = self.attention_calls[self.calls_met]
-        self.calls_met += 1
-        name = next(a for a in self.block.attentions.values() if self.root.get_submodule(a.module) is module).part
+        recorded = self.attention_calls[self.attended]
+        self.attended += 1
+        name = self.parts[module]
         taps = {p: self.block.taps.get(f"{name}.{p}") for p in ("q", "k", "v", "scores", "pattern", "z")}
         kw = {key: value for key, value in kw.items() if not isinstance(value, Tensor)}
         kw |= {key: value for key, value in recorded.kwargs.items() if isinstance(value, Tensor)}
-        cross = name == "cross"
-        made = [
-            self._attend(native, module, group, self._rows(q, where, group), *(
+        cross = name.startswith("cross")
+        made = []
+        for group, where in zip(self.groups, self.slices, strict=True):
+            keys, values = (
                 (self._repeat(recorded.k, group), self._repeat(recorded.v, group))
                 if cross
                 else (self._rows(k, where, group), self._rows(v, where, group))
-            ), recorded, taps, kw, cross)
-            for group, where in zip(self.groups, self.slices, strict=True)
-        ]  # fmt: skip
-        return torch.cat([z.reshape(1, -1, *z.shape[2:]) for z in made], 1), None
+            )
+            z = self._attend(native, module, group, self._rows(q, where, group), keys, values, recorded, taps, kw, cross)
+            made.append(z.reshape(1, -1, *z.shape[2:]))
+        return torch.cat(made, 1), None
 
     def _rows(self, x: Tensor, where: slice, group: Group) -> Tensor:
         """[1, head, tokens, e] -> [variants * batch, head, length - start, e]"""
@@ -200,14 +196,14 @@ class Packed(Wiretap):
             tap = taps[port]
             if tap is None or tap not in self.writers:
                 return x
+            self.met.add(tap)
             x = x.clone()
             for i, variant in enumerate(group.variants):
                 for owner, w in self.writers[tap]:
                     if owner is variant:
                         rows = slice(i * self.rows, (i + 1) * self.rows)
-                        window = Window(self.inputs.stream("encoder") if cross and port in "kv" else self.stream)
-                        window.offset = 0 if cross and port in "kv" else start
-                        layout = Layout("b h p e", HEADS) if port in ("q", "k", "v") else PLAIN[port]
+                        window = Window.on(self.inputs, w.spot, 0 if cross and port in "kv" else start)
+                        layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
                         x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
             return x
 
@@ -235,6 +231,15 @@ class Packed(Wiretap):
         if x.ndim == 4 and x.shape[2] == self.length:
             x = x[:, :, group.start :]
         return self._repeat(x, group) if x.ndim == 4 and len(x) == self.rows > 1 else x
+
+
+def _per_token(x: Tensor, batch: int | None, length: int, row: Tensor, column: Tensor) -> Tensor:
+    """Values by batch row (if there is an axis for it) and column, looked up for every packed token."""
+    if batch is None:
+        return x.index_select(length, column)
+    x = x.movedim((batch, length), (0, 1))
+    x = x[row if len(x) > 1 else 0, column][None]
+    return x.movedim((0, 1), (batch, length))
 
 
 PLAIN = {"z": Layout(HEADS, HEADS), "scores": Layout(PATTERN, PATTERN), "pattern": Layout(PATTERN, PATTERN)}

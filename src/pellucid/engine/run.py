@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from pellucid.anatomy.structure import Anatomy, Tap
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.applying import Window, apply
-from pellucid.engine.edits import Edit
+from pellucid.engine.edits import Edit, Place, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, expand, locate
 from pellucid.errors import InputError, Refused, SiteError, nearest
@@ -43,18 +43,32 @@ class Run:
         return self._select(Site.parse(site), self.kept)
 
     def grad(self, site: Site | str) -> Tensor:
-        """The gradient of the metric (`grad_of=`), summed over the batch, with respect to the values at a site."""
+        """The gradient of the metric (`grad_of=`), summed over the batch, with respect to the values at a site.
+
+        Shaped as `tensor` is. An edit of the site comes first: the gradient is that of the edited values.
+        """
         if not self.gradients:
             raise InputError("this run has no gradients: ask for them with model.run(..., grad_of=metric)")
-        return self._select(Site.parse(site), self.gradients)
+        site = Site.parse(site)
+        if site.port == "heads" and site.part.endswith(".out"):
+            part = site.part.removesuffix(".out")
+            raise SiteError(f"all heads of a layer write to one sum: the gradient at {str(site)!r} is that of '{part}.out'")
+        return self._select(site, self.gradients)
 
     def everywhere(self, site: Site) -> tuple[Tensor, Tensor]:
-        """The values at a site's unit over all positions, [batch, position, ...], and which of them are real."""
+        """The values at a site's unit over all positions, [batch, position, ...], and which of them are real.
+
+        The keys of scores and patterns, always the last dimension, are those of the real tokens, first one first.
+        """
         bare = replace(site, at=None)
-        stream = self.stream(bare)
+        spot = locate(self.anatomy, bare)
         value = self.tensor(bare)
         axis = next(i for i, d in enumerate(bare.dims) if d in ("position", "query"))
-        return value.movedim(axis, 1), stream.mask.bool()
+        value = value.movedim(axis, 1)
+        if "key" in bare.dims:  # counted as positions are: the first real token's key first
+            keys = self.inputs.stream(spot.keys)
+            value = turned(value, keys.starts, value.ndim - 1)[..., : int(keys.lengths.max())]
+        return value, self.inputs.stream(spot.stream).mask.bool()
 
     def stream(self, site: Site) -> Stream:
         return stream_of(self.inputs, site)
@@ -64,6 +78,8 @@ class Run:
         site = spot.site
         x = values.get(spot.tap)
         if x is None:
+            if spot.tap in {locate(self.anatomy, s).tap for s in self.sites}:
+                raise SiteError(f"{str(site)!r} was to be kept, but the run did not pass through it")
             kept = sorted({str(s.whole) for s in self.sites})
             raise SiteError(f"{str(site)!r} was not kept in this run: add it to keep=[...]{nearest(str(site), kept)}")
         axis = spot.position_axis
@@ -72,10 +88,13 @@ class Run:
             axis -= spot.unit_axis < spot.position_axis
         if site.port == "heads" and site.part.endswith(".out"):
             x = head_output(self.anatomy, site, x)
-        columns = self.stream(site).find(site.at)
+        stream = self.inputs.stream(spot.stream)
+        columns = stream.find(site.at)
         if columns is None:
             return x
         x = x.movedim(axis, 1)
+        if x.shape[1] != stream.ids.shape[1]:
+            raise Refused(f"{str(site)!r} has {x.shape[1]} positions for {stream.ids.shape[1]} tokens: keep it without '@'")
         x = x[torch.arange(len(x), device=x.device)[:, None], columns]
         return x.movedim(1, axis)
 
@@ -136,15 +155,21 @@ class Written:
 
 class Middle(Written):
     """An edit of resid_mid in a pre-norm block: no module hands that state on alone, so the change is carried by the
-    last contribution before it (mid = input + contributions, hence new contribution = old + new mid - old mid)."""
+    last of its summands (mid = sum of c * summand, hence new summand = old + (new mid - old mid) / c)."""
 
     def __init__(self, edit: Edit, spot: Spot, anatomy: Anatomy) -> None:
         super().__init__(edit, spot)
         block = block_of(anatomy, spot.site)
         state = block.states[-1]
+        terms = [t for t in state.terms if not t.source.startswith("mlp")]
+        if len(terms) == 1 and terms[0].source.startswith("state "):  # the middle is a state of its own
+            state = block.states[int(terms[0].source.removeprefix("state "))]
+            terms = list(state.terms)
+        taps = [t.carried or block.taps.get("resid_pre" if t.source == "in" else t.source) for t in terms]
+        if None in taps:
+            raise Refused(f"{str(spot.site)!r} can be kept, but not edited: one of its summands cannot be met")
         self.constant = state.constant
-        parts = {t.source: t.coefficient for t in state.terms if not t.source.startswith("mlp")}
-        self.coefficients = {block.taps["resid_pre" if name == "in" else name]: c for name, c in parts.items()}
+        self.coefficients = {tap: t.coefficient for tap, t in zip(taps, terms, strict=True) if tap is not None}
         self.taps = tuple(self.coefficients)
         self._met: dict[Tap, Tensor] = {}
 
@@ -156,7 +181,19 @@ class Middle(Written):
         for t, c in self.coefficients.items():
             mid = mid + self._met[t] * c
         self._met = {}
-        return x + (apply(self.edit, self.spot, mid, window) - mid) / self.coefficients[tap]
+        new = apply(self.edit, self.spot, mid, window)
+        return x if new is mid else x + (new - mid) / self.coefficients[tap]
+
+
+@dataclass(frozen=True, eq=False)
+class Nothing(Edit):
+    """Adds zeros. Their gradient is that of the state they are added to, all ways out of it counted."""
+
+    added: list[Tensor] = field(default_factory=list)
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        self.added.append(torch.zeros_like(x, requires_grad=True))
+        return x + self.added[-1]
 
 
 def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
@@ -167,11 +204,13 @@ def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
             spot = locate(anatomy, site)
             if site.port == "heads" and site.part.endswith(".out"):
                 raise SiteError(f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}")
-            if site.part == "resid_mid" and spot.tap.port == "in":
-                placed.append(Middle(edit, spot, anatomy))
-            else:
-                placed.append(Written(edit, spot))
+            placed.append(Middle(edit, spot, anatomy) if between_modules(spot) else Written(edit, spot))
     return placed
+
+
+def between_modules(spot: Spot) -> bool:
+    """Whether the tap shows the state to one of its readers only: writing there would miss the others."""
+    return spot.site.part == "resid_mid" and spot.tap.port == "in"
 
 
 class Session:
@@ -187,30 +226,32 @@ class Session:
     ) -> None:
         self.inputs, self.gradients = inputs, gradients
         self.sites = [s for k in keep for s in expand(anatomy, k)]
-        self.keeping = {locate(anatomy, s).tap for s in self.sites}
+        spots = {spot.tap: spot for spot in (locate(anatomy, s) for s in self.sites)}
+        self.keeping = set(spots)
         self.writing: dict[Tap, list[Written]] = {}
-        for w in written(anatomy, edits):
+        apart = [s for s in spots.values() if gradients and between_modules(s)]
+        self.nothings = {s.tap: Nothing(s.site.whole) for s in apart}
+        for w in [*written(anatomy, edits), *written(anatomy, list(self.nothings.values()))]:
             for tap in w.taps:
                 self.writing.setdefault(tap, []).append(w)
         self.kept: dict[Tap, Tensor] = {}
-        self.windows: dict[str, Window] = {}
+        self.windows: dict[tuple[str, str], Window] = {}
 
-    def window(self, site: Site) -> Window:
-        stream = "encoder" if site.part in ("cross.k", "cross.v") else site.stack
-        if stream not in self.windows:
-            self.windows[stream] = Window(self.inputs.stream(stream))
-        return self.windows[stream]
+    def window(self, spot: Spot) -> Window:
+        if (spot.stream, spot.keys) not in self.windows:
+            self.windows[spot.stream, spot.keys] = Window.on(self.inputs, spot)
+        return self.windows[spot.stream, spot.keys]
 
     def handlers(self) -> dict[Tap, Handler]:
         return {tap: self._handler(tap) for tap in {*self.keeping, *self.writing}}
 
     def _handler(self, tap: Tap) -> Handler:
-        writers, keep = self.writing.get(tap, ()), tap in self.keeping
+        writers, keep = [(w, self.window(w.spot)) for w in self.writing.get(tap, ())], tap in self.keeping
 
         def handler(x: Tensor) -> Tensor | None:
             old = x
-            for w in writers:
-                x = w.meet(tap, x, self.window(w.spot.site))
+            for w, window in writers:
+                x = w.meet(tap, x, window)
             if keep and self.gradients:
                 # the kept tensor must lie on the way to the metric: hand the model this very tensor
                 x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
@@ -239,25 +280,32 @@ def execute(
 ) -> Run:
     """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too."""
     module = anatomy.module
-    if grad_of is not None and module.training and getattr(module, "is_gradient_checkpointing", False):
-        raise Refused("gradients through a checkpointed forward recompute outside the run: call model.module.eval() first")
     session = Session(anatomy, inputs, keep, edits, grad_of is not None)
+    handlers = session.handlers()
+    if grad_of is not None and not session.sites:
+        raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
-        handlers = session.handlers()
+        if handlers and torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
+            raise Refused("a checkpointed forward is computed again outside the run: call model.module.eval() first")
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:
-                output = module(**inputs.tensors, **(forward or {}))
+                output = module(**{**inputs.tensors, **(forward or {})})
             session.check(wire)
         else:
-            output = module(**inputs.tensors, **(forward or {}))
+            output = module(**{**inputs.tensors, **(forward or {})})
         run = Run(anatomy, inputs, output, session.kept, session.sites)
         if grad_of is not None:
-            run.metric = grad_of(run)
-            taps = list(session.kept)
-            found = torch.autograd.grad(run.metric.sum(), [session.kept[t] for t in taps], allow_unused=True)
-            run.gradients = {
-                t: torch.zeros_like(session.kept[t]) if g is None else g for t, g in zip(taps, found, strict=True)
-            }
-            run.kept = {t: v.detach() for t, v in session.kept.items()}
-            run.metric = run.metric.detach()
+            _differentiate(run, grad_of, session)
     return run
+
+
+def _differentiate(run: Run, metric: Callable[[Run], Tensor], session: Session) -> None:
+    """Fill in the run's gradients; what is kept leaves the graph, which is gone."""
+    score = metric(run)
+    if not score.requires_grad:
+        raise InputError("this metric has no gradient (it counts, or reads nothing that was computed with gradients)")
+    wanted = {tap: session.nothings[tap].added[0] if tap in session.nothings else x for tap, x in run.kept.items()}
+    found = torch.autograd.grad(score.sum(), list(wanted.values()), allow_unused=True)
+    run.gradients = {t: torch.zeros_like(x) if g is None else g for (t, x), g in zip(wanted.items(), found, strict=True)}
+    run.kept = {tap: x.detach() for tap, x in run.kept.items()}
+    run.metric = score.detach()

@@ -22,6 +22,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
 from pellucid.engine.recording import Recording
 from pellucid.engine.run import Written
+from pellucid.errors import SiteError
 
 _lock = threading.Lock()  # stubbing changes a module's forward for a moment: one sweep at a time
 
@@ -82,12 +83,10 @@ def run_rows(
 
     def handler(tap: Tap) -> Callable[[Tensor], Tensor | None]:
         def handle(x: Tensor) -> Tensor | None:
-            x, old = x.clone(), x
+            x = x.clone()
             for i, w in writers[tap]:
                 part = slice(i * rows, (i + 1) * rows)
-                site = w.spot.site
-                stream = "encoder" if site.part in ("cross.k", "cross.v") else site.stack
-                x[part] = w.meet(tap, old[part], Window(inputs.stream(stream)))
+                x[part] = w.meet(tap, x[part], Window.on(inputs, w.spot))
             return x
 
         return handle
@@ -96,8 +95,11 @@ def run_rows(
     with (
         torch.no_grad(),
         skipping(anatomy, recording, before, n, rows),
-        Wiretap(anatomy.module, {t: handler(t) for t in writers}, n * rows),
+        Wiretap(anatomy.module, {t: handler(t) for t in writers}, n * rows) as wire,
     ):
-        logits = main_output(anatomy.module(**tensors, **forward))
+        logits = main_output(anatomy.module(**{**tensors, **forward}))
+    missed = next((placed[0][1] for tap, placed in writers.items() if tap not in wire.met), None)
+    if missed is not None:
+        raise SiteError(f"the edit on {str(missed.spot.site)!r} never fired: the run did not pass through it")
     return logits.unflatten(0, (n, rows))
 

@@ -1,0 +1,91 @@
+"""What does each expert of a mixture do? One routed implementation of the experts interface that can be met and edited.
+
+    router  [token, expert]  routing weights, zero where an expert was not selected
+    neurons of expert e      act(gate) * up, [token, neuron], zero where it was not selected
+    out of expert e          router[:, e] * (neurons @ W_down + bias, through the post-expert norm if there is one)
+
+The result is the sum of `out` over experts. It is used in place of the native kernel only while somebody listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EXPERT_PORTS = ("router", "expert_neurons", "expert_out")
+
+Meet = Callable[[str, int | None, Tensor], Tensor]  # port, expert, tensor -> the tensor to go on with
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block: the module the interface dispatches for, and their sizes."""
+
+    module: str
+    nth: int
+    count: int
+    selected: int  # per token
+    d_neurons: int
+
+
+def describe(module: nn.Module, name: str, nth: int, index: Tensor) -> Experts:
+    down = module.down_proj
+    return Experts(name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2])
+
+
+def routed(
+    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, meet: Meet, wanted: set[int]
+) -> Tensor:  # fmt: skip
+    """Run the experts one by one, handing the router's weights and every wanted expert's tensors to `meet`.
+
+    hidden [..., d_model]; index and weights [token, selected]. An edited router selects anew: the highest weights.
+    """
+    shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
+    n = experts.num_experts
+    router = weights.new_zeros(len(hidden), n + 1)  # one column more: expert-parallel padding points past the end
+    router = router.scatter_add(1, index.clamp(max=n), weights)[:, :n]
+    chosen = torch.zeros_like(router, dtype=torch.bool).scatter(1, index.clamp(max=n - 1), index < n)
+    edited = meet("router", None, router)
+    if edited is not router:
+        router, best = edited, edited.topk(index.shape[-1], -1).indices
+        chosen = torch.zeros_like(chosen).scatter(1, best, True) & (router != 0)
+    out = torch.zeros_like(hidden)
+    for e in sorted(wanted | set(chosen.any(0).nonzero().flatten().tolist())):
+        tokens = chosen[:, e].nonzero().flatten()
+        neurons = neurons_of(experts, e, hidden[tokens])
+        if e in wanted:
+            neurons = meet("expert_neurons", e, _spread(neurons, tokens, len(hidden)))[tokens]
+        made = written_by(experts, e, neurons) * router[tokens, e, None]
+        if e in wanted:
+            out = out + meet("expert_out", e, _spread(made.to(out.dtype), tokens, len(hidden)))
+        else:
+            out = out.index_add(0, tokens, made.to(out.dtype))
+    return out.view(shape)
+
+
+def _spread(rows: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Rows of the selected tokens among zeros for all tokens."""
+    return rows.new_zeros(count, rows.shape[-1]).index_copy(0, tokens, rows)
+
+
+def neurons_of(experts: nn.Module, e: int, x: Tensor) -> Tensor:
+    """The neurons of expert `e` for inputs [token, d_model]."""
+    up = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x)
+    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+
+
+def written_by(experts: nn.Module, e: int, neurons: Tensor) -> Tensor:
+    """What expert `e` writes for neurons [token, neuron], before the routing weight."""
+    out = _linear(experts, "down_proj", e, neurons)
+    return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+
+
+def _linear(experts: Any, name: str, e: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[e]
+    bias = getattr(experts, f"{name}_bias")[e] if experts.has_bias else None
+    return F.linear(x, weight.T if experts.is_transposed else weight, bias)

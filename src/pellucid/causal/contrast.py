@@ -1,0 +1,200 @@
+"""What do causal methods share? Two aligned sets of prompts, a metric, the effect between them, its interval.
+
+    total effect = metric(corrupted) - metric(clean)      effect of an edit = metric(edited) - metric(unedited)
+
+Intervals are percentile bootstraps of the mean over prompts (Efron 1979): resample prompts with replacement, take
+the mean, and give the range that holds `level` of the draws. One prompt has no interval: NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.patching import check_aligned
+from pellucid.engine.edits import Edit, Place, left_aligned
+from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.locate import locate
+from pellucid.engine.run import Run, stream_of
+from pellucid.errors import InputError
+from pellucid.metrics import BoundMetric
+from pellucid.model import Model
+from pellucid.results import Provenance
+from pellucid.tasks import Prompts
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Clean and corrupted prompts of equal token lengths, and what the metric gives on both, each [prompt]."""
+
+    model: Model
+    clean: Inputs
+    corrupted: Inputs
+    metric: BoundMetric
+    clean_scores: Tensor
+    corrupted_scores: Tensor
+
+    def run(self, inputs: Inputs, keep: Iterable[Site | str]) -> Run:
+        with torch.no_grad():
+            return self.model.run(inputs, keep=keep)
+
+    def sides(self, denoise: bool) -> tuple[Inputs, Inputs, Tensor]:
+        """What is run, what it is patched from, and the metric of what is run."""
+        if denoise:
+            return self.corrupted, self.clean, self.corrupted_scores
+        return self.clean, self.corrupted, self.clean_scores
+
+    def summary(self, seed: int) -> dict[str, Any]:
+        """What every result carries: the metric on each clean and corrupted prompt, and the total effect."""
+        clean, corrupted = numbers(self.clean_scores), numbers(self.corrupted_scores)
+        low, high = bootstrap(corrupted - clean, seed)
+        total = {"total_effect": (corrupted - clean).mean(), "total_low": low, "total_high": high}
+        return {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted), **total}
+
+
+def contrast(model: Model, clean: Any, corrupted: Any = None, metric: Any = None) -> Contrast:
+    """Check and score a contrast. `clean` may be `tasks.Prompts`, which brings its corrupted side and its metric.
+
+    InputError if prompts do not align; it shows where they diverge.
+    """
+    if isinstance(clean, Prompts):
+        metric = clean.metric() if metric is None else metric
+        corrupted = clean.corrupted if corrupted is None else corrupted
+        clean = clean.clean
+    if corrupted is None or metric is None:
+        raise InputError("a contrast needs corrupted=... and metric=... (tasks.Prompts bring both)")
+    ours, theirs = model.inputs(clean), model.inputs(corrupted)
+    check_aligned(ours, theirs)
+    bound = model.bind(metric, len(ours))
+    with torch.no_grad():
+        scores = [model.score(model.run(side), bound) for side in (ours, theirs)]
+    return Contrast(model, ours, theirs, bound, *scores)
+
+
+def repeated(inputs: Inputs, times: int) -> Inputs:
+    """The same prompts several times over, in order, as one batch."""
+    n = len(inputs)
+
+    def again(stream: Stream) -> Stream:
+        spans = {name: [*span] * times for name, span in stream.spans.items()}
+        return Stream(stream.ids.repeat(times, 1), stream.mask.repeat(times, 1), stream.labels * times, spans)
+
+    tensors = {
+        k: v.repeat(times, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and len(v) == n else v
+        for k, v in inputs.tensors.items()
+    }
+    return Inputs(tensors, {k: again(s) for k, s in inputs.streams.items()}, inputs.texts * times)
+
+
+# ---- intervals
+
+
+def bootstrap(values: np.ndarray, seed: int, draws: int = 1000, level: float = 0.95) -> tuple[Any, Any]:
+    """Low and high end of the interval of the mean over the first axis, prompts: values [prompt, ...] -> [...].
+
+    >>> low, high = bootstrap(np.array([1.0, 2.0, 3.0]), seed=0)
+    >>> bool(1.0 <= low < 2.0 < high <= 3.0)
+    True
+    """
+    n = len(values)
+    if n < 2:
+        return np.full(values.shape[1:], np.nan)[()], np.full(values.shape[1:], np.nan)[()]
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) / n
+    means = np.tensordot(weights, values, 1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
+def numbers(x: Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
+
+
+def effects(values: Tensor, base: Tensor, seed: int) -> dict[str, np.ndarray]:
+    """Mean change [variant] with its interval, from scores [variant, prompt] and those without the edit [prompt]."""
+    change = (numbers(values) - numbers(base)).T
+    low, high = bootstrap(change, seed)
+    return {"effect": change.mean(0), "low": low, "high": high}
+
+
+# ---- sites of a result
+
+
+def one_by_one(model: Model, inputs: Inputs, over: str | Site | Iterable[str | Site]) -> list[Site]:
+    """The concrete sites a pattern (or several) names; `@*` becomes one site per position."""
+    patterns = [over] if isinstance(over, str | Site) else list(over)
+    found: list[Site] = []
+    for site in (s for p in patterns for s in model.sites(p)):
+        if site.at != "*":
+            found.append(site)
+            continue
+        lengths = set(stream_of(inputs, site).lengths.tolist())
+        if len(lengths) > 1:
+            raise InputError(f"{str(site)!r} needs prompts of one length, and these have {sorted(lengths)}: name positions")
+        found += [site.at_position(i) for i in range(lengths.pop())]
+    return list(dict.fromkeys(found))
+
+
+def lay_out(sites: Sequence[Site], columns: Mapping[str, Any]) -> xr.Dataset:
+    """Columns [site] as variables over layer, unit (head, neuron, ...) and position; over `site` where parts differ."""
+    levels: dict[str, list[Any]] = {}
+    if len({(s.part, s.stack, s.unit is None, s.layer is None, s.at is None) for s in sites}) == 1:
+        one = sites[0]
+        unit = "head" if one.port.startswith("head") else one.unit_dim
+        fields = {"layer": "layer", unit: "unit", "position": "at"}
+        levels = {dim: [getattr(s, name) for s in sites] for dim, name in fields.items() if getattr(one, name) is not None}
+    levels = levels or {"site": [str(s) for s in sites]}
+    index = pd.MultiIndex.from_arrays(list(levels.values()), names=list(levels))
+    return xr.Dataset.from_dataframe(pd.DataFrame(dict(columns), index=index))
+
+
+def provenance(model: Model, method: str, inputs: Inputs, seed: int | None, **arguments: Any) -> Provenance:
+    return Provenance(method, model.name, digest=model.digest, inputs=list(inputs.texts), arguments=arguments, seed=seed)
+
+
+# ---- many units at once
+
+
+@dataclass(frozen=True, eq=False)
+class Swap(Edit):
+    """Units of a site take other values, position by position: many heads or neurons of a layer in one edit.
+
+    values: [batch or 1, position, unit, ...] (or [batch or 1, position, ...] without units), position 0 the first real token.
+    """
+
+    values: Tensor = None  # type: ignore[assignment]
+    units: tuple[int, ...] | None = None
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)[:, None] if len(self.values) > 1 else 0
+        new = self.values[rows, place.positions.clamp(max=self.values.shape[1] - 1)].to(x.dtype)
+        if self.units is None:
+            return new
+        x = x.clone()
+        x[:, :, list(self.units)] = new
+        return x
+
+
+def swaps(model: Model, sites: Sequence[Site], source: Run) -> list[Edit]:
+    """Edits that give all `sites` together the values of a run that kept them (their `whole`)."""
+    units: dict[Site, list[int]] = {}
+    for site in sites:
+        unit = locate(model.anatomy, site).unit
+        units.setdefault(replace(site.whole, at=site.at), []).extend([] if unit is None else [unit])
+    made: list[Edit] = []
+    for site, chosen in units.items():
+        values = aligned_values(source, site.whole)
+        made.append(Swap(site, values[:, :, chosen] if chosen else values, tuple(chosen) or None))
+    return made
+
+
+def aligned_values(run: Run, site: Site) -> Tensor:
+    """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
+    return left_aligned(*run.everywhere(site))[0]

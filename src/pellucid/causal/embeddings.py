@@ -1,0 +1,43 @@
+"""Runs that start from given token embeddings, so that these can be corrupted, swapped and differentiated."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.inputs import Inputs, Stream
+from pellucid.errors import Refused
+from pellucid.model import Model
+
+
+def embed(model: Model, ids: Tensor) -> Tensor:
+    """Token embeddings [..., d] of ids [...], as the model's own embedding module gives them."""
+    with torch.no_grad():
+        vectors: Tensor = model.module.get_input_embeddings()(ids)
+    return vectors
+
+
+def first_stream(inputs: Inputs) -> Stream:
+    """The tokens that are embedded from `input_ids`: an encoder's, or the only stack's."""
+    return inputs.streams.get("encoder") or inputs.stream("")
+
+
+def from_embeddings(inputs: Inputs, vectors: Tensor) -> Inputs:
+    """The same prompts, run from these embeddings [batch, position, d] of their first stream."""
+    tensors = {k: v for k, v in inputs.tensors.items() if k != "input_ids"} | {"inputs_embeds": vectors}
+    return replace(inputs, tensors=tensors)
+
+
+def check_embeddings(model: Model, inputs: Inputs) -> None:
+    """Refused unless running from the embeddings gives what running from the tokens gives."""
+    name = type(model.module).__name__
+    if "inputs_embeds" not in inspect.signature(model.module.forward).parameters:
+        raise Refused(f"{name} takes no inputs_embeds, so its token embeddings cannot be changed")
+    with torch.no_grad():
+        native = model.run(inputs).logits
+        again = model.run(from_embeddings(inputs, embed(model, first_stream(inputs).ids))).logits
+    if not torch.allclose(native, again, atol=1e-3 * max(1.0, float(native.abs().max()))):
+        raise Refused(f"{name} reads its tokens in more ways than by their embeddings: those cannot stand in for them")

@@ -1,0 +1,230 @@
+"""Does A act on B directly, or by way of something else?
+
+Path patching sends a change along chosen edges only (Wang et al. 2022, "Interpretability in the Wild", section 3.1;
+Goldowsky-Dill et al. 2023). With x the prompt that is run and x' the other one:
+
+    1. run x with the sender's output taken from x' and every other head (and, if `direct`, every MLP) held at its value
+       on x: what reaches the receivers now is the sender's change along direct paths (or paths through MLPs) alone
+    2. compute what the receivers make of that input, everything else held
+    3. run x with the receivers' outputs set to that; all that follows is free to react
+
+    effect = metric(step 3) - metric(x)
+
+The paper patches a receiver's input. We patch the output that follows from it (same numbers, and exact where query heads
+share keys and values: only the named head sees the changed key, not its siblings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.contrast import (
+    Contrast,
+    Swap,
+    aligned_values,
+    contrast,
+    effects,
+    lay_out,
+    one_by_one,
+    provenance,
+    repeated,
+)
+from pellucid.engine.edits import Edit, Replace, left_aligned
+from pellucid.engine.locate import locate
+from pellucid.engine.run import Run, stream_of
+from pellucid.errors import InputError
+from pellucid.model import Model
+from pellucid.results import Result
+
+TOKENS_AT_ONCE = 2048  # of senders x prompts x positions in one run
+
+
+def path_patching(
+    model: Model,
+    clean: Any,
+    corrupted: Any = None,
+    *,
+    senders: str | Site | Iterable[str | Site],
+    receivers: str | Site | Iterable[str | Site],
+    metric: Any = None,
+    direct: bool = True,
+    denoise: bool = False,
+    seed: int = 0,
+) -> Result:
+    """The effect of each sender on the metric by way of its paths to the receivers (all of them together).
+
+    Senders are heads, `mlp.out`, `embed` or residuals. Receivers are heads (`layers.9.attn.heads.9`, or one input of
+    them: `.q .k .v`), `mlp.out` or a residual (the last `resid_post`: paths to the logits); both may name positions.
+    `direct=False` lets the change pass through MLPs, as in the paper; `denoise` runs corrupted prompts with clean senders.
+
+    Gives `effect` and its interval over the senders' layers, heads and positions, `share` of the total effect, and the
+    metric's clean and corrupted means.
+
+    >>> path_patching(model, prompts, senders="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.9.q")  # doctest: +SKIP
+    """
+    pair = contrast(model, clean, corrupted, metric)
+    base, other, scores = pair.sides(denoise)
+    sources = one_by_one(model, base, senders)
+    paths = Paths.between(pair, denoise, sources, one_by_one(model, base, receivers), direct)
+    variants = [edits for chunk in paths.chunks(sources) for edits in paths.received(chunk)]
+    sweep = model.sweep(base, variants, pair.metric)
+    found = effects(sweep.values, scores, seed)
+    summary = pair.summary(seed)
+    total = summary["total_effect"] * (-1 if denoise else 1)
+    data = lay_out(sources, {**found, "share": found["effect"] / total}).assign(summary)
+    about = provenance(
+        model, "path_patching", base, seed, corrupted=list(other.texts), senders=senders, receivers=receivers,
+        metric=pair.metric.name, direct=direct, denoise=denoise,
+    )  # fmt: skip
+    return Result(data, kind="path patching", title=f"Effect by way of {receivers}", provenance=about)
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Everything that is the same for every sender: the two runs, what is held, and the receivers."""
+
+    model: Model
+    pair: Contrast
+    base: Run
+    other: Run
+    receivers: Sequence[Site]
+    held: Sequence[Site]
+
+    @classmethod
+    def between(
+        cls, pair: Contrast, denoise: bool, senders: Sequence[Site], receivers: Sequence[Site], direct: bool
+    ) -> Paths:
+        model = pair.model
+        held = held_sites(model, direct)
+        for site in receivers:
+            if site.part.endswith(("attn.out", "cross.out")) or site.layer is None:
+                raise InputError(f"{str(site)!r} cannot receive: name heads, one of their q, k, v, an mlp.out or a residual")
+        base, other, _ = pair.sides(denoise)
+        kept = pair.run(base, [*held, *(s.whole for s in receivers)])
+        return cls(model, pair, kept, pair.run(other, [s.whole for s in senders]), receivers, held)
+
+    def chunks(self, senders: Sequence[Site]) -> Iterator[Sequence[Site]]:
+        size = max(1, TOKENS_AT_ONCE // self.base.inputs.stream("").ids.numel())
+        for i in range(0, len(senders), size):
+            yield senders[i : i + size]
+
+    def received(self, senders: Sequence[Site]) -> list[list[Edit]]:
+        """Steps 1 and 2: for every sender, the edits that put its receivers' new outputs into the run."""
+        outputs: dict[Site, tuple[tuple[int, ...] | None, Tensor]] = {}
+        ports: dict[tuple[Site, tuple[str, ...]], list[Site]] = {}  # z_out of a layer, which of q, k, v -> receivers
+        for site in self.receivers:
+            area, _, port = site.part.partition(".")
+            if site.unit is None:
+                open_ = [] if site.part.startswith("resid") else [site.whole]
+                outputs[site] = None, self._sent(senders, [site.whole], open_)[site.whole]
+            else:
+                wanted = (port,) if port in ("q", "k", "v") else ("q", "k", "v")
+                home = replace(site.whole, part=f"{area}.z_out")
+                ports.setdefault((home, wanted), []).append(site)
+        for (home, wanted), sites in ports.items():
+            heads, z = self._attended(senders, home, wanted, sites)
+            for head, value in zip(heads, z.unbind(2), strict=True):
+                # receivers of one head by different ports act together only if named as the whole head
+                key = replace(home, unit=head, port="head")
+                if key in outputs:
+                    raise InputError(f"two receivers are inputs of {str(key)!r}: name the head itself, or one at a time")
+                outputs[key] = (head,), value[:, :, None]
+        return [self._edits(outputs, i) for i in range(len(senders))]
+
+    def _edits(self, outputs: dict[Site, tuple[tuple[int, ...] | None, Tensor]], sender: int) -> list[Edit]:
+        """The receivers' outputs in this sender's rows, heads of a layer joined in one edit."""
+        n = len(self.base.inputs)
+        joined: dict[Site, list[tuple[tuple[int, ...], Tensor]]] = {}
+        made: list[Edit] = []
+        for site, (units, values) in outputs.items():
+            mine = values[sender * n : (sender + 1) * n]
+            if units is None:
+                made.append(Swap(site, mine))
+            else:
+                joined.setdefault(site.whole, []).append((units, mine))
+        for site, parts in joined.items():
+            made.append(Swap(site, torch.cat([v for _, v in parts], 2), tuple(u for units, _ in parts for u in units)))
+        return made
+
+    # ---- step 1
+
+    def _sent(self, senders: Sequence[Site], keep: list[Site], open_: Sequence[Site]) -> dict[Site, Tensor]:
+        """What arrives at `keep`, [sender * prompt, position, ...], when all but the senders and `open_` is held."""
+        rows = repeated(self.base.inputs, len(senders))
+        places: dict[Site, list[tuple[int, Site]]] = {s: [] for s in self.held if s not in open_}
+        for i, sender in enumerate(senders):
+            places.setdefault(sender.whole, []).append((i, sender))
+        edits = [Replace(site, function=self._sending(site, who, len(senders))) for site, who in places.items()]
+        run = self._run(rows, keep, edits)
+        return {site: aligned_values(run, site) for site in keep}
+
+    def _sending(self, site: Site, who: list[tuple[int, Site]], count: int) -> Any:
+        """The function of a site's live values [sender * prompt, position, ...]: held ones, senders' rows patched."""
+        n = len(self.base.inputs)
+        held = site in self.held
+        base = self.base.everywhere(site)[0] if held else None
+        others = [self.other.everywhere(site)[0] for _ in who[:1]]
+
+        def send(x: Tensor) -> Tensor:
+            x = base.repeat(count, *[1] * (x.ndim - 1)) if base is not None else x.clone()
+            for i, sender in who:
+                part, source = x[i * n : (i + 1) * n], others[0]
+                unit = locate(self.model.anatomy, sender).unit
+                if unit is not None:
+                    part, source = part[:, :, unit], source[:, :, unit]
+                columns = stream_of(self.base.inputs, sender).find(sender.at)
+                if columns is None:
+                    part.copy_(source)
+                else:
+                    index = torch.arange(n, device=x.device)[:, None], columns
+                    part[index] = source[index]
+            return x
+
+        return send
+
+    # ---- step 2
+
+    def _attended(
+        self, senders: Sequence[Site], home: Site, wanted: tuple[str, ...], sites: list[Site]
+    ) -> tuple[list[int], Tensor]:
+        """New outputs z_out [sender * prompt, position, receiver, e] of a layer's heads, given their new q, k or v."""
+        area = home.part.partition(".")[0]
+        inputs = {p: replace(home, part=f"{area}.{p}") for p in wanted}
+        arrived = self._sent(senders, list(inputs.values()), [])
+        rows = repeated(self.base.inputs, len(senders))
+        edits: list[Edit] = []
+        for site in inputs.values():
+            for receiver in sites:
+                named = replace(receiver, part=site.part, port="heads")
+                unit = locate(self.model.anatomy, named).unit
+                assert unit is not None
+                edits.append(Swap(replace(site, at=receiver.at), arrived[site][:, :, [unit]], (unit,)))
+        run = self._run(rows, [home], edits)
+        heads = [locate(self.model.anatomy, replace(s, part=home.part)).unit or 0 for s in sites]
+        values, real = run.everywhere(home)
+        return heads, left_aligned(values[:, :, heads], real)[0]
+
+    def _run(self, rows: Any, keep: list[Site], edits: Sequence[Edit]) -> Run:
+        with torch.no_grad():
+            return self.model.run(rows, keep=keep, edits=edits)
+
+
+def held_sites(model: Model, direct: bool) -> list[Site]:
+    """All that is held at its value while a sender acts: heads (or their attention whole), other mixers, MLPs if direct."""
+    held = []
+    for stack in model.anatomy.stacks:
+        for block in stack.blocks:
+            for area in {part.partition(".")[0] for part in block.taps}:
+                names = [f"{area}.z_out", f"{area}.out"]
+                if area.startswith("resid") or (area.startswith("mlp") and not direct):
+                    continue
+                part = next((name for name in names if name in block.taps), None)
+                if part is not None:
+                    held.append(Site.parse(f"{stack.prefix}layers.{block.index}.{part}"))
+    return held

@@ -1,0 +1,273 @@
+"""Where is a fact recalled? Blur the subject, then restore single states of the clean run and see if the answer returns.
+
+Causal tracing (Meng et al. 2022, "Locating and Editing Factual Associations in GPT"):
+
+    clean        p(answer | prompt)
+    corrupted    the same with noise N(0, (3 sigma)^2) added to the embeddings of the subject's tokens, 10 samples;
+                 sigma is the standard deviation of the model's token embeddings over `reference` texts
+    restored     the corrupted run with one state (layer, position) set to its value in the clean run; for attention and
+                 MLP outputs the 10 layers from layer - 5 to layer + 4, as a single one is too little to bring the fact back
+
+    total effect = clean - corrupted        indirect effect = restored - corrupted
+
+As in the released code, noise is added to what the embedding module gives, before position embeddings and norms. The code
+takes sigma from the subjects of its data set; here it comes from the prompts themselves unless `reference` is given.
+Over several prompts, positions are gathered by their role as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.contrast import bootstrap, numbers, repeated
+from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
+from pellucid.engine.edits import Edit, Patch
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.run import Run
+from pellucid.errors import InputError
+from pellucid.metrics import Answers, BoundMetric, Metric, probability
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+from pellucid.tasks import Prompts
+from pellucid.tasks.tokens import covering, encode
+
+ROLES = ("first subject", "middle subject", "last subject", "first further", "further", "last")
+Case = tuple[str, int, int, int]  # part, centre layer, position, window
+
+
+def tracing(
+    model: Model,
+    prompt: Any,
+    answer: Answers | None = None,
+    *,
+    subject: str | Sequence[str] | tuple[int, int],
+    parts: Sequence[str] = ("resid_post", "attn.out", "mlp.out"),
+    window: int = 10,
+    noise: float = 3.0,
+    samples: int = 10,
+    metric: Callable[[Answers], Metric] = probability,
+    reference: Any = None,
+    seed: int = 0,
+) -> Result:
+    """The indirect effect of every layer and position, for the residual and for windows of attention and MLP outputs.
+
+    `prompt` is one prompt, several, or `tasks.Prompts`; `subject` its words (one text per prompt), its tokens (start, stop),
+    or the name of a span of the task. `answer` is by default the model's own prediction. For one prompt gives `effect`
+    [part, layer, position] with the bootstrap interval over noise samples; for several [part, layer, role], over prompts.
+    Also `share` of the total effect, `clean` and `corrupted` of every prompt, `total_effect` with its interval.
+
+    >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
+    """
+    questions = list(_questions(model, prompt, answer, subject))
+    sigma = _sigma(model, reference, questions)
+    found: list[tuple[_Noised, np.ndarray]] = []
+    layers = len(model.anatomy.stacks[0].blocks)
+    for i, question in enumerate(questions):
+        noised = _Noised.of(model, question, parts, metric, noise * sigma, samples, seed + i)
+        width = first_stream(question.inputs).ids.shape[1]
+        cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in range(width)]
+        effect = noised.restored(cases) - noised.corrupted
+        found.append((noised, numbers(effect).reshape(len(parts), layers, width, samples)))
+    coords: dict[str, Any] = {"part": list(parts), "layer": range(layers)}
+    if len(found) == 1:
+        noised, effect = found[0]
+        labels = list(first_stream(noised.question.inputs).labels[0])
+        span = noised.question.span
+        where = ["subject" if span[0] <= i < span[1] else "" for i in range(len(labels))]
+        coords |= {"position": range(len(labels)), "token": ("position", labels), "in_subject": ("position", where)}
+        dim, drawn = "position", np.moveaxis(effect, -1, 0)
+    else:
+        coords["role"] = list(ROLES)
+        dim, drawn = "role", np.stack([_by_role(noised.question, effect.mean(-1)) for noised, effect in found])
+    variables = _described(drawn, ("part", "layer", dim), [noised for noised, _ in found], seed)
+    about = _provenance(
+        model, "tracing", questions, seed, subject=subject, answer=[q.answer for q in questions], parts=parts,
+        window=window, noise=noise, sigma=sigma, samples=samples, metric=found[0][0].metric.name,
+    )  # fmt: skip
+    title = f"What brings back {questions[0].answer!r}" if len(questions) == 1 else f"What brings back {len(found)} facts"
+    return Result(xr.Dataset(variables, coords), kind="causal tracing", title=title, provenance=about)
+
+
+def window_curve(
+    model: Model,
+    prompt: Any,
+    answer: Answers | None = None,
+    *,
+    subject: str | Sequence[str] | tuple[int, int],
+    part: str = "mlp.out",
+    at: int | None = None,
+    windows: Iterable[int] = (1, 2, 4, 6, 8, 10, 15, 20),
+    noise: float = 3.0,
+    samples: int = 10,
+    metric: Callable[[Answers], Metric] = probability,
+    reference: Any = None,
+    seed: int = 0,
+) -> Result:
+    """How much the picture owes to the window: the indirect effect [window, layer] at one position of one prompt.
+
+    `at` is by default the subject's last token.
+    """
+    (question,) = _questions(model, prompt, answer, subject)
+    sigma = _sigma(model, reference, [question])
+    noised = _Noised.of(model, question, [part], metric, noise * sigma, samples, seed)
+    length = first_stream(question.inputs).ids.shape[1]
+    position = question.span[1] - 1 if at is None else range(length)[at]
+    widths, layers = list(windows), len(model.anatomy.stacks[0].blocks)
+    cases = [(part, layer, position, w) for w in widths for layer in range(layers)]
+    effect = numbers(noised.restored(cases) - noised.corrupted).reshape(len(widths), layers, samples)
+    variables = _described(np.moveaxis(effect, -1, 0), ("window", "layer"), [noised], seed)
+    about = _provenance(
+        model, "window_curve", [question], seed, subject=subject, answer=question.answer, part=part, at=position,
+        noise=noise, sigma=sigma, samples=samples,
+    )  # fmt: skip
+    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, {"part": part, "position": position})
+    return Result(data, kind="window curve", title=f"{part} at {position} in windows of layers", provenance=about)
+
+
+# ---- what is asked
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """One prompt, its answer, and the tokens [start, stop) of its subject."""
+
+    inputs: Inputs
+    answer: Answers
+    span: tuple[int, int]
+
+
+def _questions(model: Model, prompt: Any, answer: Any, subject: Any) -> Iterable[_Question]:
+    spans = None
+    if isinstance(prompt, Prompts):
+        if isinstance(subject, str) and subject in prompt.spans:
+            spans = prompt.spans[subject]
+        answer = [each if isinstance(each, str) else [each] for each in prompt.answers] if answer is None else answer
+        prompt = prompt.clean
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    answers = answer if isinstance(answer, list | tuple) else [answer] * len(prompts)
+    subjects = spans or ([subject] * len(prompts) if isinstance(subject, str | tuple) else list(subject))
+    if not len(prompts) == len(answers) == len(subjects):
+        raise InputError(
+            f"{len(prompts)} prompts, {len(answers)} answers and {len(subjects)} subjects: give one of each per prompt"
+        )
+    for text, right, about in zip(prompts, answers, subjects, strict=True):
+        inputs = model.inputs(text)
+        span = about if isinstance(about, tuple) else _span(model, text, about)
+        if right is None:
+            with torch.no_grad():
+                right = int(model.run(inputs).logits[0, -1].argmax())
+        yield _Question(inputs, right, span)
+
+
+def _span(model: Model, text: str, subject: str) -> tuple[int, int]:
+    if subject not in text:
+        raise InputError(f"the subject {subject!r} is not in the prompt {text!r}: give its words as they stand there")
+    start = text.index(subject)
+    return covering(encode(model.tokenizer, text)[1], start, start + len(subject))
+
+
+def _sigma(model: Model, reference: Any, questions: Sequence[_Question]) -> float:
+    """The standard deviation of token embeddings over all tokens and dimensions of the reference."""
+    streams = [first_stream(q.inputs) for q in questions] if reference is None else [first_stream(model.inputs(reference))]
+    ids = torch.cat([s.ids[s.mask.bool()] for s in streams])
+    return float(embed(model, ids).float().std())
+
+
+# ---- one prompt, corrupted
+
+
+@dataclass(frozen=True, eq=False)
+class _Noised:
+    """A prompt under several draws of noise (one row each), the clean values to restore, and the metric on both."""
+
+    model: Model
+    question: _Question
+    rows: Inputs
+    run: Run
+    metric: BoundMetric
+    clean: Tensor
+    corrupted: Tensor
+
+    @classmethod
+    def of(
+        cls, model: Model, question: _Question, parts: Sequence[str], metric: Any, scale: float, samples: int, seed: int
+    ) -> _Noised:
+        inputs, (start, stop) = question.inputs, question.span
+        if not 0 <= start < stop <= first_stream(inputs).ids.shape[1]:
+            raise InputError(f"the subject's tokens {start}:{stop} are not in the prompt {inputs.texts[0]!r}")
+        check_embeddings(model, inputs)
+        vectors = embed(model, first_stream(inputs).ids).repeat(samples, 1, 1)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(samples, stop - start, vectors.shape[-1], generator=generator) * scale
+        vectors[:, start:stop] += drawn.to(vectors.device, vectors.dtype)
+        rows = from_embeddings(repeated(inputs, samples), vectors)
+        prefix = model.anatomy.stacks[0].prefix
+        with torch.no_grad():
+            run = model.run(inputs, keep=[f"{prefix}layers.*.{part}" for part in parts])
+            clean = model.score(run, metric(question.answer))
+            bound = model.bind(metric(question.answer), samples)
+            corrupted = model.score(model.run(rows), bound)
+        return cls(model, question, rows, run, bound, clean, corrupted)
+
+    def restored(self, cases: Sequence[Case]) -> Tensor:
+        """The metric [case, sample] with the clean values of each case's layers back in place."""
+        return self.model.sweep(self.rows, [self._edits(*case) for case in cases], self.metric).values.to(self.corrupted)
+
+    def _edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
+        stack = self.model.anatomy.stacks[0]
+        made: list[Edit] = []
+        for i in range(max(0, layer - window // 2), min(len(stack.blocks), layer - (-window // 2))):
+            if part in stack.blocks[i].taps:
+                site = Site.parse(f"{stack.prefix}layers.{i}.{part}")
+                made.append(Patch(site.at_position(position), self.run.tensor(site)[:, position : position + 1]))
+        return made
+
+
+def _width(part: str, window: int) -> int:
+    """A residual state carries all that came before: it is restored alone."""
+    return 1 if part.startswith("resid") else window
+
+
+# ---- results
+
+
+def _by_role(question: _Question, effect: np.ndarray) -> np.ndarray:
+    """Effects [part, layer, position] averaged over the positions of each role; NaN where a prompt has none."""
+    start, stop = question.span
+    n = effect.shape[-1]
+    where = {
+        "first subject": [start], "middle subject": range(start + 1, stop - 1), "last subject": [stop - 1],
+        "first further": range(stop, min(stop + 1, n - 1)), "further": range(stop + 1, n - 1), "last": [n - 1],
+    }  # fmt: skip
+    none = np.full(effect.shape[:-1], np.nan)
+    return np.stack([effect[..., list(where[r])].mean(-1) if len(where[r]) else none for r in ROLES], -1)
+
+
+def _described(drawn: np.ndarray, dims: tuple[str, ...], noised: Sequence[_Noised], seed: int) -> dict[str, Any]:
+    """Means and intervals of effects [sample or prompt, ...], beside the metric's clean and corrupted values."""
+    clean = np.array([float(n.clean[0]) for n in noised])
+    corrupted = np.array([float(n.corrupted.mean()) for n in noised])
+    total = clean - (numbers(noised[0].corrupted) if len(noised) == 1 else corrupted)
+    here = ~np.isnan(drawn)
+    effect = np.where(here, drawn, 0).sum(0) / np.maximum(here.sum(0), 1)
+    low, high = bootstrap(np.where(here, drawn, effect), seed)
+    total_low, total_high = bootstrap(total, seed)
+    variables = {"effect": effect, "low": low, "high": high, "share": effect / total.mean()}
+    made: dict[str, Any] = {name: (dims, value) for name, value in variables.items()}
+    made |= {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted)}
+    return made | {"total_effect": total.mean(), "total_low": total_low, "total_high": total_high}
+
+
+def _provenance(
+    model: Model, method: str, questions: Sequence[_Question], seed: int, **arguments: Any
+) -> Provenance:
+    texts = [text for q in questions for text in q.inputs.texts]
+    return Provenance(method, model.name, digest=model.digest, inputs=texts, arguments=arguments, seed=seed)

@@ -1,0 +1,27 @@
+"""Which heads and MLPs, talking to which, make this answer? Find the circuit, run it alone, and judge it."""
+
+from pellucid.circuits.acdc import acdc, acdc_scores
+from pellucid.circuits.circuit import Circuit
+from pellucid.circuits.edge_attribution import edge_attribution
+from pellucid.circuits.exact import exact_patching
+from pellucid.circuits.execution import Runner, wire
+from pellucid.circuits.graph import Graph
+from pellucid.circuits.judge import faithfulness_curve, judge, stability, test
+from pellucid.circuits.scores import SIZES, EdgeScores
+
+__all__ = [
+    "SIZES",
+    "Circuit",
+    "EdgeScores",
+    "Graph",
+    "Runner",
+    "acdc",
+    "acdc_scores",
+    "edge_attribution",
+    "exact_patching",
+    "faithfulness_curve",
+    "judge",
+    "stability",
+    "test",
+    "wire",
+]

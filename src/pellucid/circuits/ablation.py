@@ -1,0 +1,105 @@
+"""What does a reader hear in place of a message that is switched off?
+
+The true circuit depends on the answer, so it is chosen, never implied:
+
+    "resample"        the same source's message on the aligned corrupted prompt (or on another prompt of the batch)
+    "mean"            its mean over all positions of the reference prompts
+    "position_mean"   its mean over the reference prompts at each position
+    "zero"            nothing
+    "roll"            its message one position earlier in the same prompt; the first position (often a BOS) keeps its
+                      own, and the second hears the last
+
+EAP-IG's released code gives every source the same vector under its `mean`; here each source has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pellucid.circuits.passing import Listener, forward
+from pellucid.circuits.question import chosen
+from pellucid.circuits.wiring import Wiring
+from pellucid.engine.inputs import Inputs
+from pellucid.errors import InputError
+
+How = Literal["resample", "mean", "position_mean", "zero", "roll"]
+
+
+class Recorder(Listener):
+    """Keeps every message, [source, batch, position, d], or minus those already there."""
+
+    def __init__(self, sources: int, minus: Tensor | None = None) -> None:
+        self.sources, self.messages, self.subtract = sources, minus, minus is not None
+
+    def wrote(self, first: int, count: int, messages: Callable[[], Tensor]) -> None:
+        with torch.no_grad():
+            self._keep(first, messages())
+
+    def _keep(self, first: int, messages: Tensor) -> None:
+        if self.messages is None:
+            self.messages = messages.new_empty(self.sources, *messages.shape[1:])
+        part = self.messages[first : first + len(messages)]
+        if self.subtract:
+            part -= messages
+        else:
+            part.copy_(messages)
+
+
+def messages_of(wiring: Wiring, inputs: Inputs) -> Tensor:
+    """What every source writes on these prompts: [source, batch, position, d]."""
+    recorder = Recorder(len(wiring.graph.sources))
+    with torch.no_grad():
+        forward(wiring, inputs, recorder, whole=False)
+    assert recorder.messages is not None
+    return recorder.messages
+
+
+def alternatives(
+    wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | None = None, seed: int = 0
+) -> Tensor:
+    """The messages [source, batch, position, d] that replace those of `inputs`.
+
+    `reference`: the corrupted prompts for "resample" (one for each prompt, of equal length), the prompts averaged over
+    for the means; by default the inputs themselves, for "resample" in another order drawn by `seed`.
+    """
+    if how not in get_args(How):
+        raise InputError(f"cannot switch edges off by {how!r}: expected one of {', '.join(get_args(How))}")
+    stream = inputs.stream("")
+    batch, length = stream.ids.shape
+    if how == "zero":
+        stack = wiring.model.anatomy.stacks[0]
+        like = next(p for p in wiring.model.module.parameters() if p.is_floating_point())
+        return like.new_zeros(()).expand(len(wiring.graph.sources), batch, length, stack.d_model)
+    if how == "roll":
+        messages = messages_of(wiring, inputs)
+        messages[:, :, 1:] = messages[:, :, 1:].roll(1, 2)
+        return messages
+    if how == "resample":
+        if reference is None:
+            if batch < 2:
+                raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
+            shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
+            reference = chosen(inputs, [(i + shift) % batch for i in range(batch)])
+        theirs = reference.stream("")
+        if theirs.ids.shape != stream.ids.shape or not torch.equal(theirs.mask, stream.mask):
+            raise InputError(
+                f"the corrupted prompts have {theirs.lengths.tolist()} tokens and the clean ones {stream.lengths.tolist()}: "
+                "expected one corrupted prompt of equal length for each; or switch off by another ablation"
+            )
+        return messages_of(wiring, reference)
+    reference = inputs if reference is None else reference
+    real = reference.stream("").mask.bool()
+    messages = messages_of(wiring, reference)
+    if how == "mean":
+        mean = messages[:, real].mean(1)[:, None, None]
+    else:
+        weight = real.to(messages.dtype)[None, :, :, None]
+        mean = ((messages * weight).sum(1) / weight.sum(1).clamp_min(1))[:, None]
+        if mean.shape[2] < length:
+            raise InputError(f"the reference prompts have {mean.shape[2]} tokens, fewer than the {length} of the prompts")
+        mean = mean[:, :, :length]
+    return mean.expand(-1, batch, length, -1)

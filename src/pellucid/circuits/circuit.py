@@ -1,0 +1,186 @@
+"""A circuit: a set of edges with their scores, and where it came from. Saved as JSON, compared, drawn, walked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pellucid.circuits.graph import Graph, Reader, Source
+from pellucid.errors import InputError
+from pellucid.results import Provenance
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas as pd
+
+FORMAT = {"format": "pellucid-circuit", "version": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Edges that are on: `on` [source, reader], their `scores` (signed; 0 where there are none), `ablation` for the rest."""
+
+    graph: Graph
+    on: Tensor
+    scores: Tensor
+    ablation: str = ""
+    provenance: Provenance = field(default_factory=lambda: Provenance("circuit"))
+
+    # ---- making one
+
+    @classmethod
+    def from_edges(cls, graph: Graph, edges: Iterable[str], **about: Any) -> Circuit:
+        """From names such as `embed -> layers.0.mlp`. InputError for an edge that the graph does not have."""
+        on = torch.zeros_like(graph.possible)
+        for name in edges:
+            on[graph.edge(name)] = True
+        return cls(graph, on, torch.zeros(on.shape), **about)
+
+    @classmethod
+    def from_nodes(cls, graph: Graph, nodes: Iterable[str], *, mlps: bool = True, **about: Any) -> Circuit:
+        """All edges among some heads (`9.9`, `layers.9.attn`), the embedding, the logits and, with `mlps`, every MLP."""
+        kept = graph.nodes(nodes) | {i for i, s in enumerate(graph.sources) if s.kind == "embed" or (mlps and s.kind == "mlp")}
+        return cls(graph, among(graph, kept), torch.zeros(graph.possible.shape), **about)
+
+    @classmethod
+    def whole(cls, graph: Graph, **about: Any) -> Circuit:
+        return cls(graph, graph.possible.clone(), torch.zeros(graph.possible.shape), **about)
+
+    # ---- reading it
+
+    def __len__(self) -> int:
+        return int(self.on.sum())
+
+    def __contains__(self, edge: str) -> bool:
+        return bool(self.on[self.graph.edge(edge)])
+
+    def __repr__(self) -> str:
+        return f"<Circuit of {len(self)} of {len(self.graph)} edges ({self.fraction:.1%}), {len(self.nodes)} nodes>"
+
+    @property
+    def fraction(self) -> float:
+        return len(self) / len(self.graph)
+
+    @property
+    def edges(self) -> list[str]:
+        """Names, strongest first."""
+        found = self.on.nonzero().tolist()
+        found.sort(key=lambda e: -abs(float(self.scores[tuple(e)])))
+        return [self.graph.name(s, r) for s, r in found]
+
+    @property
+    def nodes(self) -> list[str]:
+        """Sources whose messages are heard and readers' owners, in the order of the pass."""
+        heard = self.on.any(1)
+        reading = self.on.any(0)
+        used = [bool(heard[i]) or any(reading[r] for r in self.graph.inputs_of(i)) for i in range(len(heard))]
+        return [s.name for s, u in zip(self.graph.sources, used, strict=True) if u]
+
+    @property
+    def heads(self) -> list[str]:
+        return [n for n in self.nodes if ".heads." in n]
+
+    def table(self) -> pd.DataFrame:
+        """One row per edge: source, reader, score."""
+        import pandas as pd
+
+        rows = [(self.graph.sources[s].name, self.graph.readers[r].name, float(self.scores[s, r])) for s, r in self.on.nonzero()]
+        return pd.DataFrame(rows, columns=["source", "reader", "score"]).sort_values("score", key=abs, ascending=False)
+
+    # ---- changing it
+
+    def pruned(self) -> Circuit:
+        """Without edges that lie on no path from the embedding to the logits."""
+        on, before = self.on.clone(), -1
+        while before != int(on.sum()):
+            before = int(on.sum())
+            for i, source in enumerate(self.graph.sources):
+                if source.kind == "embed":
+                    continue
+                inputs = self.graph.inputs_of(i)
+                if not bool(on[:, inputs].any()):
+                    on[i] = False
+            for r in range(len(self.graph.readers) - 1):
+                if not any(bool(on[i].any()) for i in self._owners(r)):
+                    on[:, r] = False
+        return replace(self, on=on)
+
+    def _owners(self, reader: int) -> list[int]:
+        return [i for i in range(len(self.graph.sources)) if reader in self.graph.inputs_of(i)]
+
+    def without(self, nodes: Iterable[str]) -> Circuit:
+        """Without everything some nodes write, and what only they read."""
+        gone = self.graph.nodes(nodes)
+        return replace(self, on=self.on & ~touching(self.graph, gone))
+
+    def jaccard(self, other: Circuit) -> float:
+        """Shared edges as a share of all edges of either; 1.0 for two empty circuits."""
+        union = int((self.on | other.on).sum())
+        return int((self.on & other.on).sum()) / union if union else 1.0
+
+    # ---- keeping it
+
+    def save(self, path: str | Path) -> Path:
+        """One JSON file: the graph's nodes, the edges with their scores, the provenance."""
+        nodes = {"sources": [asdict(s) for s in self.graph.sources], "readers": [asdict(r) for r in self.graph.readers]}
+        edges = [[s, r, float(self.scores[s, r])] for s, r in self.on.nonzero().tolist()]
+        about = {**FORMAT, "ablation": self.ablation, "provenance": asdict(self.provenance)}
+        named = [self.graph.name(s, r) for s, r, _ in edges]
+        text = json.dumps({**about, **nodes, "groups": self.graph.groups, "edges": edges, "names": named}, allow_nan=False)
+        Path(path).write_text(text)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what `save` wrote. InputError if the file is missing, damaged or something else."""
+        try:
+            about = json.loads(Path(path).read_text())
+            if {k: about.get(k) for k in FORMAT} != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            sources = tuple(Source(**s) for s in about["sources"])
+            readers = tuple(Reader(**r) for r in about["readers"])
+            graph = Graph(sources, readers, tuple(about["groups"]))
+            on, scores = torch.zeros_like(graph.possible), torch.zeros(graph.possible.shape)
+            for s, r, score in about["edges"]:
+                on[s, r], scores[s, r] = True, score
+            return cls(graph, on, scores, about["ablation"], Provenance(**about["provenance"]))
+        except OSError as error:
+            raise InputError(f"cannot read a circuit from {str(path)!r}: {error.strerror or error}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise InputError(f"{str(path)!r} is no readable pellucid circuit ({error}); save it anew") from None
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """Nodes are sources and the logits; edges carry `port` (q, k, v, mlp, logits) and `score`."""
+        import networkx
+
+        made = networkx.MultiDiGraph(ablation=self.ablation)
+        made.add_nodes_from((s.name, {"kind": s.kind, "layer": s.layer}) for s in self.graph.sources if s.name in set(self.nodes))
+        for s, r in self.on.nonzero().tolist():
+            reader = self.graph.readers[r]
+            for owner in [self.graph.sources[i].name for i in self._owners(r)] or ["logits"]:
+                made.add_edge(self.graph.sources[s].name, owner, port=reader.kind, score=float(self.scores[s, r]))
+        return made
+
+
+def touching(graph: Graph, nodes: set[int]) -> Tensor:
+    """[source, reader] every edge a node writes to, or that nobody but these nodes reads."""
+    found = torch.zeros_like(graph.possible)
+    found[list(nodes)] = True
+    readers = {r for n in nodes for r in graph.inputs_of(n)}
+    others = {r for i in range(len(graph.sources)) if i not in nodes for r in graph.inputs_of(i)}
+    found[:, list(readers - others)] = True
+    return found & graph.possible
+
+
+def among(graph: Graph, nodes: set[int]) -> Tensor:
+    """[source, reader] every edge from one of these nodes to another, or to the logits."""
+    found = torch.zeros_like(graph.possible)
+    readers = sorted({r for n in nodes for r in graph.inputs_of(n)} | {len(graph.readers) - 1})
+    found[torch.tensor(sorted(nodes))[:, None], torch.tensor(readers)] = True
+    return found & graph.possible

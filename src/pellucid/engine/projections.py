@@ -1,0 +1,384 @@
+"""Which matrices does a head or a neuron read the stream with?
+
+Queries, keys and values are found by asking the model: what the projections read is replaced by the unit vectors, and what
+comes out is their matrix, whether they are three modules or one fused, grouped or not, in whatever orientation. It is read
+at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K` are the matrices before the rotation, and `QK`
+compares a query with a key at distance 0. What is not linear in what the attention reads is refused with the reason.
+
+    q = x W_Q + b_Q     k = x W_K + b_K     QK = W_Q W_K^T     OV = W_V W_O         x: what the attention reads, normed
+
+`folded()` puts the gain (and mean and bias) of the norm before into the matrices, so that x is the residual over its scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pellucid.anatomy import dataflow as flow
+from pellucid.anatomy.attending import FUSED, attention_ops, contraction_pair, where
+from pellucid.anatomy.layout import TOKENS, recognise
+from pellucid.anatomy.proofs import TOLERANCE
+from pellucid.anatomy.structure import Attention, Block, Linear, Tap
+from pellucid.anatomy.trace import Call, Trace, Value, take
+from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.wiretap import Handler
+from pellucid.engine.alone import Alone, within
+from pellucid.engine.frozen import FrozenNorm, freeze
+from pellucid.errors import Refused
+
+ROWS = 64  # unit vectors put in at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """x W + b: weight [d_in, ...], bias [...], and the norm that made x, if there is one."""
+
+    weight: Tensor
+    bias: Tensor
+    norm: FrozenNorm | None = None
+
+    def folded(self) -> Affine:
+        """The same map from the norm's input over its scale: (x - mean) / scale."""
+        if self.norm is None:
+            return self
+        w = self.weight.double()
+        across = [-1] + [1] * (w.ndim - 1)
+        bias = self.bias.double() + (self.norm.offset.view(across) * w).sum(0)
+        w = self.norm.gain.view(across) * w
+        w = w - w.mean(0, keepdim=True) if self.norm.centred else w
+        return Affine(w.to(self.weight), bias.to(self.bias))
+
+
+class Probe:
+    """A traced call of one block on dummy tokens: by which modules it reads what, and what comes of other inputs."""
+
+    def __init__(self, alone: Alone, block: Block) -> None:
+        self.alone, self.block = alone, block
+        self.call = alone.dummy(ROWS, 2)[block.index]
+        self.resid = block.taps["resid_pre"].layout.read(self.call.hidden, ROWS)
+        with torch.no_grad(), Trace(alone.anatomy.module) as self.trace:
+            alone.module(block)(*self.call.args, **self.call.kwargs)
+
+    def readers(self, value: Value) -> list[Call]:
+        """The linear modules `value` is made by, all of which must read the residual stream (or the other stack)."""
+        found: dict[int, Call] = {}
+        queue, seen = [value], set()
+        while queue:
+            op = queue.pop().producer
+            if op is None or op in seen:
+                continue
+            seen.add(op)
+            if flow.weight_of(op) is None:
+                queue.extend(op.inputs)
+            elif op.call is None or op.call.input is None or op.call.children:
+                raise Refused(f"layer {self.block.index} of this model projects in its own code, not by modules")
+            else:
+                self._check_reads(op.call.input)
+                found[id(op.call)] = op.call
+        return list(found.values())
+
+    def _check_reads(self, given: Value) -> None:
+        norm = flow.norm_of(given)
+        source = given if norm is None or norm.input is None else norm.input
+        root = self.trace.calls[0]
+        assert root.input is not None
+        if source.producer is not None and not flow.Additive(root.input, 0).reaches(source):
+            raise Refused("what is projected is no state of the residual stream: there is another projection or step before")
+
+    def attended(self, attention: Attention) -> dict[str, Value]:
+        """The queries, keys and values of one attention."""
+        ops = attention_ops(self.trace, 0, len(self.trace.ops))
+        op = next(op for op in ops if where(self.trace, op) == attention.module)
+        if op.name in ("attention", FUSED):
+            return dict(zip("qkv", op.inputs[:3], strict=True))
+        pair = contraction_pair(op)
+        assert pair is not None
+        return {"q": pair[0].inputs[-2], "k": pair[0].inputs[-1], "v": pair[1].inputs[-1]}
+
+    def tap(self, call: Call, value: Value, port: str) -> Tap:
+        """A tap on a module's input or output, as the block alone is called."""
+        key = next(k for k, v in (call.inputs if port == "in" else call.outputs).items() if v is value)
+        width = value.shape[-1]
+        layout = recognise(tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width)
+        if layout is None:
+            raise Refused(f"{call.name!r} is laid out in an unknown order")
+        return Tap(call.name, port, layout, key, call.nth)
+
+    def norm(self, value: Value) -> FrozenNorm | None:
+        """The norm that made a value in this block."""
+        call = flow.norm_of(value)
+        if call is None or call.input is None:
+            return None
+        key, module = next(k for k, v in call.outputs.items() if v is value), call.module
+        return freeze(lambda x: take(module(x), key), call.input.tensor)
+
+    def feed(self, readers: list[Call], rows: Tensor, tap: Tap) -> Tensor:
+        """What is met at `tap` at the first two positions, [row, 2, ...], when the readers read `rows` [row, d_in]."""
+        made = []
+        for part in rows.split(ROWS):
+            kept: list[Tensor] = []
+            given = torch.cat([part, part.new_zeros(ROWS - len(part), part.shape[1])])[:, None]
+
+            def put(x: Tensor, given: Tensor = given) -> Tensor:
+                return given.expand_as(x).contiguous()
+
+            handlers: dict[Tap, Handler] = {self.tap(c, c.input, "in"): put for c in readers if c.input is not None}
+            with torch.no_grad():
+                self.alone.call(self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append})
+            made.append(kept[0][: len(part), :2])
+        return torch.cat(made)
+
+
+# ---- attention
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """The matrices of all heads of one attention: W_Q, W_K [head, d_in, d_head], W_V [head, d_in, d_value], W_O [head,
+    d_value, d_model], and biases b_Q ... [head, ...], b_O [d_model]; keys and values are repeated for grouped queries."""
+
+    alone: Alone
+    block: Block
+    attention: Attention
+    fold: bool = False
+
+    def folded(self) -> AttentionWeights:
+        """The same with the norm before put into W_Q, W_K and W_V."""
+        return replace(self, fold=True)
+
+    def head(self, index: int) -> HeadWeights:
+        return HeadWeights(self, index)
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return Probe(self.alone, self.block)
+
+    @cached_property
+    def _found(self) -> dict[str, tuple[Affine, bool]]:
+        return {}
+
+    def read(self, port: str) -> tuple[Affine, bool]:
+        """The map [d_in, head, e] to q, k or v, and whether positions turn what it gives."""
+        if port not in self._found:
+            self._found[port] = self._read(port)
+        return self._found[port]
+
+    def _read(self, port: str) -> tuple[Affine, bool]:
+        part = f"{self.attention.part}.{port}"
+        if part not in self.block.taps:
+            raise Refused(f"W_{port.upper()} is refused on this model: {self.block.refused.get(part, f'{part} is not mapped')}")
+        readers = self._probe.readers(self._probe.attended(self.attention)[port])
+        widths = {c.input.shape[-1] for c in readers if c.input is not None}
+        if len(widths) != 1:
+            raise Refused(f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths")
+        (width,) = widths
+        like = self._probe.resid
+        noise = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like) / 10
+        rows = torch.cat([like.new_zeros(1, width), torch.eye(width).to(like), noise])
+        both = self._probe.feed(readers, rows, self.block.taps[part])
+        made = both[:, 0]
+        weight, bias = made[1 : width + 1] - made[0], made[0]
+        expected = torch.einsum("rd,dhe->rhe", noise, weight) + bias
+        error = float((expected - made[width + 1 :]).abs().max()) / max(1e-6, float(expected.abs().max()))
+        if error > 3 * TOLERANCE.get(like.dtype, 4e-2):
+            raise Refused(
+                f"W_{port.upper()} is refused on this model: {part} is no linear map of what the attention reads (a norm or "
+                "another nonlinear step lies in between)"
+            )
+        turned = not torch.allclose(both[:, 0], both[:, -1], rtol=1e-4, atol=1e-5)
+        affine = Affine(weight, bias, self._probe.norm(readers[0].input))  # type: ignore[arg-type]
+        return (affine.folded() if self.fold else affine), turned
+
+    @property
+    def position_dependent(self) -> bool:
+        """Whether q and k are turned by their position (rotary): W_Q and W_K are those before."""
+        return self.read("q")[1]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., kv head or head, e] -> [head, ..., e]"""
+        return x.repeat_interleave(self.attention.heads // x.shape[-2], -2).movedim(-2, 0)
+
+    @property
+    def W_Q(self) -> Tensor:
+        return self._heads(self.read("q")[0].weight)
+
+    @property
+    def W_K(self) -> Tensor:
+        return self._heads(self.read("k")[0].weight)
+
+    @property
+    def W_V(self) -> Tensor:
+        return self._heads(self.read("v")[0].weight)
+
+    @property
+    def b_Q(self) -> Tensor:
+        return self._heads(self.read("q")[0].bias)
+
+    @property
+    def b_K(self) -> Tensor:
+        return self._heads(self.read("k")[0].bias)
+
+    @property
+    def b_V(self) -> Tensor:
+        return self._heads(self.read("v")[0].bias)
+
+    @property
+    def _output(self) -> tuple[Tensor, Tensor]:
+        a = self.attention
+        if a.linear is None or a.linear.width != a.heads * a.d_value or f"{a.part}.z_out" not in self.block.taps:
+            why = self.block.refused.get(f"{a.part}.z_out", "no output projection reads z alone")
+            raise Refused(f"W_O is refused on this model: {why}")
+        weight, bias = linear_map(self.alone.anatomy.module.get_submodule(a.linear.module), a.linear.shape)
+        return weight.detach(), weight.new_zeros(weight.shape[1]) if bias is None else bias.detach()
+
+    @property
+    def W_O(self) -> Tensor:
+        return self._output[0].unflatten(0, (self.attention.heads, self.attention.d_value))
+
+    @property
+    def b_O(self) -> Tensor:
+        return self._output[1]
+
+    @property
+    def QK(self) -> Tensor:
+        """[head, d_in, d_in], before the scaling by 1 / sqrt(d_head)."""
+        return self.W_Q @ self.W_K.mT
+
+    @property
+    def OV(self) -> Tensor:
+        """[head, d_in, d_model]"""
+        if self.attention.gated:
+            raise Refused("OV is refused on this model: a gate or norm lies between z and the output projection")
+        return self.W_V @ self.W_O.to(self.W_V.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """One head's W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, QK and OV: those of `AttentionWeights` without the head dimension."""
+
+    attention: AttentionWeights
+    index: int
+
+    def folded(self) -> HeadWeights:
+        return replace(self, attention=self.attention.folded())
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "QK", "OV"):
+            raise AttributeError(f"a head has no weights {name!r}: W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, QK, OV")
+        found: Tensor = getattr(self.attention, name)[self.index]
+        return found
+
+
+# ---- neurons
+
+
+@dataclass(frozen=True, eq=False)
+class MlpWeights:
+    """The matrices W_in that read the stream, by module name, [d_in, feature] (with b_in), and W_out [neuron, d_model]."""
+
+    alone: Alone
+    block: Block
+    tap: Tap
+    down: Linear
+    fold: bool = False
+
+    def folded(self) -> MlpWeights:
+        """The same with the norm before put into W_in."""
+        return replace(self, fold=True)
+
+    def neuron(self, index: int) -> NeuronWeights:
+        return NeuronWeights(self, index)
+
+    @cached_property
+    def probe(self) -> Probe:
+        return Probe(self.alone, self.block)
+
+    @cached_property
+    def readers(self) -> dict[str, Call]:
+        call = next(c for c in self.probe.trace.calls if c.name == self.tap.module)
+        return {c.name.rpartition(".")[2]: c for c in self.probe.readers(call.inputs[self.tap.key])}
+
+    @cached_property
+    def _read(self) -> dict[str, Affine]:
+        found = {}
+        for name, call in self.readers.items():
+            assert call.input is not None
+            weight, bias = linear_map(call.module, call.input.shape[-1])
+            bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
+            affine = Affine(weight.detach(), bias.detach(), self.probe.norm(call.input))
+            found[name] = affine.folded() if self.fold else affine
+        return found
+
+    @property
+    def W_in(self) -> dict[str, Tensor]:
+        return {name: affine.weight for name, affine in self._read.items()}
+
+    @property
+    def b_in(self) -> dict[str, Tensor]:
+        return {name: affine.bias for name, affine in self._read.items()}
+
+    @property
+    def W_out(self) -> Tensor:
+        return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[0].detach()
+
+    def features(self, neuron: int) -> dict[str, list[int]]:
+        """The outputs of the reading modules a neuron is made from, found by its gradient."""
+        leaves: dict[str, Tensor] = {}
+        kept: list[Tensor] = []
+
+        def leaf(name: str) -> Handler:
+            def handler(x: Tensor) -> Tensor:
+                leaves[name] = x.detach().clone().requires_grad_()
+                return leaves[name]
+
+            return handler
+
+        handlers = {
+            self.probe.tap(c, c.output, "out"): leaf(n) for n, c in self.readers.items() if c.output is not None
+        }
+        with torch.enable_grad():
+            self.alone.call(
+                self.block, self.probe.resid, self.probe.call, {**handlers, within(self.block, self.tap): kept.append}
+            )
+            gradients = torch.autograd.grad(kept[0][..., neuron].sum(), list(leaves.values()))
+        found = {n: g.abs().flatten(0, 1).amax(0).nonzero().flatten().tolist() for n, g in zip(leaves, gradients, strict=True)}
+        if any(len(columns) > 2 for columns in found.values()) or not any(found.values()):
+            raise Refused("the neurons of this model are not each made from one or two features of what reads the stream")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronWeights:
+    """What one neuron reads, `w_in` and `b_in` by module name (two of them where a gate multiplies it; `name.7` where one
+    module makes both), each [d_in]; and what it writes, `w_out` [d_model]."""
+
+    mlp: MlpWeights
+    index: int
+
+    def folded(self) -> NeuronWeights:
+        return replace(self, mlp=self.mlp.folded())
+
+    @property
+    def w_out(self) -> Tensor:
+        return self.mlp.W_out[self.index]
+
+    @cached_property
+    def _columns(self) -> dict[str, tuple[str, int]]:
+        found = self.mlp.features(self.index)
+        return {
+            name if len(columns) == 1 else f"{name}.{column}": (name, column)
+            for name, columns in found.items()
+            for column in columns
+        }
+
+    @property
+    def w_in(self) -> dict[str, Tensor]:
+        return {label: self.mlp.W_in[name][:, column] for label, (name, column) in self._columns.items()}
+
+    @property
+    def b_in(self) -> dict[str, Tensor]:
+        return {label: self.mlp.b_in[name][column] for label, (name, column) in self._columns.items()}

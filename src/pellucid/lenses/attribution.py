@@ -1,0 +1,283 @@
+"""Which parts of the model wrote the answer into the residual stream?
+
+The last residual is a sum: the embedding, plus what every attention and MLP (or head, or neuron) added. Once the scale
+of the final norm is held at its value in this run, logits are linear in that sum, so each summand has its share:
+
+    logit(A) - logit(W) = sum over components of  u . c  +  constant,     u = frozen_norm^T (W_U[A] - W_U[W])
+
+(Elhage et al. 2021; "direct" because what a component does through later ones is not counted.) What is counted is what
+is really added: after the component's own norm in sandwich families, times the residual multiplier where there is one.
+In post-norm families every block's norm is held too, and a contribution is followed through all of them. Where logits
+are soft-capped, the logit before the cap is attributed. The shares are checked to add up to the model's own logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.layout import TOKENS
+from pellucid.anatomy.proofs import TOLERANCE, error
+from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
+from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.wiretap import tapped
+from pellucid.engine.frozen import Map, affine, linearised
+from pellucid.engine.inputs import Inputs
+from pellucid.errors import InputError, Refused
+from pellucid.metrics import Answers, logit, logit_difference
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+By = Literal["layer", "head", "neuron"]
+
+
+def direct_logit_attribution(
+    model: Model,
+    prompt: Any,
+    target: Answers | None = None,
+    *,
+    against: Answers | None = None,
+    by: By = "layer",
+    position: int | str = -1,
+    forced: str | None = None,
+) -> Result:
+    """Split the logit of `target` (minus that of `against`) at one position into what each component wrote.
+
+    `by` "layer": embedding, each attention, each MLP; "head": each head, and what the attention adds beside them (`rest`:
+    biases); "neuron": each neuron, and the rest of its MLP. A block without heads or neurons stays whole. The target is by
+    default the model's own prediction. Gives `contribution` [component] with coordinates `layer`, `part` and `unit` (-1
+    where there is none), `total`, the logit (difference) they add up to, and `gap`, how far they miss it; `prompt` comes
+    first for several prompts. `forced` is the decoder's text in an encoder-decoder.
+
+    Refused where the head is not linear after its norms (masked models with a transform), or a proof it needs failed.
+
+    >>> dla = direct_logit_attribution(model, "The capital of France is", " Paris", by="head")    # doctest: +SKIP
+    >>> dla.top(3)                                                                                # doctest: +SKIP
+    """
+    if by not in get_args(By):
+        raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
+    inputs = model.inputs(prompt, target=forced)
+    shares = Shares(model, inputs, position, by)
+    target = target if target is not None else shares.prediction
+    wanted = logit(target) if against is None else logit_difference(target, against)
+    bound = model.bind(wanted, len(inputs))
+    shares.split(bound.score)
+    return shares.result(target, against)
+
+
+@dataclass(eq=False)
+class Component:
+    """What is added to the stream: a site's name, where it is, and its share [prompt] or [prompt, unit]."""
+
+    name: str
+    layer: int
+    part: str
+    share: Tensor
+
+    def rows(self) -> Iterator[tuple[str, int, str, int, Tensor]]:
+        if self.share.ndim == 1:
+            yield self.name, self.layer, self.part, -1, self.share
+        for unit in range(self.share.shape[1] if self.share.ndim == 2 else 0):
+            yield f"{self.name}.{unit}", self.layer, self.part, unit, self.share[:, unit]
+
+
+@dataclass(eq=False)
+class Shares:
+    """Walks from the logits back through the blocks, with `u`, the direction [prompt, 1, d_model] the logit reads."""
+
+    model: Model
+    inputs: Inputs
+    position: int | str
+    by: By
+    components: list[Component] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        anatomy = self.model.anatomy
+        self.stack = anatomy.stacks[-1]
+        if anatomy.head is None or "head" in anatomy.refusals:
+            why = anatomy.refusals.get("head", "this model has no head that reads its last residual")
+            raise Refused(f"direct logit attribution is refused on this model: {why}")
+        self.head = anatomy.head
+        taps = {tap for block in self.stack.blocks for tap in self._taps(block)}
+        module, tensors = anatomy.module, self.inputs.tensors
+        kept, output = tapped(module, taps, len(self.inputs), lambda: module(**tensors))
+        columns = self.inputs.stream("").find(self.position)
+        if columns is None or columns.shape[1] != 1:
+            raise InputError(f"direct logit attribution reads one position, not {self.position!r}: give an index or a token")
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        self.values = {tap: value[rows, columns] for tap, value in kept.items()}  # [prompt, 1, ...]
+        logits = output.logits
+        if logits.ndim != 3:
+            raise Refused("direct logit attribution reads a language model's logits, and this model is a classifier")
+        self.native = logits[rows, columns].detach()
+        self.constant = torch.zeros(len(self.inputs), device=logits.device)
+
+    def _taps(self, block: Block) -> Iterator[Tap]:
+        needed = ["resid_pre", "resid_post"]
+        needed += [t.source for s in block.states for t in s.terms if t.source != "in" and not t.source.startswith("state")]
+        for part in needed:
+            if part not in block.taps:
+                raise Refused(
+                    f"direct logit attribution needs {self.stack.prefix}layers.{block.index}.{part}, which is refused: "
+                    + block.refused.get(part, block.refused.get("resid", "it is not on the map"))
+                )
+        if block.taps["resid_pre"].layout.canonical != TOKENS or any(t.carried for s in block.states for t in s.terms):
+            raise Refused("this model mixes its residual streams by weights of the pass, so contributions do not add up")
+        yield from (block.taps[part] for part in needed)
+        yield from (tap for state in block.states for tap in (state.norm_in,) if tap is not None)
+        units = {"head": [f"{part}.z_out" for part in block.attentions], "neuron": [f"{part}.neurons" for part in block.mlps]}
+        yield from (block.taps[part] for part in units.get(self.by, ()) if part in block.taps)
+
+    @property
+    def prediction(self) -> list[int]:
+        found: list[int] = self.native[:, 0].argmax(-1).tolist()
+        return found
+
+    # ---- from the logits to the embedding
+
+    def split(self, score: Any) -> None:
+        """Follow `score`, linear in the logits [prompt, 1, vocabulary], back through the head and every block."""
+        resid = self.values[self.stack.blocks[-1].taps["resid_post"]]
+        after = self.head.after
+        head, before = linearised(self.head.steps[:after], self.head.names[:after], resid)
+        tail = _chain(self.head.steps[after:])
+        self.capped = not affine(tail, before)
+        whole = (lambda x: score(head(x))) if self.capped else (lambda x: score(tail(head(x))))
+        self.total = score(before if self.capped else self.native)
+        u = self._pull(whole, resid)
+        for block in reversed(self.stack.blocks):
+            u = self._state(block, block.states[-1], u)
+        self._add("embed", -1, "embed", _dot(u, self.values[self.stack.blocks[0].taps["resid_pre"]]))
+        self.components.reverse()
+        self._add("constant", -1, "constant", self.constant)
+
+    def _pull(self, function: Map, like: Tensor) -> Tensor:
+        """The gradient [prompt, 1, d] of an affine function to [prompt]; its value at zero goes to the constant."""
+        with torch.enable_grad():
+            zero = torch.zeros_like(like).requires_grad_()
+            value = function(zero)
+            (u,) = torch.autograd.grad(value.sum(), zero)
+        self.constant = self.constant + value.detach()
+        return u
+
+    def _state(self, block: Block, state: State, u: Tensor) -> Tensor:
+        """Give a residual state's contributions their shares; returns the direction its block's input is read in."""
+        if state.norm_in is not None:
+            module = self.model.module.get_submodule(state.norm_in.module)
+            norm, _ = linearised([module], [state.norm_in.module], self.values[state.norm_in])
+            outer = u
+            u = self._pull(lambda x: _dot(norm(x), outer), u)
+        if state.constant is not None:
+            self.constant = self.constant + _dot(u, state.constant.expand_as(u))
+        entering = torch.zeros_like(u)
+        for term in reversed(state.terms):
+            direction = u * term.coefficient
+            if term.source == "in":
+                entering = entering + direction
+            elif term.source.startswith("state"):
+                entering = entering + self._state(block, block.states[int(term.source.split()[1])], direction)
+            else:
+                self._contribution(block, term.source, direction)
+        return entering
+
+    # ---- one contribution, whole or by heads or neurons
+
+    def _contribution(self, block: Block, part: str, u: Tensor) -> None:
+        site = f"{self.stack.prefix}layers.{block.index}.{part}"
+        whole = _dot(u, self.values[block.taps[part]])
+        area = part.partition(".")[0]
+        attention, mlp = block.attentions.get(area), block.mlps.get(area)
+        port = {"head": "z_out", "neuron": "neurons"}.get(self.by, "")
+        what: Attention | Mlp | None = (attention if port == "z_out" else mlp) if port else None
+        tap = block.taps.get(f"{area}.{port}")
+        inner = self._inside(block, tap, what, u) if what is not None and tap is not None else None
+        if inner is None:
+            self._add(site, block.index, part, whole)
+            return
+        units, rest = inner
+        kind = "heads" if port == "z_out" else "neurons"
+        self._add(site.replace(".out", ".rest"), block.index, f"{area}.rest", rest)
+        self._add(site.replace(".out", f".{kind}"), block.index, f"{area}.{kind}", units)
+
+    def _inside(self, block: Block, tap: Tap, what: Attention | Mlp, u: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Shares [prompt, unit] of what enters an output projection, and [prompt] of the biases added to it; None where
+        it does not reach the stream linearly."""
+        linear, path = what.linear, what.path
+        given = self.values[tap].flatten(2)  # [prompt, 1, unit * width]
+        if linear is None or linear.width != given.shape[2] or path is None or "gate" in path.names:
+            return None
+        count = what.heads if isinstance(what, Attention) else given.shape[2]
+        weight, bias = linear_map(self.model.module.get_submodule(linear.module), linear.shape)
+        weight = weight.to(given.dtype)
+        constant = torch.zeros_like(weight[0]) if bias is None else bias
+        onward, made = linearised(path.steps, path.names, given @ weight + constant)
+        out = block.taps[f"{what.part}.out"]
+        if error(made * out.layout.scale, self.values[out]) > TOLERANCE.get(given.dtype, 4e-2):
+            return None  # something on the way, a convolution for instance, also reads other positions
+        with torch.enable_grad():
+            zero = torch.zeros_like(made).requires_grad_()
+            value = _dot(onward(zero), u) * out.layout.scale
+            (direction,) = torch.autograd.grad(value.sum(), zero)
+        shares = (given * (direction @ weight.T))[:, 0].unflatten(1, (count, -1)).sum(-1)
+        return shares, value.detach() + _dot(direction, constant.expand_as(direction))
+
+    def _add(self, name: str, layer: int, part: str, share: Tensor) -> None:
+        self.components.append(Component(name, layer, part, share.detach()))
+
+    # ---- what is handed back
+
+    def result(self, target: Any, against: Any) -> Result:
+        rows = [row for component in self.components for row in component.rows()]
+        shares = torch.stack([row[4] for row in rows], 1)
+        gap = shares.double().sum(1) - self.total.double()
+        scale = max(1.0, float(shares.abs().max()))
+        if float(gap.abs().max()) > 30 * TOLERANCE.get(self.native.dtype, 4e-2) * scale:
+            raise Refused(f"the shares miss the logit by {float(gap.abs().max()):.1e}: the map of this model is not additive")
+        tokens = [labels[int(c)] for labels, c in zip(self.inputs.stream("").labels, self._indices(), strict=True)]
+        data = xr.Dataset(
+            {
+                "contribution": (("prompt", "component"), shares.float().cpu().numpy()),
+                "total": ("prompt", self.total.detach().float().cpu().numpy()),
+                "gap": ("prompt", gap.float().cpu().numpy()),
+            },
+            coords={
+                "component": [row[0] for row in rows],
+                "layer": ("component", np.array([row[1] for row in rows])),
+                "part": ("component", [row[2] for row in rows]),
+                "unit": ("component", np.array([row[3] for row in rows])),
+                "token": ("prompt", tokens),
+            },
+            attrs={"attributed": "logit before the soft cap" if self.capped else "logit", "by": self.by},
+        )
+        data = data.isel(prompt=0) if len(self.inputs) == 1 else data
+        provenance = Provenance(
+            "direct_logit_attribution", self.model.name, digest=self.model.digest, inputs=list(self.inputs.texts),
+            arguments={"target": target, "against": against, "by": self.by, "position": self.position},
+        )  # fmt: skip
+        return Result(data, kind="direct logit attribution", title=f"What wrote {target!r}", provenance=provenance)
+
+    def _indices(self) -> Tensor:
+        stream = self.inputs.stream("")
+        columns = stream.find(self.position)
+        assert columns is not None
+        return columns[:, 0] - stream.starts
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """[prompt, 1, d] twice -> [prompt]"""
+    return (a * b).sum((1, 2))
+
+
+def _chain(steps: tuple[Map, ...]) -> Map:
+    def run(x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(x)
+        return x
+
+    return run

@@ -1,0 +1,239 @@
+"""What would the model answer if it stopped after each layer?
+
+The residual stream after every block is read through the model's own head, its final norm and unembedding:
+
+    logits[layer] = unembed(final_norm(resid[layer]))
+
+(nostalgebraist, 2020). Early rows are read with a head that was trained for the last one, so a token that does not show
+may still be there in another basis: the tuned lens is the control. The last row must be the model's own logits; this is
+checked, and the lens refuses where it is not so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.proofs import TOLERANCE, error
+from pellucid.anatomy.sites import Position, Site
+from pellucid.engine.inputs import Stream
+from pellucid.engine.run import Run
+from pellucid.errors import InputError, Refused
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+from pellucid.tasks.tokens import single_id
+
+CELLS = 1 << 24  # numbers of one layer's logits held at a time
+
+
+def unembed(model: Model, resid: Tensor) -> Tensor:
+    """The logits [..., position, vocabulary] the model's own head makes of residuals [..., position, d_model].
+
+    Every step between the last block and the logits is run: norms, transforms, scaling, soft-capping. Refused where the
+    proof `unembedding` does not hold.
+    """
+    head = model.anatomy.head
+    if head is None or "head" in model.anatomy.refusals:
+        why = model.anatomy.refusals.get("head", "this model has no head that reads its last residual")
+        raise Refused(f"{model.name} cannot be read through its head: {why}")
+    for step in head.steps:
+        resid = step(resid)
+    return resid
+
+
+@torch.no_grad()
+def logit_lens(
+    model: Model,
+    prompt: Any,
+    *,
+    top: int = 5,
+    targets: Sequence[str | int] | str | None = None,
+    sites: str | Sequence[str] = ("embed", "layers.*.resid_post"),
+    positions: Position = None,
+    target: str | Sequence[str] | None = None,
+) -> Result:
+    """Read the residual stream at `sites` (of the last stack) through the model's own head.
+
+    Gives, over layer x position (and `prompt` first, for several): `probability` and `top_token` of the `top`
+    likeliest tokens; `rank`, 0 being the top, and `log_probability` of the token the model itself ends up with (`prediction`);
+    `kl`, KL(model || layer), and `entropy`, both in nats; for `targets`, `target_rank` and `target_log_probability`.
+    The layer of what enters the first block is "embed". `positions` narrows as `@` does in sites; positions are counted on
+    each prompt's own tokens, those past the end of a shorter prompt are NaN. `target` is the decoder's text in an
+    encoder-decoder. One layer's logits are held at a time.
+
+    >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")          # doctest: +SKIP
+    >>> lens.sel(layer=25, position=9).top_token                                          # doctest: +SKIP
+    """
+    inputs = model.inputs(prompt, target=target)
+    names = _sites(model, sites)
+    last = f"{model.anatomy.stacks[-1].prefix}layers.{len(model.anatomy.stacks[-1].blocks) - 1}.resid_post"
+    run = model.run(inputs, keep=[*names, last])
+    stream = inputs.stream("")
+    columns, real = _columns(stream, positions)
+    _check(model, run, last, columns)
+    ids = _target_ids(model, targets)
+    rows = _rows(model, run, names, columns, real, ids, min(top, run.logits.shape[-1]))
+
+    shape = tuple(real.shape)
+    dims = ("prompt", "layer", "position")
+    ends = {"top_token": ("top",), "probability": ("top",), "target_rank": ("target",), "target_log_probability": ("target",)}
+    made: dict[str, Any] = {}
+    for name in ("probability", "top_token", "rank", "log_probability", "kl", "entropy", "target_rank", "target_log_probability"):
+        flat = torch.stack([row[name] for row in rows], 1)  # [prompt * position, layer, ...]
+        values = flat.unflatten(0, shape).movedim(2, 1).cpu().numpy()
+        if name == "top_token":
+            values = _texts(model, values, real)
+        made[name] = ((*dims, *ends.get(name, ())), values)
+    if not ids:
+        made = {k: v for k, v in made.items() if not k.startswith("target")}
+    final = run.logits[torch.arange(len(inputs))[:, None], columns].argmax(-1)[:, None, :]
+    made["prediction"] = (("prompt", "position"), _texts(model, final.cpu().numpy(), real)[:, 0])
+    data = xr.Dataset(
+        made,
+        coords={
+            "layer": np.array([_layer(s) for s in names], dtype=object),
+            "site": ("layer", names),
+            "position": _position_labels(stream, columns, real),
+            "token": (("prompt", "position"), _tokens(stream, columns, real)),
+            "target": [model.tokenizer.decode([i]) if model.tokenizer is not None else str(i) for i in ids],
+        },
+    )
+    if not ids:
+        data = data.drop_vars("target")
+    if len(inputs) == 1:
+        data = data.isel(prompt=0)
+    provenance = Provenance(
+        "logit_lens", model.name, digest=model.digest, inputs=list(inputs.texts),
+        arguments={"top": top, "targets": targets, "sites": sites, "positions": positions, "target": target},
+    )  # fmt: skip
+    return Result(data, kind="logit lens", title=f"Logit lens of {model.name}", provenance=provenance)
+
+
+# ---- one layer at a time
+
+
+def _rows(
+    model: Model, run: Run, sites: list[str], columns: Tensor, real: Tensor, targets: list[int], top: int
+) -> list[dict[str, Tensor]]:
+    """For every site what its logits say at each of the prompt x position cells; NaN where no token is."""
+    picked = torch.arange(len(columns), device=columns.device)[:, None]
+    final = run.logits[picked, columns].flatten(0, 1)
+    missing = ~real.flatten()
+    rows = []
+    for site in sites:
+        resid = run.tensor(site)[picked, columns].flatten(0, 1)
+        parts = [
+            _read(unembed(model, resid[part][None])[0], final[part], targets, top) for part in _parts(*final.shape)
+        ]
+        row = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        for name, values in row.items():
+            if name != "top_token":
+                values[missing] = float("nan")
+        rows.append(row)
+    return rows
+
+
+def _parts(cells: int, vocabulary: int) -> Iterator[slice]:
+    step = max(1, CELLS // vocabulary)
+    yield from (slice(i, i + step) for i in range(0, cells, step))
+
+
+def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[str, Tensor]:
+    """From one layer's logits and the model's own, both [cell, vocabulary]."""
+    log_p, log_final = logits.float().log_softmax(-1), final.float().log_softmax(-1)
+    p, likeliest = log_p.exp(), log_p.topk(top, -1)
+    wanted = torch.cat([final.argmax(-1, keepdim=True), torch.tensor(targets).expand(len(final), -1).to(final.device)], -1).long()
+    log_wanted = log_p.gather(-1, wanted)
+    rank = torch.stack([(log_p > one[:, None]).sum(-1) for one in log_wanted.unbind(-1)], -1).float()
+    return {
+        "top_token": likeliest.indices,
+        "probability": likeliest.values.exp(),
+        "rank": rank[:, 0],
+        "log_probability": log_wanted[:, 0],
+        "kl": (log_final.exp() * (log_final - log_p).nan_to_num(0.0)).sum(-1),
+        "entropy": -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1),
+        "target_rank": rank[:, 1:],
+        "target_log_probability": log_wanted[:, 1:],
+    }
+
+
+def _check(model: Model, run: Run, last: str, columns: Tensor) -> None:
+    """The last residual must give the model's own logits; checked at the last column of every prompt."""
+    if run.logits.ndim != 3:
+        raise Refused(f"{model.name} is a classifier: its head reads one position of the last layer, not a stream of tokens")
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    made = unembed(model, run.tensor(last)[rows, columns[:, -1:]])
+    gap = error(made, run.logits[rows, columns[:, -1:]])
+    if gap > 3 * TOLERANCE.get(run.logits.dtype, 4e-2):
+        raise Refused(f"the last residual read through the head differs from the model's logits by {gap:.1e}")
+
+
+# ---- sites, positions, labels
+
+
+def _sites(model: Model, sites: str | Sequence[str]) -> list[str]:
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    prefix = model.anatomy.stacks[-1].prefix
+    found = [
+        site
+        for pattern in patterns
+        for site in model.sites(pattern if pattern.startswith(prefix) else prefix + pattern)
+    ]
+    for site in found:
+        if site.dims != ("batch", "position", "d_model") or site.at is not None:
+            raise InputError(f"{str(site)!r} is no residual at every position; the lens reads sites such as layers.*.resid_post")
+    return [str(site) for site in found]
+
+
+def _layer(site: str) -> int | str:
+    layer = Site.parse(site).layer
+    assert layer is None or isinstance(layer, int)
+    return "embed" if layer is None else layer
+
+
+def _columns(stream: Stream, positions: Position) -> tuple[Tensor, Tensor]:
+    """The columns [prompt, position] to read, and which of them hold a token."""
+    found = stream.find(positions)
+    if found is not None:
+        return found, torch.ones_like(found, dtype=torch.bool)
+    index = torch.arange(int(stream.lengths.max()), device=stream.ids.device)
+    real = index < stream.lengths[:, None]
+    return (stream.starts[:, None] + index).clamp(max=stream.ids.shape[1] - 1), real
+
+
+def _position_labels(stream: Stream, columns: Tensor, real: Tensor) -> list[int]:
+    """Positions counted on the first prompt's tokens (all prompts', if every position is read)."""
+    longest = int(real.sum(1).argmax())
+    return (columns - stream.starts[:, None])[longest].tolist()
+
+
+def _tokens(stream: Stream, columns: Tensor, real: Tensor) -> np.ndarray:
+    index = (columns - stream.starts[:, None]).tolist()
+    rows = [
+        [label[i] if ok else "" for i, ok in zip(at, there, strict=True)]
+        for label, at, there in zip(stream.labels, index, real.tolist(), strict=True)
+    ]
+    return np.array(rows, dtype=object)
+
+
+def _target_ids(model: Model, targets: Sequence[str | int] | str | None) -> list[int]:
+    if targets is None:
+        return []
+    return [
+        single_id(model.tokenizer, t) if isinstance(t, str) else t for t in ([targets] if isinstance(targets, str) else targets)
+    ]
+
+
+def _texts(model: Model, ids: np.ndarray, real: Tensor) -> np.ndarray:
+    """Token ids [prompt, layer, position, ...] as text; empty where no token was read."""
+    known = {int(i) for i in np.unique(ids)}
+    decode = (lambda i: f"#{i}") if model.tokenizer is None else (lambda i: str(model.tokenizer.decode([i])))
+    text = {i: decode(i) for i in known}
+    made = np.array([text[int(i)] for i in ids.ravel()], dtype=object).reshape(ids.shape)
+    made[np.broadcast_to(~real.cpu().numpy().reshape(len(real), 1, -1, *[1] * (ids.ndim - 3)), ids.shape)] = ""
+    return made

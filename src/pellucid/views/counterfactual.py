@@ -1,0 +1,192 @@
+"""Which other prompt would the model answer differently, if the user names none?
+
+One word of the prompt is replaced by another of the same kind and length in tokens: among the words the answer is most
+sensitive to, each is tried with words whose embeddings lie near (for a word of several tokens: with near tokens, drawn
+by a seed). Kept is the word whose replacements cost the answer most log-probability on average, and of its
+replacements the one that makes another answer of the same kind most likely.
+
+This finds a contrast that works, not one that means what the reader has in mind: a report says how it was made.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError, PellucidError
+from pellucid.tasks.tokens import encode
+from pellucid.views.question import Question
+
+WORDS, TRIES, SEED = 5, 16, 0
+TOKENS = 6000  # read in all: long prompts are tried with fewer words
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of the prompt: its characters and its tokens, [start, stop) both."""
+
+    text: str
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Made:
+    prompt: str
+    how: str
+
+
+def make(question: Question) -> Made | None:
+    """A counterfactual for the question; None where no word can be replaced or no replacement changes anything."""
+    if question.target is None or question.kind == "class":
+        return None
+    vocabulary = Vocabulary.of(question)
+    length = len(question.tokens)
+    tries = max(4, min(TRIES, TOKENS // length))
+    # not the word the answer is read after: replacing it would only show the last step
+    inner = [w for w in words_of(question) if not w.first <= question.position < w.last]
+    some = sorted(inner, key=_sensitivity(question), reverse=True)[: max(1, min(WORDS, TOKENS // (tries * length)))]
+    best: tuple[float, list[str], Tensor, Word] | None = None
+    for word in some:
+        texts = list(islice(_replaced(question, word, vocabulary), tries))
+        if not texts:
+            continue
+        p = _answers(question, texts)
+        drop = -float(p[:, question.target.id].clamp_min(1e-12).log().mean())
+        if best is None or drop > best[0]:
+            if _best(question, p, vocabulary) is None and best is not None:
+                continue
+            best = (drop, texts, p, word)
+    if best is None:
+        return None
+    _, texts, p, word = best
+    chosen = _best(question, p, vocabulary)
+    chosen = int(p[:, question.target.id].argmin()) if chosen is None else chosen
+    if float(p[chosen, question.target.id]) > 0.8 * question.target.probability:
+        return None
+    new = _word_of(texts[chosen], question.prompt, word)
+    return Made(texts[chosen], f"“{word.text}” was replaced by “{new}”, found among replacements of {len(some)} words")
+
+
+def words_of(question: Question) -> list[Word]:
+    """The words of the prompt that have tokens of their own."""
+    _, offsets = encode(question.model.tokenizer, question.prompt)
+    found = []
+    for match in re.finditer(r"[^\W_]+", question.prompt):
+        tokens = [i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
+        inside = tokens and offsets[tokens[-1]][1] == match.end() and offsets[tokens[0]][0] >= match.start() - 1
+        if inside:
+            found.append(Word(match[0], match.start(), match.end(), tokens[0], tokens[-1] + 1))
+    return found
+
+
+def _sensitivity(question: Question) -> Any:
+    """How strongly the answer reacts to a word's embeddings: the size of the gradient there."""
+    site = f"{question.prefix}embed"
+    target = question.target
+    assert target is not None
+
+    def answer(logits: Tensor) -> Tensor:
+        return logits[:, question.position_in(logits)].float().log_softmax(-1)[:, target.id]
+
+    size = question.model.run(question.inputs, keep=[site], grad_of=answer).grad(site)[0].norm(dim=-1)
+    return lambda word: float(size[word.first : word.last].norm())
+
+
+def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterator[str]:
+    """Prompts with another word in its place that are cut into as many tokens, and alike everywhere else."""
+    tokenizer = question.model.tokenizer
+    ids = encode(tokenizer, question.prompt)[0]
+    near = [vocabulary.near(i) for i in ids[word.first : word.last]]
+    if not all(near):
+        return
+    draw = random.Random(SEED)
+    tried = [[n] for n in near[0]] if len(near) == 1 else ([draw.choice(n) for n in near] for _ in range(4 * TRIES))
+    found = set()
+    for bodies in tried:
+        text = question.prompt[: word.start] + "".join(bodies) + question.prompt[word.stop :]
+        new = encode(tokenizer, text)[0]
+        same = len(new) == len(ids) and new[: word.first] == ids[: word.first] and new[word.last :] == ids[word.last :]
+        if same and text not in found:
+            found.add(text)
+            yield text
+
+
+def _answers(question: Question, texts: list[str]) -> Tensor:
+    """Probabilities [text, vocabulary] of the answer."""
+    model, rows = question.model, max(1, 1024 // len(question.tokens))
+    found = []
+    for i in range(0, len(texts), rows):
+        inputs = model.inputs(texts[i : i + rows])
+        some = {"logits_to_keep": -question.last_first} if question.kind == "next token" else {}
+        with torch.no_grad():
+            logits = model.run({**inputs.tensors, **some}).logits
+        found.append(logits[:, question.position_in(logits)].float().softmax(-1))
+    return torch.cat(found)
+
+
+def _best(question: Question, p: Tensor, vocabulary: Vocabulary) -> int | None:
+    """The replacement after which another answer of the target's kind leads most clearly."""
+    assert question.target is not None
+    scores = [
+        float(row[top] - row[question.target.id]) if vocabulary.alike(top, question.target.id) else -1.0
+        for row, top in zip(p, p.argmax(-1).tolist(), strict=True)
+    ]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return best if scores[best] > 0 else None
+
+
+def _word_of(text: str, prompt: str, word: Word) -> str:
+    return text[word.start : len(text) - (len(prompt) - word.stop)]
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokens of a vocabulary by kind (starts a word, capital, letters, digits) and by embedding."""
+
+    bodies: list[str]
+    kinds: list[tuple[bool, ...]]
+    embeddings: Tensor
+
+    @classmethod
+    def of(cls, question: Question) -> Vocabulary:
+        try:
+            weight = question.model.module.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+        except (AttributeError, NotImplementedError) as error:
+            raise InputError("this model has no table of input embeddings to find near words in") from error
+        pieces = question.model.tokenizer.convert_ids_to_tokens(range(len(question.model.tokenizer)))
+        pieces = [str(p or "") for p in pieces][: len(weight)]
+        bodies = [re.sub(r"^(##|[▁Ġ])|</w>$", "", p) for p in pieces]
+        kinds = [
+            (p.startswith(("▁", "Ġ")), p.startswith("##"), p.endswith("</w>"), b[:1].isupper(), b.isalpha(), b.isdigit(), len(b) > 2)
+            for p, b in zip(pieces, bodies, strict=True)
+        ]
+        return cls(bodies, kinds, weight.detach())
+
+    def alike(self, a: int, b: int) -> bool:
+        return a != b and self.kinds[a][:-1] == self.kinds[b][:-1]
+
+    def near(self, i: int) -> list[str]:
+        """Bodies of the tokens of the same kind whose embeddings point most nearly the same way."""
+        same = [j for j, kind in enumerate(self.kinds) if kind == self.kinds[i] and self.bodies[j].lower() != self.bodies[i].lower()]
+        if not same or not self.bodies[i].isalnum():
+            return []
+        close = torch.cosine_similarity(self.embeddings[same].float(), self.embeddings[i].float()[None])
+        return [self.bodies[same[int(j)]] for j in close.argsort(descending=True)[:TRIES]]
+
+
+def made(question: Question) -> Made | None:
+    """`make`, but None where the model or its tokenizer does not allow it: a report goes on without."""
+    try:
+        return make(question)
+    except PellucidError:
+        return None

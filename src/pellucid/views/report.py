@@ -1,0 +1,124 @@
+"""How does this model come to its answer? Every first method asked about one prompt, on one page."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+from pellucid.errors import PellucidError
+from pellucid.model import Model
+from pellucid.views.counterfactual import made
+from pellucid.views.markup import Html, join, percent, quoted, tag, token
+from pellucid.views.page import Section, missing, page
+from pellucid.views.parts import Part
+from pellucid.views.question import Question, against, ask, described, short_name
+from pellucid.views.sections import answer, direct, heads, layers, origin, patches, strongest, words
+
+LONG = 240  # characters of a prompt that is no longer set as a title
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page as HTML that works offline, and its findings as plain sentences."""
+
+    html: str
+    findings: list[str]
+    sections: tuple[Section, ...]
+
+    def __repr__(self) -> str:
+        return f"<Report of {len(self.sections)} sections, {len(self.html) / 1000:.0f} kB>"
+
+
+def build(
+    model: Model,
+    prompt: str,
+    *,
+    counterfactual: str | None = None,
+    target: str | None = None,
+    top: int = 5,
+    progress: bool = True,
+) -> Report:
+    """Trace `prompt` through the model and describe what was found.
+
+    `target` is the answer to explain, by default the model's own. `counterfactual` is a prompt of as many tokens with
+    another answer; without one, pellucid looks for one word to replace, and says so. `top` is how many candidates are
+    listed. What a model cannot have is said in its place. InputError for a prompt, target or counterfactual that does
+    not fit.
+
+    >>> report = build(model, "The capital of France is")                           # doctest: +SKIP
+    >>> Path("report.html").write_text(report.html)                                 # doctest: +SKIP
+    """
+    with tqdm(total=8, disable=not progress or not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
+
+        def step(what: str) -> None:
+            bar.set_description_str(f"{what:24}")
+            bar.update()
+
+        step("asking")
+        question = ask(model, prompt, target, counterfactual, top)
+        if counterfactual is None:
+            step("finding a counterfactual")
+            found = made(question)
+            if found is not None:
+                question = against(question, found.prompt, top, found.how)
+        sections = _sections(question, top, step)
+    findings = [s.finding for s in sections if s.finding]
+    return Report(_page(question, sections), findings, tuple(sections))
+
+
+def _sections(question: Question, top: int, step: Callable[[str], None]) -> list[Section]:
+    parts: list[Part] = []
+    written: list[Part] = []
+
+    def writers() -> Section:
+        section = direct.direct(question)
+        written.extend(direct.strongest(section.results[0]))
+        return section
+
+    def needed() -> Section:
+        section, found = heads.heads(question)
+        parts.extend(found)
+        return section
+
+    plan = [
+        ("answer", "The answer", "What does the model answer?", lambda: answer.answer(question, top)),
+        ("words", "The words", words.TITLE, lambda: words.words(question)),
+        ("layers", "The layers", layers.TITLE, lambda: layers.layers(question, top)),
+        ("direct", "The writers", direct.TITLE, writers),
+        ("patches", "The patches", patches.TITLE, lambda: patches.patches(question)),
+        ("heads", "The heads", heads.TITLE, needed),
+        ("strongest", "The strongest parts", strongest.TITLE, lambda: strongest.strongest(question, parts, written)),
+    ]
+    made: list[Section] = []
+    for id, name, title, section in plan:
+        step(name.lower())
+        why = question.lacks(id)
+        try:
+            made.append(missing(id, name, title, why) if why else section())
+        except PellucidError as error:
+            made.append(missing(id, name, title, str(error).rstrip(".")))
+    return [*made, origin.origin(question, made)]
+
+
+def _page(question: Question, sections: list[Section]) -> str:
+    name = short_name(question.model)
+    asked = question.prompt if question.target is None else join(question.prompt, " ", _answer(question))
+    found = [
+        tag("li", tag("span", s.finding), tag("a", s.name.lower(), href=f"#{s.id}")) for s in sections if s.finding
+    ]
+    header = join(
+        tag("p", tag("b", name), " · ", described(question.model), class_="eyebrow"),
+        tag("h1", asked, class_="long" if len(question.prompt) > LONG else None),
+        tag("ul", found, class_="found", id="findings"),
+        [tag("p", note, class_="note") for note in question.notes],
+    )
+    footer = join("Made with pellucid. ", tag("a", "Back to the top", href="#top"))
+    return page(f"{quoted(question.prompt[:60])} in {name}", header, sections, footer)
+
+
+def _answer(question: Question) -> Html:
+    assert question.target is not None
+    return tag("span", token(question.target.text.strip() or question.target.text), tag("small", percent(question.target.probability)), class_="answer")

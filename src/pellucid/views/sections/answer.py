@@ -1,0 +1,83 @@
+"""What does the model answer, and on the counterfactual?"""
+
+from __future__ import annotations
+
+from pellucid.views.figures import bars
+from pellucid.views.markup import Child, Html, join, number, percent, quoted, tag, token
+from pellucid.views.page import Section
+from pellucid.views.question import Option, Question
+
+SAYS = {
+    "next token": "The likeliest next tokens after the prompt.",
+    "masked token": "The likeliest tokens in place of the mask.",
+    "first token": "The likeliest first tokens of what the decoder writes.",
+    "class": "The likeliest classes.",
+}
+
+
+def answer(question: Question, top: int) -> Section:
+    if question.target is None:
+        return _embedding(question)
+    shown = [_options(question.options[:top], f"After the prompt: {question.prompt}")]
+    if question.counterfactual is not None:
+        shown.append(_options(question.other_options[:top], f"After the counterfactual: {question.counterfactual}"))
+    figure = join(tag("div", shown, class_="pair"), tag("p", _measured(question), class_="note"))
+    lines = ["run = model.run(prompt)", f"print(run.logits[0{_place(question)}].softmax(-1).topk({top}))"]
+    best, second = question.options[0], question.options[1]
+    finding = f"The model answers {quoted(best.text)} with {percent(best.probability)}; next comes {quoted(second.text)} with {percent(second.probability)}."
+    if question.counterfactual is not None:
+        other = question.other_options[0]
+        finding += f" On the counterfactual it answers {quoted(other.text)} with {percent(other.probability)}."
+    return Section(
+        "answer", "The answer", "What does the model answer?", SAYS[question.kind], figure,
+        care=_counterfactual(question), python=question.code(*lines), shell=question.shell, finding=finding,
+    )  # fmt: skip
+
+
+def _place(question: Question) -> str:
+    return "" if question.kind == "class" else f", {question.last_first}"
+
+
+def _options(options: list[Option], heading: str) -> Html:
+    return tag("div", tag("h3", heading), bars([(token(o.text), o.probability, percent(o.probability)) for o in options]))
+
+
+def _measured(question: Question) -> Child:
+    """What every later section measures, in words and on both prompts."""
+    assert question.target is not None
+    if question.kind == "class":
+        return f"Throughout, the answer is measured by the logit of the class {quoted(question.target.text)}."
+    assert question.against is not None
+    scores = [question.score(question.prompt)]
+    if question.counterfactual is not None:
+        scores.append(question.score(question.counterfactual))
+    return join(
+        "Throughout, the answer is measured by the logit difference ", token(question.target.text), " − ", token(question.against.text),
+        ", the logarithm of the ratio of their probabilities: ", " on the counterfactual, ".join(number(s, sign=True) for s in reversed(scores))
+        if len(scores) == 1 else f"{number(scores[0], sign=True)} on the prompt and {number(scores[1], sign=True)} on the counterfactual", ".",
+    )  # fmt: skip
+
+
+def _counterfactual(question: Question) -> str:
+    if question.made:
+        return (
+            f"no counterfactual was given, so pellucid made one: {question.made}. It was chosen because it changes the "
+            "answer. One of your own, with a meaning you know, says more: --counterfactual “...”, of as many tokens."
+        )
+    return "" if question.counterfactual else "there is no counterfactual: give one, of as many tokens, to see what changes the answer."
+
+
+def _embedding(question: Question) -> Section:
+    lead = (
+        "This model has no head that answers: it turns a text into vectors, one per token. Throughout, it is measured how "
+        "similar (cosine) the vectors' mean stays to that of the intact model on this prompt, which is 1."
+    )
+    width = question.clean_output.shape[-1]
+    finding = f"The model gives no answer but vectors of {width} numbers; what is measured is how similar their mean stays (1 = the same)."
+    if question.counterfactual is not None:
+        similar = number(question.score(question.counterfactual))
+        finding += f" The counterfactual's is {similar}."
+    return Section(
+        "answer", "The output", "What does the model give?", lead,
+        python=question.code("print(model.run(prompt).logits[0].mean(0))"), shell=question.shell, finding=finding,
+    )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Where does the fact travel? Activation patching, layer by position."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pellucid.causal import patching
+from pellucid.results import Result
+from pellucid.views.figures import Axis, grid, token_axis
+from pellucid.views.markup import Html, join, number, quoted, tag, visible
+from pellucid.views.page import Section, missing
+from pellucid.views.question import Question
+
+TITLE = "Where does the fact travel?"
+TOKENS = 40_000  # that all patched runs together may read: longer prompts are patched at fewer places
+
+
+def patches(question: Question) -> Section:
+    if question.counterfactual is None:
+        why = "patching needs a counterfactual, a prompt of as many tokens with another answer: --counterfactual “...”"
+        return missing("patches", "The patches", TITLE, why)
+    layers, positions = _places(question)
+    effect, clean, corrupted, found = _patched(question, layers, positions)
+    moved = set(question.changed)
+    tokens = [question.tokens[p] for p in positions]
+    columns = token_axis(tokens, positions)
+    other = question.model.inputs(question.counterfactual)
+    theirs = other.streams.get("encoder", other.stream("")).labels[0]
+    changed = ", ".join(f"{quoted(theirs[p])} instead of {quoted(question.tokens[p])}" for p in question.changed[:4])
+    full = max(1.0, float(np.nanquantile(np.abs(effect), 0.99)))
+    marked = np.array([[p in moved for p in positions]] * len(layers))
+    figure = join(
+        grid(effect, Axis("layer", [str(i) for i in layers]), columns, label="Effect of patching by layer and token",
+             name="answer brought back", scale="signed", full=full, marked=marked if len(moved) < len(positions) else None),
+        _fewer(question, layers, positions),
+    )  # fmt: skip
+    lead = join(
+        "The counterfactual is run (", tag("span", changed), f"; {question.metric_name} {number(corrupted, sign=True)} instead of {number(clean, sign=True)}), and at one layer "
+        "and token the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
+        "where the column is dark, there the fact is. Outlined: the tokens that differ.",
+    )  # fmt: skip
+    lines = [
+        question.metric_code, f"effect = pl.causal.patching(model, prompt, other, over={_over(question)!r}, metric=metric)", "effect.show()",
+    ]  # fmt: skip
+    care = "“enough to bring the answer back” is not “needed”: other places may carry the fact too."
+    if question.made:
+        care += f" The counterfactual was made by pellucid ({question.made}); with another one the picture can differ."
+    return Section(
+        "patches", "The patches", TITLE, lead, figure, care=care, python=question.code(*lines, both=True), shell=question.shell,
+        finding=_finding(question, effect, layers, positions), results=found,
+    )  # fmt: skip
+
+
+def _over(question: Question, layers: str = "*", position: int | str = "*") -> str:
+    return f"{question.prefix}layers.{layers}.resid_pre@{position}"
+
+
+def _places(question: Question) -> tuple[list[int], list[int]]:
+    """Layers and positions to patch: all of them, or for a long prompt those that fit into `TOKENS`.
+
+    Under a causal mask nothing before the first changed token can differ, so nothing is patched there.
+    """
+    stack, length = question.model.anatomy.stacks[0], len(question.tokens)
+    layers, positions = list(range(len(stack.blocks))), list(range(length))
+    if len(layers) * length * length <= TOKENS:
+        return layers, positions
+    first = question.changed[0] if stack.causal else 0
+    near = {p + d for p in (*question.changed, question.position if len(question.inputs.streams) == 1 else length - 1) for d in (0, -1, 1)}
+    wanted = sorted(p for p in near if first <= p < length)[:24]
+    room = TOKENS // length
+    rest = [p for p in positions[first:][::-1] if p not in wanted]
+    wanted = sorted(wanted + rest[: max(0, room // len(layers) - len(wanted))])
+    step = max(1, round(len(layers) * len(wanted) / room))
+    return layers[::step] + ([] if (len(layers) - 1) % step == 0 else [layers[-1]]), wanted
+
+
+def _patched(question: Question, layers: list[int], positions: list[int]) -> tuple[np.ndarray, float, float, tuple[Result, ...]]:
+    """Effects [layer, position], and the metric without patches on the prompt and on the counterfactual."""
+    model, metric = question.model, question.metric
+    depth, length = len(model.anatomy.stacks[0].blocks), len(question.tokens)
+    chosen = "*" if len(layers) == depth else ",".join(map(str, layers))
+    if len(positions) == length and chosen == "*":
+        found = (patching(model, question.prompt, question.counterfactual, over=_over(question), metric=metric),)
+        effect = found[0]["effect"].values
+    else:
+        found = tuple(
+            patching(model, question.prompt, question.counterfactual, over=_over(question, chosen, p), metric=metric, progress=False)
+            for p in positions
+        )
+        effect = np.stack([f["effect"].values.reshape(len(layers)) for f in found], 1)
+    return effect, float(found[0]["clean"]), float(found[0]["corrupted"]), found
+
+
+def _fewer(question: Question, layers: list[int], positions: list[int]) -> Html | None:
+    depth, length = len(question.model.anatomy.stacks[0].blocks), len(question.tokens)
+    if (len(layers), len(positions)) == (depth, length):
+        return None
+    text = f"The prompt is long: patched are {len(positions)} of its {length} tokens (those that differ, their neighbours and the last) at {len(layers)} of {depth} layers."
+    return tag("p", text, class_="note")
+
+
+def _finding(question: Question, effect: np.ndarray, layers: list[int], positions: list[int]) -> str:
+    """From where to where the fact moves: the changed tokens, then the place where the answer is read."""
+    changed = [positions.index(p) for p in question.changed if p in positions]
+    end = question.position if "encoder" not in question.inputs.streams else None
+    word = quoted("".join(question.tokens[p] for p in question.changed)) if len(question.changed) <= 4 else "the tokens that differ"
+    early = np.nanmax(effect[:, changed], 1) if changed else np.zeros(len(layers))
+    held = [i for i, e in enumerate(early) if e >= 0.5]
+    if end is None or end not in positions or not held:
+        i, j = np.unravel_index(int(np.nanargmax(effect)), effect.shape)
+        return f"The fact is carried most by {quoted(visible(question.tokens[positions[j]]))} before layer {layers[i]}: putting that one state back restores {_share(effect[i, j])} of the answer."
+    late = effect[:, positions.index(end)]
+    arrived = next((i for i in range(len(layers)) if (late[i:] >= 0.5).all()), None)
+    text = f"The fact sits at {word} up to layer {layers[held[-1]]}"
+    if arrived is None:
+        return text + "."
+    return f"{text} and at the last token {quoted(question.answered[end])} from layer {layers[arrived]} on (half of the answer or more is brought back by that one state)."
+
+
+def _share(x: float) -> str:
+    return f"{100 * x:.0f}%"
