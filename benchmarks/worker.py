@@ -36,7 +36,7 @@ class Task:
 class Bench:
     """The tasks of one model, the plain module and the reference values."""
 
-    def __init__(self, shape: Any, layers: range, references: Path) -> None:
+    def __init__(self, shape: Any, layers: list[int], references: Path) -> None:
         from workloads import TOKENS
 
         self.shape, self.layers, self.references = shape, layers, references
@@ -89,7 +89,7 @@ class Bench:
         import torch
         from peers.hooks import Peer
 
-        if not self.file(name).exists():  # on a deep model every third layer must do
+        if not self.file(name).exists():
             here, self.layers = self.layers, sampled(self.shape.layers)
             task = self.task(name)
             self.remember(name, collect(task, task.work(Peer(self.module, None, self.shape)), self.layers))
@@ -121,12 +121,12 @@ class Bench:
         return checked | {"missing": kinds}
 
 
-def sampled(layers: int) -> range:
-    """All layers, or of a deep model every third, the last included."""
-    return range(2, layers, 3) if layers > 12 else range(layers)
+def sampled(layers: int) -> list[int]:
+    """All layers, or of a deep model six, evenly spaced, the first and the last included."""
+    return [round(i * (layers - 1) / 5) for i in range(6)] if layers > 12 else list(range(layers))
 
 
-def collect(task: Task, pieces: Any, layers: range) -> dict[str, Any]:
+def collect(task: Task, pieces: Any, layers: list[int]) -> dict[str, Any]:
     """Pieces of a result by name: a row for each layer of a sweep, the kept tensors, or the one tensor."""
     if task.sweep:
         import torch
@@ -151,7 +151,7 @@ def run(peer: str, shape_name: str, tasks: list[str], repetitions: int, referenc
     _quiet()
     shape = SHAPES[shape_name]
     kind = importlib.import_module(f"peers.{peer}").Peer
-    layers = range(shape.layers) if kind.every_layer else sampled(shape.layers)
+    layers = list(range(shape.layers)) if kind.every_layer else sampled(shape.layers)
     bench = Bench(shape, layers, references)
     module = shape.model() if kind.in_place else bench.module
     theirs = kind(module, tokenizer(shape.vocabulary), shape)
@@ -159,7 +159,7 @@ def run(peer: str, shape_name: str, tasks: list[str], repetitions: int, referenc
         record: dict[str, Any] = {"peer": peer, "shape": shape_name, "task": name}
         try:
             task = bench.task(name)
-            effort = (repetitions, 20.0, 2) if task.sweep else (4 * repetitions, 10.0, 1)
+            effort = (repetitions, 20.0, 2) if task.sweep else (4 * repetitions, 8.0, 1)
             timing, pieces = measure(lambda task=task: task.work(theirs), task.plain, *effort)
             record |= asdict(timing)
             if task.sweep:  # the layers left out cost what the others do

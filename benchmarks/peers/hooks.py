@@ -15,7 +15,7 @@ library = "torch"
 
 class Peer:
     note = "one run at a time; pattern from eager attention"
-    every_layer, in_place = True, False
+    every_layer, in_place = False, False
 
     def __init__(self, module: nn.Module, tokenizer: Any, shape: Shape) -> None:
         self.module, self.shape = module, shape

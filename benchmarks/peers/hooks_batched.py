@@ -26,7 +26,8 @@ class Peer(hooks.Peer):
                 return x
 
             with hooks.before(self.blocks[layer], put_in):
-                yield self.shape.metric(self.module(corrupted.expand(len(rows), -1)))
+                values = self.shape.metric(self.module(corrupted.expand(len(rows), -1)))
+            yield values
 
     def ablate(self, prompts: Tensor, layers: Iterable[int]) -> Iterator[Tensor]:
         heads = torch.arange(self.shape.heads)
@@ -38,4 +39,5 @@ class Peer(hooks.Peer):
 
         for layer in layers:
             with hooks.before(self.blocks[layer].get_submodule(self.shape.out_projection), remove):
-                yield self.shape.metric(self.module(prompts.repeat(len(heads), 1)))
+                values = self.shape.metric(self.module(prompts.repeat(len(heads), 1)))
+            yield values

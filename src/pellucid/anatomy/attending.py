@@ -1,4 +1,6 @@
-"""Attention in a traced forward pass: calls of the interface, or a softmax that stands between two contractions."""
+"""Attention in a traced forward pass: calls of the interface, or a softmax that stands between two
+contractions.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def contraction_pair(softmax: Op) -> tuple[Op, Op] | None:
 
 
 def compared(op: Op) -> list[tuple[Value, Value]]:
-    """What an attention compares with what: queries with keys, and with relative positions where there are any."""
+    """What an attention compares with what: queries with keys, and with relative positions where there are
+    any.
+    """
     if op.name in ("attention", FUSED):
         return [(op.inputs[0], op.inputs[1])]
     return [(o.inputs[-2], o.inputs[-1]) for o in _upstream(op.inputs[0]) if contracts(o)]
@@ -56,7 +60,8 @@ def two_sided(op: Op) -> bool:
 
 
 def contracts(op: Op) -> bool:
-    """A contraction that may be QK^T or PV: of values of the pass, or of one with learned queries (latents)."""
+    """A contraction that may be QK^T or PV: of values of the pass, or of one with learned queries (latents).
+    """
     a, b = op.inputs[-2:] if op.name in CONTRACTIONS and len(op.inputs) >= 2 else (None, None)
     return a is not None and b is not None and min(a.tensor.ndim, b.tensor.ndim) > 2 and not (
         flow.parametric(a) and flow.parametric(b)
@@ -88,14 +93,18 @@ def _downstream(value: Value, reach: int = 60) -> Iterator[Op]:
 
 
 def describe(t: Trace, op: Op, part: str, batch: int) -> Found | None:
-    """The attention behind `op` and the taps of q, k, v, scores, pattern and z; None if it is laid out in pieces."""
+    """The attention behind `op` and the taps of q, k, v, scores, pattern and z; None if it is laid out in
+    pieces.
+    """
     if op.name == "attention":
         return _from_interface(t, op, part)
     return _from_fused(op, part) if op.name == FUSED else _from_operators(op, part, batch)
 
 
 def describe_pieces(t: Trace, op: Op, part: str) -> Attention:
-    """An attention that is computed in windows or streams; how many heads it has is read off its output projection."""
+    """An attention that is computed in windows or streams; how many heads it has is read off its output
+    projection.
+    """
     nth = op.call.nth if op.call is not None else 0
     return Attention(part, where(t, op), nth, "pieces", 0, 0, 0, 0)
 
@@ -128,7 +137,7 @@ def _from_fused(op: Op, part: str) -> Found | None:
         return None
     ops = (op.ordinal,) * 3
     heads = Layout("b h p e", HEADS)
-    layouts = {p: heads for p in "qkvz"} | {p: Layout(PATTERN, PATTERN) for p in ("scores", "pattern")}
+    layouts = dict.fromkeys("qkvz", heads) | {p: Layout(PATTERN, PATTERN) for p in ("scores", "pattern")}
     module, nth = op.call.name, op.call.nth
     taps = {f"{part}.{p}": Tap(module, p, layout, nth=nth, ops=ops) for p, layout in layouts.items()}
     return Attention(part, module, nth, "operators", q.shape[1], k.shape[1], q.shape[-1], v.shape[-1]), taps
@@ -171,11 +180,15 @@ def _from_operators(op: Op, part: str, batch: int) -> Found | None:
     return Attention(part, call.name, call.nth, "operators", heads, kv_heads, d_head, d_value), taps
 
 
-def _head_layout(value: Value, batch: int, positions: int, heads: int, width: int, transposed: bool) -> Layout | None:
+def _head_layout(
+    value: Value, batch: int, positions: int, heads: int, width: int, transposed: bool
+) -> Layout | None:
     shape = list(value.shape)
     if transposed:  # the operand is K^T; the tap hands out K
         shape[-1], shape[-2] = shape[-2], shape[-1]
-    own = max(1, value.tensor.numel() // (batch * positions * width))  # fewer than `heads` when they are shared
+    own = max(
+        1, value.tensor.numel() // (batch * positions * width)
+    )  # fewer than `heads` when they are shared
     return recognise(tuple(shape), HEADS, b=batch, p=positions, h=own, e=width)
 
 
@@ -187,9 +200,14 @@ def projection_input(call: Call, a: Attention, batch: int) -> tuple[Tap | None, 
         return None, ()
     shape = tuple(given.shape)
     key = next(k for k, v in call.inputs.items() if v is given)
-    if len(shape) == 4 and shape[-2] * shape[-1] == width and shape[-1] % e == 0:  # groups of heads
-        groups = Layout("b p g (i e)", "b p (g i) e", (("g", shape[-2]), ("e", e)))
-        return Tap(call.name, "in", groups, key, call.nth), shape[-2:]
+    if (
+        len(shape) == 4 and shape[-2] * shape[-1] == width
+    ):  # a projection in groups: of heads, or of parts of a head
+        g, w = shape[-2:]
+        groups = Layout("b p g (i e)", "b p (g i) e", (("g", g), ("e", e)))
+        parts = Layout("b p (h i) e", "b p h (i e)", (("h", a.heads), ("i", e // w)))
+        if w % e == 0 or e % w == 0:
+            return Tap(call.name, "in", groups if w % e == 0 else parts, key, call.nth), shape[-2:]
     for inputs in (shape[-1], shape[1] if len(shape) == 3 else 0):
         if inputs < width or inputs % e:
             continue

@@ -17,30 +17,42 @@ from pellucid.errors import Refused
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference relative to the larger of 1 and the largest magnitude."""
+    """Largest absolute difference relative to the largest magnitude of `b`."""
     if a.shape != b.shape:
         return float("inf")
     a, b = a.detach().double(), b.detach().double()
-    finite = torch.isfinite(b) & (b.abs() < 1e30)  # masked scores and logits are the same on both sides or not compared
+    finite = torch.isfinite(b) & (
+        b.abs() < 1e30
+    )  # masked scores and logits are the same on both sides or not compared
     if not bool(finite.any()):
         return 0.0
-    return float((a - b)[finite].abs().max() / max(1.0, float(b[finite].abs().max())))
+    return float((a - b)[finite].abs().max()) / size(b[finite])
+
+
+def size(x: Tensor) -> float:
+    """The largest magnitude (what is smaller than 1e-4 throughout counts as that large: there is nothing to
+    compare).
+    """
+    return max(1e-4, float(x.abs().max()))
 
 
 def mixture_error(source: Tensor, made: Tensor, streams: int) -> float:
-    """How far `made` is, token by token, from a linear combination of the source's streams; both [b, p, streams * d]."""
+    """How far `made` is, token by token, from a linear combination of the source's streams; both [b, p,
+    streams * d].
+    """
     x, y = (t.double().unflatten(-1, (streams, -1)) for t in (source, made))
     weights = y @ torch.linalg.pinv(x)
     return error(weights @ x, y)
 
 
 def spread(x: Tensor) -> Tensor:
-    """How much a tensor [b, p, ...] differs from its first position, relative to the larger of 1 and its size."""
-    return (x - x[:1, :1]).abs() / max(1.0, float(x.abs().max()))
+    """How much a tensor [b, p, ...] differs from its first position, relative to its size."""
+    return (x - x[:1, :1]).abs() / size(x)
 
 
 class Beside:
-    """A listener that runs our attention and our experts beside the native kernels, on the same inputs, and compares.
+    """A listener that runs our attention and our experts beside the native kernels, on the same inputs, and
+    compares.
 
     Nothing adds up from layer to layer here, so rounding cannot hide a difference or flip a router's choice.
     """
@@ -54,7 +66,14 @@ class Beside:
         return module, self._times[module] - 1
 
     def attention(
-        self, native: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+        self,
+        native: Callable[..., Any],
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        **kw: Any,
     ) -> tuple[Tensor, Tensor | None]:
         z, pattern = native(module, q, k, v, mask, **kw)
         key = self.key(module)
@@ -67,7 +86,9 @@ class Beside:
     def experts(
         self, native: Callable[..., Any], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:  # fmt: skip
-        """The native output against the sum of the experts' contributions, and against neurons @ W_down * weight."""
+        """The native output against the sum of the experts' contributions, and against neurons @ W_down *
+        weight.
+        """
         out = native(module, hidden_states, top_k_index, top_k_weights)
         sums = {"expert_out": torch.zeros_like(out).view(-1, out.shape[-1])}
         sums["by weights"] = sums["expert_out"].clone()
@@ -88,11 +109,14 @@ class Beside:
 
 
 @contextlib.contextmanager
-def without_heads(modules: dict[str, nn.Module], heads: dict[str, tuple[int, int, tuple[int, ...]]]) -> Iterator[None]:
-    """Output projections with the rows of one head switched off: name -> (head, its width, shape of a token's input).
+def without_heads(
+    modules: dict[str, nn.Module], heads: dict[str, tuple[int, int, tuple[int, ...]]]
+) -> Iterator[None]:
+    """Output projections with the rows of one head switched off: name -> (head, its width, shape of a token's
+    input).
 
-    Plain weights are replaced by zeroed copies. What holds none (quantised, offloaded) has that head's share, found by
-    calling it on the identity, taken off its output.
+    Plain weights are replaced by zeroed copies. What holds none (quantised, offloaded) has that head's share,
+    found by calling it on the identity, taken off its output.
     """
     with contextlib.ExitStack() as stack:
         for name, (h, e, shape) in heads.items():
@@ -107,7 +131,9 @@ def without_heads(modules: dict[str, nn.Module], heads: dict[str, tuple[int, int
                 module._parameters["weight"] = nn.Parameter(zeroed, requires_grad=False)
             else:
                 share = matrix[rows]
-                hook = module.register_forward_hook(lambda m, args, out, r=rows, s=share: less(out, args[0], r, s))
+                hook = module.register_forward_hook(
+                    lambda m, args, out, r=rows, s=share: less(out, args[0], r, s)
+                )
                 stack.callback(hook.remove)
         yield
 

@@ -1,7 +1,8 @@
-"""Questions about the graph of a traced forward pass: what is this value a sum of, where did it come from, who uses it.
+"""Questions about the graph of a traced forward pass: what is this value a sum of, where did it come from,
+who uses it.
 
-Three kinds of operation matter. *Transparent* ones move numbers without changing them (view, transpose, dropout at
-inference). *Additive* ones build the residual stream. Everything else makes something new.
+Three kinds of operation matter. *Transparent* ones move numbers without changing them (view, transpose,
+dropout at inference). *Additive* ones build the residual stream. Everything else makes something new.
 """
 
 from __future__ import annotations
@@ -20,19 +21,47 @@ TRANSPARENT = {
     "clone", "dropout", "dropout_", "squeeze", "unsqueeze", "flatten", "unflatten", "type_as", "view_as",
     "swapaxes", "swapdims", "movedim", "t", "__get__", "detach", "reshape_as", "alias", "cpu", "expand", "expand_as",
 }  # fmt: skip
-GUARDS = {"clamp", "clip", "clamp_", "nan_to_num"}  # against overflow: they change nothing where nothing overflows
+GUARDS = {
+    "clamp",
+    "clip",
+    "clamp_",
+    "nan_to_num",
+}  # against overflow: they change nothing where nothing overflows
 ADD = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
-MULTIPLY = {"mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "div_", "true_divide", "__truediv__", "multiply"}
+MULTIPLY = {
+    "mul",
+    "mul_",
+    "__mul__",
+    "__imul__",
+    "__rmul__",
+    "div",
+    "div_",
+    "true_divide",
+    "__truediv__",
+    "multiply",
+}
 LINEAR = {"linear", "addmm", "matmul", "mm", "__matmul__", "conv1d", "einsum", "bmm", "__rmatmul__"}
 
 SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}  # the second operand gives no numbers
-CREATED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zeros", "ones", "full"}
+CREATED = {
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "zeros",
+    "ones",
+    "full",
+}
 
 Coefficient = float | Tensor
 
 
 def passes(op: Op) -> bool:
-    """Whether the operation only moves its (first) input's numbers around, all of them, heads and tokens staying whole."""
+    """Whether the operation only moves its (first) input's numbers around, all of them, heads and tokens
+    staying whole.
+    """
     if not op.inputs or not op.outputs or op.outputs[0].tensor.numel() != op.inputs[0].tensor.numel():
         return False
     if op.name in GUARDS:
@@ -55,11 +84,15 @@ def constant(value: Value, depth: int = 8) -> bool:
         return False
     if op.name in CREATED:
         return True
-    return bool(op.inputs) and all(constant(v, depth - 1) for v in (op.inputs[:1] if op.name in SHAPED_LIKE else op.inputs))
+    return bool(op.inputs) and all(
+        constant(v, depth - 1) for v in (op.inputs[:1] if op.name in SHAPED_LIKE else op.inputs)
+    )
 
 
 def parametric(value: Value) -> bool:
-    """Whether the value is made from parameters, though which of them may depend on the input (chosen experts)."""
+    """Whether the value is made from parameters, though which of them may depend on the input (chosen
+    experts).
+    """
     op = value.producer
     chosen = op is not None and op.name in TRANSPARENT | {"__getitem__", "index_select"} and bool(op.inputs)
     return constant(value) or (chosen and op is not None and parametric(op.inputs[0]))
@@ -104,7 +137,8 @@ def sources(value: Value) -> Iterator[Value]:
 
 
 def is_norm(call: Call) -> bool:
-    """A norm by what it does: one input, vectors as parameters, and an output that forgets the input's size."""
+    """A norm by what it does: one input, vectors as parameters, and an output that forgets the input's size.
+    """
     if call.norm is None:
         call.norm = _forgets_size(call)
     return call.norm
@@ -123,13 +157,20 @@ def _forgets_size(call: Call) -> bool:
     x = given.tensor.detach()
     x = x * (8 / x.float().pow(2).mean().sqrt().clamp_min(1e-6)).to(x.dtype)
     with torch.no_grad():
-        once, twice = (run_with(call.module, call.args, call.kwargs, key, x * k, out_key).float() for k in (1, 2))
+        once, twice = (
+            run_with(call.module, call.args, call.kwargs, key, x * k, out_key).float() for k in (1, 2)
+        )
     varies = float(once.std()) > 1e-6
     return varies and float((once - twice).abs().max()) <= 2e-2 * float(once.abs().max())
 
 
 def run_with(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, x: Tensor, out_key: int | str
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    key: int | str,
+    x: Tensor,
+    out_key: int | str,
 ) -> Tensor:
     """Call a traced module again with one argument replaced (in the precision the module was given)."""
     x = x.to(args[key].dtype if isinstance(key, int) else kwargs[key].dtype)
@@ -144,7 +185,9 @@ def norm_of(value: Value) -> Call | None:
 
 @dataclass
 class Additive:
-    """What a residual value is made of, walking back through additions (and norms, in post-norm families) to `start`."""
+    """What a residual value is made of, walking back through additions (and norms, in post-norm families) to
+    `start`.
+    """
 
     start: Value
     first_op: int
@@ -178,10 +221,16 @@ class Additive:
         return added or self.carried(value) is not None
 
     def carried(self, value: Value) -> Value | None:
-        """The residual state that is multiplied by weights of the pass on its way here: a mask, or weights that mix
-        parallel residual streams."""
+        """The residual state that is multiplied by weights of the pass on its way here: a mask, or weights
+        that mix parallel residual streams.
+        """
         op = value.producer
-        if op is None or op.index < self.first_op or op.name not in MULTIPLY | CONTRACTIONS or len(op.inputs) != 2:
+        if (
+            op is None
+            or op.index < self.first_op
+            or op.name not in MULTIPLY | CONTRACTIONS
+            or len(op.inputs) != 2
+        ):
             return None
         for state, weights in (op.inputs, op.inputs[::-1]):
             small = weights.tensor.numel() < state.tensor.numel() == value.tensor.numel()
@@ -210,7 +259,8 @@ class Additive:
         return whole or self.carried(value) is not None
 
     def terms(self, value: Value) -> list[tuple[Coefficient, Value]]:
-        """`value` as a sum of coefficients times values: the start, norms of sums, contributions and constants.
+        """`value` as a sum of coefficients times values: the start, norms of sums, contributions and
+        constants.
 
         A sum with contributions that is scaled channel by channel is not opened: it stays a state of its own.
         """
@@ -227,7 +277,8 @@ class Additive:
         return [(c * s, leaf) for s, v in signed(op) for c, leaf in self.terms(v)]
 
     def shallow(self, value: Value) -> list[tuple[Coefficient, Value]]:
-        """The terms of a sum of states and constants; a sum that holds contributions of its own is one term."""
+        """The terms of a sum of states and constants; a sum that holds contributions of its own is one term.
+        """
         op = value.producer
         if self.leaf(value) or op is None:
             return [(1.0, value)]
@@ -235,7 +286,11 @@ class Additive:
             return self.shallow(op.inputs[0])
         if op.name not in ADD or not all(constant(v) or self.reaches(v) for v in op.inputs):
             return [(1.0, value)]
-        return [(c * s, leaf) for s, v in signed(op) for c, leaf in ([(1.0, v)] if constant(v) else self.shallow(v))]
+        return [
+            (c * s, leaf)
+            for s, v in signed(op)
+            for c, leaf in ([(1.0, v)] if constant(v) else self.shallow(v))
+        ]
 
 
 def signed(op: Op) -> list[tuple[float, Value]]:
@@ -258,7 +313,9 @@ def ancestors(value: Value, stop: Callable[[Value], bool]) -> Iterator[Op]:
 
 
 def made_by_module(value: Value, inside: Callable[[Call], bool]) -> tuple[Call, Coefficient, Value] | None:
-    """The outermost of the calls that are `inside` which returned `value` up to a constant factor, and that factor."""
+    """The outermost of the calls that are `inside` which returned `value` up to a constant factor, and that
+    factor.
+    """
     coefficient: Coefficient = 1.0
     while True:
         for v in sources(value):
@@ -281,7 +338,9 @@ def weight_of(op: Op) -> Value | None:
 
 
 def is_linear(op: Op) -> bool:
-    """Whether the operation is a linear map with weights of its own, also one that only its module's calls show."""
+    """Whether the operation is a linear map with weights of its own, also one that only its module's calls
+    show.
+    """
     if op.name != OPAQUE or op.call is None:
         return weight_of(op) is not None
     if op.call.linear is None:
@@ -293,7 +352,10 @@ def _acts_linearly(call: Call) -> bool:
     given, made = call.input, call.output
     if given is None or made is None or call.children or given.shape[:-1] != made.shape[:-1]:
         return False
-    keys = next(k for k, v in call.inputs.items() if v is given), next(k for k, v in call.outputs.items() if v is made)
+    keys = (
+        next(k for k, v in call.inputs.items() if v is given),
+        next(k for k, v in call.outputs.items() if v is made),
+    )
     x = given.tensor.detach()
     y = x.flip(0) if x.shape[0] > 1 else x.flip(1)
 
@@ -306,7 +368,9 @@ def _acts_linearly(call: Call) -> bool:
 
 
 def projection_of(value: Value) -> tuple[Op, bool] | None:
-    """The first linear map downstream of `value`, and whether the way there is transparent (nothing in between)."""
+    """The first linear map downstream of `value`, and whether the way there is transparent (nothing in
+    between).
+    """
     queue: list[tuple[Value, bool]] = [(value, True)]
     seen: set[int] = set()
     while queue:
@@ -323,7 +387,9 @@ def projection_of(value: Value) -> tuple[Op, bool] | None:
 
 
 def linear_before(value: Value, first_op: int) -> Op | None:
-    """The last linear map (or mixture of experts) that `value` was computed by, through norms, factors and biases."""
+    """The last linear map (or mixture of experts) that `value` was computed by, through norms, factors and
+    biases.
+    """
     queue, seen = [value], 0
     while queue and seen < 80:
         v = queue.pop(0)
@@ -333,5 +399,7 @@ def linear_before(value: Value, first_op: int) -> Op | None:
             continue
         if is_linear(op) or op.name == "experts":
             return op
-        queue.extend(i for i in op.inputs if i.tensor.numel() == v.tensor.numel() or i.shape[-1:] == v.shape[-1:])
+        queue.extend(
+            i for i in op.inputs if i.tensor.numel() == v.tensor.numel() or i.shape[-1:] == v.shape[-1:]
+        )
     return None

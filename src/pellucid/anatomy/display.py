@@ -1,6 +1,7 @@
 """How does the map of a model look? One description, as plain data, and as a tree drawn from that data.
 
-Blocks that are alike are folded into one entry; every proof is shown with its error, every refusal with its reason.
+Blocks that are alike are folded into one entry; every proof is shown with its error, every refusal with its
+reason.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def describe(anatomy: Anatomy) -> dict[str, Any]:
         "attention": anatomy.route,
         "stacks": [_stack(s) for s in anatomy.stacks],
         "head": _head(anatomy.head),
-        "proofs": [{"name": p.name, "holds": p.holds, "error": p.error, "detail": p.detail} for p in anatomy.proofs],
+        "proofs": [
+            {"name": p.name, "holds": p.holds, "error": p.error, "detail": p.detail} for p in anatomy.proofs
+        ],
         "refused": dict(anatomy.refusals),
     }
 
@@ -108,9 +111,17 @@ def _attention(a: Attention, block: Block) -> dict[str, Any]:
 def _mlp(m: Mlp, block: Block) -> dict[str, Any]:
     if m.experts is not None:
         e = m.experts
-        return {"experts": e.count, "selected": e.selected, "neurons": e.d_neurons, "module": _inside(e.module, block)}
+        return {
+            "experts": e.count,
+            "selected": e.selected,
+            "neurons": e.d_neurons,
+            "module": _inside(e.module, block),
+        }
     width = m.linear.width if m.linear is not None else None
-    return {"neurons": width, "output": _output(_inside(m.down_proj, block) if m.down_proj else None, "neurons", m.path)}
+    return {
+        "neurons": width,
+        "output": _output(_inside(m.down_proj, block) if m.down_proj else None, "neurons", m.path),
+    }
 
 
 def _output(linear: str | None, given: str, path: Path | None) -> str | None:
@@ -150,7 +161,12 @@ def tree(anatomy: Anatomy) -> Tree:
     """The map as a rich tree, for terminals of any width."""
     data = describe(anatomy)
     state = "green" if data["complete"] else "bold red"
-    title = Text.assemble((data["model"], "bold"), "  ", (data["proven"], state), (f"  ·  attention: {data['attention']}", "dim"))
+    title = Text.assemble(
+        (data["model"], "bold"),
+        "  ",
+        (data["proven"], state),
+        (f"  ·  attention: {data['attention']}", "dim"),
+    )
     root = Tree(title, guide_style="dim")
     for stack in data["stacks"]:
         _draw_stack(root, stack)
@@ -182,8 +198,12 @@ def _draw_stack(root: Tree, stack: dict[str, Any]) -> None:
         for state in block["residual"]:
             layer.add(Text.assemble(("residual  ", "dim"), state))
         for part, a in block["attention"].items():
-            heads = f"{a['heads']} heads" + (f" on {a['kv_heads']} key-value heads" if a["kv_heads"] != a["heads"] else "")
-            width = f"width {a['d_head']}" + (f" (values {a['d_value']})" if a["d_value"] != a["d_head"] else "")
+            heads = f"{a['heads']} heads" + (
+                f" on {a['kv_heads']} key-value heads" if a["kv_heads"] != a["heads"] else ""
+            )
+            width = f"width {a['d_head']}" + (
+                f" (values {a['d_value']})" if a["d_value"] != a["d_head"] else ""
+            )
             gate = ", gated" if a["gated"] else ""
             _draw_part(layer, part, f"{heads}, {width}, {a['route']}{gate}", a["output"])
         for part, m in block["mlp"].items():

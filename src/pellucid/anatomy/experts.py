@@ -1,10 +1,12 @@
-"""What does each expert of a mixture do? One routed implementation of the experts interface that can be met and edited.
+"""What does each expert of a mixture do? One routed implementation of the experts interface that can be met
+and edited.
 
     router  [token, expert]  routing weights, zero where an expert was not selected
     neurons of expert e      act(gate) * up, [token, neuron], zero where it was not selected
     out of expert e          router[:, e] * (neurons @ W_down + bias, through the post-expert norm if there is one)
 
-The result is the sum of `out` over experts. It is used in place of the native kernel only while somebody listens.
+The result is the sum of `out` over experts. It is used in place of the native kernel only while somebody
+listens.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Experts:
 
 def describe(module: nn.Module, name: str, nth: int, index: Tensor) -> Experts:
     down = module.down_proj
-    return Experts(name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2])
+    return Experts(
+        name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2]
+    )
 
 
 def routed(
@@ -43,11 +47,14 @@ def routed(
 ) -> Tensor:  # fmt: skip
     """Run the experts one by one, handing the router's weights and every wanted expert's tensors to `meet`.
 
-    hidden [..., d_model]; index and weights [token, selected]. An edited router selects anew: the highest weights.
+    hidden [..., d_model]; index and weights [token, selected]. An edited router selects anew: the highest
+    weights.
     """
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     n = experts.num_experts
-    router = weights.new_zeros(len(hidden), n + 1)  # one column more: expert-parallel padding points past the end
+    router = weights.new_zeros(
+        len(hidden), n + 1
+    )  # one column more: expert-parallel padding points past the end
     router = router.scatter_add(1, index.clamp(max=n), weights)[:, :n]
     chosen = torch.zeros_like(router, dtype=torch.bool).scatter(1, index.clamp(max=n - 1), index < n)
     edited = meet("router", None, router)

@@ -1,8 +1,8 @@
 """How a family lays a tensor out in memory, and the one order everybody reads it in.
 
-A layout is written like an einops pattern: the native order, for example `(b h) p e`, and the canonical one it is
-read in. Letters: b batch, p position (queries), k key position, h head, e head width, d model width or neurons,
-s parallel residual streams.
+A layout is written like an einops pattern: the native order, for example `(b h) p e`, and the canonical one
+it is read in. Letters: b batch, p position (queries), k key position, h head, e head width, d model width or
+neurons, s parallel residual streams.
 """
 
 from __future__ import annotations
@@ -115,5 +115,7 @@ def recognise(shape: tuple[int, ...], canonical: str, **sizes: int) -> Layout | 
                 product *= sizes.get(letter, -1)
             fits = fits and product == size
         if fits:
-            return Layout(native, canonical, tuple((letter, sizes[letter]) for letter in "hs" if letter in sizes))
+            return Layout(
+                native, canonical, tuple((letter, sizes[letter]) for letter in "hs" if letter in sizes)
+            )
     return None

@@ -27,8 +27,8 @@ LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
 def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatomy:
     """The proven anatomy of a loaded transformers model.
 
-    `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default random
-    token ids. The module is left exactly as it was, its training mode included.
+    `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default
+    random token ids. The module is left exactly as it was, its training mode included.
     """
     training = module.training
     module.eval()
@@ -74,7 +74,9 @@ def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
 
 
 def coverage(t: Trace, spans: list[Span]) -> tuple[Proof, dict[str, str]]:
-    """Every listed module that attends is (part of) a block; attention elsewhere (a bridge, a pooler) has no sites."""
+    """Every listed module that attends is (part of) a block; attention elsewhere (a bridge, a pooler) has no
+    sites.
+    """
     containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
     listed = {child for m in t.root.modules() if isinstance(m, containers) for child in m.children()}
     missed, elsewhere = [], {}
@@ -84,7 +86,11 @@ def coverage(t: Trace, spans: list[Span]) -> tuple[Proof, dict[str, str]]:
         elsewhere[where(t, op)] = "attention outside the stacks of blocks; it is not mapped"
         if any(call.module in listed for call in enclosing(op)):
             missed.append(where(t, op))
-    detail = "blocks that are not mapped: " + ", ".join(missed[:3]) if missed else "every block that attends is mapped"
+    detail = (
+        "blocks that are not mapped: " + ", ".join(missed[:3])
+        if missed
+        else "every block that attends is mapped"
+    )
     return Proof("coverage", not missed, None, detail), elsewhere
 
 
@@ -95,8 +101,11 @@ def enclosing(op: Op) -> Iterator[Call]:
         call = call.parent
 
 
-def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover) -> dict[str, bool]:
-    """Stack -> whether its earlier residuals stay the same when the last token that goes into it is another."""
+def causality(
+    module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover
+) -> dict[str, bool]:
+    """Stack -> whether its earlier residuals stay the same when the last token that goes into it is another.
+    """
     own = {s.name: "decoder_input_ids" if s.name == "decoder" else "input_ids" for s in stacks}
     found: dict[str, bool] = {}
     for key in {k if k in inputs else next(iter(inputs)) for k in own.values()}:
@@ -113,7 +122,9 @@ def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ..
         }
         values, _ = tapped(module, taps, prover.batch, lambda: module(**{**inputs, key: changed}))  # noqa: B023
         for tap, name in taps.items():
-            same = tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
+            same = (
+                tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
+            )
             found[name] = found.get(name, True) and same
     return found
 
@@ -162,5 +173,9 @@ def refusals(stacks: tuple[Stack, ...], proofs: list[Proof]) -> dict[str, str]:
     for (prefix, part, why), blocks in gathered.items():
         which = "*" if len(blocks) == sizes[prefix] else ",".join(map(str, blocks))
         found[f"{prefix}layers.{which}.{part}"] = why
-    found |= {"head": p.detail or "the head's proof failed" for p in proofs if p.name == "unembedding" and not p.holds}
+    found |= {
+        "head": p.detail or "the head's proof failed"
+        for p in proofs
+        if p.name == "unembedding" and not p.holds
+    }
     return found

@@ -17,7 +17,9 @@ from pellucid.anatomy.trace import Call, Op, Value, in_place
 
 @dataclass(frozen=True)
 class Step:
-    """One module call or operation: its name ("" for mere moves), how to run it, and what it made in the trace."""
+    """One module call or operation: its name ("" for mere moves), how to run it, and what it made in the
+    trace.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -26,13 +28,17 @@ class Step:
 
 
 def find_path(
-    value: Value, target: Value, after: int, probe: bool = False, shut: Callable[[Call], bool] = lambda call: False
+    value: Value,
+    target: Value,
+    after: int,
+    probe: bool = False,
+    shut: Callable[[Call], bool] = lambda call: False,
 ) -> tuple[Step, ...] | None:
     """The steps from `value` to `target` among operations that ran from number `after` on.
 
-    Every step is a function of its one input and parameters, and mere moves are left out: it runs on any tensor. With
-    `probe`, a step may also be a product with a value of the pass (a gate), and moves are steps: it runs on the probe.
-    Calls that are `shut` are no steps, what they do inside may be.
+    Every step is a function of its one input and parameters, and mere moves are left out: it runs on any
+    tensor. With `probe`, a step may also be a product with a value of the pass (a gate), and moves are steps:
+    it runs on the probe. Calls that are `shut` are no steps, what they do inside may be.
     """
     seen: set[int] = set()
 
@@ -68,8 +74,14 @@ def next_steps(value: Value, after: int, probe: bool) -> Iterator[Step]:
             yield Step("", replay([op], value), out)
         elif op.name == "__getitem__" and op.inputs[0] is value and flow.plain_index(op.args[1]):
             columns = out.shape[:-1] == value.shape[:-1]
-            yield Step("columns", _columns_step(op), out) if columns else Step("positions", replay([op], value), out)
-        elif all(flow.constant(v) for v in others) and (flow.weight_of(op) is not None or out.shape == value.shape):
+            yield (
+                Step("columns", _columns_step(op), out)
+                if columns
+                else Step("positions", replay([op], value), out)
+            )
+        elif all(flow.constant(v) for v in others) and (
+            flow.weight_of(op) is not None or out.shape == value.shape
+        ):
             yield Step(op.name, replay([op], value), out)
         elif probe and op.name in flow.MULTIPLY:
             yield Step("gate", replay([op], value), out)
@@ -101,8 +113,19 @@ def _following(value: Value, after: int, reach: int) -> Iterator[Op]:
 
 
 def _alone(call: Call, value: Value) -> bool:
-    """Whether the module's result depends on nothing of the pass but this one input."""
-    return all(v is value or flow.constant(v) or not v.tensor.is_floating_point() for v in call.inputs.values())
+    """Whether the module's result depends on nothing of the pass but this one input, handed in or reached
+    otherwise.
+    """
+    made = call.output
+    assert made is not None
+    inner = flow.ancestors(made, lambda v: v is value or flow.constant(v) or not v.tensor.is_floating_point())
+    for op in inner:
+        if op.index < call.start:
+            return False
+        outer = [v for v in op.inputs if v is not value and v.producer is None and not v.fixed]
+        if any(v.tensor.is_floating_point() for v in outer):
+            return False
+    return True
 
 
 # What steps close over is kept as long as the map lives, so it must not lead back into the graph of the trace.
@@ -123,7 +146,9 @@ def _module_step(call: Call, value: Value) -> Callable[[Tensor], Tensor]:
 
 def replay(ops: list[Op], value: Value) -> Callable[[Tensor], Tensor]:
     """The same operations in order with another tensor in place of `value`."""
-    places = {id(value.tensor): 0}  # tensors of the trace -> what takes their place: the input, then each result
+    places = {
+        id(value.tensor): 0
+    }  # tensors of the trace -> what takes their place: the input, then each result
     dtype, parts = value.tensor.dtype, []
     for op in ops:
         parts.append((op.func, _recipe((op.args, op.kwargs), op, dict(places)), in_place(op.name)))

@@ -1,4 +1,6 @@
-"""The map checked on the loaded model. Each proof compares numbers two ways; what rests on a failed one is refused."""
+"""The map checked on the loaded model. Each proof compares numbers two ways; what rests on a failed one is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import experts as moe
-from pellucid.anatomy.checks import Beside, error, mixture_error, spread, without_heads
+from pellucid.anatomy.checks import Beside, error, mixture_error, size, spread, without_heads
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
-    Attention, Block, Head, Linear, Mlp, Path, Proof, Stack, State, Tap,
+    Attention,
+    Block,
+    Head,
+    Linear,
+    Mlp,
+    Path,
+    Proof,
+    Stack,
+    State,
+    Tap,
 )  # fmt: skip
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap, tapped
@@ -40,7 +51,9 @@ Verdicts = Iterator[tuple[str, float | str]]
 
 
 class Prover:
-    """Runs the proofs over one traced map. `logits` says whether the model returns logits, which then need a head."""
+    """Runs the proofs over one traced map. `logits` says whether the model returns logits, which then need a
+    head.
+    """
 
     def __init__(
         self, module: nn.Module, forward: Callable[[], Any], read: Callable[[Any], Tensor], stacks: tuple[Stack, ...],
@@ -52,18 +65,24 @@ class Prover:
         self.modules = dict(module.named_modules())
         self.native = read(forward()).detach().clone()
         floats = {p.dtype for p in module.parameters() if p.is_floating_point()}
-        self.tolerance = max((TOLERANCE.get(dtype, 4e-2) for dtype in floats), default=TOLERANCE[torch.float32])
+        self.tolerance = max(
+            (TOLERANCE.get(dtype, 4e-2) for dtype in floats), default=TOLERANCE[torch.float32]
+        )
         self.half = self.tolerance > TOLERANCE[torch.float32]
         self.floor = self.rounding() if self.half else 0.0
         self.values: dict[Tap, Tensor] = {}
         self.beside = Beside()
-        self.failed: dict[tuple[str, int], dict[tuple[str, str], str]] = {}  # (stack, block) -> (proof, part) -> why
+        self.failed: dict[
+            tuple[str, int], dict[tuple[str, str], str]
+        ] = {}  # (stack, block) -> (proof, part) -> why
 
     def prove(self) -> list[Proof]:
         taps = {t for _, b in self.blocks for t in (*b.taps.values(), *self.helpers(b))} - {None}
         if self.head is not None and self.head.norm is not None:
             taps.add(self.head.norm)
-        slow = {t for t in taps if t.port in ("scores", "pattern", *moe.EXPERT_PORTS)}  # not the native kernels
+        slow = {
+            t for t in taps if t.port in ("scores", "pattern", *moe.EXPERT_PORTS)
+        }  # not the native kernels
         self.values, output = tapped(self.module, taps - slow, self.batch, self.forward)
         self.logits_met = self.read(output)
         units = {replace(t, unit=0) if t.port != "router" else t for t in slow if t.port in moe.EXPERT_PORTS}
@@ -72,10 +91,20 @@ class Prover:
         with listening(self.beside):
             self.forward()
         missing = [t for t in (*taps - slow, *ours) if t not in self.values and t not in self.ours]
-        attention, experts = self.over_blocks("attention", self.attention), self.over_blocks("experts", self.experts)
-        step_by_step = None if False in (attention.holds, experts.holds) else error(self.read(output), self.native)
+        attention, experts = (
+            self.over_blocks("attention", self.attention),
+            self.over_blocks("experts", self.experts),
+        )
+        step_by_step = (
+            None if False in (attention.holds, experts.holds) else error(self.read(output), self.native)
+        )
         return [
-            Proof("taps", not missing, None, f"{len(missing)} taps never fired" if missing else "every tap fires"),
+            Proof(
+                "taps",
+                not missing,
+                None,
+                f"{len(missing)} taps never fired" if missing else "every tap fires",
+            ),
             self.same_logits(error(self.logits_met, self.native), step_by_step),
             self.over_blocks("residual", self.residual),
             self.chain(),
@@ -99,23 +128,34 @@ class Prover:
         return Proof(name, err <= self.tolerance, err, detail)
 
     def same_logits(self, kept: float, step_by_step: float | None) -> Proof:
-        """With everything kept the output is the native one; with attention and experts step by step, up to rounding."""
+        """With everything kept the output is the native one; with attention and experts step by step, up to
+        rounding.
+        """
         if kept > self.tolerance or step_by_step is None:
             return self.verdict("logits", kept)
         proof = self.through_the_model("logits", step_by_step)
         return self.verdict("logits", kept, proof.detail) if proof.holds is None else proof
 
     def through_the_model(self, name: str, err: float) -> Proof:
-        """For errors that went through the whole model: in half precision they add up, and a router may choose otherwise."""
+        """For errors that went through the whole model: in half precision they add up, and a router may
+        choose otherwise.
+        """
         if err <= max(self.tolerance, min(3 * self.floor, DROWNED)):
             return Proof(name, True, err)
         chooses = any(m.linear is None for _, b in self.blocks for m in b.mlps.values())
         if self.half and (chooses or self.floor > DROWNED):
-            return Proof(name, None, err, "rounding makes routers choose otherwise in this precision: prove it in float32")
+            return Proof(
+                name,
+                None,
+                err,
+                "rounding makes routers choose otherwise in this precision: prove it in float32",
+            )
         return Proof(name, False, err)
 
     def rounding(self) -> float:
-        """How far the untouched model's logits move when every residual is off by half a unit in the last place."""
+        """How far the untouched model's logits move when every residual is off by half a unit in the last
+        place.
+        """
         taps = [b.taps["resid_pre"] for _, b in self.blocks if "resid_pre" in b.taps]
         generator = torch.Generator().manual_seed(0)
 
@@ -123,7 +163,7 @@ class Prover:
             noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
             return (x.float() * (1 + noise * torch.finfo(x.dtype).eps)).to(x.dtype)
 
-        with Wiretap(self.module, {t: jitter for t in taps}, self.batch):
+        with Wiretap(self.module, dict.fromkeys(taps, jitter), self.batch):
             return error(self.read(self.forward()), self.native)
 
     def over_blocks(self, name: str, check: Callable[[Stack, Block], Verdicts]) -> Proof:
@@ -138,13 +178,18 @@ class Prover:
                 self.failed.setdefault((stack.name, block.index), {})[name, part] = reason
                 why.append(f"{stack.prefix}layers.{block.index}: {reason}")
         if why:
-            return Proof(name, False, None, "; ".join(why[:3]) + (f"; and {len(why) - 3} more" if len(why) > 3 else ""))
+            return Proof(
+                name, False, None, "; ".join(why[:3]) + (f"; and {len(why) - 3} more" if len(why) > 3 else "")
+            )
         return Proof(name, True, worst) if worst >= 0 else Proof(name, None, None, "does not apply")
 
     def helpers(self, block: Block) -> Iterator[Tap]:
-        """Taps only the proofs need: norms inside the residual, carried states, outputs of the projections."""
+        """Taps only the proofs need: norms inside the residual, carried states, outputs of the projections.
+        """
         for state in block.states:
-            yield from (t for t in (state.norm_in, state.norm_out, *(x.carried for x in state.terms)) if t is not None)
+            yield from (
+                t for t in (state.norm_in, state.norm_out, *(x.carried for x in state.terms)) if t is not None
+            )
         linears = [x.linear for x in (*block.attentions.values(), *block.mlps.values())]
         yield from (linear.made for linear in linears if linear is not None)
         yield from (experts_output(block, mlp) for mlp in mixtures(block))
@@ -153,7 +198,9 @@ class Prover:
     # ---- the residual stream
 
     def residual(self, _: Stack, block: Block) -> Verdicts:
-        """Every residual state is the previous ones plus the contributions (through the norm in post-norm families)."""
+        """Every residual state is the previous ones plus the contributions (through the norm in post-norm
+        families).
+        """
         if "resid" in block.refused:
             yield "", block.refused["resid"]
             return
@@ -196,12 +243,16 @@ class Prover:
         pairs = [(a, b) for s in self.stacks for a, b in zip(s.blocks, s.blocks[1:], strict=False)]
         met = [(self.value(a, "resid_post"), self.value(b, "resid_pre")) for a, b in pairs]
         worst = max((float("inf") if x is None or y is None else error(x, y) for x, y in met), default=0.0)
-        return self.verdict("chain", worst, "" if worst <= self.tolerance else "something acts between the blocks")
+        return self.verdict(
+            "chain", worst, "" if worst <= self.tolerance else "something acts between the blocks"
+        )
 
     # ---- attention
 
     def attention(self, _: Stack, block: Block) -> Verdicts:
-        """The pattern is a distribution over keys (sinks may take a share), and pattern times v is the native z."""
+        """The pattern is a distribution over keys (sinks may take a share), and pattern times v is the native
+        z.
+        """
         yield from (("", why) for why in block.unmapped)
         for a in block.attentions.values():
             if a.route == "pieces":  # no pattern on the map
@@ -214,12 +265,20 @@ class Prover:
                 yield a.part, "the pattern is not a distribution over keys"
                 continue
             v = v.repeat_interleave(pattern.shape[1] // v.shape[2], 2)
-            yield a.part, error(torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v[:, : pattern.shape[-1]]), z)
+            yield (
+                a.part,
+                error(torch.einsum("bhqk,bkhe->bqhe", pattern.to(v.dtype), v[:, : pattern.shape[-1]]), z),
+            )
             if a.route == "interface":
-                yield a.part, self.beside.errors.get((self.modules[a.module], a.nth), "it was not called again")
+                yield (
+                    a.part,
+                    self.beside.errors.get((self.modules[a.module], a.nth), "it was not called again"),
+                )
 
     def projection(self, _: Stack, block: Block) -> Verdicts:
-        """z (where nothing sits in between) enters the output projection, whose weights make the contribution."""
+        """z (where nothing sits in between) enters the output projection, whose weights make the
+        contribution.
+        """
         for a in block.attentions.values():
             if a.linear is None:
                 yield a.part, block.refused.get(f"{a.part}.z_out", "no output projection was found")
@@ -230,7 +289,9 @@ class Prover:
             yield a.part, self.contribution(block, a.linear, a.path, f"{a.part}.out")
 
     def contribution(self, block: Block, linear: Linear, path: Path | None, part: str) -> float | str:
-        """A projection's weights times its input give its output, and from there the path leads to the contribution."""
+        """A projection's weights times its input give its output, and from there the path leads to the
+        contribution.
+        """
         given = self.values[linear.given].flatten(2)
         weight, bias = linear_map(self.modules[linear.module], linear.shape)
         made = given.to(weight.dtype) @ weight
@@ -244,10 +305,17 @@ class Prover:
         return max(off, error(target.layout.read(native, self.batch), self.values[target]))
 
     def heads(self) -> Callable[[Stack, Block], Verdicts]:
-        """Where something sits between z and the projection, head h of z_out is made of head h of z; where more work
-        follows the projection, it reads z and nothing else (with z at zero it makes the same at every position)."""
+        """Where something sits between z and the projection, head h of z_out is made of head h of z; where
+        more work follows the projection, it reads z and nothing else (with z at zero it makes the same at
+        every position).
+        """
         found: dict[tuple[str, int], dict[str, float | str]] = {}
-        every = [(s, b, a) for s, b in self.blocks for a in b.attentions.values() if f"{a.part}.z" in b.taps and a.linear]
+        every = [
+            (s, b, a)
+            for s, b in self.blocks
+            for a in b.attentions.values()
+            if f"{a.part}.z" in b.taps and a.linear
+        ]
         gated = [(s, b, a) for s, b, a in every if a.gated and not is_wider(a)]
         met = self.switched_off(gated, whole=False)
         for s, b, a in gated:
@@ -273,7 +341,9 @@ class Prover:
         return kept
 
     def same_head(self, stack: Stack, block: Block, a: Any, z_out: Tensor) -> float | str:
-        """Head h of z was zero: nothing of a token is left in head h of z_out (or nothing else changed), but in others."""
+        """Head h of z was zero: nothing of a token is left in head h of z_out (or nothing else changed), but
+        in others.
+        """
         h = block.index % a.heads
         if z_out.shape[2] != a.heads:
             return f"z has {a.heads} heads, but what enters the projection has {z_out.shape[2]}"
@@ -284,7 +354,7 @@ class Prover:
         if float(left[h]) <= self.tolerance:
             return float(left[h])
         alone = self.switched_off([(stack, block, a)], whole=False)[a.linear.given]
-        change = (alone - self.values[a.linear.given]).abs().amax((0, 1, 3))
+        change = (alone - self.values[a.linear.given]).abs().amax((0, 1, 3)) / size(alone)
         if float(change[h]) <= self.tolerance:
             return f"head {h} of z is not what head {h} of z_out is made of"
         return float(torch.cat([change[:h], change[h + 1 :], change.new_zeros(1)]).max())
@@ -300,11 +370,15 @@ class Prover:
                 yield mlp.part, block.refused.get(f"{mlp.part}.neurons", "no down projection was found")
 
     def experts(self, _: Stack, block: Block) -> Verdicts:
-        """The experts' routed contributions add up to the native output; so do their neurons times W_down times weight."""
+        """The experts' routed contributions add up to the native output; so do their neurons times W_down
+        times weight.
+        """
         for mlp in block.mlps.values():
             if mlp.experts is None:
                 continue
-            beside = self.beside.errors.get((self.modules[mlp.experts.module], mlp.experts.nth), "it was not called again")
+            beside = self.beside.errors.get(
+                (self.modules[mlp.experts.module], mlp.experts.nth), "it was not called again"
+            )
             yield mlp.part, block.refused.get(f"{mlp.part}.experts", beside)
 
     def position_wise(self) -> Callable[[Stack, Block], Verdicts]:
@@ -331,9 +405,12 @@ class Prover:
                 tap = watched.get((stack.name, block.index, mlp.part))
                 if tap is None:
                     continue
-                change = (kept[tap] - self.values[tap]).abs() / max(1.0, float(self.values[tap].abs().max()))
+                change = (kept[tap] - self.values[tap]).abs() / size(self.values[tap])
                 moved = float(change[:, -1].max()) > 0
-                yield mlp.part, float(change[:, :-1].max()) if moved else "where it reads the residual was not found"
+                yield (
+                    mlp.part,
+                    float(change[:, :-1].max()) if moved else "where it reads the residual was not found",
+                )
 
         return check
 
@@ -344,7 +421,9 @@ class Prover:
         if not self.logits:
             return Proof("unembedding", None, None, "the model has no head: it returns hidden states")
         if self.head is None:
-            return Proof("unembedding", False, None, "the logits are not a chain of maps of the last residual alone")
+            return Proof(
+                "unembedding", False, None, "the logits are not a chain of maps of the last residual alone"
+            )
         x = self.value(self.stacks[-1].blocks[-1], "resid_post")
         if x is None:
             return Proof("unembedding", False, None, "the last residual is laid out in an unknown order")
@@ -355,15 +434,23 @@ class Prover:
                 x = x if bias is None else x + bias
             else:
                 x = step(x)
-        return self.verdict("unembedding", error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met))
+        return self.verdict(
+            "unembedding", error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met)
+        )
 
     def ablation(self) -> Proof:
-        """Zeroing one head of every attention through z_out does what zeroing its rows of the output projection does."""
-        zeroed: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # projection -> head, its width, shape of its input
+        """Zeroing one head of every attention through z_out does what zeroing its rows of the output
+        projection does.
+        """
+        zeroed: dict[
+            str, tuple[int, int, tuple[int, ...]]
+        ] = {}  # projection -> head, its width, shape of its input
         handlers: dict[Tap, Handler] = {}
         for stack, block in self.blocks:
             for a in block.attentions.values():
-                if a.linear is None or ("projection", a.part) in self.failed.get((stack.name, block.index), {}):
+                if a.linear is None or ("projection", a.part) in self.failed.get(
+                    (stack.name, block.index), {}
+                ):
                     continue
                 h, *_ = zeroed.setdefault(a.linear.module, (block.index % a.heads, a.d_value, a.linear.shape))
                 handlers[a.linear.given] = zero_head(h)

@@ -1,7 +1,7 @@
 """Where do blocks begin and end in a traced forward pass?
 
-A block is usually one call of one module in a list. Some families write a block into its parent instead: then it
-spans from one such call to the next.
+A block is usually one call of one module in a list. Some families write a block into its parent instead: then
+it spans from one such call to the next.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Span:
 
 
 def find_spans(t: Trace) -> tuple[list[list[Span]], list[list[Span]]]:
-    """Sequences of blocks in the order they ran, each handing one residual along; and the further residuals that the
-    same blocks hand along beside it."""
+    """Sequences of blocks in the order they ran, each handing one residual along; and the further residuals
+    that the same blocks hand along beside it.
+    """
     main = [_spans(t, run) for group in block_calls(t) for run in _runs(group)]
     return main, [beside for spans in main for beside in _beside(spans)]
 
@@ -78,8 +79,12 @@ def _is_stack(t: Trace, calls: list[Call]) -> bool:
     return all(_adds_up(c, c.input, c.output) for c in calls if c.input is not None and c.output is not None)
 
 
-def _listed_between(outer: str, inner: str, named: dict[str, nn.Module], listed: set[nn.Module]) -> str | None:
-    """A listed module between two nested calls that was never called itself: its parent runs its parts (or its forward)."""
+def _listed_between(
+    outer: str, inner: str, named: dict[str, nn.Module], listed: set[nn.Module]
+) -> str | None:
+    """A listed module between two nested calls that was never called itself: its parent runs its parts (or
+    its forward).
+    """
     name = inner.rpartition(".")[0]
     while len(name) > len(outer):
         if named[name] in listed:
@@ -126,7 +131,9 @@ def _runs(calls: list[Call]) -> list[list[Call]]:
 
 
 def _spans(t: Trace, calls: list[Call]) -> list[Span]:
-    """One span per call; where the parent works on the residual between calls, that work belongs to the block before."""
+    """One span per call; where the parent works on the residual between calls, that work belongs to the block
+    before.
+    """
     if all(_hands_over(a, b) for a, b in zip(calls, calls[1:], strict=False)):
         return [_whole(c) for c in calls]
     between = [t.ops[a.end : b.start] for a, b in zip(calls, calls[1:], strict=False)]
@@ -144,7 +151,9 @@ def _spans(t: Trace, calls: list[Call]) -> list[Span]:
             spans.append(_whole(call))  # the last one ends otherwise: take the call alone
             continue
         assert call.input is not None
-        spans.append(Span(call, call.input, tail[out].outputs[0], call.start, tail[out].index + 1, whole=False))
+        spans.append(
+            Span(call, call.input, tail[out].outputs[0], call.start, tail[out].index + 1, whole=False)
+        )
     return spans
 
 
@@ -166,11 +175,15 @@ def _beside(spans: list[Span]) -> list[list[Span]]:
     for key, made in first.first.outputs.items() if first.whole else ():
         if made is first.made or made.tensor.ndim < 3 or not made.tensor.is_floating_point():
             continue
-        others = [v for v in first.first.inputs.values() if v is not first.given and _adds_up(first.first, v, made)]
+        others = [
+            v for v in first.first.inputs.values() if v is not first.given and _adds_up(first.first, v, made)
+        ]
         stream: list[Span] = []
         for call in (s.first for s in spans):
             out = call.outputs.get(key)
-            given = next((v for v in call.inputs.values() if out is not None and _adds_up(call, v, out)), None)
+            given = next(
+                (v for v in call.inputs.values() if out is not None and _adds_up(call, v, out)), None
+            )
             if given is not None and out is not None:
                 stream.append(Span(call, given, out, call.start, call.end))
         if others and len(stream) == len(spans):

@@ -1,4 +1,6 @@
-"""What discovery found: stacks of blocks, the taps where their tensors can be met, and the proofs that they are right."""
+"""What discovery found: stacks of blocks, the taps where their tensors can be met, and the proofs that they
+are right.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ ATTENTION_PORTS = ("q", "k", "v", "scores", "pattern", "z")
 class Tap:
     """Where a tensor is met during a forward pass: a module's call, and a port of it.
 
-    `port` is "in" or "out" (with `key` saying which argument or result), one of the ports of attention or of experts
-    (of expert `unit`), or "op". For attention outside the interface, `ops` are the ordinals of QK^T, softmax and PV
-    among the module's contractions; for "op" the tensor is the result of the n-th operation named `key` in the
-    module's own code, `ops` = (n,).
+    `port` is "in" or "out" (with `key` saying which argument or result), one of the ports of attention or of
+    experts (of expert `unit`), or "op". For attention outside the interface, `ops` are the ordinals of QK^T,
+    softmax and PV among the module's contractions; for "op" the tensor is the result of the n-th operation
+    named `key` in the module's own code, `ops` = (n,).
     """
 
     module: str
@@ -43,8 +45,8 @@ class Tap:
 class Term:
     """One summand of a residual state: a coefficient (number, or vector over d_model) times a source.
 
-    With `carried`, the source's streams are first scaled or mixed, token by token, by weights of the pass; what comes
-    out is met at that tap.
+    With `carried`, the source's streams are first scaled or mixed, token by token, by weights of the pass;
+    what comes out is met at that tap.
     """
 
     source: str  # "in", "attn.out", "cross.out", "mixer.out", "mlp.out", "mlp#2.out" for a further one, or "state 0"
@@ -64,10 +66,14 @@ class State:
 
 @dataclass(frozen=True)
 class Path:
-    """What stands between a projection's output and the contribution it makes (norm, factor, gate, ...), in order."""
+    """What stands between a projection's output and the contribution it makes (norm, factor, gate, ...), in
+    order.
+    """
 
     names: tuple[str, ...] = ()
-    steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # native tensor in, native tensor out; gates as on the probe
+    steps: tuple[
+        Callable[[Tensor], Tensor], ...
+    ] = ()  # native tensor in, native tensor out; gates as on the probe
 
     def run(self, x: Tensor) -> Tensor:
         for step in self.steps:
@@ -80,7 +86,9 @@ class Linear:
     """A linear module on the map: what it reads and what it makes."""
 
     module: str
-    shape: tuple[int, ...]  # of one token's input as the module takes it: (width,), or (groups, width of a group)
+    shape: tuple[
+        int, ...
+    ]  # of one token's input as the module takes it: (width,), or (groups, width of a group)
     given: Tap
     made: Tap
 
@@ -115,8 +123,12 @@ class Attention:
     d_value: int
     o_proj: str | None = None
     gated: bool = False  # something sits between z and the output projection: head edits act on z_out
-    linear: Linear | None = None  # the output projection; it may read more than the heads (convolutions beside them)
-    path: Path | None = None  # from the output projection to the contribution; None: it is worked on before it is added
+    linear: Linear | None = (
+        None  # the output projection; it may read more than the heads (convolutions beside them)
+    )
+    path: Path | None = (
+        None  # from the output projection to the contribution; None: it is worked on before it is added
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,9 @@ class Block:
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
     sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
     unmapped: tuple[str, ...] = ()  # attention that ran in the block but could not be put on the map: why
-    whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
+    whole: bool = (
+        True  # False: the block is code of its parent, from one module's call to the next, not a module
+    )
 
     @property
     def down_proj(self) -> str | None:
@@ -159,12 +173,16 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A sequence of blocks that hand one residual stream along; `name` is "", "encoder", "decoder" or "stack0"..."""
+    """A sequence of blocks that hand one residual stream along; `name` is "", "encoder", "decoder" or
+    "stack0"...
+    """
 
     name: str
     blocks: tuple[Block, ...]
     d_model: int
-    causal: bool | None = None  # earlier residuals stay the same when the last token changes; None: not probed
+    causal: bool | None = (
+        None  # earlier residuals stay the same when the last token changes; None: not probed
+    )
 
     @property
     def prefix(self) -> str:

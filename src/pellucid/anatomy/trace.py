@@ -19,9 +19,21 @@ from torch.overrides import TorchFunctionMode
 from pellucid.anatomy.interfaces import listening
 
 SELF = "self"
-OPAQUE = "opaque"  # what a module does by other means than torch functions (custom kernels, quantised products)
+OPAQUE = (
+    "opaque"  # what a module does by other means than torch functions (custom kernels, quantised products)
+)
 # Called in the course of an operation but carrying no data of their own.
-SILENT = {"size", "dim", "numel", "is_floating_point", "__len__", "is_contiguous", "stride", "get_device", "item"}
+SILENT = {
+    "size",
+    "dim",
+    "numel",
+    "is_floating_point",
+    "__len__",
+    "is_contiguous",
+    "stride",
+    "get_device",
+    "item",
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -78,7 +90,9 @@ class Call:
 
     @property
     def input(self) -> Value | None:
-        """The hidden state it received: the first floating-point tensor, `hidden_states` first among keywords."""
+        """The hidden state it received: the first floating-point tensor, `hidden_states` first among
+        keywords.
+        """
         first = self.inputs.get(0)
         if first is not None and first.tensor.is_floating_point():
             return first
@@ -107,13 +121,18 @@ UNFRAMED = {"Dropout", "StableDropout", "Softmax", "Identity"}
 
 
 def counts(name: str) -> bool:
-    """Whether an operation has an ordinal: only these are counted, so that nothing else can shift the count."""
+    """Whether an operation has an ordinal: only these are counted, so that nothing else can shift the count.
+    """
     return name in CONTRACTIONS or name in SOFTMAXES or name == "scaled_dot_product_attention"
 
 
 def in_place(name: str) -> bool:
     """Whether the operation changes its first operand."""
-    return name.endswith("_") and not name.endswith("__") or name in ("__iadd__", "__isub__", "__imul__", "__setitem__")
+    return (
+        (name.endswith("_")
+        and not name.endswith("__"))
+        or name in ("__iadd__", "__isub__", "__imul__", "__setitem__")
+    )
 
 
 class Trace(TorchFunctionMode):
@@ -137,7 +156,9 @@ class Trace(TorchFunctionMode):
     def value_of(self, tensor: Tensor) -> Value:
         value = self._now.get(id(tensor))
         if value is None:
-            fixed = id(tensor) in self._fixed or isinstance(tensor, nn.Parameter)  # offloaded weights come as new ones
+            fixed = id(tensor) in self._fixed or isinstance(
+                tensor, nn.Parameter
+            )  # offloaded weights come as new ones
             value = self._now[id(tensor)] = Value(tensor, fixed=fixed)
             self._keep.append(tensor)
         return value
@@ -148,7 +169,13 @@ class Trace(TorchFunctionMode):
         return value
 
     def record(
-        self, name: str, inputs: Any, outputs: Any, args: tuple[Any, ...] = (), kwargs: Any = None, func: Any = None
+        self,
+        name: str,
+        inputs: Any,
+        outputs: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Any = None,
+        func: Any = None,
     ) -> Op | None:
         given = [self.value_of(t) for t in tensors(inputs)]
         known = {id(v.tensor) for v in given}
@@ -167,7 +194,9 @@ class Trace(TorchFunctionMode):
         self.ops.append(op)
         return op
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._stack:
@@ -196,7 +225,9 @@ class Trace(TorchFunctionMode):
     def _post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._stack[-1]
         for _, tensor in results(output):
-            if id(tensor) not in self._now:  # made by a kernel that torch functions do not show
+            if (
+                id(tensor) not in self._now and not self.value_of(tensor).fixed
+            ):  # a kernel that torch functions hide
                 self.record(OPAQUE, (args, kwargs), tensor, args, kwargs)
         self._stack.pop()
         call.end = len(self.ops)
@@ -206,16 +237,26 @@ class Trace(TorchFunctionMode):
 
     # ---- the two interfaces
 
-    def attention(self, native: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+    def attention(
+        self, native: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+    ) -> Any:
         with torch._C.DisableTorchFunction():
             z, pattern = native(module, q, k, v, mask, **kw)
         self.record("attention", (q, k, v), z, (module, q, k, v, mask), kw)
         return z, pattern
 
-    def experts(self, native: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def experts(
+        self,
+        native: Any,
+        module: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
+        given = (hidden_states, top_k_index, top_k_weights)
         with torch._C.DisableTorchFunction():
-            out: Tensor = native(module, *args, **kwargs)
-        self.record("experts", (args, kwargs), out, (module, *args), kwargs)
+            out: Tensor = native(module, *given)
+        self.record("experts", given, out, (module, *given))
         return out
 
     def __enter__(self) -> Trace:

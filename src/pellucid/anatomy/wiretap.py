@@ -1,8 +1,9 @@
-"""Meeting tensors during a forward pass: handlers on taps, put up for one run in one thread and taken down after it.
+"""Meeting tensors during a forward pass: handlers on taps, put up for one run in one thread and taken down
+after it.
 
-A handler gets the tensor in canonical order and returns a replacement, or None to leave it as it is. Modules carry
-our hooks only while the run lasts, the hooks answer only to the thread that put them up, and attention runs its
-native fused kernel unless somebody wants its scores or pattern.
+A handler gets the tensor in canonical order and returns a replacement, or None to leave it as it is. Modules
+carry our hooks only while the run lasts, the hooks answer only to the thread that put them up, and attention
+runs its native fused kernel unless somebody wants its scores or pattern.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Handler = Callable[[Tensor], Tensor | None]
 
 
 class Wiretap:
-    """Context manager that installs `handlers` on `root` for the calling thread. `met` collects the taps that fired."""
+    """Context manager that installs `handlers` on `root` for the calling thread. `met` collects the taps that
+    fired.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,9 @@ class Wiretap:
         self._times: dict[tuple[str, str], int] = {}
         self._attention: dict[nn.Module, dict[tuple[int, str], Tap]] = {}
         self._experts: dict[nn.Module, dict[tuple[int, str, int | None], Tap]] = {}
-        self._unseen: Callable[[], Any] = nullcontext  # what runs inside an interface does not count as an operation
+        self._unseen: Callable[[], Any] = (
+            nullcontext  # what runs inside an interface does not count as an operation
+        )
         self._stack = ExitStack()
 
     # ---- going up and coming down
@@ -66,7 +71,9 @@ class Wiretap:
             self._hook(self.root.register_forward_pre_hook(self._restart, with_kwargs=True))
             for (name, port), taps in plain.items():
                 if port == "in":
-                    self._hook(modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True))
+                    self._hook(
+                        modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True)
+                    )
                 else:
                     self._hook(modules[name].register_forward_hook(self._after(name, taps), with_kwargs=True))
             if self._attention or self._experts or by_operators:
@@ -147,7 +154,14 @@ class Wiretap:
     # ---- attention through the interface
 
     def attention(
-        self, native: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+        self,
+        native: Callable[..., Any],
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Any,
+        **kw: Any,
     ) -> tuple[Tensor, Tensor | None]:
         taps = self._attention.get(module)
         if taps is None:
@@ -203,10 +217,11 @@ def explicit_attention(
     sinks: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scaling) v, step by step: softcap, bias, mask, sinks; softmax in float32 (float64 if given).
+    """softmax(q k^T * scaling) v, step by step: softcap, bias, mask, sinks; softmax in float32 (float64 if
+    given).
 
-    Shapes: q [batch, head, query, e], k and v [batch, kv_head, key, e]; returns z [batch, query, head, e] and the
-    pattern [batch, head, query, key].
+    Shapes: q [batch, head, query, e], k and v [batch, kv_head, key, e]; returns z [batch, query, head, e] and
+    the pattern [batch, head, query, key].
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
@@ -225,7 +240,9 @@ def explicit_attention(
             )
         mask = mask[..., : k.shape[-2]]
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    elif causal and scores.shape[-2] > 1:  # no mask means causal, aligned to the upper left as the fused kernel does
+    elif (
+        causal and scores.shape[-2] > 1
+    ):  # no mask means causal, aligned to the upper left as the fused kernel does
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, lowest)
     scores = meet("scores", scores)
@@ -234,7 +251,11 @@ def explicit_attention(
     if sink is None:
         pattern = torch.softmax(scores, -1, dtype=wide)
     else:
-        column = sink.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], 1) if sink.ndim == 1 else sink
+        column = (
+            sink.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], 1)
+            if sink.ndim == 1
+            else sink
+        )
         pattern = torch.softmax(torch.cat([scores, column.to(scores.dtype)], -1), -1, dtype=wide)[..., :-1]
     pattern = meet("pattern", pattern.to(v.dtype))
     if dropout and module.training:
@@ -246,16 +267,20 @@ _COUNTED = "contractions and softmaxes"
 
 
 class OperatorTap(TorchFunctionMode):
-    """The same ports for families with attention code of their own: the n-th contraction of the module is QK^T, ..."""
+    """The same ports for families with attention code of their own: the n-th contraction of the module is
+    QK^T, ...
+    """
 
     def __init__(self, wire: Wiretap, modules: dict[str, nn.Module], taps: dict[str, list[Tap]]) -> None:
         super().__init__()
         self.wire, self.modules, self.taps = wire, modules, taps
-        self._frames: list[tuple[str, int, Counter[str]]] = []  # module, which call of it, operations so far
+        # tapped module (None: another), which call of it, operations so far
+        self._frames: list[tuple[str | None, int, Counter[str]]] = []
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> OperatorTap:
-        watched = {m: "" for name in self.taps for m in self.modules[name].modules() if type(m).__name__ not in UNFRAMED}
+        inner = (m for name in self.taps for m in self.modules[name].modules())
+        watched: dict[nn.Module, str | None] = {m: None for m in inner if type(m).__name__ not in UNFRAMED}
         watched |= {self.modules[name]: name for name in self.taps}
         for module, name in watched.items():
             self._hooks.append(module.register_forward_pre_hook(self._push(name)))
@@ -268,10 +293,11 @@ class OperatorTap(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
 
-    def _push(self, name: str) -> Any:
+    def _push(self, name: str | None) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == self.wire._owner:
-                self._frames.append((name, self.wire.nth(name, "operators") if name else 0, Counter()))
+                nth = 0 if name is None else self.wire.nth(name, "operators")
+                self._frames.append((name, nth, Counter()))
 
         return hook
 
@@ -279,7 +305,9 @@ class OperatorTap(TorchFunctionMode):
         if threading.get_ident() == self.wire._owner and self._frames:
             self._frames.pop()
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if not self._frames:
@@ -287,7 +315,8 @@ class OperatorTap(TorchFunctionMode):
         module, nth, done = self._frames[-1]
         done[name] += 1
         done[_COUNTED] += counts(name)
-        mine = [t for t in self.taps.get(module, ()) if t.nth == nth and t.ops is not None]
+        taps = () if module is None else self.taps.get(module, ())
+        mine = [t for t in taps if t.nth == nth and t.ops is not None]
         for tap in mine:
             if tap.port == "op" and tap.key == name and tap.ops == (done[name],):
                 return self._any(tap, func, args, kwargs)
@@ -308,7 +337,11 @@ class OperatorTap(TorchFunctionMode):
             return meet("pattern", func(*args, **kwargs))
         turned = name != "einsum"
         if step == 0:
-            keys = (lambda x: meet("k", x.transpose(-1, -2)).transpose(-1, -2)) if turned else (lambda x: meet("k", x))
+            keys = (
+                (lambda x: meet("k", x.transpose(-1, -2)).transpose(-1, -2))
+                if turned
+                else (lambda x: meet("k", x))
+            )
             args, kwargs = _replace(name, args, kwargs, lambda xs: [meet("q", xs[0]), keys(xs[1])])
             return func(*args, **kwargs)
         args, kwargs = _replace(name, args, kwargs, lambda xs: [xs[0], meet("v", xs[1])])
@@ -321,7 +354,9 @@ class OperatorTap(TorchFunctionMode):
         new = self.wire.meet(tap, old)
         return old if new is old else old.copy_(new) if in_place(str(tap.key)) else new
 
-    def _fused(self, mine: dict[str, Tap], func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _fused(
+        self, mine: dict[str, Tap], func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
         """torch's fused attention: step by step only if its scores or pattern are wanted."""
 
         def meet(port: str, x: Tensor) -> Tensor:
@@ -340,7 +375,9 @@ class OperatorTap(TorchFunctionMode):
         return meet("z", z.transpose(1, 2))
 
 
-def _replace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _replace(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments with its operands changed, whatever the calling convention of the operation."""
     if name == "einsum" and isinstance(args[1], (list, tuple)):
         return (args[0], tuple(change(list(args[1])))), kwargs
@@ -355,7 +392,9 @@ def _replace(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], change: A
     return (*args[:first], *new, *args[first + n :]), kwargs
 
 
-def tapped(root: nn.Module, taps: Iterable[Tap], batch: int, forward: Callable[[], Any]) -> tuple[dict[Tap, Tensor], Any]:
+def tapped(
+    root: nn.Module, taps: Iterable[Tap], batch: int, forward: Callable[[], Any]
+) -> tuple[dict[Tap, Tensor], Any]:
     """Run `forward` and return the canonical tensors met at `taps` (detached copies) and its output."""
     kept: dict[Tap, Tensor] = {}
 

@@ -4,9 +4,9 @@ Each site a pattern names is removed alone, and the answer is read again:
 
     effect = m(ablated) - m(intact)
 
-Negative where the part helped. `how` says what removed means: zero is simple but takes the model where it has never been;
-the mean over a reference keeps what is always there; resampling puts in another prompt's value (Chan et al. 2022). What
-later parts make up for does not show.
+Negative where the part helped. `how` says what removed means: zero is simple but takes the model where it has
+never been; the mean over a reference keeps what is always there; resampling puts in another prompt's value
+(Chan et al. 2022). What later parts make up for does not show.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def ablation(
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Remove every site that `over` names, one at a time; `how` and `reference` are those of `pellucid.Ablate`.
+    """Remove every site that `over` names, one at a time; `how` and `reference` are those of
+    `pellucid.Ablate`.
 
-    `prompts` is a prompt, a list of them, or a task (`pellucid.tasks.Prompts`: its clean prompts, with their metric and
-    spans). `reference` is prompts, or a run that kept the sites; by default the prompts themselves. Gives over the
-    selectors of `over` `effect`, the mean change of the metric and, for several prompts, its 95 % bootstrap interval `low`
-    to `high` over prompts (1000 draws by `seed`, which also draws the resampled prompts); `value`, the metric of every
-    prompt; `clean`, the metric of the intact model.
+    `prompts` is a prompt, a list of them, or a task (`pellucid.tasks.Prompts`: its clean prompts, with their
+    metric and spans). `reference` is prompts, or a run that kept the sites; by default the prompts
+    themselves. Gives over the selectors of `over` `effect`, the mean change of the metric and, for several
+    prompts, its 95 % bootstrap interval `low` to `high` over prompts (1000 draws by `seed`, which also draws
+    the resampled prompts); `value`, the metric of every prompt; `clean`, the metric of the intact model.
 
-    >>> ablation(model, "The capital of France is", metric=pl.metrics.logit(" Paris")).top(3)       # doctest: +SKIP
+    >>> ablation(model, "The capital of France is", metric=logit(" Paris")).top(3)  # doctest: +SKIP
     """
     spans = None
     if isinstance(prompts, Prompts):
@@ -60,7 +61,9 @@ def ablation(
     if named is not None:  # run once for all sites
         with torch.no_grad():
             reference = model.run(list(named) if isinstance(named, tuple) else named, keep=grid.whole())
-    values, clean = grid.scores(model, inputs, lambda site: Ablate(site, how, reference, seed), bound, progress)
+    values, clean = grid.scores(
+        model, inputs, lambda site: Ablate(site, how, reference, seed), bound, progress
+    )
 
     def effect(weights: Tensor) -> Tensor:
         return weights @ (values - clean).T

@@ -1,10 +1,10 @@
-"""A pattern of sites as a grid: one cell per site that is changed alone, one axis per selector of the pattern.
+"""A pattern of sites as a grid: one cell per site that is changed alone, one axis per selector.
 
     layers.*.resid_pre@*        layer x position           layers.*.attn.heads.*      layer x head
     layers.2:6.mlp.out@-1       layer                      layers.5.mlp.neurons.*     neuron
 
-Positions are taken one by one where the pattern says `@*`; any other `@` is changed as a whole. A cell that a model
-does not have (a block without attention) is NaN.
+Positions are taken one by one where the pattern says `@*`; any other `@` is changed as a whole. A cell that a
+model does not have (a block without attention) is NaN.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class Grid:
         found = model.sites(asked.at_position(None) if asked.at == "*" else asked)
         positions = _length(asked, inputs) if asked.at == "*" else 0
         sites = [s.at_position(p) for s in found for p in range(positions)] if positions else found
-        keys = {
-            "layer": [s.layer for s in sites] if not isinstance(asked.layer, int) else None,
-            _unit_name(asked): [s.unit for s in sites] if isinstance(asked.unit, str) else None,
-            "position": [s.at for s in sites] if positions else None,
-        }
-        axes = [(name, sorted(set(values))) for name, values in keys.items() if values is not None and values[0] is not None]  # type: ignore[type-var]
-        columns = [[where.index(v) for v in keys[name]] for name, where in axes]  # type: ignore[union-attr]
-        cells = list(zip(*columns, strict=True)) if columns else [() for _ in sites]
+        keys: dict[str, list[Any]] = {}
+        if isinstance(asked.layer, str):
+            keys["layer"] = [s.layer for s in sites]
+        if isinstance(asked.unit, str):
+            keys[_unit_name(asked)] = [s.unit for s in sites]
+        if positions:
+            keys["position"] = [s.at for s in sites]
+        axes = [(name, sorted(set(values))) for name, values in keys.items()]
+        columns = [[where.index(v) for v in keys[name]] for name, where in axes]
+        cells: list[tuple[int, ...]] = [tuple(c[i] for c in columns) for i in range(len(sites))]
         coords: dict[str, Any] = {name: np.array(where) for name, where in axes}
         labels = stream_of(inputs, asked).labels
         if positions and all(row == labels[0] for row in labels):
@@ -86,19 +88,26 @@ class Grid:
 def with_interval(
     grid: Grid, statistic: Callable[[Tensor], Tensor], prompts: int, seed: int, draws: int = 1000
 ) -> dict[str, Any]:
-    """`statistic`(weights of prompts [draw, prompt]) -> [draw, cell], over all prompts alike and, for several, its 95 %
-    bootstrap interval."""
+    """The effect over all prompts and, for several, its 95 % bootstrap interval.
+
+    `statistic` maps weights of prompts [draw, prompt], which add up to 1, to effects [draw, cell].
+    """
     made = {"effect": statistic(torch.full((1, prompts), 1 / prompts, dtype=torch.float64))[0]}
     if prompts > 1:
         drawn = torch.randint(prompts, (draws, prompts), generator=torch.Generator().manual_seed(seed))
         weights = torch.nn.functional.one_hot(drawn, prompts).double().mean(1)
-        made["low"], made["high"] = statistic(weights).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+        made["low"], made["high"] = statistic(weights).quantile(ends, 0)
     return {name: (grid.dims, grid.place(values)) for name, values in made.items()}
 
 
 def dataset(grid: Grid, variables: dict[str, Any], inputs: Inputs) -> xr.Dataset:
     """Variables over the grid (and `prompt`, which goes where there is only one)."""
-    data = xr.Dataset(variables, coords={**grid.coords, "text": ("prompt", list(inputs.texts))}, attrs={"over": grid.pattern})
+    data = xr.Dataset(
+        variables,
+        coords={**grid.coords, "text": ("prompt", list(inputs.texts))},
+        attrs={"over": grid.pattern},
+    )
     return data.isel(prompt=0) if len(inputs) == 1 else data
 
 
@@ -112,7 +121,8 @@ def _length(site: Site, inputs: Inputs) -> int:
     lengths = stream_of(inputs, site).lengths
     if int(lengths.min()) != int(lengths.max()):
         raise InputError(
-            f"'{site}' takes positions one by one, but the prompts have {int(lengths.min())} to {int(lengths.max())} tokens: "
-            "give prompts of one length, or name a position they share, such as @-1 or a span"
+            f"'{site}' takes positions one by one, but the prompts have {int(lengths.min())} to "
+            f"{int(lengths.max())} tokens: give prompts of one length, or name a position they share, "
+            "such as @-1 or a span"
         )
     return int(lengths[0])

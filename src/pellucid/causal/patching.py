@@ -1,13 +1,15 @@
 """Where in the model is the difference between two prompts carried?
 
-Two prompts differ in one fact. At one site, the values of one run are put into the run of the other, and the answer is
-read: a site that brings the answer over carries the fact there (Vig et al. 2020; Meng et al. 2022; Wang et al. 2022).
+Two prompts differ in one fact. At one site, the values of one run are put into the run of the other, and the
+answer is read: a site that brings the answer over carries the fact there (Vig et al. 2020; Meng et al. 2022;
+Wang et al. 2022).
 
     effect = (m(patched) - m(corrupted)) / (m(clean) - m(corrupted))
 
-`denoise` patches clean values into the corrupted run: 1 where a site alone is enough for the clean answer. Without it
-corrupted values go into the clean run: 0 where the clean answer cannot do without the site. The two disagree where there
-are backups (Heimersheim and Nanda 2024). Over several prompts the effect is the ratio of means.
+`denoise` patches clean values into the corrupted run: 1 where a site alone is enough for the clean answer.
+Without it corrupted values go into the clean run: 0 where the clean answer cannot do without the site. The
+two disagree where there are backups (Heimersheim and Nanda 2024). Over several prompts the effect is the
+ratio of means.
 """
 
 from __future__ import annotations
@@ -42,20 +44,24 @@ def patching(
 ) -> Result:
     """Patch every site that `over` names, one at a time, from one prompt's run into the other's.
 
-    `clean` and `corrupted` are prompts, or lists of them, pair by pair of equal token length; or `clean` is a task
-    (`pellucid.tasks.Prompts`), which brings both, the metric and its named spans. Gives over the selectors of `over`
-    (layer x position, layer x head, ...) `effect` as above and, for several prompts, its 95 % bootstrap interval `low` to
-    `high` over prompts (1000 draws by `seed`); `value`, the metric of every prompt; `clean` and `corrupted`, the metric
-    without patches. InputError where pairs do not align, or the metric does not tell them apart.
+    `clean` and `corrupted` are prompts, or lists of them, pair by pair of equal token length; or `clean` is a
+    task (`pellucid.tasks.Prompts`), which brings both, the metric and its named spans. Gives over the
+    selectors of `over` (layer x position, layer x head, ...) `effect` as above and, for several prompts, its
+    95 % bootstrap interval `low` to `high` over prompts (1000 draws by `seed`); `value`, the metric of every
+    prompt; `clean` and `corrupted`, the metric without patches. InputError where pairs do not align, or the
+    metric does not tell them apart.
 
-    >>> patching(model, "... Rome", "... Paris", metric=logit_difference(" A", " B"))               # doctest: +SKIP
+    >>> patching(model, "... Rome", "... Paris", metric=logit_difference(" A", " B"))  # doctest: +SKIP
     """
     spans = None
     if isinstance(clean, Prompts):
         metric = clean.metric() if metric is None else metric
         clean, corrupted, spans = clean.clean, clean.corrupted, clean.spans
     if corrupted is None or metric is None:
-        raise InputError("patching needs clean and corrupted prompts and a metric, or a task (pellucid.tasks) with all three")
+        raise InputError(
+            "patching needs clean and corrupted prompts and a metric, or a task (pellucid.tasks) with all "
+            "three"
+        )
     pair = [model.inputs(p, target=target, spans=spans) for p in (clean, corrupted)]
     check_aligned(*pair)
     base, source = reversed(pair) if denoise else pair
@@ -76,7 +82,9 @@ def patching(
     variables |= {"clean": (("prompt",), good.numpy()), "corrupted": (("prompt",), bad.numpy())}
     data = dataset(grid, variables, pair[0])
     if "token" in grid.coords:
-        data = data.assign_coords({"token": ("position", list(pair[0].stream(grid.sites[0].stack).labels[0]))})
+        data = data.assign_coords(
+            {"token": ("position", list(pair[0].stream(grid.sites[0].stack).labels[0]))}
+        )
     provenance = Provenance(
         "patching", model.name, digest=model.digest, seed=seed,
         inputs={"clean": list(pair[0].texts), "corrupted": list(pair[1].texts)},
@@ -87,18 +95,22 @@ def patching(
 
 
 def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
-    """InputError unless the prompts are as many, pair by pair of equal token length; it shows where they part."""
+    """InputError unless prompts come in pairs of equal token length; it shows where they part."""
     if len(clean) != len(corrupted):
         raise InputError(f"{len(clean)} clean but {len(corrupted)} corrupted prompts: give them in pairs")
     for name in clean.streams:
-        for i, (a, b) in enumerate(zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)):
+        for i, (a, b) in enumerate(
+            zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)
+        ):
             if len(a) != len(b):
                 first = next(j for j, (x, y) in enumerate(zip_longest(a, b)) if x != y)
                 near = slice(max(0, first - 1), first + 3)
                 shown = [" ".join(map(repr, labels[near])) for labels in (a, b)]
                 raise InputError(
-                    f"pair {i} does not align: clean has {len(a)} tokens and corrupted {len(b)}; from token {first} on clean "
-                    f"is ... {shown[0]} ... and corrupted ... {shown[1]} ...; choose words of equal token length"
+                    f"pair {i} does not align: clean has {len(a)} tokens and corrupted {len(b)}; from token "
+                    f"{first} on clean "
+                    f"is ... {shown[0]} ... and corrupted ... {shown[1]} ...; choose words of equal token "
+                    "length"
                 )
 
 
@@ -106,6 +118,7 @@ def _check_apart(good: Tensor, bad: Tensor) -> None:
     gap = float((good.mean() - bad.mean()).abs())
     if gap <= 1e-6 * max(1.0, float(good.abs().max())):
         raise InputError(
-            f"the metric is {float(good.mean()):.4g} on the clean prompts and {float(bad.mean()):.4g} on the corrupted ones: "
+            f"the metric is {float(good.mean()):.4g} on the clean prompts and {float(bad.mean()):.4g} on "
+            "the corrupted ones: "
             "it does not tell them apart, so no effect can be measured"
         )

@@ -2,11 +2,14 @@
 
 from pellucid.circuits.acdc import acdc, acdc_scores
 from pellucid.circuits.circuit import Circuit
+from pellucid.circuits.drawing import draw
 from pellucid.circuits.edge_attribution import edge_attribution
 from pellucid.circuits.exact import exact_patching
 from pellucid.circuits.execution import Runner, wire
 from pellucid.circuits.graph import Graph
 from pellucid.circuits.judge import faithfulness_curve, judge, stability, test
+from pellucid.circuits.pruning import Pruning
+from pellucid.circuits.roles import head_roles
 from pellucid.circuits.scores import SIZES, EdgeScores
 
 __all__ = [
@@ -14,12 +17,15 @@ __all__ = [
     "Circuit",
     "EdgeScores",
     "Graph",
+    "Pruning",
     "Runner",
     "acdc",
     "acdc_scores",
+    "draw",
     "edge_attribution",
     "exact_patching",
     "faithfulness_curve",
+    "head_roles",
     "judge",
     "stability",
     "test",

@@ -83,7 +83,8 @@ class Masked(Listener):
         self.differences: list[tuple[int, Tensor]] = []
         self.totals: dict[int, Any] = {}  # number of sources -> the sum of their differences [variant, batch, position, d]
         self.sum: Any = 0.0
-        self.cut = off.detach().any(0)  # [source, reader]
+        self.learnt = off.requires_grad and torch.is_grad_enabled()
+        self.cut = runner.wiring.graph.possible if self.learnt else off.any(0)  # [source, reader]
         self.needed = self.cut.any(1)
         self.graph = runner.wiring.graph
         if start:
@@ -118,12 +119,14 @@ class Masked(Listener):
     def _change(self, off: Tensor, feeds: int) -> Tensor:
         """[variant, reader, batch, position, d] the sum of differences of the edges that are off, or, where those are
         the many, the sum of all differences minus those of the edges that are on."""
-        many = float(off.detach().mean()) > 0.5
+        many = not self.learnt and float(off.mean()) > 0.5
         weight = off - 1 if many else off
         change = self.totals[feeds][:, None] if many else None
         for first, difference in self.differences:
             here = weight[:, first : first + len(difference)]
-            rows = here.detach().any(0).any(1) if first < feeds else torch.zeros(1, dtype=torch.bool)
+            if first >= feeds:
+                continue
+            rows = torch.ones(here.shape[1], dtype=torch.bool) if self.learnt else here.any(0).any(1)
             if not bool(rows.any()):
                 continue
             if not bool(rows.all()):

@@ -55,8 +55,8 @@ def judge(
     """The verdict on a circuit, in one call.
 
     `classes`: sets of heads that belong together, for completeness and minimality; `samples`: random sets K and random
-    circuits; `greedy`: size of the greedy K. Variables: `model`, `circuit`, `empty` (F), `difference`, `normalised` with
-    its bootstrap interval `low`, `high`; `control` [which]; `in_model`, `in_circuit`, `incompleteness` [removed];
+    circuits; `greedy`: size of the greedy K. Variables: `normalised` with its bootstrap interval `low`, `high`;
+    `model_score`, `circuit_score`, `empty` (F), `difference`; `control` [which]; `in_model`, `in_circuit`, `incompleteness` [removed];
     `minimality` [node].
 
     >>> judge(model, scores.circuit(fraction=0.02), held_out, ablation="resample").normalised    # doctest: +SKIP
@@ -75,8 +75,8 @@ def judge(
             "normalised": float((found.mean() - base) / span),
             "low": low,
             "high": high,
-            "model": float(whole.mean()),
-            "circuit": float(found.mean()),
+            "model_score": float(whole.mean()),
+            "circuit_score": float(found.mean()),
             "empty": base,
             "difference": float((whole.mean() - found.mean()).abs()),
             "control": ("which", [(v - base) / span for v in control.values()]),

@@ -6,7 +6,7 @@ A `Listener` is told every message as it is written and may change what readers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from pellucid.circuits.wiring import Reading, Wiring
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.reading import Reader
 from pellucid.metrics import BoundMetric
+
+
+Step = Callable[[Tensor], "Tensor | None"]
 
 
 class Listener:
@@ -44,8 +47,10 @@ class _Stop(Exception):
     """The last residual has been read; the unembedding need not run."""
 
 
-def forward(wiring: Wiring, inputs: Inputs, listener: Listener, *, whole: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Run the inputs; returns the last residual as the logits read it and, if `whole`, the logits."""
+def forward(
+    wiring: Wiring, inputs: Inputs, listener: Listener, *, whole: bool = True, also: Mapping[Tap, Step] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Run the inputs; returns the last residual as the logits read it and, if `whole`, the logits. `also`: more handlers."""
     entering: dict[int, Tensor] = {}
     seen: list[Tensor] = []
     width = inputs.stream("").ids.shape[1]
@@ -79,12 +84,13 @@ def forward(wiring: Wiring, inputs: Inputs, listener: Listener, *, whole: bool =
 
         return meet
 
-    steps: list[tuple[Tap, Callable[[Tensor], Tensor | None]]] = [(t, embed(i)) for i, t in enumerate(wiring.embeds)]
+    steps: list[tuple[Tap, Step]] = [(t, embed(i)) for i, t in enumerate(wiring.embeds)]
     steps += [(t, entry(i)) for i, t in enumerate(wiring.entries)]
     steps += [(w.tap, writes(w)) for w in wiring.writings]
     steps += [(w.adds, lambda x, first=w.first: listener.adds(first, x)) for w in wiring.writings]  # type: ignore[misc]
     steps += [(r.tap, reads(r)) for r in wiring.readings]
-    handlers: dict[Tap, Callable[[Tensor], Tensor | None]] = {}
+    steps += (also or {}).items()
+    handlers: dict[Tap, Step] = {}
     for tap, step in steps:
         handlers[tap] = _then(handlers[tap], step) if tap in handlers else step
     logits = None
@@ -96,7 +102,7 @@ def forward(wiring: Wiring, inputs: Inputs, listener: Listener, *, whole: bool =
     return seen[0], logits
 
 
-def _then(first: Callable[[Tensor], Tensor | None], second: Callable[[Tensor], Tensor | None]) -> Any:
+def _then(first: Step, second: Step) -> Step:
     def both(x: Tensor) -> Tensor | None:
         made = first(x)
         again = second(x if made is None else made)

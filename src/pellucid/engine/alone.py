@@ -1,5 +1,8 @@
-"""One block called by itself: what the rest of the model would hand it besides its residual is recorded from a forward
-pass, of a prompt or of dummy tokens of the same batch and length.
+"""One block called by itself.
+
+What the rest of the model would hand it besides its residual (masks, position embeddings) is recorded from a
+forward pass of a prompt, or of dummy tokens of the same batch and length. A block that does not repeat its
+recorded call is refused, and so is one whose other arguments depend on the tokens where no prompt is named.
 """
 
 from __future__ import annotations
@@ -27,43 +30,47 @@ class Alone:
 
     def __init__(self, anatomy: Anatomy, stack: Stack, read: Any) -> None:
         self.anatomy, self.stack, self.read = anatomy, stack, read
-        self._last: tuple[Any, list[BlockCall]] = (None, [])
+        self._last: tuple[tuple[int, int] | None, list[BlockCall]] = (None, [])
 
     def calls(self, batch: int, length: int, prompt: Any = None) -> list[BlockCall]:
-        """The recorded call of every block. Without a prompt, Refused if what blocks are given depends on the tokens."""
-        key = (batch, length, prompt if isinstance(prompt, str) else id(prompt) if prompt is not None else None)
-        if self._last[0] != key:
-            self._last = (key, self._record(batch, length, prompt))
+        """Every block's recorded call for residuals of this size."""
+        if prompt is not None:
+            return self._fitting(self._run(self.read(prompt)), batch, length)
+        if self._last[0] != (batch, length):
+            self._last = ((batch, length), self._record(batch, length))
         return self._last[1]
 
-    def _record(self, batch: int, length: int, prompt: Any) -> list[BlockCall]:
-        if prompt is not None:
-            inputs = self.read(prompt)
-            ids = inputs.stream(self.stack.name).ids
-            if tuple(ids.shape) != (batch, length):
-                raise InputError(
-                    f"the residuals are [{batch}, {length}, d_model], but the prompt has {ids.shape[0]} rows of {ids.shape[1]} "
-                    "tokens: give the prompt they come from, or none"
-                )
-            return self._run(inputs)
-        first, second = self.dummy(batch, length), self.dummy(batch, length, shift=5)
+    def _record(self, batch: int, length: int) -> list[BlockCall]:
+        first, second = (self._fitting(self.dummy(batch, length, shift), batch, length) for shift in (0, 5))
         for block, a, b in zip(self.stack.blocks, first, second, strict=True):
             name = _differs(_others(block, a), _others(block, b))
             if name is not None:
                 raise Refused(
-                    f"layer {block.index} also reads {name!r}, which depends on the tokens: say which with .run(resid, prompt=...)"
+                    f"layer {block.index} also reads {name!r}, which depends on the tokens: say which with "
+                    ".run(resid, prompt=...)"
                 )
         return first
 
+    def _fitting(self, calls: list[BlockCall], batch: int, length: int) -> list[BlockCall]:
+        layout = self.stack.blocks[0].taps["resid_pre"].layout
+        found = tuple(layout.read(calls[0].hidden, batch).shape[:2])
+        if found != (batch, length):
+            raise InputError(
+                f"the residuals are [{batch}, {length}, d_model], but the prompt gives {list(found)}: give "
+                "the prompt they come from"
+            )
+        return calls
+
     def dummy(self, batch: int, length: int, shift: int = 0) -> list[BlockCall]:
-        """Every block's call on the probe's tokens, repeated or cut to this size (in a decoder, its own) and shifted."""
+        """Every block's call on the probe's tokens, repeated or cut to this size and shifted."""
         own = "decoder" if self.stack.name == "decoder" else ""
         made: dict[str, Any] = {}
         for name, value in self.anatomy.inputs.items():
             if isinstance(value, Tensor) and value.ndim:
                 value = value[torch.arange(batch) % len(value)]
-                if value.ndim > 1 and name.startswith(own):
-                    value = value[:, (torch.arange(length) + shift) % value.shape[1]]
+                if value.ndim > 1:
+                    columns = torch.arange(length if name.startswith(own) else value.shape[1])
+                    value = value[:, (columns + shift) % value.shape[1]]
             made[name] = value
         try:
             return self._run(Inputs(made, {}, ()))
@@ -71,38 +78,47 @@ class Alone:
             raise
         except Exception as e:  # not every family runs on any number of tokens
             raise Refused(
-                f"this model does not run on {batch} x {length} dummy tokens ({type(e).__name__}): name a prompt"
+                f"this model does not run on {batch} x {length} dummy tokens ({type(e).__name__}): "
+                "name the prompt"
             ) from e
 
     def _run(self, inputs: Inputs) -> list[BlockCall]:
-        broken = next((b for b in self.stack.blocks if not getattr(b, "whole", True)), None)
+        broken = next((b for b in self.stack.blocks if not b.whole), None)
         if broken is not None:
-            raise Refused(f"layer {broken.index} of this model is no module of its own, so it cannot be called alone")
-        options = {"use_cache": False} if "use_cache" in inspect.signature(self.anatomy.module.forward).parameters else {}
-        calls = record(self.anatomy, self.stack, Inputs({**inputs.tensors, **options}, {}, ())).calls
-        for block, call in zip(self.stack.blocks, calls, strict=True):
-            # caches remember calls, so they are left out; whatever else remembers one shows when the call is repeated
+            raise Refused(
+                f"layer {broken.index} of this model is no module of its own, so it cannot be called alone"
+            )
+        accepted = inspect.signature(self.anatomy.module.forward).parameters
+        options = {"use_cache": False} if "use_cache" in accepted else {}
+        calls = record(self.anatomy, self.stack, inputs, **options).calls
+        for block, call in zip(self.stack.blocks, calls, strict=True):  # caches remember: they are left out
             call.args = tuple(None if isinstance(a, Cache) else a for a in call.args)
             call.kwargs = {k: None if isinstance(v, Cache) else v for k, v in call.kwargs.items()}
-            rows, leave = len(inputs.tensors["input_ids"]), block.taps["resid_post"]
+            rows, enter, leave = (
+                len(inputs.tensors["input_ids"]),
+                block.taps["resid_pre"],
+                block.taps["resid_post"],
+            )
             with torch.no_grad():
-                again = self.call(block, block.taps["resid_pre"].layout.read(call.hidden, rows), call)
-            if error(again, leave.layout.read(take(call.output, leave.key), rows)) > TOLERANCE.get(again.dtype, 4e-2):
+                again = self.call(block, enter.layout.read(call.hidden, rows), call)
+            before = leave.layout.read(take(call.output, leave.key), rows)
+            if error(again, before) > TOLERANCE.get(again.dtype, 4e-2):
                 raise Refused(f"layer {block.index} called alone does not repeat what it did in the model")
         return calls
 
     def call(
         self, block: Block, resid: Tensor, call: BlockCall, handlers: dict[Tap, Handler] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The block on `resid` [batch, position, d_model]: its new residual, under handlers on taps that are
-        counted from its start (see `within`)."""
+    ) -> Tensor:
+        """The block's new residual from `resid` [batch, position, d_model], with handlers on taps inside it.
+
+        Taps are counted from the block's start: see `within`.
+        """
         enter, leave = block.taps["resid_pre"], block.taps["resid_post"]
         native = enter.layout.write(resid)
         args = tuple(native if i == enter.key else a for i, a in enumerate(call.args))
         kwargs = {k: native if k == enter.key else v for k, v in call.kwargs.items()}
-        module = self.module(block)
         with Wiretap(self.anatomy.module, handlers or {}, len(resid)):
-            output = module(*args, **kwargs)
+            output = self.module(block)(*args, **kwargs)
         return leave.layout.read(take(output, leave.key), len(resid))
 
     def module(self, block: Block) -> nn.Module:
@@ -118,7 +134,8 @@ def within(block: Block, tap: Tap) -> Tap:
 def _others(block: Block, call: BlockCall) -> dict[int | str, Any]:
     """What the block is given besides its residual."""
     key = block.taps["resid_pre"].key
-    return {k: v for k, v in [*enumerate(call.args), *call.kwargs.items()] if k != key}
+    given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    return {k: v for k, v in given if k != key}
 
 
 def _differs(a: Any, b: Any, name: str = "") -> str | None:
@@ -126,7 +143,7 @@ def _differs(a: Any, b: Any, name: str = "") -> str | None:
     if isinstance(a, Tensor):
         same = isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
         return None if same else name
-    items = a.items() if isinstance(a, Mapping) else enumerate(a) if isinstance(a, (tuple, list)) else ()
+    items: Any = a.items() if isinstance(a, Mapping) else enumerate(a) if isinstance(a, (tuple, list)) else ()
     for key, value in items:
         found = _differs(value, b[key], name or str(key))
         if found is not None:

@@ -2,9 +2,10 @@
 
     model.layers[3]    model.layers[2:6]    model.layers[5].attn.heads[9]    model.layers[5].mlp.neurons[123]
 
-Each has a `site`, runs alone on residuals you give it (`run`, or a plain call), and shows its `weights`. Residuals are
-[batch, position, d_model]; what a component reads besides them (masks, position embeddings) is recorded from dummy tokens,
-or from the `prompt` you name: needed with padding, and for blocks that read the tokens or an encoder.
+Each has a `site`, runs alone on residuals you give it (`run`, or a plain call), and shows its `weights`.
+Residuals are [batch, position, d_model]; what a component reads besides them (masks, position embeddings) is
+recorded from dummy tokens, or from the `prompt` you name: needed with padding, and for blocks that read the
+tokens or an encoder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from pellucid.anatomy.structure import Anatomy, Attention, Block, Stack, Tap
 from pellucid.engine.alone import Alone, within
 from pellucid.engine.projections import AttentionWeights, HeadWeights, MlpWeights, NeuronWeights
 from pellucid.errors import Refused, SiteError
-
 
 T = TypeVar("T")
 
@@ -78,11 +78,13 @@ class Span(Component):
     def site(self) -> str:
         if not self.blocks:
             return f"{self.alone.stack.prefix}layers (none)"
-        return f"{self.alone.stack.prefix}layers.{self.blocks[0].index}:{self.blocks[-1].index + 1}.resid_post"
+        return (
+            f"{self.alone.stack.prefix}layers.{self.blocks[0].index}:{self.blocks[-1].index + 1}.resid_post"
+        )
 
     def run(self, resid: Tensor, prompt: Any = None) -> Tensor:
-        """The residual after the last of these layers, from the residual [batch, position, d_model] before the first."""
-        calls = self.alone.calls(*resid.shape[:2], prompt)
+        """The residual [batch, position, d_model] after these layers, from the one before them."""
+        calls = self.alone.calls(len(resid), resid.shape[1], prompt)
         for block in self.blocks:
             resid = self.alone.call(block, resid, calls[block.index])
         return resid
@@ -120,8 +122,9 @@ class Layer(Span):
 
 @dataclass(frozen=True, repr=False)
 class Part(Component):
-    """What a block adds: its attention or its MLP. It reads the state of the stream that it reads in the model: the MLP
-    of a sequential block reads `resid_mid`."""
+    """What a block adds: its attention or its MLP. It reads the state of the stream that it reads in the
+    model: the MLP of a sequential block reads `resid_mid`.
+    """
 
     block: Block
     area: str
@@ -130,7 +133,10 @@ class Part(Component):
         if f"{self.area}.out" not in self.block.taps:
             refused = self.block.refused.get(f"{self.area}.out") or self.block.refused.get(self.area)
             error = Refused if refused else SiteError
-            raise error(f"layer {self.block.index} of this model has no {self.area}{': ' + refused if refused else ''}")
+            raise error(
+                f"layer {self.block.index} of this model has no "
+                f"{self.area}{': ' + refused if refused else ''}"
+            )
 
     @property
     def site(self) -> str:
@@ -141,24 +147,37 @@ class Part(Component):
         return self.met(f"{self.area}.out", resid, prompt)
 
     def met(self, part: str, resid: Tensor, prompt: Any) -> Tensor:
-        """What is met at a site of this part when it reads `resid`; nothing before it in the block adds anything."""
+        """What is met at a site of this part when it reads `resid`: nothing before it adds anything."""
         kept: list[Tensor] = []
         middle: list[Tensor] = []
         handlers: dict[Tap, Any] = {**self._reading(resid, middle), self.block.taps[part]: kept.append}
-        call = self.alone.calls(*resid.shape[:2], prompt)[self.block.index]
+        call = self.alone.calls(len(resid), resid.shape[1], prompt)[self.block.index]
         self.alone.call(self.block, resid, call, {within(self.block, t): h for t, h in handlers.items()})
         if middle and not torch.equal(middle[-1], resid):
-            raise Refused(f"{self.site!r} cannot be run alone: the block scales or shifts its residual on the way to it")
+            raise Refused(
+                f"{self.site!r} cannot be run alone: the block scales or shifts its residual on the way to it"
+            )
         return kept[-1]
 
     def _reading(self, resid: Tensor, middle: list[Tensor]) -> dict[Tap, Any]:
-        """Handlers that make this part read `resid`, which enters the block too; `middle` gets what resid_mid was."""
+        """Handlers that make this part read `resid`, which enters the block; `middle` gets resid_mid."""
         block, own = self.block, f"{self.area}.out"
         state = next((s for s in block.states if any(t.source == own for t in s.terms)), None)
         if state is None:
-            raise Refused(f"{self.site!r} cannot be run alone: {block.refused.get('resid', 'its state is not known')}")
-        before = [s for t in state.terms if t.source.startswith("state") for s in [block.states[int(t.source.split()[1])]]]
-        normed = [s.norm_out for s in before if s.norm_out is not None and any(t.source in block.taps for t in s.terms)]
+            raise Refused(
+                f"{self.site!r} cannot be run alone: {block.refused.get('resid', 'its state is not known')}"
+            )
+        before = [
+            s
+            for t in state.terms
+            if t.source.startswith("state")
+            for s in [block.states[int(t.source.split()[1])]]
+        ]
+        normed = [
+            s.norm_out
+            for s in before
+            if s.norm_out is not None and any(t.source in block.taps for t in s.terms)
+        ]
         if normed:  # post-norm: what it reads is what the norm before it hands on
             return {normed[-1]: lambda x: resid}
         earlier = {"attn": (), "cross": ("attn",)}.get(self.area, ("attn", "cross", "mixer"))
@@ -180,8 +199,10 @@ class AttentionPart(Part):
     @property
     def attention(self) -> Attention:
         found = self.block.attentions.get(self.area)
-        if found is None:
-            why = self.block.refused.get(self.area, "it was not found")
+        if found is None or not found.heads:
+            why = self.block.refused.get(self.area) or self.block.refused.get(
+                f"{self.area}.heads", "they were not found"
+            )
             raise Refused(f"the heads of {self.site!r} are refused on this model: {why}")
         return found
 
@@ -207,8 +228,9 @@ class Head(Component):
         return self.part.site.replace(".out", f".heads.{self.index}")
 
     def run(self, resid: Tensor, prompt: Any = None) -> Tensor:
-        """What it writes, [batch, position, d_model]: z of this head times its rows of the output projection (before the
-        norm or factor that some families put on the sum of heads)."""
+        """What it writes, [batch, position, d_model]: z of this head times its rows of the output projection
+        (before the norm or factor that some families put on the sum of heads).
+        """
         z = self.part.met(f"{self.part.area}.z_out", resid, prompt)[:, :, self.index]
         return z @ self.weights.W_O.to(z.dtype)
 

@@ -1,11 +1,12 @@
 """Which affine map is this step at this point, once the scale of its norms is held?
 
-A norm divides by a size of its input, so it is not linear; with that size held at its value on one input it is:
+A norm divides by a size of its input, so it is not linear; with that size held at its value on one input it
+is:
 
     norm(x) = gain * (x - mean(x)) * scale(x) + offset          (without the mean for RMS norms)
 
-Gain, offset, centring and scale are found by calling the norm, whatever its class, and the form is checked on the
-input itself. Direct logit attribution pushes contributions through this map; folded weights use its gain.
+Gain, offset, centring and scale are found by calling the norm, whatever its class, and the form is checked on
+the input itself. Direct logit attribution pushes contributions through this map; folded weights use its gain.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def freeze(norm: Map, x: Tensor) -> FrozenNorm | None:
     with torch.no_grad():
         if norm(x).shape != x.shape:
             return None
-        up, down = norm(probe[None])[0], norm(-probe[None])[0]
-        moved = norm(probe[None] + 100)[0]
+        row = probe.view(*[1] * (x.ndim - 1), d)
+        up, down, moved = (norm(each).flatten() for each in (row, -row, row + 100))
         given, made = x.double(), norm(x).double()
     offset, gain = (up + down).double() / 2, (up - down).double() / 2 / (probe.double() / 100)
     tolerance = 3 * TOLERANCE.get(x.dtype, 4e-2)
@@ -78,7 +79,8 @@ def affine(step: Map, x: Tensor) -> bool:
 
 
 def linearised(steps: Sequence[Map], names: Sequence[str], x: Tensor) -> tuple[Map, Tensor]:
-    """Steps in a row as one affine map that agrees with them on `x`, norms frozen there; and their value on `x`.
+    """Steps in a row as one affine map that agrees with them on `x`, norms frozen there; and their value on
+    `x`.
 
     Refused if a step is neither affine nor a norm.
     """
@@ -86,7 +88,9 @@ def linearised(steps: Sequence[Map], names: Sequence[str], x: Tensor) -> tuple[M
     for step, name in zip(steps, names, strict=True):
         chosen: Map | None = step if affine(step, x) else freeze(step, x)
         if chosen is None:
-            raise Refused(f"{name!r} is not linear, so what passes through it cannot be split into contributions")
+            raise Refused(
+                f"{name!r} is not linear, so what passes through it cannot be split into contributions"
+            )
         maps.append(chosen)
         with torch.no_grad():
             x = step(x)

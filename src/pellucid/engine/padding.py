@@ -7,6 +7,7 @@ short prompt is run alone and padded, and the first way of counting under which 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,11 +23,23 @@ from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.errors import Refused
 
 Count = Callable[[Tensor, int], Tensor | None]  # mask [batch, length], padding index -> position ids
-COUNTS: tuple[Count, ...] = (
-    lambda mask, pad: None,
-    lambda mask, pad: (mask.cumsum(1) - 1).clamp_min(0),
-    lambda mask, pad: mask.cumsum(1) * mask + pad,
-)
+
+
+def _native(mask: Tensor, pad: int) -> Tensor | None:
+    return None
+
+
+def _real(mask: Tensor, pad: int) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def _past_index(mask: Tensor, pad: int) -> Tensor:
+    return mask.cumsum(1) * mask + pad
+
+
+# Rotary families give the same logits without ids, but turn queries and keys by the column: left of the prompt, real
+# tokens are counted first.
+COUNTS: dict[str, tuple[Count, ...]] = {"right": (_native, _real, _past_index), "left": (_real, _native, _past_index)}
 PADS = 3
 PROBED = {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}
 
@@ -47,7 +60,8 @@ class Padding:
             return inputs
         side = "both sides" if left and right else "left" if left else "right"
         if side not in self.known:
-            self.known[side] = next((c for c in COUNTS if self._agrees(c, side)), None)
+            counts = COUNTS["left" if left else "right"]
+            self.known[side] = next((c for c in counts if self._agrees(c, side)), None)
         count = self.known[side]
         if count is None:
             raise Refused(
@@ -55,7 +69,8 @@ class Padding:
                 + ("pad on the right, or " if left else "")
                 + "run prompts of unequal length one at a time"
             )
-        positions = count(mask, self._index)
+        accepted = inspect.signature(self.module.forward).parameters
+        positions = count(mask, self._index) if {"position_ids", "kwargs"} & set(accepted) else None
         return inputs if positions is None else replace(inputs, tensors={**inputs.tensors, "position_ids": positions})
 
     @property

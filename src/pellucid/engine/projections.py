@@ -1,13 +1,15 @@
 """Which matrices does a head or a neuron read the stream with?
 
-Queries, keys and values are found by asking the model: what the projections read is replaced by the unit vectors, and what
-comes out is their matrix, whether they are three modules or one fused, grouped or not, in whatever orientation. It is read
-at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K` are the matrices before the rotation, and `QK`
-compares a query with a key at distance 0. What is not linear in what the attention reads is refused with the reason.
+Queries, keys and values are found by asking the model: what the projections read is replaced by the unit
+vectors, and what comes out is their matrix, whether they are three modules or one fused, grouped or not, in
+whatever orientation. It is read at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K`
+are the matrices before the rotation, and `QK` compares a query with a key at distance 0. What is not linear
+in what the attention reads is refused with the reason.
 
-    q = x W_Q + b_Q     k = x W_K + b_K     QK = W_Q W_K^T     OV = W_V W_O         x: what the attention reads, normed
+    q = x W_Q + b_Q     k = x W_K + b_K     QK = W_Q W_K^T     OV = W_V W_O    (x: what is read, normed)
 
-`folded()` puts the gain (and mean and bias) of the norm before into the matrices, so that x is the residual over its scale.
+`folded()` puts the gain (and mean and bias) of the norm before into the matrices, so that x is the residual
+over its scale.
 """
 
 from __future__ import annotations
@@ -35,26 +37,25 @@ ROWS = 64  # unit vectors put in at a time
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """x W + b: weight [d_in, ...], bias [...], and the norm that made x, if there is one."""
+    """x W + b: weight [d_in, ...], bias [...]."""
 
     weight: Tensor
     bias: Tensor
-    norm: FrozenNorm | None = None
 
-    def folded(self) -> Affine:
-        """The same map from the norm's input over its scale: (x - mean) / scale."""
-        if self.norm is None:
+    def folded(self, norm: FrozenNorm | None) -> Affine:
+        """The same map from what the norm reads, over its scale: (x - mean) / scale."""
+        if norm is None:
             return self
         w = self.weight.double()
         across = [-1] + [1] * (w.ndim - 1)
-        bias = self.bias.double() + (self.norm.offset.view(across) * w).sum(0)
-        w = self.norm.gain.view(across) * w
-        w = w - w.mean(0, keepdim=True) if self.norm.centred else w
+        bias = self.bias.double() + (norm.offset.view(across) * w).sum(0)
+        w = norm.gain.view(across) * w
+        w = w - w.mean(0, keepdim=True) if norm.centred else w
         return Affine(w.to(self.weight), bias.to(self.bias))
 
 
 class Probe:
-    """A traced call of one block on dummy tokens: by which modules it reads what, and what comes of other inputs."""
+    """A traced call of one block on dummy tokens: what its modules read, and what comes of other inputs."""
 
     def __init__(self, alone: Alone, block: Block) -> None:
         self.alone, self.block = alone, block
@@ -64,7 +65,7 @@ class Probe:
             alone.module(block)(*self.call.args, **self.call.kwargs)
 
     def readers(self, value: Value) -> list[Call]:
-        """The linear modules `value` is made by, all of which must read the residual stream (or the other stack)."""
+        """The linear modules that make `value`; all must read the residual stream (or the other stack)."""
         found: dict[int, Call] = {}
         queue, seen = [value], set()
         while queue:
@@ -75,7 +76,9 @@ class Probe:
             if flow.weight_of(op) is None:
                 queue.extend(op.inputs)
             elif op.call is None or op.call.input is None or op.call.children:
-                raise Refused(f"layer {self.block.index} of this model projects in its own code, not by modules")
+                raise Refused(
+                    f"layer {self.block.index} of this model projects in its own code, not by modules"
+                )
             else:
                 self._check_reads(op.call.input)
                 found[id(op.call)] = op.call
@@ -87,7 +90,10 @@ class Probe:
         root = self.trace.calls[0]
         assert root.input is not None
         if source.producer is not None and not flow.Additive(root.input, 0).reaches(source):
-            raise Refused("what is projected is no state of the residual stream: there is another projection or step before")
+            raise Refused(
+                "what is projected is no state of the residual stream: there is another projection or step "
+                "before"
+            )
 
     def attended(self, attention: Attention) -> dict[str, Value]:
         """The queries, keys and values of one attention."""
@@ -103,21 +109,28 @@ class Probe:
         """A tap on a module's input or output, as the block alone is called."""
         key = next(k for k, v in (call.inputs if port == "in" else call.outputs).items() if v is value)
         width = value.shape[-1]
-        layout = recognise(tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width)
+        layout = recognise(
+            tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width
+        )
         if layout is None:
             raise Refused(f"{call.name!r} is laid out in an unknown order")
         return Tap(call.name, port, layout, key, call.nth)
 
     def norm(self, value: Value) -> FrozenNorm | None:
-        """The norm that made a value in this block."""
+        """The norm that made a value in this block, if one did."""
         call = flow.norm_of(value)
         if call is None or call.input is None:
             return None
         key, module = next(k for k, v in call.outputs.items() if v is value), call.module
-        return freeze(lambda x: take(module(x), key), call.input.tensor)
+        found = freeze(lambda x: take(module(x), key), call.input.tensor) if len(call.inputs) == 1 else None
+        if found is None:
+            raise Refused(f"{call.name!r} cannot be folded: it is not a gain times the input over its size")
+        return found
 
     def feed(self, readers: list[Call], rows: Tensor, tap: Tap) -> Tensor:
-        """What is met at `tap` at the first two positions, [row, 2, ...], when the readers read `rows` [row, d_in]."""
+        """What is met at `tap` at the first two positions, [row, 2, ...], when the readers read `rows` [row,
+        d_in].
+        """
         made = []
         for part in rows.split(ROWS):
             kept: list[Tensor] = []
@@ -126,9 +139,13 @@ class Probe:
             def put(x: Tensor, given: Tensor = given) -> Tensor:
                 return given.expand_as(x).contiguous()
 
-            handlers: dict[Tap, Handler] = {self.tap(c, c.input, "in"): put for c in readers if c.input is not None}
+            handlers: dict[Tap, Handler] = {
+                self.tap(c, c.input, "in"): put for c in readers if c.input is not None
+            }
             with torch.no_grad():
-                self.alone.call(self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append})
+                self.alone.call(
+                    self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append}
+                )
             made.append(kept[0][: len(part), :2])
         return torch.cat(made)
 
@@ -138,8 +155,10 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """The matrices of all heads of one attention: W_Q, W_K [head, d_in, d_head], W_V [head, d_in, d_value], W_O [head,
-    d_value, d_model], and biases b_Q ... [head, ...], b_O [d_model]; keys and values are repeated for grouped queries."""
+    """The matrices of all heads of one attention: W_Q, W_K [head, d_in, d_head], W_V [head, d_in, d_value],
+    W_O [head, d_value, d_model], and biases b_Q ... [head, ...], b_O [d_model]; keys and values are repeated
+    for grouped queries.
+    """
 
     alone: Alone
     block: Block
@@ -170,11 +189,16 @@ class AttentionWeights:
     def _read(self, port: str) -> tuple[Affine, bool]:
         part = f"{self.attention.part}.{port}"
         if part not in self.block.taps:
-            raise Refused(f"W_{port.upper()} is refused on this model: {self.block.refused.get(part, f'{part} is not mapped')}")
+            raise Refused(
+                f"W_{port.upper()} is refused on this model: "
+                f"{self.block.refused.get(part, f'{part} is not mapped')}"
+            )
         readers = self._probe.readers(self._probe.attended(self.attention)[port])
         widths = {c.input.shape[-1] for c in readers if c.input is not None}
         if len(widths) != 1:
-            raise Refused(f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths")
+            raise Refused(
+                f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths"
+            )
         (width,) = widths
         like = self._probe.resid
         noise = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like) / 10
@@ -186,12 +210,14 @@ class AttentionWeights:
         error = float((expected - made[width + 1 :]).abs().max()) / max(1e-6, float(expected.abs().max()))
         if error > 3 * TOLERANCE.get(like.dtype, 4e-2):
             raise Refused(
-                f"W_{port.upper()} is refused on this model: {part} is no linear map of what the attention reads (a norm or "
+                f"W_{port.upper()} is refused on this model: {part} is no linear map of what the attention "
+                "reads (a norm or "
                 "another nonlinear step lies in between)"
             )
         turned = not torch.allclose(both[:, 0], both[:, -1], rtol=1e-4, atol=1e-5)
-        affine = Affine(weight, bias, self._probe.norm(readers[0].input))  # type: ignore[arg-type]
-        return (affine.folded() if self.fold else affine), turned
+        affine, source = Affine(weight, bias), readers[0].input
+        assert source is not None
+        return (affine.folded(self._probe.norm(source)) if self.fold else affine), turned
 
     @property
     def position_dependent(self) -> bool:
@@ -229,7 +255,11 @@ class AttentionWeights:
     @property
     def _output(self) -> tuple[Tensor, Tensor]:
         a = self.attention
-        if a.linear is None or a.linear.width != a.heads * a.d_value or f"{a.part}.z_out" not in self.block.taps:
+        if (
+            a.linear is None
+            or a.linear.width != a.heads * a.d_value
+            or f"{a.part}.z_out" not in self.block.taps
+        ):
             why = self.block.refused.get(f"{a.part}.z_out", "no output projection reads z alone")
             raise Refused(f"W_O is refused on this model: {why}")
         weight, bias = linear_map(self.alone.anatomy.module.get_submodule(a.linear.module), a.linear.shape)
@@ -252,13 +282,17 @@ class AttentionWeights:
     def OV(self) -> Tensor:
         """[head, d_in, d_model]"""
         if self.attention.gated:
-            raise Refused("OV is refused on this model: a gate or norm lies between z and the output projection")
+            raise Refused(
+                "OV is refused on this model: a gate or norm lies between z and the output projection"
+            )
         return self.W_V @ self.W_O.to(self.W_V.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
-    """One head's W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, QK and OV: those of `AttentionWeights` without the head dimension."""
+    """One head's W_Q, W_K, W_V, W_O, b_Q, b_K, b_V, QK and OV: those of `AttentionWeights` without the head
+    dimension.
+    """
 
     attention: AttentionWeights
     index: int
@@ -278,7 +312,9 @@ class HeadWeights:
 
 @dataclass(frozen=True, eq=False)
 class MlpWeights:
-    """The matrices W_in that read the stream, by module name, [d_in, feature] (with b_in), and W_out [neuron, d_model]."""
+    """The matrices W_in that read the stream, by module name, [d_in, feature] (with b_in), and W_out [neuron,
+    d_model].
+    """
 
     alone: Alone
     block: Block
@@ -309,8 +345,8 @@ class MlpWeights:
             assert call.input is not None
             weight, bias = linear_map(call.module, call.input.shape[-1])
             bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
-            affine = Affine(weight.detach(), bias.detach(), self.probe.norm(call.input))
-            found[name] = affine.folded() if self.fold else affine
+            affine = Affine(weight.detach(), bias.detach())
+            found[name] = affine.folded(self.probe.norm(call.input)) if self.fold else affine
         return found
 
     @property
@@ -323,7 +359,9 @@ class MlpWeights:
 
     @property
     def W_out(self) -> Tensor:
-        return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[0].detach()
+        return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[
+            0
+        ].detach()
 
     def features(self, neuron: int) -> dict[str, list[int]]:
         """The outputs of the reading modules a neuron is made from, found by its gradient."""
@@ -338,23 +376,35 @@ class MlpWeights:
             return handler
 
         handlers = {
-            self.probe.tap(c, c.output, "out"): leaf(n) for n, c in self.readers.items() if c.output is not None
+            self.probe.tap(c, c.output, "out"): leaf(n)
+            for n, c in self.readers.items()
+            if c.output is not None
         }
         with torch.enable_grad():
             self.alone.call(
-                self.block, self.probe.resid, self.probe.call, {**handlers, within(self.block, self.tap): kept.append}
+                self.block,
+                self.probe.resid,
+                self.probe.call,
+                {**handlers, within(self.block, self.tap): kept.append},
             )
             gradients = torch.autograd.grad(kept[0][..., neuron].sum(), list(leaves.values()))
-        found = {n: g.abs().flatten(0, 1).amax(0).nonzero().flatten().tolist() for n, g in zip(leaves, gradients, strict=True)}
+        found = {
+            n: g.abs().flatten(0, 1).amax(0).nonzero().flatten().tolist()
+            for n, g in zip(leaves, gradients, strict=True)
+        }
         if any(len(columns) > 2 for columns in found.values()) or not any(found.values()):
-            raise Refused("the neurons of this model are not each made from one or two features of what reads the stream")
+            raise Refused(
+                "the neurons of this model are not each made from one or two features of what reads the "
+                "stream"
+            )
         return found
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronWeights:
-    """What one neuron reads, `w_in` and `b_in` by module name (two of them where a gate multiplies it; `name.7` where one
-    module makes both), each [d_in]; and what it writes, `w_out` [d_model]."""
+    """What one neuron reads, `w_in` and `b_in` by module name (two of them where a gate multiplies it;
+    `name.7` where one module makes both), each [d_in]; and what it writes, `w_out` [d_model].
+    """
 
     mlp: MlpWeights
     index: int

@@ -34,7 +34,7 @@ from pellucid.engine.reading import Reader
 from pellucid.engine.recording import Recording, Shapes, record
 from pellucid.engine.run import execute, written
 from pellucid.engine.stubbed import run_rows
-from pellucid.errors import Refused
+from pellucid.errors import PellucidError, Refused
 
 RUNGS = ("packed, suffix", "packed", "stubbed", "batched", "single")
 
@@ -132,9 +132,10 @@ def _trial(anatomy: Anatomy) -> Rungs:
     rungs = Rungs()
     try:
         inputs = read_inputs(anatomy.module, None, anatomy.inputs)
-        variants = _variants(anatomy.stacks[-1])
         reader = Reader(anatomy, inputs, _AllLogits())
-        truth = torch.stack([reader.read(execute(anatomy, inputs, edits=[v]).logits) for v in variants])
+        tried = {v: _tried(anatomy, inputs, v) for v in _variants(anatomy.stacks[-1])}
+        variants = [v for v, logits in tried.items() if logits is not None]
+        truth = torch.stack([reader.read(logits) for logits in tried.values() if logits is not None])
     except Exception as error:  # a model whose forward takes more than token ids runs one by one
         rungs.refused = dict.fromkeys(RUNGS[:-1], f"the trial could not be run ({_told(error)})")
         return rungs
@@ -160,6 +161,13 @@ def _trial(anatomy: Anatomy) -> Rungs:
     return rungs
 
 
+def _tried(anatomy: Anatomy, inputs: Inputs, edit: Edit) -> Tensor | None:
+    try:
+        return execute(anatomy, inputs, edits=[edit]).logits
+    except PellucidError:  # a family may refuse some edits
+        return None
+
+
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
 
@@ -169,7 +177,7 @@ def _variants(stack: Stack) -> list[Edit]:
     variants: list[Edit] = []
     for layer in sorted({0, len(stack.blocks) // 2, len(stack.blocks) - 1}):
         site = f"{stack.prefix}layers.{layer}"
-        variants.append(Replace(f"{site}.resid_pre@-3", function=lambda x: x.flip(-1)))
+        variants += [Replace(f"{site}.resid_pre{at}", function=lambda x: x.flip(-1)) for at in ("@-3", "")]
         if "attn.z_out" in stack.blocks[layer].taps:
             variants.append(Ablate(f"{site}.attn.heads.0"))
         if "attn.k" in stack.blocks[layer].taps:

@@ -1,14 +1,16 @@
 """Which parts of the model wrote the answer into the residual stream?
 
-The last residual is a sum: the embedding, plus what every attention and MLP (or head, or neuron) added. Once the scale
-of the final norm is held at its value in this run, logits are linear in that sum, so each summand has its share:
+The last residual is a sum: the embedding, plus what every attention and MLP (or head, or neuron) added. Once
+the scale of the final norm is held at its value in this run, logits are linear in that sum, so each summand
+has its share:
 
     logit(A) - logit(W) = sum over components of  u . c  +  constant,     u = frozen_norm^T (W_U[A] - W_U[W])
 
-(Elhage et al. 2021; "direct" because what a component does through later ones is not counted.) What is counted is what
-is really added: after the component's own norm in sandwich families, times the residual multiplier where there is one.
-In post-norm families every block's norm is held too, and a contribution is followed through all of them. Where logits
-are soft-capped, the logit before the cap is attributed. The shares are checked to add up to the model's own logit.
+(Elhage et al. 2021; "direct" because what a component does through later ones is not counted.) What is
+counted is what is really added: after the component's own norm in sandwich families, times the residual
+multiplier where there is one. In post-norm families every block's norm is held too, and a contribution is
+followed through all of them. Where logits are soft-capped, the logit before the cap is attributed. The shares
+are checked to add up to the model's own logit.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.layout import TOKENS
+from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
 from pellucid.anatomy.weights import linear_map
@@ -49,16 +52,18 @@ def direct_logit_attribution(
 ) -> Result:
     """Split the logit of `target` (minus that of `against`) at one position into what each component wrote.
 
-    `by` "layer": embedding, each attention, each MLP; "head": each head, and what the attention adds beside them (`rest`:
-    biases); "neuron": each neuron, and the rest of its MLP. A block without heads or neurons stays whole. The target is by
-    default the model's own prediction. Gives `contribution` [component] with coordinates `layer`, `part` and `unit` (-1
-    where there is none), `total`, the logit (difference) they add up to, and `gap`, how far they miss it; `prompt` comes
-    first for several prompts. `forced` is the decoder's text in an encoder-decoder.
+    `by` "layer": embedding, each attention, each MLP; "head": each head, and what the attention adds beside
+    them (`rest`: biases); "neuron": each neuron, and the rest of its MLP. A block without heads or neurons
+    stays whole. The target is by default the model's own prediction. Gives `contribution` [component] with
+    coordinates `layer`, `part` and `unit` (-1 where there is none), `total`, the logit (difference) they add
+    up to, and `gap`, how far they miss it; `prompt` comes first for several prompts. `forced` is the
+    decoder's text in an encoder-decoder.
 
-    Refused where the head is not linear after its norms (masked models with a transform), or a proof it needs failed.
+    Refused where the head is not linear after its norms (masked models with a transform), or a proof it needs
+    failed.
 
-    >>> dla = direct_logit_attribution(model, "The capital of France is", " Paris", by="head")    # doctest: +SKIP
-    >>> dla.top(3)                                                                                # doctest: +SKIP
+    >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")  # doctest: +SKIP
+    >>> dla.top(3)  # doctest: +SKIP
     """
     if by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
@@ -89,7 +94,7 @@ class Component:
 
 @dataclass(eq=False)
 class Shares:
-    """Walks from the logits back through the blocks, with `u`, the direction [prompt, 1, d_model] the logit reads."""
+    """Walks from the logits back through the blocks with `u` [prompt, 1, d_model], what the logit reads."""
 
     model: Model
     inputs: Inputs
@@ -107,31 +112,41 @@ class Shares:
         taps = {tap for block in self.stack.blocks for tap in self._taps(block)}
         module, tensors = anatomy.module, self.inputs.tensors
         kept, output = tapped(module, taps, len(self.inputs), lambda: module(**tensors))
-        columns = self.inputs.stream("").find(self.position)
+        stream = self.inputs.stream("")
+        columns = stream.find(self.position)
         if columns is None or columns.shape[1] != 1:
-            raise InputError(f"direct logit attribution reads one position, not {self.position!r}: give an index or a token")
+            raise InputError(
+                f"direct logit attribution reads one position, not {self.position!r}: give an index or token"
+            )
+        self.read = columns[:, 0] - stream.starts  # counted on each prompt's tokens
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         self.values = {tap: value[rows, columns] for tap, value in kept.items()}  # [prompt, 1, ...]
-        logits = output.logits
+        logits = main_output(output)
         if logits.ndim != 3:
-            raise Refused("direct logit attribution reads a language model's logits, and this model is a classifier")
+            raise Refused("direct logit attribution reads a language model's logits; this is a classifier")
         self.native = logits[rows, columns].detach()
         self.constant = torch.zeros(len(self.inputs), device=logits.device)
 
     def _taps(self, block: Block) -> Iterator[Tap]:
-        needed = ["resid_pre", "resid_post"]
-        needed += [t.source for s in block.states for t in s.terms if t.source != "in" and not t.source.startswith("state")]
-        for part in needed:
+        terms = [t for s in block.states for t in s.terms]
+        added = [t.source for t in terms if t.source != "in" and not t.source.startswith("state")]
+        for part in ("resid_pre", "resid_post", *added):
             if part not in block.taps:
+                why = block.refused.get(part) or block.refused.get("resid", "it is not on the map")
+                site = f"{self.stack.prefix}layers.{block.index}.{part}"
                 raise Refused(
-                    f"direct logit attribution needs {self.stack.prefix}layers.{block.index}.{part}, which is refused: "
-                    + block.refused.get(part, block.refused.get("resid", "it is not on the map"))
+                    f"direct logit attribution needs {site!r}, which is refused on this model: {why}"
                 )
-        if block.taps["resid_pre"].layout.canonical != TOKENS or any(t.carried for s in block.states for t in s.terms):
-            raise Refused("this model mixes its residual streams by weights of the pass, so contributions do not add up")
-        yield from (block.taps[part] for part in needed)
-        yield from (tap for state in block.states for tap in (state.norm_in,) if tap is not None)
-        units = {"head": [f"{part}.z_out" for part in block.attentions], "neuron": [f"{part}.neurons" for part in block.mlps]}
+            yield block.taps[part]
+        if block.taps["resid_pre"].layout.canonical != TOKENS or any(t.carried for t in terms):
+            raise Refused(
+                "this model mixes its residual streams by weights of the pass: shares do not add up"
+            )
+        yield from (state.norm_in for state in block.states if state.norm_in is not None)
+        units = {
+            "head": [f"{part}.z_out" for part in block.attentions],
+            "neuron": [f"{part}.neurons" for part in block.mlps],
+        }
         yield from (block.taps[part] for part in units.get(self.by, ()) if part in block.taps)
 
     @property
@@ -142,13 +157,18 @@ class Shares:
     # ---- from the logits to the embedding
 
     def split(self, score: Any) -> None:
-        """Follow `score`, linear in the logits [prompt, 1, vocabulary], back through the head and every block."""
+        """Follow `score`, linear in the logits [prompt, 1, vocabulary], back through head and blocks."""
         resid = self.values[self.stack.blocks[-1].taps["resid_post"]]
         after = self.head.after
         head, before = linearised(self.head.steps[:after], self.head.names[:after], resid)
-        tail = _chain(self.head.steps[after:])
+
+        def tail(x: Tensor) -> Tensor:
+            for step in self.head.steps[after:]:
+                x = step(x)
+            return x
+
         self.capped = not affine(tail, before)
-        whole = (lambda x: score(head(x))) if self.capped else (lambda x: score(tail(head(x))))
+        whole: Map = (lambda x: score(head(x))) if self.capped else (lambda x: score(tail(head(x))))
         self.total = score(before if self.capped else self.native)
         u = self._pull(whole, resid)
         for block in reversed(self.stack.blocks):
@@ -158,7 +178,7 @@ class Shares:
         self._add("constant", -1, "constant", self.constant)
 
     def _pull(self, function: Map, like: Tensor) -> Tensor:
-        """The gradient [prompt, 1, d] of an affine function to [prompt]; its value at zero goes to the constant."""
+        """The gradient [prompt, 1, d] of an affine map to [prompt]; its value at zero joins the constant."""
         with torch.enable_grad():
             zero = torch.zeros_like(like).requires_grad_()
             value = function(zero)
@@ -167,7 +187,7 @@ class Shares:
         return u
 
     def _state(self, block: Block, state: State, u: Tensor) -> Tensor:
-        """Give a residual state's contributions their shares; returns the direction its block's input is read in."""
+        """Give a state's contributions their shares; returns the direction the block's input is read in."""
         if state.norm_in is not None:
             module = self.model.module.get_submodule(state.norm_in.module)
             norm, _ = linearised([module], [state.norm_in.module], self.values[state.norm_in])
@@ -205,9 +225,13 @@ class Shares:
         self._add(site.replace(".out", ".rest"), block.index, f"{area}.rest", rest)
         self._add(site.replace(".out", f".{kind}"), block.index, f"{area}.{kind}", units)
 
-    def _inside(self, block: Block, tap: Tap, what: Attention | Mlp, u: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Shares [prompt, unit] of what enters an output projection, and [prompt] of the biases added to it; None where
-        it does not reach the stream linearly."""
+    def _inside(
+        self, block: Block, tap: Tap, what: Attention | Mlp, u: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Shares [prompt, unit] of what enters an output projection and [prompt] of the biases added to it.
+
+        None where it does not reach the stream linearly: the contribution then stays whole.
+        """
         linear, path = what.linear, what.path
         given = self.values[tap].flatten(2)  # [prompt, 1, unit * width]
         if linear is None or linear.width != given.shape[2] or path is None or "gate" in path.names:
@@ -236,10 +260,10 @@ class Shares:
         rows = [row for component in self.components for row in component.rows()]
         shares = torch.stack([row[4] for row in rows], 1)
         gap = shares.double().sum(1) - self.total.double()
-        scale = max(1.0, float(shares.abs().max()))
-        if float(gap.abs().max()) > 30 * TOLERANCE.get(self.native.dtype, 4e-2) * scale:
-            raise Refused(f"the shares miss the logit by {float(gap.abs().max()):.1e}: the map of this model is not additive")
-        tokens = [labels[int(c)] for labels, c in zip(self.inputs.stream("").labels, self._indices(), strict=True)]
+        worst, scale = float(gap.abs().max()), max(1.0, float(shares.abs().max()))
+        if worst > 30 * TOLERANCE.get(self.native.dtype, 4e-2) * scale:
+            raise Refused(f"the shares miss the logit by {worst:.1e}: the map of this model is not additive")
+        tokens = [row[i] for row, i in zip(self.inputs.stream("").labels, self.read.tolist(), strict=True)]
         data = xr.Dataset(
             {
                 "contribution": (("prompt", "component"), shares.float().cpu().numpy()),
@@ -257,27 +281,14 @@ class Shares:
         )
         data = data.isel(prompt=0) if len(self.inputs) == 1 else data
         provenance = Provenance(
-            "direct_logit_attribution", self.model.name, digest=self.model.digest, inputs=list(self.inputs.texts),
+            "direct_logit_attribution", self.model.name,
+            digest=self.model.digest, inputs=list(self.inputs.texts),
             arguments={"target": target, "against": against, "by": self.by, "position": self.position},
         )  # fmt: skip
-        return Result(data, kind="direct logit attribution", title=f"What wrote {target!r}", provenance=provenance)
-
-    def _indices(self) -> Tensor:
-        stream = self.inputs.stream("")
-        columns = stream.find(self.position)
-        assert columns is not None
-        return columns[:, 0] - stream.starts
+        title = f"What wrote {target!r}"
+        return Result(data, kind="direct logit attribution", title=title, provenance=provenance)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """[prompt, 1, d] twice -> [prompt]"""
     return (a * b).sum((1, 2))
-
-
-def _chain(steps: tuple[Map, ...]) -> Map:
-    def run(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return run

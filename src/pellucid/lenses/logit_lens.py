@@ -4,9 +4,9 @@ The residual stream after every block is read through the model's own head, its 
 
     logits[layer] = unembed(final_norm(resid[layer]))
 
-(nostalgebraist, 2020). Early rows are read with a head that was trained for the last one, so a token that does not show
-may still be there in another basis: the tuned lens is the control. The last row must be the model's own logits; this is
-checked, and the lens refuses where it is not so.
+(nostalgebraist, 2020). Early rows are read with a head that was trained for the last one, so a token that
+does not show may still be there in another basis: the tuned lens is the control. The last row must be the
+model's own logits; this is checked, and the lens refuses where it is not so.
 """
 
 from __future__ import annotations
@@ -30,12 +30,24 @@ from pellucid.tasks.tokens import single_id
 
 CELLS = 1 << 24  # numbers of one layer's logits held at a time
 
+# What is read at every layer and position, and the dimension it has beyond those.
+READ: dict[str, tuple[str, ...]] = {
+    "probability": ("top",),
+    "top_token": ("top",),
+    "rank": (),
+    "log_probability": (),
+    "kl": (),
+    "entropy": (),
+    "target_rank": ("target",),
+    "target_log_probability": ("target",),
+}
+
 
 def unembed(model: Model, resid: Tensor) -> Tensor:
-    """The logits [..., position, vocabulary] the model's own head makes of residuals [..., position, d_model].
+    """Logits [batch, position, vocabulary] of residuals [batch, position, d_model], by the model's own head.
 
-    Every step between the last block and the logits is run: norms, transforms, scaling, soft-capping. Refused where the
-    proof `unembedding` does not hold.
+    Every step between the last block and the logits is run: norms, transforms, scaling, soft-capping. Refused
+    where the proof `unembedding` does not hold.
     """
     head = model.anatomy.head
     if head is None or "head" in model.anatomy.refusals:
@@ -60,14 +72,15 @@ def logit_lens(
     """Read the residual stream at `sites` (of the last stack) through the model's own head.
 
     Gives, over layer x position (and `prompt` first, for several): `probability` and `top_token` of the `top`
-    likeliest tokens; `rank`, 0 being the top, and `log_probability` of the token the model itself ends up with (`prediction`);
-    `kl`, KL(model || layer), and `entropy`, both in nats; for `targets`, `target_rank` and `target_log_probability`.
-    The layer of what enters the first block is "embed". `positions` narrows as `@` does in sites; positions are counted on
-    each prompt's own tokens, those past the end of a shorter prompt are NaN. `target` is the decoder's text in an
-    encoder-decoder. One layer's logits are held at a time.
+    likeliest tokens; `rank`, 0 being the top, and `log_probability` of the token the model itself ends up
+    with (`prediction`); `kl`, KL(model || layer), and `entropy`, both in nats; for `targets`, `target_rank`
+    and `target_log_probability`. The layer of what enters the first block is "embed". `positions` narrows as
+    `@` does in sites; positions are counted on each prompt's own tokens, those past the end of a shorter
+    prompt are NaN. `target` is the decoder's text in an encoder-decoder. One layer's logits are held at a
+    time.
 
-    >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")          # doctest: +SKIP
-    >>> lens.sel(layer=25, position=9).top_token                                          # doctest: +SKIP
+    >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
+    >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
     """
     inputs = model.inputs(prompt, target=target)
     names = _sites(model, sites)
@@ -79,18 +92,12 @@ def logit_lens(
     ids = _target_ids(model, targets)
     rows = _rows(model, run, names, columns, real, ids, min(top, run.logits.shape[-1]))
 
-    shape = tuple(real.shape)
-    dims = ("prompt", "layer", "position")
-    ends = {"top_token": ("top",), "probability": ("top",), "target_rank": ("target",), "target_log_probability": ("target",)}
     made: dict[str, Any] = {}
-    for name in ("probability", "top_token", "rank", "log_probability", "kl", "entropy", "target_rank", "target_log_probability"):
+    for name, extra in READ.items():
         flat = torch.stack([row[name] for row in rows], 1)  # [prompt * position, layer, ...]
-        values = flat.unflatten(0, shape).movedim(2, 1).cpu().numpy()
-        if name == "top_token":
-            values = _texts(model, values, real)
-        made[name] = ((*dims, *ends.get(name, ())), values)
-    if not ids:
-        made = {k: v for k, v in made.items() if not k.startswith("target")}
+        values = flat.unflatten(0, tuple(real.shape)).movedim(2, 1).cpu().numpy()
+        values = _texts(model, values, real) if name == "top_token" else values
+        made[name] = (("prompt", "layer", "position", *extra), values)
     final = run.logits[torch.arange(len(inputs))[:, None], columns].argmax(-1)[:, None, :]
     made["prediction"] = (("prompt", "position"), _texts(model, final.cpu().numpy(), real)[:, 0])
     data = xr.Dataset(
@@ -100,13 +107,11 @@ def logit_lens(
             "site": ("layer", names),
             "position": _position_labels(stream, columns, real),
             "token": (("prompt", "position"), _tokens(stream, columns, real)),
-            "target": [model.tokenizer.decode([i]) if model.tokenizer is not None else str(i) for i in ids],
+            "target": [_text(model, i) for i in ids],
         },
     )
-    if not ids:
-        data = data.drop_vars("target")
-    if len(inputs) == 1:
-        data = data.isel(prompt=0)
+    data = data if ids else data.drop_dims("target")
+    data = data.isel(prompt=0) if len(inputs) == 1 else data
     provenance = Provenance(
         "logit_lens", model.name, digest=model.digest, inputs=list(inputs.texts),
         arguments={"top": top, "targets": targets, "sites": sites, "positions": positions, "target": target},
@@ -128,7 +133,8 @@ def _rows(
     for site in sites:
         resid = run.tensor(site)[picked, columns].flatten(0, 1)
         parts = [
-            _read(unembed(model, resid[part][None])[0], final[part], targets, top) for part in _parts(*final.shape)
+            _read(unembed(model, resid[part][None])[0], final[part], targets, top)
+            for part in _parts(*final.shape)
         ]
         row = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         for name, values in row.items():
@@ -147,7 +153,9 @@ def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[s
     """From one layer's logits and the model's own, both [cell, vocabulary]."""
     log_p, log_final = logits.float().log_softmax(-1), final.float().log_softmax(-1)
     p, likeliest = log_p.exp(), log_p.topk(top, -1)
-    wanted = torch.cat([final.argmax(-1, keepdim=True), torch.tensor(targets).expand(len(final), -1).to(final.device)], -1).long()
+    wanted = torch.cat(
+        [final.argmax(-1, keepdim=True), torch.tensor(targets).expand(len(final), -1).to(final.device)], -1
+    ).long()
     log_wanted = log_p.gather(-1, wanted)
     rank = torch.stack([(log_p > one[:, None]).sum(-1) for one in log_wanted.unbind(-1)], -1).float()
     return {
@@ -165,7 +173,10 @@ def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[s
 def _check(model: Model, run: Run, last: str, columns: Tensor) -> None:
     """The last residual must give the model's own logits; checked at the last column of every prompt."""
     if run.logits.ndim != 3:
-        raise Refused(f"{model.name} is a classifier: its head reads one position of the last layer, not a stream of tokens")
+        raise Refused(
+            f"{model.name} is a classifier: its head reads one position of the last layer, not a stream of "
+            "tokens"
+        )
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     made = unembed(model, run.tensor(last)[rows, columns[:, -1:]])
     gap = error(made, run.logits[rows, columns[:, -1:]])
@@ -186,7 +197,10 @@ def _sites(model: Model, sites: str | Sequence[str]) -> list[str]:
     ]
     for site in found:
         if site.dims != ("batch", "position", "d_model") or site.at is not None:
-            raise InputError(f"{str(site)!r} is no residual at every position; the lens reads sites such as layers.*.resid_post")
+            raise InputError(
+                f"{str(site)!r} is no residual at every position; the lens reads sites such as "
+                "layers.*.resid_post"
+            )
     return [str(site) for site in found]
 
 
@@ -209,7 +223,8 @@ def _columns(stream: Stream, positions: Position) -> tuple[Tensor, Tensor]:
 def _position_labels(stream: Stream, columns: Tensor, real: Tensor) -> list[int]:
     """Positions counted on the first prompt's tokens (all prompts', if every position is read)."""
     longest = int(real.sum(1).argmax())
-    return (columns - stream.starts[:, None])[longest].tolist()
+    labels: list[int] = (columns - stream.starts[:, None])[longest].tolist()
+    return labels
 
 
 def _tokens(stream: Stream, columns: Tensor, real: Tensor) -> np.ndarray:
@@ -224,16 +239,17 @@ def _tokens(stream: Stream, columns: Tensor, real: Tensor) -> np.ndarray:
 def _target_ids(model: Model, targets: Sequence[str | int] | str | None) -> list[int]:
     if targets is None:
         return []
-    return [
-        single_id(model.tokenizer, t) if isinstance(t, str) else t for t in ([targets] if isinstance(targets, str) else targets)
-    ]
+    return [single_id(model.tokenizer, t) for t in ([targets] if isinstance(targets, str) else targets)]
 
 
 def _texts(model: Model, ids: np.ndarray, real: Tensor) -> np.ndarray:
     """Token ids [prompt, layer, position, ...] as text; empty where no token was read."""
-    known = {int(i) for i in np.unique(ids)}
-    decode = (lambda i: f"#{i}") if model.tokenizer is None else (lambda i: str(model.tokenizer.decode([i])))
-    text = {i: decode(i) for i in known}
-    made = np.array([text[int(i)] for i in ids.ravel()], dtype=object).reshape(ids.shape)
-    made[np.broadcast_to(~real.cpu().numpy().reshape(len(real), 1, -1, *[1] * (ids.ndim - 3)), ids.shape)] = ""
+    text = {i: _text(model, i) for i in np.unique(ids).tolist()}
+    made = np.array([text[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)
+    missing = ~real.cpu().numpy().reshape(len(real), 1, -1, *[1] * (ids.ndim - 3))
+    made[np.broadcast_to(missing, ids.shape)] = ""
     return made
+
+
+def _text(model: Model, token: int) -> str:
+    return f"#{token}" if model.tokenizer is None else str(model.tokenizer.decode([token]))

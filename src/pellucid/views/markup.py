@@ -48,7 +48,7 @@ def escaped(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def tag(name: str, *children: Child, **attributes: Any) -> Html:
+def tag(name: str, /, *children: Child, **attributes: Any) -> Html:
     """An element. `class_` is `class`, `data_tip` is `data-tip`; None and False leave an attribute out.
 
     >>> tag("p", "1 < 2", class_="note", hidden=True, id=None)

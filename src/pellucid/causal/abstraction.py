@@ -1,0 +1,235 @@
+"""Does the model compute its answer the way this program does?
+
+A causal model is a small graph of variables. A neural model implements it under an alignment (variable -> site) if swapping
+a variable's value with that of another input has in the program the effect that swapping the site's activations has in the
+network (Geiger et al. 2021, "Causal Abstractions of Neural Networks"):
+
+    interchange-intervention accuracy = share of (base, source) pairs where
+        network(base, with site taken from source) answers  program(base, with variable taken from source)
+
+A number alone misleads: where the interchange does not change the program's output, a site that does nothing is right too.
+So pairs are drawn half from those where it changes, and beside the accuracy stand `changed` (on these pairs alone: what a
+dead site gets wrong), `floor` (no intervention at all) and `task` (the network's accuracy as a plain predictor).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.contrast import bootstrap, lay_out, one_by_one, swaps
+from pellucid.errors import InputError, nearest
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+Setting = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CausalModel:
+    """A program as a graph: each input's possible values, and each variable's parents and function, in order.
+
+    >>> both_equal = CausalModel(
+    ...     {"a": range(3), "b": range(3), "c": range(2)},
+    ...     {"same": (("a", "b"), lambda a, b: a == b), "out": (("same", "c"), lambda s, c: int(s) == c)})
+    >>> both_equal.run({"a": 1, "b": 1, "c": 0})["out"], both_equal.interchange({"a": 1, "b": 1, "c": 0},
+    ...     {"a": 0, "b": 1, "c": 0}, ["same"])["out"]
+    (False, True)
+    """
+
+    inputs: Mapping[str, Sequence[Any]]
+    variables: Mapping[str, tuple[tuple[str, ...], Callable[..., Any]]]
+
+    def __post_init__(self) -> None:
+        known = list(self.inputs)
+        for name, (parents, _) in self.variables.items():
+            for parent in parents:
+                if parent not in known:
+                    raise InputError(f"the parent {parent!r} of {name!r} does not stand before it{nearest(parent, known)}")
+            known.append(name)
+        if not self.variables:
+            raise InputError("a causal model needs at least one variable; the last one is its output")
+
+    @property
+    def output(self) -> str:
+        """The last variable."""
+        return list(self.variables)[-1]
+
+    def run(self, setting: Setting, fixed: Setting | None = None) -> dict[str, Any]:
+        """The value of every variable, those in `fixed` held."""
+        values = {name: (fixed or {}).get(name, setting[name]) for name in self.inputs}
+        for name, (parents, function) in self.variables.items():
+            held = fixed is not None and name in fixed
+            values[name] = fixed[name] if held else function(*(values[p] for p in parents))  # type: ignore[index]
+        return values
+
+    def interchange(self, base: Setting, source: Setting, names: Iterable[str]) -> dict[str, Any]:
+        """What `base` gives when these variables take the values they have for `source`."""
+        theirs = self.run(source)
+        return self.run(base, {name: theirs[name] for name in names})
+
+    def sample(self, rng: random.Random) -> dict[str, Any]:
+        """A setting of the inputs, each drawn uniformly."""
+        return {name: rng.choice(list(values)) for name, values in self.inputs.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """How the program's settings become prompts, and its outputs answers.
+
+    `encode` maps a setting to a text or to token ids, all of one length; `decode` maps an output value to the answer: a token
+    id, or the class of a classifier. `draw` makes a setting, if not every input uniformly.
+    """
+
+    program: CausalModel
+    encode: Callable[[Setting], str | Sequence[int]]
+    decode: Callable[[Any], int]
+    draw: Callable[[random.Random], Setting] | None = None
+
+    def setting(self, rng: random.Random) -> Setting:
+        return self.program.sample(rng) if self.draw is None else self.draw(rng)
+
+    def prompts(self, settings: Sequence[Setting]) -> Any:
+        """What `model.run` takes."""
+        made = [self.encode(s) for s in settings]
+        if isinstance(made[0], str):
+            return made
+        return torch.tensor([list(ids) for ids in made])
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Base and source settings, and the answers: plain, and with the variables interchanged."""
+
+    base: list[Setting]
+    source: list[Setting]
+    plain: Tensor
+    expected: Tensor
+
+    @classmethod
+    def draw(cls, task: Task, variables: Sequence[str], n: int, seed: int) -> Pairs:
+        """`n` pairs, half of them (as far as 40 n draws find them) such that the interchange changes the output."""
+        known = [*task.program.inputs, *task.program.variables]
+        for name in variables:
+            if name not in known:
+                raise InputError(f"the causal model has no variable {name!r}{nearest(name, known)}")
+        rng = random.Random(seed)
+        kept: dict[bool, list[tuple[Setting, Setting, Any, Any]]] = {True: [], False: []}
+        for _ in range(40 * n):
+            base, source = task.setting(rng), task.setting(rng)
+            plain = task.program.run(base)[task.program.output]
+            new = task.program.interchange(base, source, variables)[task.program.output]
+            kept[plain != new].append((base, source, plain, new))
+            if min(map(len, kept.values())) >= n // 2:
+                break
+        if not kept[True]:
+            raise InputError(f"interchanging {list(variables)} never changes the output: nothing can be tested with it")
+        changed = kept[True][: max(n // 2, n - len(kept[False]))]
+        chosen = changed + kept[False][: n - len(changed)]
+        rng.shuffle(chosen)
+        base, source, plain, new = map(list, zip(*chosen, strict=True))
+        answers = (torch.tensor([task.decode(v) for v in values]) for values in (plain, new))
+        return cls(base, source, *answers)
+
+    @property
+    def changed(self) -> Tensor:
+        return self.plain != self.expected
+
+    def half(self, second: bool) -> Pairs:
+        cut = slice(len(self.base) // 2, None) if second else slice(len(self.base) // 2)
+        return Pairs(self.base[cut], self.source[cut], self.plain[cut], self.expected[cut])
+
+
+def interchange(
+    model: Model, task: Task, alignment: Mapping[str, str | Sequence[str]], *, pairs: int = 200, seed: int = 0
+) -> Result:
+    """The interchange-intervention accuracy of an alignment, {variable: site or sites}, all interchanged together.
+
+    Gives `accuracy`, its interval (bootstrap over pairs), `changed`, `floor` and `task` as in the module's text;
+    `total_effect` is the accuracy above the floor; `clean` and `corrupted` per pair are whether the answer is right with the
+    interchange and without it.
+
+    >>> interchange(model, task, {"same": "layers.0.attn.heads.1@-1"})                               # doctest: +SKIP
+    """
+    drawn = Pairs.draw(task, list(alignment), pairs, seed)
+    patterns = [p for each in alignment.values() for p in ([each] if isinstance(each, str) else each)]
+    sites = [site for pattern in patterns for site in model.sites(pattern)]
+    right = _right(model, task, drawn, [sites])[0]
+    plain = answers(model, task.prompts(drawn.base))
+    data = _described({"accuracy": right[None]}, drawn, plain, seed).squeeze("_case")
+    about = _provenance(model, "interchange", task, seed, alignment=alignment, pairs=pairs)
+    return Result(data, kind="interchange", title=f"Interchange of {', '.join(alignment)}", provenance=about)
+
+
+def alignment_search(
+    model: Model, task: Task, variable: str, *, over: str | Sequence[str] = "layers.*.resid_post@*", pairs: int = 200,
+    seed: int = 0,
+) -> Result:  # fmt: skip
+    """The accuracy of aligning one variable with every site of `over`, one at a time: which one holds it?
+
+    As `interchange`, with `accuracy`, `low`, `high` and `changed` over the selectors of `over`. The best of many sites is
+    best partly by luck: `held_out` is the accuracy of the best site of the first half of the pairs on the second half.
+    """
+    drawn = Pairs.draw(task, [variable], pairs, seed)
+    sites = one_by_one(model, model.inputs(task.prompts(drawn.base)), over)
+    right = np.stack(_right(model, task, drawn, [[site] for site in sites]))
+    plain = answers(model, task.prompts(drawn.base))
+    described = _described({"accuracy": right}, drawn, plain, seed)
+    columns = {name: described[name].values for name in ("accuracy", "low", "high", "changed")}
+    rest = described.drop_vars([*columns, "clean"])
+    half = right.shape[1] // 2
+    best = int(right[:, :half].mean(1).argmax())
+    data = lay_out(sites, columns).assign(rest).assign(held_out=right[best, half:].mean())
+    about = _provenance(model, "alignment_search", task, seed, variable=variable, over=over, pairs=pairs)
+    return Result(data.assign_attrs(best=str(sites[best])), kind="alignment search", title=f"Where is {variable!r}?",
+                  provenance=about)  # fmt: skip
+
+
+def answers(model: Model, prompts: Any) -> Tensor:
+    """[prompt] the model's answers: the class, or the token it gives most weight at the last position."""
+    with torch.no_grad():
+        return predicted(model.run(prompts).logits)
+
+
+def predicted(logits: Tensor) -> Tensor:
+    return (logits if logits.ndim == 2 else logits[:, -1]).argmax(-1).cpu()
+
+
+def _right(model: Model, task: Task, drawn: Pairs, cases: Sequence[Sequence[Site]]) -> list[np.ndarray]:
+    """For every set of sites [pair]: whether the network with them taken from the source answers as the program does."""
+    base, source = model.inputs(task.prompts(drawn.base)), model.inputs(task.prompts(drawn.source))
+    found = []
+    with torch.no_grad():
+        run = model.run(source, keep=list(dict.fromkeys(s.whole for sites in cases for s in sites)))
+        for sites in cases:
+            logits = model.run(base, edits=swaps(model, sites, run)).logits
+            found.append((predicted(logits) == drawn.expected).double().numpy())
+    return found
+
+
+def _described(columns: Mapping[str, np.ndarray], drawn: Pairs, plain: Tensor, seed: int) -> xr.Dataset:
+    (name, right), changed = next(iter(columns.items())), drawn.changed.numpy()
+    floor = (plain == drawn.expected).double().numpy()
+    low, high = bootstrap(right.T, seed)
+    total_low, total_high = bootstrap((right - floor).T, seed)
+    scalars = {"floor": floor.mean(), "task": float((plain == drawn.plain).double().mean())}
+    best = int(right.mean(1).argmax())
+    total = {"total_effect": (right - floor).mean(1)[best], "total_low": total_low[best], "total_high": total_high[best]}
+    per_case = {name: right.mean(1), "low": low, "high": high, "changed": right[:, changed].mean(1)}
+    return xr.Dataset(
+        {k: ("_case", v) for k, v in per_case.items()} | scalars | total
+        | {"clean": (("_case", "pair"), right), "corrupted": ("pair", floor)}
+    )  # fmt: skip
+
+
+def _provenance(model: Model, method: str, task: Task, seed: int, **arguments: Any) -> Provenance:
+    shape = {"inputs": list(task.program.inputs), "variables": {k: p for k, (p, _) in task.program.variables.items()}}
+    return Provenance(method, model.name, digest=model.digest, inputs=shape, arguments=arguments, seed=seed)

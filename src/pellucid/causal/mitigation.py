@@ -1,0 +1,157 @@
+"""Which edit makes the answer independent of a word, and what does it cost?
+
+Given pairs of prompts that differ in one word (a profession and its counterpart), the bias is how far the word moves the
+log odds of the answer that goes against the stereotype:
+
+    bias = mean over pairs of log y[other word] - log y[word],      y = p(wrong) / p(right)
+
+which does not depend on how likely " he" and " she" are by themselves. The mediators with the largest indirect effects
+(see mediation.py) are edited, 1, 2, 4, ... of them, so that they no longer tell the two words apart:
+
+    "mean"     their output is its mean over both words and all pairs
+    "project"  only its deviation from that mean along the direction in which the words differ most is removed:
+               x - ((x - mean) . b) b, with b the first right singular vector of the differences within pairs
+
+Mediators are ranked and edits fitted on one half of the pairs, the bias is measured on the other half. Its price is the
+perplexity of texts that have nothing to do with it. The control edits as many randomly chosen mediators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.contrast import bootstrap, numbers, provenance
+from pellucid.causal.mediation import Mediators
+from pellucid.engine.edits import Edit, Replace
+from pellucid.engine.inputs import Inputs
+from pellucid.errors import InputError
+from pellucid.model import Model
+from pellucid.results import Result
+from pellucid.tasks import Prompts
+
+How = Literal["mean", "project"]
+
+
+def mitigation(
+    model: Model,
+    prompts: Prompts,
+    texts: Sequence[str],
+    *,
+    over: str = "layers.*.attn.heads.*",
+    how: How = "project",
+    sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    draws: int = 3,
+    seed: int = 0,
+) -> Result:
+    """The `bias` that is left and the `perplexity` of `texts` when the strongest `size` mediators of `over` are edited.
+
+    Gives both along `size`, with the bias's interval over held-out pairs, `random_bias` and `random_perplexity` (means of
+    `draws` random choices), `price` (perplexity over that of the unedited model, minus 1), `kept` (the share of the bias
+    that is left), and without edits `bias_before` and `perplexity_before`. `mediators` names them by rank: give the first
+    ones to `mitigating_edits` for the edits themselves. InputError for fewer than four pairs.
+
+    >>> mitigation(model, prompts, texts, how="mean")                                                # doctest: +SKIP
+    """
+    if how not in get_args(How):
+        raise InputError(f"cannot mitigate by {how!r}: expected one of {', '.join(get_args(How))}")
+    if len(prompts) < 4:
+        raise InputError(f"mitigation needs at least 4 pairs, half of them held out, and got {len(prompts)}")
+    half = len(prompts) // 2
+    fitted, held_out = prompts[:half], prompts[half:]
+    mediators = Mediators.of(model, fitted, over)
+    sites = [each[0] for each in mediators.sets.values()]
+    ranked = [sites[i] for i in np.argsort(-np.abs(mediators.indirect().mean(1)), kind="stable")]
+    test = Mediators.of(model, held_out, [])
+    sizes = list(dict.fromkeys(min(s, len(sites)) for s in sizes))
+    rng = np.random.default_rng(seed)
+
+    def measured(chosen: Sequence[Site]) -> tuple[np.ndarray, float]:
+        edits = fit_edits(mediators, chosen, how)
+        return _bias(test, edits), perplexity(model, texts, edits)
+
+    before, price = measured([])
+    rows = [measured(ranked[:size]) for size in sizes]
+    chance = [[measured([sites[i] for i in rng.permutation(len(sites))[:s]]) for _ in range(draws)] for s in sizes]
+    low, high = np.array([bootstrap(bias, seed) for bias, _ in rows]).T
+    bias, cost = np.array([b.mean() for b, _ in rows]), np.array([p for _, p in rows])
+    columns = {
+        "bias": bias, "low": low, "high": high, "kept": bias / before.mean(), "perplexity": cost, "price": cost / price - 1,
+        "random_bias": np.array([np.mean([b.mean() for b, _ in row]) for row in chance]),
+        "random_perplexity": np.array([np.mean([p for _, p in row]) for row in chance]),
+    }  # fmt: skip
+    before_low, before_high = bootstrap(before, seed)
+    scalars = {
+        "bias_before": before.mean(), "bias_before_low": before_low, "bias_before_high": before_high,
+        "perplexity_before": price,
+    }  # fmt: skip
+    data = xr.Dataset(
+        {name: ("size", value) for name, value in columns.items()} | scalars,
+        {"size": sizes, "mediators": ("rank", [str(s) for s in ranked])},
+    ).assign(test.pair.summary(seed))
+    about = provenance(
+        model, "mitigation", test.pair.clean, seed, task=prompts.name, over=over, how=how, texts=list(texts), draws=draws
+    )
+    return Result(data, kind="mitigation", title=f"What is left of {prompts.name}, and its price", provenance=about)
+
+
+def mitigating_edits(model: Model, prompts: Prompts, sites: Sequence[str | Site], how: How = "project") -> list[Edit]:
+    """The edits themselves, fitted on `prompts`: give them to `model.run` or `model.generate`."""
+    mediators = Mediators.of(model, prompts, list(sites))
+    return fit_edits(mediators, [each[0] for each in mediators.sets.values()], how)
+
+
+def fit_edits(mediators: Mediators, sites: Sequence[Site], how: How) -> list[Edit]:
+    """One edit per site, from its values on both sides of the pairs."""
+    made: list[Edit] = []
+    for site in sites:
+        (clean, real), (corrupted, _) = (run.everywhere(site) for run in (mediators.null, mediators.set_))
+        a, b = clean[real].float(), corrupted[real].float()
+        mean = torch.cat([a, b]).mean(0)
+        if how == "mean" or a.ndim == 1:  # a neuron has one direction only
+            made.append(Replace(site, function=_constant(mean)))
+        else:
+            direction = torch.linalg.svd(a - b, full_matrices=False).Vh[0]
+            made.append(Replace(site, function=_without(mean, direction)))
+    return made
+
+
+def _constant(mean: Tensor) -> Any:
+    return lambda x: mean.to(x).expand_as(x)
+
+
+def _without(mean: Tensor, direction: Tensor) -> Any:
+    def project(x: Tensor) -> Tensor:
+        d = direction.to(x)
+        return x - ((x - mean.to(x)) @ d)[..., None] * d
+
+    return project
+
+
+def perplexity(model: Model, texts: Sequence[str], edits: Sequence[Edit] = ()) -> float:
+    """exp of the mean negative log-likelihood, in nats, of every token after the first of each text."""
+    total, count = 0.0, 0
+    for text in texts:
+        inputs: Inputs = model.inputs(text)
+        ids = inputs.stream("").ids
+        with torch.no_grad():
+            log_p = model.run(inputs, edits=edits).logits[:, :-1].float().log_softmax(-1)
+        total -= float(log_p.gather(2, ids[:, 1:, None].to(log_p.device)).sum())
+        count += ids.shape[1] - 1
+    if count < 1:
+        raise InputError("perplexity needs texts of at least two tokens: give some that have nothing to do with the bias")
+    return float(np.exp(total / count))
+
+
+def _bias(test: Mediators, edits: Sequence[Edit]) -> np.ndarray:
+    """[pair] log y of the corrupted side minus that of the clean side, under edits."""
+    model, pair = test.pair.model, test.pair
+    with torch.no_grad():
+        scores = [numbers(model.score(model.run(side, edits=edits), pair.metric)) for side in (pair.clean, pair.corrupted)]
+    return scores[1] - scores[0]

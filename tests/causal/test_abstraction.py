@@ -1,0 +1,80 @@
+"""Interchange interventions and distributed alignment search on a transformer whose variables are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from pellucid import Model
+from pellucid.causal.abstraction import CausalModel, Task, alignment_search, interchange
+from pellucid.causal.alignment import DistributedAlignment
+from pellucid.errors import InputError
+from tests.causal.programs import PROGRAM, TASK, both_alike
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return both_alike()
+
+
+def test_the_right_alignment_is_exact_and_wrong_ones_are_at_chance(model: Model) -> None:
+    right = interchange(model, TASK, {"same": "layers.0.attn.heads.0@-1"})
+    assert right["accuracy"].item() == right["changed"].item() == right["task"].item() == 1.0
+    assert right["floor"].item() == pytest.approx(0.5, abs=0.01)
+    for site in ("layers.0.attn.heads.1@-1", "layers.1.attn.heads.0@-1", "layers.0.resid_post@1", "layers.0.mlp.out@0"):
+        wrong = interchange(model, TASK, {"same": site})
+        assert wrong["low"].item() < 0.6, site
+        assert 0.35 < wrong["accuracy"].item() < 0.65, site
+
+
+def test_both_variables_together_have_an_alignment_too(model: Model) -> None:
+    both = {"same": "layers.0.attn.heads.0@-1", "other": "layers.0.attn.heads.1@-1"}
+    assert interchange(model, TASK, both)["accuracy"].item() == 1.0
+    swapped = {"same": both["other"], "other": both["same"]}
+    assert interchange(model, TASK, swapped)["accuracy"].item() == 1.0  # as a pair they are the same intervention
+    assert interchange(model, TASK, {"answer": "layers.1.mlp.out@-1"})["accuracy"].item() == 1.0
+
+
+def test_a_search_over_heads_finds_the_variable_and_keeps_its_accuracy_on_held_out_pairs(model: Model) -> None:
+    result = alignment_search(model, TASK, "other", over="layers.*.attn.heads.*@-1")
+    assert result.data.attrs["best"] == "layers.0.attn.heads.1@-1"
+    assert result["held_out"].item() == 1.0
+    assert result.accuracy.sel(layer=0, head=0).item() < 0.65
+    positions = alignment_search(model, TASK, "same", over="layers.0.resid_pre@*")
+    assert positions.accuracy.dims == ("layer", "position") and positions.accuracy.values.max() < 0.8
+
+
+def test_distributed_search_finds_the_variable_from_random_starts_and_the_placebos_fail(model: Model) -> None:
+    found = []
+    for seed in range(5):
+        search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", seed=seed, placebos=seed < 2).fit(model)
+        result = search.result_
+        found.append(result["accuracy"].item() >= 0.99)
+        assert search.rotation_.shape == (16, 1)
+        if search.placebos:
+            for placebo in ("shuffled_model", "arbitrary_labels"):
+                assert result[placebo].item() < result["chance"].item() + 0.12, placebo
+    assert sum(found) >= 4
+
+
+def test_there_is_nothing_to_find_at_a_wrong_site(model: Model) -> None:
+    search = DistributedAlignment(TASK, "same", "layers.0.resid_post@3", size=4, placebos=False).fit(model)
+    assert search.result_["accuracy"].item() < 0.6
+
+
+def test_the_boundless_variant_learns_that_few_directions_are_enough(model: Model) -> None:
+    search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", size=None, epochs=60, placebos=False).fit(model)
+    assert search.result_["accuracy"].item() >= 0.95
+    assert search.size_ <= 6
+
+
+def test_a_causal_model_is_checked_and_interchanges_by_hand(model: Model) -> None:
+    base, source = {"a": 1, "b": 1, "c": 2, "d": 3}, {"a": 1, "b": 2, "c": 3, "d": 3}
+    assert PROGRAM.run(base) == base | {"same": True, "other": False, "answer": False}
+    assert PROGRAM.interchange(base, source, ["same"])["answer"] is True
+    with pytest.raises(InputError, match="the parent 'x' of 'y' does not stand before it"):
+        CausalModel({"a": range(2)}, {"y": (("x",), lambda x: x)})
+    with pytest.raises(InputError, match="has no variable 'sane'; did you mean 'same'"):
+        interchange(model, TASK, {"sane": "layers.0.resid_post@-1"})
+    constant = CausalModel({"a": range(2)}, {"s": (("a",), lambda a: a), "out": (("s",), lambda s: 0)})
+    with pytest.raises(InputError, match="never changes the output"):
+        interchange(model, Task(constant, lambda s: [s["a"]], lambda v: v), {"s": "layers.0.resid_post@-1"})

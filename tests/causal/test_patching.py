@@ -1,0 +1,156 @@
+"""Patching equals a slow loop of edited runs, on every kind of grid."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import pellucid
+from pellucid import Patch
+from pellucid.causal import patching
+from pellucid.errors import InputError, SiteError
+from pellucid.metrics import logit_difference
+from pellucid.results import Result
+from pellucid.tasks import Prompts
+from tests.zoo import build, tokenizer
+
+CLEAN, CORRUPTED = "The capital of France is", "The capital of Italy is"
+PARIS = logit_difference(" Paris", " Rome")
+
+
+@cache
+def opened(family):
+    module = build(family)
+    return pellucid.load(module, tokenizer=tokenizer(module))
+
+
+def slow(model, sites, base, source):
+    """One plain run for each site."""
+    run = model.run(source, keep=[site.partition("@")[0] for site in sites])
+    return [float(model.score(model.run(base, edits=[Patch(site, run)]), PARIS)) for site in sites]
+
+
+GRIDS = [
+    ("layers.*.resid_pre@*", ("layer", "position"), lambda n, p: f"layers.{n}.resid_pre@{p}"),
+    ("layers.*.attn.heads.*", ("layer", "head"), lambda n, h: f"layers.{n}.attn.heads.{h}"),
+    ("layers.1.mlp.out@*", ("position",), lambda p: f"layers.1.mlp.out@{p}"),
+    ("layers.*.attn.heads.1:3.z@-1", ("layer", "head"), lambda n, h: f"layers.{n}.attn.heads.{h}.z@-1"),
+    ("layers.0.mlp.neurons.*@2:4", ("neuron",), lambda n: f"layers.0.mlp.neurons.{n}@2:4"),
+]
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize(("over", "dims", "name"), GRIDS, ids=[g[0] for g in GRIDS])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_patching_equals_one_edited_run_per_site(family, over, dims, name, denoise):
+    model = opened(family)
+    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise, progress=False)
+    assert result.effect.dims == dims
+    where = [result.data[dim].values.tolist() for dim in dims]
+    sites = [
+        name(*cell) for cell in np.array(np.meshgrid(*where, indexing="ij")).reshape(len(dims), -1).T.tolist()
+    ]
+    base, source = (CORRUPTED, CLEAN) if denoise else (CLEAN, CORRUPTED)
+    expected = slow(model, sites[:12], base, source)
+    np.testing.assert_allclose(result.value.values.ravel()[:12], expected, atol=1e-4)
+    clean, corrupted = (float(model.score(model.run(p), PARIS)) for p in (CLEAN, CORRUPTED))
+    assert float(result.clean) == pytest.approx(clean, abs=1e-5)
+    np.testing.assert_allclose(result.effect, (result.value - corrupted) / (clean - corrupted), atol=1e-3)
+
+
+def test_the_whole_first_residual_brings_everything_over():
+    """Positions that differ carry it all at layer 0; the others nothing."""
+    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS, progress=False)
+    np.testing.assert_allclose(result.effect.sel(layer=0), [0, 0, 0, 1, 0], atol=1e-4)
+    assert [t.strip() for t in result.token.values.tolist()] == ["The", "capital", "of", "France", "is"]
+
+
+def test_encoder_decoders_are_patched_in_either_stack():
+    model = opened("t5")
+    result = patching(
+        model, CLEAN, CORRUPTED, over="encoder.layers.*.resid_pre@*", metric=PARIS, progress=False
+    )
+    assert result.effect.dims == ("layer", "position")
+    assert result.data.sizes["position"] == 6
+    run = model.run(CLEAN, keep="encoder.layers.1.resid_pre")
+    expected = model.score(model.run(CORRUPTED, edits=[Patch("encoder.layers.1.resid_pre@3", run)]), PARIS)
+    assert float(result.value.sel(layer=1, position=3)) == pytest.approx(float(expected), abs=1e-4)
+    cross = patching(
+        model, CLEAN, CORRUPTED, over="decoder.layers.*.cross.heads.*", metric=PARIS, progress=False
+    )
+    assert cross.effect.dims == ("layer", "head")
+
+
+def pairs(model):
+    return Prompts.from_pairs(
+        ["The capital of France is", "The city of Italy is", "The capital city in France"],
+        ["The capital of Italy is", "The city of France is", "The capital city in Italy"],
+        [" Paris", " Rome", " Paris"], [" Rome", " Paris", " Rome"], model.tokenizer,
+    )  # fmt: skip
+
+
+def test_a_task_brings_its_metric_and_spans_and_gives_an_interval_over_prompts():
+    model = opened("gpt2")
+    task = pairs(model)
+    result = patching(model, task, over="layers.*.resid_pre@changed", progress=False)
+    assert result.value.dims == ("layer", "prompt")
+    assert result.data.sizes["prompt"] == 3
+    np.testing.assert_allclose(result.effect.sel(layer=0), 1, atol=1e-3)
+    assert (result.low <= result.effect + 1e-9).all()
+    assert (result.effect <= result.high + 1e-9).all()
+    gain = (result.value - result.corrupted).mean("prompt") / (result.clean - result.corrupted).mean("prompt")
+    np.testing.assert_allclose(result.effect, gain, atol=1e-6)
+    again = patching(model, task, over="layers.*.resid_pre@changed", progress=False)
+    assert again == result
+    alone = patching(model, task[1], over="layers.*.resid_pre@changed", progress=False)
+    np.testing.assert_allclose(alone.value, result.value.isel(prompt=1), atol=1e-4)
+
+
+def test_prompts_that_do_not_align_show_where_they_part():
+    with pytest.raises(
+        InputError, match=r"pair 0 does not align: clean has 5 tokens and corrupted \d+; from token 3 on"
+    ):
+        patching(opened("gpt2"), CLEAN, "The capital of Norway is", metric=PARIS)
+
+
+def test_a_metric_that_does_not_tell_the_prompts_apart_is_an_error():
+    with pytest.raises(InputError, match="does not tell them apart"):
+        patching(opened("gpt2"), CLEAN, CLEAN, metric=PARIS)
+
+
+def test_positions_one_by_one_need_prompts_of_one_length():
+    model = opened("gpt2")
+    with pytest.raises(InputError, match="takes positions one by one, but the prompts have 2 to 5 tokens"):
+        patching(model, [CLEAN, "France is"], [CORRUPTED, "Italy is"], metric=PARIS)
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(InputError, match="clean and corrupted prompts and a metric"):
+        patching(opened("gpt2"), CLEAN, metric=PARIS)
+    with pytest.raises(SiteError, match="unknown part"):
+        patching(opened("gpt2"), CLEAN, CORRUPTED, over="layers.*.resid_prE@*", metric=PARIS)
+
+
+def test_a_result_comes_back_from_its_file(tmp_path):
+    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS, progress=False)
+    assert Result.load(result.save(tmp_path / "patching.zip")) == result
+
+
+@pytest.mark.slow
+def test_in_smollm2_the_name_moves_from_its_token_to_the_last_position(smollm2):
+    result = patching(
+        smollm2,
+        "When Mary and John went to the store, John gave a drink to",
+        "When Mary and John went to the store, Mary gave a drink to",
+        metric=logit_difference(" Mary", " John"),
+        progress=False,
+    )
+    effect = result.effect
+    name, last = 9, effect.sizes["position"] - 1
+    assert (effect.sel(position=name, layer=slice(0, 15)) > 0.9).all()
+    assert (effect.sel(position=last, layer=slice(0, 15)) < 0.1).all()
+    assert (effect.sel(position=last, layer=slice(26, None)) > 0.9).all()
+    assert (effect.sel(position=name, layer=slice(26, None)) < 0.1).all()
+    assert (abs(effect.drop_sel(position=[name, last])) < 0.15).all()

@@ -1,0 +1,120 @@
+"""The logit lens reads every layer with the model's own head, and nothing else."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+import pellucid
+from pellucid.errors import InputError, Refused
+from pellucid.lenses import logit_lens, unembed
+from pellucid.results import Result
+from tests.zoo import build, tokenizer
+
+PROMPT = "The capital of France is"
+
+
+@cache
+def opened(family):
+    module = build(family)
+    return pellucid.load(module, tokenizer=tokenizer(module))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_row_is_the_residual_through_final_norm_and_unembedding(family):
+    model = opened(family)
+    lens = logit_lens(model, PROMPT, targets=[" Paris", " Rome"])
+    norm = model.module.transformer.ln_f if family == "gpt2" else model.module.model.norm
+    run = model.run(PROMPT, keep=["embed", "layers.*.resid_post"])
+    final = run.logits[0].log_softmax(-1)
+    for row, site in enumerate(["embed", "layers.0.resid_post", "layers.1.resid_post"]):
+        log_p = model.module.lm_head(norm(run.tensor(site)))[0].log_softmax(-1)
+        here = lens.data.isel(layer=row)
+        best = log_p.argmax(-1)
+        np.testing.assert_allclose(here.probability[:, 0], log_p.max(-1).values.exp().detach(), atol=1e-5)
+        assert here.top_token[:, 0].values.tolist() == [model.tokenizer.decode([i]) for i in best.tolist()]
+        np.testing.assert_allclose(here.entropy, -(log_p.exp() * log_p).sum(-1).detach(), atol=1e-4)
+        np.testing.assert_allclose(here.kl, (final.exp() * (final - log_p)).sum(-1).detach(), atol=1e-4)
+        paris = model.tokenizer.convert_tokens_to_ids("▁Paris")
+        np.testing.assert_allclose(here.target_log_probability[:, 0], log_p[:, paris].detach(), atol=1e-4)
+        assert here.target_rank[:, 0].values.tolist() == (log_p > log_p[:, [paris]]).sum(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "bert", "modernbert", "gemma2", "cohere", "t5", "bart", "falcon", "xlnet", "mamba"]
+)
+def test_the_last_row_is_the_models_own_answer(family):
+    model = opened(family)
+    lens = logit_lens(model, PROMPT)
+    last = lens.data.isel(layer=-1)
+    assert float(abs(last.kl).max()) < 1e-5
+    assert float(last["rank"].max()) == 0
+    assert last.top_token[:, 0].values.tolist() == last.prediction.values.tolist()
+    assert lens.data.layer.values.tolist() == ["embed", *range(lens.data.sizes["layer"] - 1)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "t5"])
+def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
+    model = opened(family)
+    prompts, texts = [PROMPT, "Mary"], ["Paris is", "Rome"]
+    option = {"target": texts} if family == "t5" else {}
+    together = logit_lens(model, prompts, **option).data
+    for i, prompt in enumerate(prompts):
+        alone = logit_lens(model, prompt, **({"target": texts[i]} if option else {})).data
+        n = alone.sizes["position"]
+        for name in ("probability", "kl", "entropy", "log_probability"):
+            np.testing.assert_allclose(
+                together[name].isel(prompt=i, position=slice(n)), alone[name], atol=1e-4
+            )
+        assert np.isnan(together.kl.isel(prompt=i, position=slice(n, None))).all()
+        assert together.token.isel(prompt=i).values[:n].tolist() == alone.token.values.tolist()
+
+
+def test_positions_and_sites_narrow_what_is_read():
+    model = opened("llama")
+    whole, narrow = (
+        logit_lens(model, PROMPT),
+        logit_lens(model, PROMPT, positions="' France'", sites="layers.1.resid_mid"),
+    )
+    assert narrow.data.sizes["position"] == 1
+    assert narrow.data.position.values.tolist() == [3]
+    assert narrow.data.site.values.tolist() == ["layers.1.resid_mid"]
+    assert whole.data.token[3] == narrow.data.token[0]
+    with pytest.raises(InputError, match="is no residual at every position"):
+        logit_lens(model, PROMPT, sites="layers.*.attn.z")
+
+
+def test_one_layers_logits_are_read_in_parts_without_a_change(monkeypatch):
+    model = opened("gpt2")
+    whole = logit_lens(model, [PROMPT, "Mary"])
+    monkeypatch.setattr(import_module("pellucid.lenses.logit_lens"), "CELLS", 97 * 2)
+    assert whole.allclose(logit_lens(model, [PROMPT, "Mary"]), atol=1e-6)
+
+
+def test_unembed_gives_the_models_logits_soft_cap_included():
+    model = opened("gemma2")
+    run = model.run(PROMPT, keep="layers.1.resid_post")
+    torch.testing.assert_close(unembed(model, run.tensor("layers.1.resid_post")), run.logits)
+
+
+def test_a_model_without_a_head_is_refused(minilm):
+    with pytest.raises(Refused, match="cannot be read through its head"):
+        logit_lens(minilm, "Paris")
+
+
+def test_a_result_comes_back_from_its_file(tmp_path):
+    lens = logit_lens(opened("gpt2"), PROMPT, targets=" Paris")
+    assert Result.load(lens.save(tmp_path / "lens.zip")) == lens
+
+
+@pytest.mark.slow
+def test_paris_appears_in_the_last_layers_of_smollm2(smollm2):
+    lens = logit_lens(smollm2, "The Eiffel Tower is located in the city of", targets=" Paris", positions=-1)
+    ranks = lens.data.target_rank[:, 0, 0].values
+    assert (ranks[:20] > 100).all()
+    assert (ranks[-3:] == 0).all()
+    assert lens.sel(layer=29).prediction.item() == " Paris"
