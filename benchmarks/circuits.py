@@ -2,8 +2,9 @@
 
     python benchmarks/circuits.py [--repetitions 5] [--skip-acdc]
 
-GPT-2-small's shape with random weights, 8 prompts of 15 tokens, one thread, process CPU time; the plain pass is measured
-between the pieces. "naive" is the derivative of the metric by one mask per edge, every query, key and value read apart.
+GPT-2-small's shape with random weights, 8 prompts of 15 tokens, one thread, process CPU time; the plain pass
+is measured between the pieces. "naive" is the derivative of the metric by one mask per edge, every query, key
+and value read apart.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.zoo.tokenizer import tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pellucid as pl
 from pellucid import circuits
 from pellucid.circuits.question import ask
+from tests.zoo.tokenizer import tokenizer
 
 METRIC = pl.metrics.logit_difference(100, 200)
 
@@ -59,7 +60,11 @@ def attribution(repetitions: int) -> None:
 
     print(f"{len(circuits.wire(model).graph)} edges; in forward-and-backward passes: median [lowest, highest]")
     for name, options in {"EAP": {}, "EAP-IG, 5 steps": {"method": "eap-ig-inputs", "steps": 5}}.items():
-        cost = beside(plain, lambda options=options: circuits.edge_attribution(model, ids, METRIC, **same, **options), repetitions)
+        cost = beside(
+            plain,
+            lambda options=options: circuits.edge_attribution(model, ids, METRIC, **same, **options),
+            repetitions,
+        )
         print(f"{name:20s} {cost[0]:6.2f} [{cost[1]:.2f}, {cost[2]:.2f}]", flush=True)
     found = circuits.edge_attribution(model, ids, METRIC, **same)
     runner = circuits.Runner.of(circuits.wire(model), ask(model, ids, METRIC, other), "resample")
@@ -68,18 +73,26 @@ def attribution(repetitions: int) -> None:
     spent = cpu(lambda: mask.__setattr__("grad", torch.autograd.grad(runner.scores(mask).mean(), mask)[0]))
     assert mask.grad is not None
     gap = float((found.tensor - mask.grad * found.graph.possible).abs().max())
-    print(f"{'naive, split q k v':20s} {spent / start:6.2f}    largest difference {gap:.1e} (scores up to {float(found.tensor.abs().max()):.2g})")
+    print(
+        f"{'naive, split q k v':20s} {spent / start:6.2f}    largest difference {gap:.1e} "
+        f"(scores up to {float(found.tensor.abs().max()):.2g})"
+    )
 
 
 def cutting() -> None:
     model = gpt2(n_layer=4, n_head=4, n_embd=64, vocab_size=300)
     ids, other = torch.randint(5, 300, (2, 8, 15))
     edges = len(circuits.wire(model).graph)
-    print(f"\nACDC on 4 layers of 4 heads, {edges} edges: full-model-equivalent forwards (one per edge: {edges})")
+    print(f"\nACDC on 4 layers of 4 heads, in full-model-equivalent forwards (one per edge: {edges})")
     for batch in (1, 8):
         for threshold in (1e-4, 1e-3, 1e-2):
-            found = circuits.acdc(model, ids, METRIC, threshold=threshold, ablation="resample", reference=other, batch=batch)
-            print(f"  batch {batch}, threshold {threshold:g}: {found.provenance.arguments['forwards']:6.1f} forwards, {len(found)} edges left")
+            found = circuits.acdc(
+                model, ids, METRIC, threshold=threshold, ablation="resample", reference=other, batch=batch
+            )
+            print(
+                f"  batch {batch}, threshold {threshold:g}: {found.provenance.arguments['forwards']:6.1f}, "
+                f"{len(found)} edges left"
+            )
 
 
 def heads() -> None:

@@ -1,9 +1,11 @@
-"""Which circuit in SmolLM2 finds the indirect object, how small is it, and does it hold for other names and prompts?
+"""Which circuit in SmolLM2 finds the indirect object, how small is it, and does it hold for other names and
+prompts?
 
     python examples/circuits_indirect_objects.py [--out circuit.html]
 
-Edges are scored on prompts with one half of the names (EAP-IG, resampling from prompts in which the other name is
-repeated); the size is chosen on those same prompts; everything reported is measured on prompts with the other half.
+Edges are scored on prompts with one half of the names (EAP-IG, resampling from prompts in which the other
+name is repeated); the size is chosen on those same prompts; everything reported is measured on prompts with
+the other half.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ def with_names(model: pl.Model, names: set[str], n: int, seed: int) -> Prompts:
     """Prompts whose two names are both among these."""
     made = indirect_objects(model.tokenizer, 400, seed)
     rows = [i for i in range(len(made)) if {str(made.answers[i]).strip(), str(made.wrong[i]).strip()} <= names][:n]
-    chosen = {f.name: [getattr(made, f.name)[i] for i in rows] for f in fields(made) if isinstance(getattr(made, f.name), list)}
+    chosen = {
+        f.name: [getattr(made, f.name)[i] for i in rows]
+        for f in fields(made)
+        if isinstance(getattr(made, f.name), list)
+    }
     return replace(made, **chosen, spans={k: [v[i] for i in rows] for k, v in made.spans.items()})
 
 
@@ -43,16 +49,24 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
     curve = circuits.faithfulness_curve(model, scores, known, ablation="resample", sizes=SIZES)
     size = next((float(s) for s, f in zip(SIZES, curve.sized.values, strict=True) if f >= 0.9), SIZES[-1])
     circuit = scores.circuit(fraction=size).pruned()
-    print(f"{scores.graph}\nsmallest size with f >= .9 where it was found: {size:.2%}; pruned: {circuit}", flush=True)
+    print(
+        f"{scores.graph}\nsmallest size with f >= .9 where it was found: {size:.2%}; pruned: {circuit}",
+        flush=True,
+    )
 
     held = circuits.faithfulness_curve(model, scores, held_out, ablation="resample", sizes=SIZES)
     print("size:        " + "  ".join(f"{s:7.2%}" for s in SIZES))
     for name in ("sized", "signed", "random"):
         print(f"f, {name:8s}  " + "  ".join(f"{f:7.3f}" for f in held[name].values))
-    print("held out: " + ", ".join(f"{k} {v:.4f}" for k, v in held.data.attrs.items() if k.startswith("C")), flush=True)
+    print(
+        "held out: " + ", ".join(f"{k} {v:.4f}" for k, v in held.data.attrs.items() if k.startswith("C")),
+        flush=True,
+    )
 
     few = circuits.stability(scores, len(circuit))
-    print("stability: Jaccard {mean:.2f} [{low:.2f}, {high:.2f}] over bootstraps of the prompts".format(**few.data.attrs))
+    print(
+        "stability: Jaccard {mean:.2f} [{low:.2f}, {high:.2f}] over bootstraps of the prompts".format(**few.data.attrs)
+    )
 
     roles = circuits.head_roles(model, held_out, candidates=6)
     named = roles.to_frame().query("role != ''").sort_values(["role", "to_io"], ascending=False)
@@ -60,7 +74,8 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
     print(named.round(2).to_string(index=False), flush=True)
 
     verdict = circuits.judge(model, circuit, held_out[:6], ablation="resample", samples=5, greedy=1)
-    print(f"\nheld out, 6 prompts: F(model) {float(verdict.model_score):.2f}, F(circuit) {float(verdict.circuit_score):.2f}, "
+    print(f"\nheld out, 6 prompts: F(model) {float(verdict.model_score):.2f}, "
+          f"F(circuit) {float(verdict.circuit_score):.2f}, "
           f"F(empty) {float(verdict.empty):.2f}; normalised faithfulness {float(verdict.normalised):.3f} "
           f"[{float(verdict.low):.3f}, {float(verdict.high):.3f}]")  # fmt: skip
     print(verdict.to_frame("control").round(3).to_string(index=False))

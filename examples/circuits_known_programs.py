@@ -2,9 +2,9 @@
 
     python examples/circuits_known_programs.py --data PATH
 
-PATH holds `reference.py` (`Prog`, `to_hf`, `hf_mask`) and the programs as NAME.npz and NAME.json, which list the causal
-edges under every ablation. Prompts of all lengths are run, since some edges matter only for short ones: an edge counts
-by its largest effect at any length. "mean" in the files is the mean at each position.
+PATH holds `reference.py` (`Prog`, `to_hf`, `hf_mask`) and the programs as NAME.npz and NAME.json, which list
+the causal edges under every ablation. Prompts of all lengths are run, since some edges matter only for short
+ones: an edge counts by its largest effect at any length. "mean" in the files is the mean at each position.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from tests.zoo.tokenizer import tokenizer
 from torch import Tensor
 
 import pellucid as pl
 from pellucid import circuits
 from pellucid.engine.inputs import Inputs
+from tests.zoo.tokenizer import tokenizer
 
 ABLATIONS = {"resample": "resample", "zero": "zero", "position_mean": "mean", "roll": "posroll"}
 THRESHOLDS = [float(t) for t in np.logspace(-5, 0.3, 12)]
@@ -34,15 +34,18 @@ ESTIMATES = ("eap", "eap-ig-inputs", "eap-ig-activations")
 
 def reference(data: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("reference", data / "reference.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def edge(source: str, reader: str, port: str) -> str:
-    """The name of an edge here: `tok`, `pos` are the two embeddings, `a1.h0` and `m0` are understood as they are."""
-    return f"{ {'tok': 'embed.tokens', 'pos': 'embed.positions'}.get(source, source)} -> {reader}{port and '.' + port}".strip()
+    """The name of an edge here: `tok`, `pos` are the two embeddings, `a1.h0` and `m0` are understood as they
+    are."""
+    long = {"tok": "embed.tokens", "pos": "embed.positions"}.get(source, source)
+    return f"{long} -> {reader}{port and '.' + port}"
 
 
 def asked(ref: ModuleType, program: Any, model: pl.Model, ids: Tensor) -> Inputs:
@@ -86,7 +89,10 @@ def study(ref: ModuleType, program: Any, ablation: str, lengths: list[int], size
 
 def main(data: Path, size: int) -> int:
     ref, wrong = reference(data), 0
-    print(f"{'program':22s}{'ablation':15s}{'edges':>6s}{'true':>5s}  {'exact':24s}" + "".join(f"{n:>20s}" for n in ("acdc", *ESTIMATES)))
+    print(
+        f"{'program':22s}{'ablation':15s}{'edges':>6s}{'true':>5s}  {'exact':24s}"
+        + "".join(f"{n:>20s}" for n in ("acdc", *ESTIMATES))
+    )
     for path in sorted(data.glob("*.npz")):
         program = ref.Prog(path.stem)
         for ablation, kind in ABLATIONS.items():
@@ -99,7 +105,11 @@ def main(data: Path, size: int) -> int:
             wrong += missed + extra
             verdict = "exactly these" if not missed + extra else f"{missed} missed, {extra} extra"
             areas = [roc_auc_score(true[graph.possible], found[n][graph.possible]) for n in ("acdc", *ESTIMATES)]
-            print(f"{path.stem:22s}{ablation:15s}{len(graph):6d}{int(true.sum()):5d}  {verdict:24s}" + "".join(f"{a:20.3f}" for a in areas), flush=True)
+            print(
+                f"{path.stem:22s}{ablation:15s}{len(graph):6d}{int(true.sum()):5d}  {verdict:24s}"
+                + "".join(f"{a:20.3f}" for a in areas),
+                flush=True,
+            )
     return int(wrong > 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.binding import bound
+from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
@@ -18,6 +20,7 @@ from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
+from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric
 
 
@@ -31,6 +34,13 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     return Model(read(source, tokenizer=tokenizer, **options), probe)
 
 
+@dataclass(frozen=True)
+class Components:
+    """One stack of a model, by its blocks."""
+
+    layers: Layers
+
+
 class Model:
     """A model opened: `anatomy` is its proven map; `run`, `generate` and `sweep` are the ways in.
 
@@ -42,6 +52,7 @@ class Model:
         self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
         self.anatomy: Anatomy = open_module(self.module, probe)
         self._padding = Padding(self.anatomy)
+        self._stacks: dict[str, Components] = {}
 
     @property
     def digest(self) -> str:
@@ -53,6 +64,34 @@ class Model:
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
         return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+
+    # ---- components as sub-models
+
+    @property
+    def layers(self) -> Layers:
+        """The blocks as sub-models: `model.layers[3]`, `model.layers[2:6]`, `model.layers[5].attn.heads[9]`."""
+        if len(self.anatomy.stacks) > 1:
+            names = " or ".join(f"model.{s.name}.layers" for s in self.anatomy.stacks)
+            raise SiteError(f"this model has {len(self.anatomy.stacks)} stacks: write {names}")
+        return self._components("").layers
+
+    @property
+    def encoder(self) -> Components:
+        """The encoder of an encoder-decoder: `model.encoder.layers[3]`."""
+        return self._components("encoder")
+
+    @property
+    def decoder(self) -> Components:
+        """The decoder of an encoder-decoder: `model.decoder.layers[3]`."""
+        return self._components("decoder")
+
+    def _components(self, name: str) -> Components:
+        if name not in self._stacks:
+            stack = next((s for s in self.anatomy.stacks if s.name == name), None)
+            if stack is None:
+                raise SiteError(f"this model has no {name}: it has one stack, model.layers")
+            self._stacks[name] = Components(Layers(self.anatomy, stack, self.inputs))
+        return self._stacks[name]
 
     # ---- addresses and inputs
 

@@ -69,7 +69,7 @@ def test_a_factor_per_channel_keeps_the_sum_with_contributions_whole() -> None:
 
 
 def test_a_norm_of_the_sum_is_one_term_and_the_input_still_reaches_it() -> None:
-    t, given, made = traced(lambda m, x: m.norm(x + m.linear(x)))
+    _, given, made = traced(lambda m, x: m.norm(x + m.linear(x)))
     additive = flow.Additive(given, 0)
     assert additive.reaches(made)
     assert [v for _, v in additive.terms(made)] == [made]

@@ -57,13 +57,16 @@ TRUTHS = [
         parts=frozenset({"attn", "cross", "mlp"}), head=("final_layer_norm", "mul", "lm_head"),
     ),
     Truth(
-        "bart", "post-norm", (4, 4), "self_attn.out_proj", "fc2", BOTH, parts=frozenset({"attn", "cross", "mlp"}),
-        head=("lm_head", "add"),
+        "bart", "post-norm", (4, 4), "self_attn.out_proj", "fc2", BOTH,
+        parts=frozenset({"attn", "cross", "mlp"}), head=("lm_head", "add"),
     ),
     Truth("mamba", "pre-norm", None, None, None, parts=frozenset({"mixer"}), head=("norm_f", "lm_head")),
     Truth("jamba", "pre-norm", (4, 2), "self_attn.o_proj", None, head=("final_layernorm", "lm_head")),
     Truth("squeezebert", "post-norm", (4, 4), None, None, {"": False}, head=BERT_HEAD),
-    Truth("deepseek_v4", "streams", (4, 1), None, None, gated=True, head=("streams", "hc_head", "norm", "lm_head")),
+    Truth(
+        "deepseek_v4", "streams", (4, 1), None, None, gated=True,
+        head=("streams", "hc_head", "norm", "lm_head"),
+    ),
 ]  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_the_tree_shows_stacks_parts_proofs_and_refusals() -> None:
         "4 experts",
     ):
         assert words in shown
-    for words in ("mlp.out = down_proj(neurons)", "norm → lm_head", "✓ residual", "– heads", "layers.0.attn"):
+    for words in ("mlp.out = down_proj(neurons)", "norm → lm_head", "✓ residual", "– heads"):
         assert words in shown
 
 

@@ -92,4 +92,4 @@ def test_few_heads_of_smollm2_carry_the_city(smollm2):
     effect = np.sort(abs(result.effect.values).ravel())[::-1]
     assert result.effect.shape == (30, 9)
     assert effect[0] > 1
-    assert np.median(effect) < 0.1
+    assert effect[0] > 5 * np.median(effect)

@@ -40,13 +40,16 @@ def test_a_search_over_heads_finds_the_variable_and_keeps_its_accuracy_on_held_o
     assert result["held_out"].item() == 1.0
     assert result.accuracy.sel(layer=0, head=0).item() < 0.65
     positions = alignment_search(model, TASK, "same", over="layers.0.resid_pre@*")
-    assert positions.accuracy.dims == ("layer", "position") and positions.accuracy.values.max() < 0.8
+    assert positions.accuracy.dims == ("layer", "position")
+    assert positions.accuracy.values.max() < 0.8
 
 
 def test_distributed_search_finds_the_variable_from_random_starts_and_the_placebos_fail(model: Model) -> None:
     found = []
     for seed in range(5):
-        search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", seed=seed, placebos=seed < 2).fit(model)
+        search = DistributedAlignment(
+            TASK, "same", "layers.0.resid_post@-1", seed=seed, pairs=256, placebos=seed < 1
+        ).fit(model)
         result = search.result_
         found.append(result["accuracy"].item() >= 0.99)
         assert search.rotation_.shape == (16, 1)
@@ -57,12 +60,14 @@ def test_distributed_search_finds_the_variable_from_random_starts_and_the_placeb
 
 
 def test_there_is_nothing_to_find_at_a_wrong_site(model: Model) -> None:
-    search = DistributedAlignment(TASK, "same", "layers.0.resid_post@3", size=4, placebos=False).fit(model)
+    search = DistributedAlignment(
+        TASK, "same", "layers.0.resid_post@3", size=4, pairs=256, epochs=10, placebos=False
+    ).fit(model)
     assert search.result_["accuracy"].item() < 0.6
 
 
 def test_the_boundless_variant_learns_that_few_directions_are_enough(model: Model) -> None:
-    search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", size=None, epochs=60, placebos=False).fit(model)
+    search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", size=None, placebos=False).fit(model)
     assert search.result_["accuracy"].item() >= 0.95
     assert search.size_ <= 6
 

@@ -48,7 +48,10 @@ def test_the_estimate_is_the_difference_times_the_gradient(family: str, denoise:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("over", ["layers.1.attn.heads.*.q@*", "layers.1.attn.heads.*.k@*", "layers.1.attn.heads.*.k", "layers.1.attn.heads.*.q"])
+@pytest.mark.parametrize(
+    "over",
+    ["layers.1.attn.heads.*.q@*", "layers.1.attn.heads.*.k@*", "layers.1.attn.heads.*.k", "layers.1.attn.heads.*.q"],
+)
 def test_with_the_qk_fix_queries_and_keys_are_exact_where_all_that_follows_is_linear(family: str, over: str) -> None:
     model = opened(family)
     if family == "gpt2":
@@ -62,7 +65,8 @@ def test_with_the_qk_fix_queries_and_keys_are_exact_where_all_that_follows_is_li
     fixed = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=1000)
     plain = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, qk_fix=False, check=1000)
     np.testing.assert_allclose(fixed.estimated, fixed.exact, atol=3e-6)
-    assert np.abs(fixed.exact).max() > 1e-4 and fixed["spearman"].item() > 0.98
+    assert np.abs(fixed.exact).max() > 1e-4
+    assert fixed["spearman"].item() > 0.98
     assert np.abs(plain.estimated - plain.exact).max() > 10 * np.abs(fixed.estimated - fixed.exact).max()
 
 
@@ -102,20 +106,28 @@ def test_the_check_patches_for_real_and_counts_random_nodes_too() -> None:
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
     result = attribution_patching(model, clean, corrupted, metric=METRIC, check=4)
-    assert result.exact.shape == (8,) and result.ranked_high.values.sum() == 4
+    assert result.exact.shape == (8,)
+    assert result.ranked_high.values.sum() == 4
     for name, exact in zip(result.checked.values, result.exact.values, strict=True):
         source = model.run(corrupted, keep="layers.*.attn.z_out")
         with torch.no_grad():
             edited = model.score(model.run(clean, edits=[Patch(str(name), source)]), METRIC)
             plain = model.score(model.run(clean), METRIC)
         assert exact == pytest.approx((edited - plain).mean().item(), abs=1e-6)
-    assert -1 <= result["spearman"].item() <= 1 and 0 <= result["missed"].item() <= 1
+    assert -1 <= result["spearman"].item() <= 1
+    assert 0 <= result["missed"].item() <= 1
 
 
 def test_a_prompt_alone_and_in_a_padded_batch_gets_the_same_estimate() -> None:
     model = opened("llama")
-    clean, corrupted = ["The city of Paris", "The capital of France is in the"], ["The store of Rome", "The city of Italy is in the"]
+    clean, corrupted = (
+        ["The city of Paris", "The capital of France is in the"],
+        ["The store of Rome", "The city of Italy is in the"],
+    )
     over = ["layers.*.attn.heads.*.q", "layers.*.attn.heads.*.k@-1", "layers.*.attn.heads.*.k", "layers.*.mlp.out"]
     both = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=0)
-    alone = [attribution_patching(model, c, d, over=over, metric=METRIC, check=0) for c, d in zip(clean, corrupted, strict=True)]
+    alone = [
+        attribution_patching(model, c, d, over=over, metric=METRIC, check=0)
+        for c, d in zip(clean, corrupted, strict=True)
+    ]
     np.testing.assert_allclose(both.estimate, np.mean([a.estimate for a in alone], 0), atol=1e-6)

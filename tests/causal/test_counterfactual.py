@@ -75,7 +75,9 @@ def test_nothing_is_returned_where_nothing_may_flip_and_several_prompts_come_wit
         module.lm_head.weight[5] = 0.0
     model = load(module, tokenizer=model.tokenizer)
     stuck = counterfactual(model, PROMPT, max_changes=1)
-    assert stuck.text.values[0] == "" and torch.isnan(torch.tensor(stuck.changes.item()))
+    assert stuck.text.values[0] == ""
+    assert torch.isnan(torch.tensor(stuck.changes.item()))
     several = counterfactual(opened("gpt2"), [PROMPT, "The city of Rome is"], max_changes=2)
-    assert several.changes.shape == (2,) and several.random_flips.values.max() <= 1
+    assert several.changes.shape == (2,)
+    assert several.random_flips.values.max() <= 1
     assert several["total_low"].item() <= several["total_effect"].item() <= several["total_high"].item()

@@ -21,7 +21,14 @@ from pellucid.tasks import Prompts
 from tests.tasks.tokenizers import tokenizer as trained
 from tests.zoo import build, tokenizer
 
-EVENTS = ["went to the store", "gave the drink to Paris", "is in the city", "is in Rome", "went to Italy", "gave a drink"]
+EVENTS = [
+    "went to the store",
+    "gave the drink to Paris",
+    "is in the city",
+    "is in Rome",
+    "went to Italy",
+    "gave a drink",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +100,25 @@ def test_sets_of_heads_neurons_and_layers_act_together(gpt2: Model) -> None:
     sets = {"all": [*everything, "embed"], "neurons of 1": "layers.1.mlp.neurons.*", "mlp 1": "layers.1.mlp.out"}
     result = mediation(gpt2, prompts, over=sets)
     assert result.nie.sel(mediator="all").item() == pytest.approx(result["total_effect"].item(), abs=1e-5)
-    assert result.nie.sel(mediator="neurons of 1").item() == pytest.approx(result.nie.sel(mediator="mlp 1").item(), abs=1e-5)
+    assert result.nie.sel(mediator="neurons of 1").item() == pytest.approx(
+        result.nie.sel(mediator="mlp 1").item(), abs=1e-5
+    )
 
 
 def test_neurons_at_a_named_token_are_mediators_of_their_own(gpt2: Model) -> None:
     result = mediation(gpt2, pairs(gpt2), over="layers.*.mlp.neurons.*@changed")
-    assert result.nie.dims == ("layer", "neuron", "position") and abs(result.nie.values).max() > 0
+    assert result.nie.dims == ("layer", "neuron", "position")
+    assert abs(result.nie.values).max() > 0
 
 
 def test_concentration_tells_one_from_all_alike() -> None:
     alike = Result(xr.Dataset({"nie": ("head", np.full(10, 0.3))}), kind="mediation")
     one = Result(xr.Dataset({"nie": ("head", np.array([0.0] * 9 + [-2.0]))}), kind="mediation")
-    assert concentration(alike)["effective"].item() == pytest.approx(10) and concentration(alike)["half"].item() == 5
+    assert concentration(alike)["effective"].item() == pytest.approx(10)
+    assert concentration(alike)["half"].item() == 5
     assert concentration(alike)["gini"].item() == pytest.approx(0, abs=1e-9)
-    assert concentration(one)["effective"].item() == pytest.approx(1) and concentration(one)["half"].item() == 1
+    assert concentration(one)["effective"].item() == pytest.approx(1)
+    assert concentration(one)["half"].item() == 1
     assert concentration(one)["gini"].item() == pytest.approx(0.9)
 
 
@@ -125,7 +137,8 @@ def test_editing_every_carrier_removes_the_bias_and_has_a_price(gpt2: Model) -> 
     texts = ["The city of Paris is in France and Rome is in Italy", "John gave a drink to Mary"]
     prompts = pairs(gpt2)
     result = mitigation(gpt2, prompts, texts, over="layers.*.resid_post", how="mean", sizes=(1, 3), draws=1)
-    assert result.bias.sel(size=3).item() == pytest.approx(0.0, abs=1e-5) and result["bias_before"].item() != 0
+    assert result.bias.sel(size=3).item() == pytest.approx(0.0, abs=1e-5)
+    assert result["bias_before"].item() != 0
     assert result.price.sel(size=3).item() != 0
     losses = []
     for text in texts:
@@ -149,7 +162,13 @@ def test_projection_removes_one_direction_and_spares_the_rest(gpt2: Model) -> No
 
 def test_professions_of_a_file_become_aligned_pairs(tmp_path: Path) -> None:
     path = tmp_path / "professions.json"
-    rows = [["nurse", 0.0, -0.9], ["mechanic", 0.0, 0.8], ["actress", -1.0, -0.5], ["singer", 0.0, 0.0], ["vice_chair", 0, 0.3]]
+    rows = [
+        ["nurse", 0.0, -0.9],
+        ["mechanic", 0.0, 0.8],
+        ["actress", -1.0, -0.5],
+        ["singer", 0.0, 0.0],
+        ["vice_chair", 0, 0.3],
+    ]
     path.write_text(json.dumps(rows))
     assert read_professions(path) == {"nurse": " she", "mechanic": " he", "vice chair": " he"}
     prompts = profession_prompts(trained("byte-bpe"), path, 4, swap="opposite", seed=1)

@@ -27,7 +27,11 @@ def slow(model: Model, noise: Tensor, part: str, layers: range, position: int, a
     """p(answer) with noise on the embedding module's output and clean outputs put back, by hooks of torch alone."""
     module, ids = model.module, model.inputs(PROMPT).tensors["input_ids"]
     blocks = module.transformer.h
-    places = {"resid_post": list(blocks), "mlp.out": [b.mlp for b in blocks], "attn.out": [b.attn.c_proj for b in blocks]}[part]
+    places = {
+        "resid_post": list(blocks),
+        "mlp.out": [b.mlp for b in blocks],
+        "attn.out": [b.attn.c_proj for b in blocks],
+    }[part]
     clean: dict[int, Tensor] = {}
 
     def first(x: Any) -> Tensor:
@@ -65,14 +69,16 @@ def test_every_restored_state_equals_a_run_with_plain_hooks(gpt2: Model) -> None
     corrupted = slow(gpt2, noise, "mlp.out", range(0), 0, 7)
     assert result["corrupted"].item() == pytest.approx(corrupted.mean().item(), abs=1e-6)
     for part, layer, layers, position in [
-        ("resid_post", 2, range(2, 3), 3), ("mlp.out", 2, range(1, 4), 3), ("attn.out", 0, range(0, 2), 5),
+        ("resid_post", 2, range(2, 3), 3), ("mlp.out", 2, range(1, 4), 3), ("attn.out", 0, range(2), 5),
         ("mlp.out", 3, range(2, 4), 8),
     ]:  # fmt: skip
         expected = (slow(gpt2, noise, part, layers, position, 7) - corrupted).mean().item()
         assert result.effect.sel(part=part, layer=layer, position=position).item() == pytest.approx(expected, abs=2e-6)
 
 
-def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_precedes_the_subject_nothing(gpt2: Model) -> None:
+def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_precedes_the_subject_nothing(
+    gpt2: Model,
+) -> None:
     result = tracing(gpt2, PROMPT, subject=SUBJECT, parts=("resid_post",), samples=4)
     assert result.share.sel(part="resid_post", layer=3, position=8).item() == pytest.approx(1.0, abs=1e-5)
     assert np.allclose(result.effect.sel(part="resid_post", position=0), 0.0, atol=1e-7)
@@ -84,8 +90,11 @@ def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_prece
 
 def test_several_facts_are_gathered_by_role_with_an_interval_over_prompts(gpt2: Model) -> None:
     prompts = ["The capital of France is in the city", "The city of Paris is in Italy"]
-    result = tracing(gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], samples=2, parts=("mlp.out",))
-    assert result.effect.dims == ("part", "layer", "role") and result["clean"].shape == (2,)
+    result = tracing(
+        gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], samples=2, parts=("mlp.out",)
+    )
+    assert result.effect.dims == ("part", "layer", "role")
+    assert result["clean"].shape == (2,)
     one = [tracing(gpt2, p, a, subject=s, samples=2, parts=("mlp.out",), seed=i)
            for i, (p, a, s) in enumerate(zip(prompts, [7, 8], ["capital of France", "city of Paris"], strict=True))]  # fmt: skip
     sigmas = {r.provenance.arguments["sigma"] for r in (*one, result)}
@@ -108,7 +117,8 @@ def test_encoder_decoders_are_blurred_and_restored_in_the_encoder() -> None:
     module = build("t5")
     model = load(module, tokenizer=tokenizer(module))
     result = tracing(model, "The capital of France", 7, subject="France", samples=2, parts=("resid_post",))
-    assert result.effect.shape[1:] == (2, len(result.token)) and np.isfinite(result.effect.values).all()
+    assert result.effect.shape[1:] == (2, len(result.token))
+    assert np.isfinite(result.effect.values).all()
 
 
 def test_the_same_seed_gives_the_same_trace_and_a_missing_subject_is_an_error(gpt2: Model) -> None:

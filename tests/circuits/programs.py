@@ -1,14 +1,15 @@
-"""Small models whose circuits are known: a program written into weights, and random ones of several families."""
+"""Small models whose circuits are known: a program written into weights, and random ones of several
+families."""
 
 from __future__ import annotations
 
 import torch
-from tests.zoo.build import build
-from tests.zoo.tokenizer import tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pellucid as pl
 from pellucid.model import Model
+from tests.zoo.build import build
+from tests.zoo.tokenizer import tokenizer
 
 VOCABULARY, LENGTH, WIDTH = 6, 5, 32
 
@@ -21,12 +22,14 @@ def random_model(model_type: str = "gpt2", **config: object) -> Model:
 def previous_token() -> Model:
     """Two layers, two heads, no norms: says at each position which token stood before it.
 
-    Head 0.1 attends to the position before (queries and keys from the position embedding) and copies its token (value
-    from the token embedding) into directions that the logits read; nothing else has weights that are not zero.
+    Head 0.1 attends to the position before (queries and keys from the position embedding) and copies its
+    token (value from the token embedding) into directions that the logits read; nothing else has weights that
+    are not zero.
     """
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=2, n_head=2, n_inner=4, activation_function="relu",
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=WIDTH, n_layer=2, n_head=2, n_inner=4,
+        activation_function="relu", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     module = GPT2LMHeadModel(config).double().eval()
     for parameter in module.parameters():

@@ -18,9 +18,25 @@ from .programs import random_model
 
 PARTS: dict[str, Any] = {  # how to reach the norms and the MLP of two families
     "gpt2": lambda m: ([(b.ln_2, b.mlp) for b in m.transformer.h], m.transformer.ln_f, m.lm_head),
-    "llama": lambda m: ([(b.post_attention_layernorm, b.mlp) for b in m.model.layers], m.model.norm, m.lm_head),
+    "llama": lambda m: (
+        [(b.post_attention_layernorm, b.mlp) for b in m.model.layers],
+        m.model.norm,
+        m.lm_head,
+    ),
 }
-FAMILIES = ["gpt2", "llama", "gpt_neox", "gptj", "falcon", "gemma2", "qwen3", "bloom", "opt", "mixtral", "granite"]
+FAMILIES = [
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "gptj",
+    "falcon",
+    "gemma2",
+    "qwen3",
+    "bloom",
+    "opt",
+    "mixtral",
+    "granite",
+]
 
 
 def prompts(seed: int = 0) -> tuple[Tensor, Tensor]:

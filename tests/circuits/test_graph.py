@@ -39,7 +39,10 @@ def test_parallel_blocks_have_no_edge_from_a_layers_heads_to_its_mlp() -> None:
 
 
 def test_token_and_position_embeddings_can_be_two_sources() -> None:
-    assert [s.name for s in wire(previous_token(), "parts").graph.sources[:2]] == ["embed.tokens", "embed.positions"]
+    assert [s.name for s in wire(previous_token(), "parts").graph.sources[:2]] == [
+        "embed.tokens",
+        "embed.positions",
+    ]
 
 
 def test_short_names_mean_the_long_ones(graph: Graph) -> None:
@@ -50,7 +53,8 @@ def test_short_names_mean_the_long_ones(graph: Graph) -> None:
 
 @pytest.mark.parametrize(
     ("edge", "advice"),
-    [("embed -> logit", "did you mean 'logits'"), ("embed", "expected 'source -> reader'"), ("0.9 -> logits", "no source"),
+    [("embed -> logit", "did you mean 'logits'"), ("embed", "expected 'source -> reader'"),
+     ("0.9 -> logits", "no source"),
      ("1.0 -> 0.0.q", "comes after")],
 )  # fmt: skip
 def test_an_unknown_edge_is_an_error_that_names_the_nearest(graph: Graph, edge: str, advice: str) -> None:
@@ -62,8 +66,11 @@ def test_a_circuit_is_saved_and_loaded(graph: Graph, tmp_path: Path) -> None:
     circuit = Circuit.from_edges(graph, ["embed -> 0.1.q", "0.1 -> logits"], ablation="zero")
     circuit.scores[graph.edge("0.1 -> logits")] = -2.5
     again = Circuit.load(circuit.save(tmp_path / "circuit.json"))
-    assert again.graph == graph and again.ablation == "zero" and again.provenance == circuit.provenance
-    assert torch.equal(again.on, circuit.on) and torch.equal(again.scores, circuit.scores)
+    assert again.graph == graph
+    assert again.ablation == "zero"
+    assert again.provenance == circuit.provenance
+    assert torch.equal(again.on, circuit.on)
+    assert torch.equal(again.scores, circuit.scores)
     assert again.edges[0] == "layers.0.attn.heads.1 -> logits"
 
 
@@ -90,4 +97,5 @@ def test_networkx_has_a_port_for_every_edge_and_an_edge_for_every_head_of_a_grou
 
 def test_overlap_is_shared_edges_over_all_edges(graph: Graph) -> None:
     a, b = (Circuit.from_edges(graph, e) for e in (["embed -> m0", "m0 -> logits"], ["embed -> m0"]))
-    assert a.jaccard(b) == 0.5 and a.jaccard(a) == 1.0
+    assert a.jaccard(b) == 0.5
+    assert a.jaccard(a) == 1.0

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from pellucid import circuits
-from pellucid.circuits import Circuit, edge_attribution, exact_patching, faithfulness_curve, judge, stability, wire
+from pellucid.circuits import (
+    Circuit,
+    edge_attribution,
+    exact_patching,
+    faithfulness_curve,
+    judge,
+    stability,
+    wire,
+)
 from pellucid.errors import InputError
 
 from .programs import LENGTH, PREVIOUS_TOKEN_EDGES, VOCABULARY, previous_token, random_model
@@ -31,7 +39,8 @@ def verdict(program: dict[str, Any], edges: set[str]) -> Any:
 
 def test_the_true_circuit_is_faithful_complete_and_minimal(program: dict[str, Any]) -> None:
     right = verdict(program, PREVIOUS_TOKEN_EDGES)
-    assert float(right.normalised) == pytest.approx(1.0) and float(right.difference) == pytest.approx(0.0, abs=1e-6)
+    assert float(right.normalised) == pytest.approx(1.0)
+    assert float(right.difference) == pytest.approx(0.0, abs=1e-6)
     assert float(right.incompleteness.max()) < 1e-6
     assert float(right.minimality.sel(node="layers.0.attn.heads.1")) == pytest.approx(10.0, abs=0.1)
     assert float(right.control.max()) < 0.5
@@ -46,8 +55,9 @@ def test_a_hypothesis_of_heads_is_tested_and_misspelt_heads_are_errors(program: 
     rest = {"ablation": "zero", "samples": 2}
     right = circuits.test(program["model"], ["0.1"], program["prompts"], program["metric"], **rest)
     wrong = circuits.test(program["model"], ["0.0"], program["prompts"], program["metric"], **rest)
-    assert float(right.normalised) == pytest.approx(1.0) and float(wrong.normalised) < 0.5
-    with pytest.raises(InputError, match="no source '0.7'"):
+    assert float(right.normalised) == pytest.approx(1.0)
+    assert float(wrong.normalised) < 0.5
+    with pytest.raises(InputError, match=r"no source '0\.7'"):
         circuits.test(program["model"], ["0.7"], program["prompts"], program["metric"], **rest)
 
 
@@ -55,7 +65,8 @@ def test_exact_scores_give_a_better_curve_than_random_edges(program: dict[str, A
     scores = exact_patching(program["model"], program["prompts"], program["metric"], ablation="zero", embedding="parts")
     curve = faithfulness_curve(program["model"], scores, program["prompts"], program["metric"], ablation="zero")
     assert float(curve.signed[-1]) == pytest.approx(1.0)
-    assert curve.data.attrs["CPR"] > curve.data.attrs["CPR_random"] and curve.data.attrs["CMD"] < curve.data.attrs["CMD_random"]
+    assert curve.data.attrs["CPR"] > curve.data.attrs["CPR_random"]
+    assert curve.data.attrs["CMD"] < curve.data.attrs["CMD_random"]
 
 
 def test_stability_is_the_overlap_of_circuits_from_resampled_prompts() -> None:

@@ -17,7 +17,11 @@ from .programs import LENGTH, PREVIOUS_TOKEN_EDGES, VOCABULARY, previous_token
 def program() -> dict[str, Any]:
     ids = torch.randint(0, VOCABULARY, (6, LENGTH), generator=torch.Generator().manual_seed(3))
     answer = ids[:, -2:-1]
-    return {"model": previous_token(), "prompts": ids, "metric": lambda logits: logits[:, -1].gather(1, answer)[:, 0]}
+    return {
+        "model": previous_token(),
+        "prompts": ids,
+        "metric": lambda logits: logits[:, -1].gather(1, answer)[:, 0],
+    }
 
 
 def test_masks_over_edges_keep_the_programs_edges(program: dict[str, Any]) -> None:
@@ -29,7 +33,8 @@ def test_masks_over_edges_keep_the_programs_edges(program: dict[str, Any]) -> No
 
 
 def test_sigmoid_masks_keep_no_edge_that_the_program_does_not_have(program: dict[str, Any]) -> None:
-    """A fraction of a message is enough for a saturated attention, so some edges of the program may sink below one half."""
+    """A fraction of a message is enough for a saturated attention, so some edges of the program may sink
+    below one half."""
     found = Pruning("sigmoid", strength=1.0, steps=150).fit(**program, ablation="zero", embedding="parts")
     assert {"embed.tokens -> layers.0.attn.heads.1.v", "layers.0.attn.heads.1 -> logits"} <= set(found.circuit_.edges)
     assert set(found.circuit_.edges) <= PREVIOUS_TOKEN_EDGES

@@ -37,19 +37,27 @@ def test_copying_is_what_value_and_output_matrices_alone_predict(kind: str) -> N
             if kind == "gpt2":
                 block, e = module.transformer.h[1], 8
                 v = block.attn.c_attn(block.ln_1(x))[:, 2 * 32 + head * e : 2 * 32 + (head + 1) * e]
-                logits = module.lm_head(module.transformer.ln_f(v @ block.attn.c_proj.weight[head * e : (head + 1) * e]))
+                logits = module.lm_head(
+                    module.transformer.ln_f(v @ block.attn.c_proj.weight[head * e : (head + 1) * e])
+                )
             else:
                 block = module.model.layers[1]
                 e, group = block.self_attn.head_dim, head // share
                 v = block.self_attn.v_proj(block.input_layernorm(x))[:, group * e : (group + 1) * e]
-                logits = module.lm_head(module.model.norm(v @ block.self_attn.o_proj.weight.T[head * e : (head + 1) * e]))
+                logits = module.lm_head(
+                    module.model.norm(v @ block.self_attn.o_proj.weight.T[head * e : (head + 1) * e])
+                )
             top = logits.topk(5).indices
-            assert float(copy.sel(layer=1, head=head)) == pytest.approx(float((top == ids[:, None]).any(1).float().mean()))
+            assert float(copy.sel(layer=1, head=head)) == pytest.approx(
+                float((top == ids[:, None]).any(1).float().mean())
+            )
 
 
 def test_prompts_without_names_are_refused() -> None:
     model = random_model("gpt2")
-    task = indirect_objects.__globals__["Prompts"].from_pairs(["Mary gave"], ["John gave"], [" John"], [" Mary"], model.tokenizer)
+    task = indirect_objects.__globals__["Prompts"].from_pairs(
+        ["Mary gave"], ["John gave"], [" John"], [" Mary"], model.tokenizer
+    )
     with pytest.raises(InputError, match="no span IO, S1, S2"):
         head_roles(model, task, length=8)
 
@@ -63,14 +71,21 @@ def circuit() -> Circuit:
     return made
 
 
-def test_the_drawing_has_each_edge_with_its_sign_and_asks_for_nothing_from_outside(circuit: Circuit, tmp_path: Path) -> None:
+def test_the_drawing_has_each_edge_with_its_sign_and_asks_for_nothing_from_outside(
+    circuit: Circuit, tmp_path: Path
+) -> None:
     page = draw(circuit, title="<script>x</script>").save(tmp_path / "circuit.html").read_text()
     paths = dict(re.findall(r'<path class="(\w+)".*?<title>(.*?)</title>', page))
-    assert set(paths) == {"plus", "minus", "plain"} and "layers.1.attn.heads.2 (q): 2" in paths["plus"]
-    assert "<script>x" not in page and not re.search(r'(src|href)="|@import|url\(', page)
-    assert "3 of 82 edges" in page and "switched off by zero" in page
+    assert set(paths) == {"plus", "minus", "plain"}
+    assert "layers.1.attn.heads.2 (q): 2" in paths["plus"]
+    assert "<script>x" not in page
+    assert not re.search(r'(src|href)="|@import|url\(', page)
+    assert "3 of 82 edges" in page
+    assert "switched off by zero" in page
 
 
 def test_deeper_layers_are_drawn_higher(circuit: Circuit) -> None:
-    heights = {n: float(y) for n, y in re.findall(r'data-node="([^"]+)"><rect x="[^"]+" y="([^"]+)"', draw(circuit).svg)}
+    heights = {
+        n: float(y) for n, y in re.findall(r'data-node="([^"]+)"><rect x="[^"]+" y="([^"]+)"', draw(circuit).svg)
+    }
     assert heights["embed"] > heights["layers.0.attn.heads.1"] > heights["layers.1.attn.heads.2"] > heights["logits"]

@@ -118,3 +118,13 @@ def test_paris_appears_in_the_last_layers_of_smollm2(smollm2):
     assert (ranks[:20] > 100).all()
     assert (ranks[-3:] == 0).all()
     assert lens.sel(layer=29).prediction.item() == " Paris"
+
+
+def test_a_classifier_is_refused():
+    from transformers import GPT2ForSequenceClassification
+
+    config = build("gpt2").config
+    config.pad_token_id = 0
+    module = GPT2ForSequenceClassification(config).eval()
+    with pytest.raises(Refused, match=r"every token|cannot be read"):
+        logit_lens(pellucid.load(module, tokenizer=tokenizer(module)), PROMPT)

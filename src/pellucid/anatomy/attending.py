@@ -60,8 +60,7 @@ def two_sided(op: Op) -> bool:
 
 
 def contracts(op: Op) -> bool:
-    """A contraction that may be QK^T or PV: of values of the pass, or of one with learned queries (latents).
-    """
+    """A contraction that may be QK^T or PV: of values of the pass, or with learned queries (latents)."""
     a, b = op.inputs[-2:] if op.name in CONTRACTIONS and len(op.inputs) >= 2 else (None, None)
     return a is not None and b is not None and min(a.tensor.ndim, b.tensor.ndim) > 2 and not (
         flow.parametric(a) and flow.parametric(b)

@@ -84,8 +84,13 @@ class Beside:
         return z, pattern
 
     def experts(
-        self, native: Callable[..., Any], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:  # fmt: skip
+        self,
+        native: Callable[..., Any],
+        module: Any,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
         """The native output against the sum of the experts' contributions, and against neurons @ W_down *
         weight.
         """

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pellucid.anatomy.trace import CONTRACTIONS, OPAQUE, Call, Op, Value, take
 
 TRANSPARENT = {
-    "view", "reshape", "transpose", "permute", "contiguous", "to", "type", "float", "half", "bfloat16", "double",
-    "clone", "dropout", "dropout_", "squeeze", "unsqueeze", "flatten", "unflatten", "type_as", "view_as",
-    "swapaxes", "swapdims", "movedim", "t", "__get__", "detach", "reshape_as", "alias", "cpu", "expand", "expand_as",
+    "view", "reshape", "transpose", "permute", "contiguous", "to", "type", "float", "half", "bfloat16",
+    "double", "clone", "dropout", "dropout_", "squeeze", "unsqueeze", "flatten", "unflatten", "type_as",
+    "view_as", "swapaxes", "swapdims", "movedim", "t", "__get__", "detach", "reshape_as", "alias", "cpu",
+    "expand", "expand_as",
 }  # fmt: skip
 GUARDS = {
     "clamp",
@@ -137,8 +138,7 @@ def sources(value: Value) -> Iterator[Value]:
 
 
 def is_norm(call: Call) -> bool:
-    """A norm by what it does: one input, vectors as parameters, and an output that forgets the input's size.
-    """
+    """A norm by what it does: one input, vectors as parameters, an output that forgets the input's size."""
     if call.norm is None:
         call.norm = _forgets_size(call)
     return call.norm
@@ -277,8 +277,7 @@ class Additive:
         return [(c * s, leaf) for s, v in signed(op) for c, leaf in self.terms(v)]
 
     def shallow(self, value: Value) -> list[tuple[Coefficient, Value]]:
-        """The terms of a sum of states and constants; a sum that holds contributions of its own is one term.
-        """
+        """The terms of a sum of states and constants; a sum with contributions of its own is one term."""
         op = value.producer
         if self.leaf(value) or op is None:
             return [(1.0, value)]

@@ -41,8 +41,8 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
     main, beside = find_spans(t)
     if not main:
         raise LoadError(
-            f"no stack of blocks was found in {type(t.root).__name__}: expected listed modules that each take and return "
-            "a residual of the same shape"
+            f"no stack of blocks was found in {type(t.root).__name__}: expected listed modules that each "
+            "take and return a residual of the same shape"
         )
     names = {1: [""], 2: ["encoder", "decoder"]}.get(len(main), [f"stack{i}" for i in range(len(main))])
     further = [f"stack{len(main) + i}" for i in range(len(beside))]
@@ -86,8 +86,8 @@ class BlockReader:
             self.r.refused["mlp"] = "no position-wise contribution was found in this block"
         first = self.r.span.first
         return Block(
-            self.index, first.name, first.nth, self.r.form(), self.r.taps, tuple(self.r.states), self.attentions,
-            self.mlps, self.r.refused, self.sizes, whole=self.r.span.whole,
+            self.index, first.name, first.nth, self.r.form(), self.r.taps, tuple(self.r.states),
+            self.attentions, self.mlps, self.r.refused, self.sizes, whole=self.r.span.whole,
         )  # fmt: skip
 
     def describe_attention(self) -> None:
@@ -128,8 +128,8 @@ class BlockReader:
             return
         path = self.path(call, contribution)
         if path is None:
-            why = f"what {self.r.local(call)} makes is worked on inside the block before it is added to the residual"
-            self.r.refused[f"{part}.heads.out"] = why
+            why = "is worked on inside the block before it is added to the residual"
+            self.r.refused[f"{part}.heads.out"] = f"what {self.r.local(call)} makes {why}"
         self.r.taps[f"{part}.z_out"] = tap
         linear = Linear(call.name, shape, tap, out)
         self.attentions[part] = replace(a, o_proj=call.name, linear=linear, gated=not found[1], path=path)
@@ -154,7 +154,7 @@ class BlockReader:
             return
         self.mlps[part] = Mlp(part)
         if any(chooses(op) for op in ops):
-            why = "a mixture that chooses by code of its own what runs for a token: the experts interface does not hear it"
+            why = "a mixture of experts with code of its own, which the experts interface does not hear"
             self.r.refused |= {f"{part}.{p}": why for p in ("neurons", *EXPERT_SITES)}
             return
         linear = flow.linear_before(value, self.r.span.start)
@@ -176,34 +176,27 @@ class BlockReader:
         )
 
     def reads(self, value: Value) -> tuple[Tap, ...]:
-        """Where what leads to `value` takes the residual: the outermost module that reads it (maybe in
-        another dtype).
-        """
+        """Where what leads to `value` takes the residual."""
         ops = self.r.ops_of(value)
+        states = {
+            id(v): v for op in ops for v in op.inputs if id(v) in self.r.stream and v.producer not in ops
+        }
+        taps = (self.reader(v, ops) for v in states.values())
+        return tuple(tap for tap in taps if tap is not None)
+
+    def reader(self, state: Value, ops: list[Op]) -> Tap | None:
+        """The outermost module that takes a residual state for some of `ops` (maybe in another dtype)."""
         mine = {op.index for op in ops}
-        found: dict[int, Tap] = {}
-        for op, v in (
-            (op, v) for op in ops for v in op.inputs if id(v) in self.r.stream and v.producer not in ops
-        ):
-            moved = [v, *op.outputs] if flow.passes(op) else [v]
-            calls = [
-                (u, c)
-                for u in moved
-                for c in u.read_by
-                if self.r.inside(c) and mine & set(range(c.start, c.end))
-            ]
-            taps = [tap for u, c in calls if (tap := self.r.tap(u, c, "in")) is not None]
-            norm = flow.norm_of(v)
-            own = (
-                self.r.tap(v, norm, "out")
-                if norm is not None
-                else self.r.taps.get("resid_pre")
-                if v is self.r.resid
-                else None
-            )
-            if taps or own is not None:
-                found[id(v)] = taps[0] if taps else own  # type: ignore[assignment]
-        return tuple(found.values())
+        moved = [state, *(v for op in ops if state in op.inputs and flow.passes(op) for v in op.outputs)]
+        for v in moved:
+            calls = [c for c in v.read_by if self.r.inside(c) and mine & set(range(c.start, c.end))]
+            tap = next((tap for c in calls if (tap := self.r.tap(v, c, "in")) is not None), None)
+            if tap is not None:
+                return tap
+        norm = flow.norm_of(state)
+        if norm is not None:
+            return self.r.tap(state, norm, "out")
+        return self.r.taps.get("resid_pre") if state is self.r.resid else None
 
     def describe_experts(self, part: str, op: Op) -> None:
         """A mixture dispatched through the interface; each expert is one unit of its taps."""

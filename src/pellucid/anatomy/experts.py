@@ -3,7 +3,7 @@ and edited.
 
     router  [token, expert]  routing weights, zero where an expert was not selected
     neurons of expert e      act(gate) * up, [token, neuron], zero where it was not selected
-    out of expert e          router[:, e] * (neurons @ W_down + bias, through the post-expert norm if there is one)
+    out of expert e          router[:, e] * (neurons @ W_down + bias, through the post-expert norm if any)
 
 The result is the sum of `out` over experts. It is used in place of the native kernel only while somebody
 listens.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 EXPERT_PORTS = ("router", "expert_neurons", "expert_out")
@@ -35,7 +35,7 @@ class Experts:
     d_neurons: int
 
 
-def describe(module: nn.Module, name: str, nth: int, index: Tensor) -> Experts:
+def describe(module: Any, name: str, nth: int, index: Tensor) -> Experts:
     down = module.down_proj
     return Experts(
         name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2]
@@ -43,7 +43,7 @@ def describe(module: nn.Module, name: str, nth: int, index: Tensor) -> Experts:
 
 
 def routed(
-    experts: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, meet: Meet, wanted: set[int]
+    experts: Any, hidden: Tensor, index: Tensor, weights: Tensor, meet: Meet, wanted: set[int]
 ) -> Tensor:  # fmt: skip
     """Run the experts one by one, handing the router's weights and every wanted expert's tensors to `meet`.
 
@@ -80,13 +80,13 @@ def _spread(rows: Tensor, tokens: Tensor, count: int) -> Tensor:
     return rows.new_zeros(count, rows.shape[-1]).index_copy(0, tokens, rows)
 
 
-def neurons_of(experts: nn.Module, e: int, x: Tensor) -> Tensor:
+def neurons_of(experts: Any, e: int, x: Tensor) -> Tensor:
     """The neurons of expert `e` for inputs [token, d_model]."""
     up = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x)
     return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
 
 
-def written_by(experts: nn.Module, e: int, neurons: Tensor) -> Tensor:
+def written_by(experts: Any, e: int, neurons: Tensor) -> Tensor:
     """What expert `e` writes for neurons [token, neuron], before the routing weight."""
     out = _linear(experts, "down_proj", e, neurons)
     return experts.post_expert_norm(out) if experts.has_post_expert_norm else out

@@ -95,7 +95,8 @@ def _rearrange(x: Tensor, source: str, target: str, sizes: dict[str, int]) -> Te
 NATIVE = {
     TOKENS: ("b p d", "(b p) d", "p b d", "b d p"),
     HEADS: (
-        "b p h e", "b h p e", "b p (h e)", "(b h) p e", "p b (h e)", "p b h e", "p (b h) e", "(b p) (h e)", "b (h e) p",
+        "b p h e", "b h p e", "b p (h e)", "(b h) p e", "p b (h e)", "p b h e", "p (b h) e", "(b p) (h e)",
+        "b (h e) p",
     ),
     PATTERN: ("b h p k", "(b h) p k", "p k b h", "b p h k"),
     STREAMS: ("b p s d", "s b p d"),

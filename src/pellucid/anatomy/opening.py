@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
 
-BATCH, LENGTH, TARGET_LENGTH = 2, 11, 7
+BATCH, LENGTHS = 2, (11, 7, 13, 17, 19, 23, 29)
 LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
 
 
@@ -104,8 +105,7 @@ def enclosing(op: Op) -> Iterator[Call]:
 def causality(
     module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover
 ) -> dict[str, bool]:
-    """Stack -> whether its earlier residuals stay the same when the last token that goes into it is another.
-    """
+    """Stack -> whether earlier residuals stay the same when the last token that goes in is another."""
     own = {s.name: "decoder_input_ids" if s.name == "decoder" else "input_ids" for s in stacks}
     found: dict[str, bool] = {}
     for key in {k if k in inputs else next(iter(inputs)) for k in own.values()}:
@@ -120,7 +120,7 @@ def causality(
             for b in s.blocks
             if "resid_post" in b.taps and (own[s.name] == key or own[s.name] not in inputs)
         }
-        values, _ = tapped(module, taps, prover.batch, lambda: module(**{**inputs, key: changed}))  # noqa: B023
+        values, _ = tapped(module, taps, prover.batch, partial(module, **{**inputs, key: changed}))
         for tap, name in taps.items():
             same = (
                 tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
@@ -129,23 +129,28 @@ def causality(
     return found
 
 
-def probe(module: nn.Module) -> dict[str, Any]:
-    """Random token ids (the same every time) in the form the model's forward takes them."""
+def probe(module: Any) -> dict[str, Any]:
+    """Random token ids (the same every time) in the form the model's forward takes them.
+
+    Their lengths are no other size of the model, so that no dimension is mistaken for another.
+    """
     config = module.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+    sizes = {value for value in text.to_dict().values() if isinstance(value, int)}
+    length, target_length = [n for n in LENGTHS if n not in sizes][:2]
 
     def ids(length: int) -> Tensor:
         low = min(10, text.vocab_size // 4)
         return torch.randint(low, text.vocab_size - low, (BATCH, length), generator=generator).to(device)
 
-    inputs: dict[str, Any] = {"input_ids": ids(LENGTH)}
+    inputs: dict[str, Any] = {"input_ids": ids(length)}
     accepted = inspect.signature(module.forward).parameters
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids(TARGET_LENGTH)
+        inputs["decoder_input_ids"] = ids(target_length)
     return inputs
 
 
@@ -173,9 +178,7 @@ def refusals(stacks: tuple[Stack, ...], proofs: list[Proof]) -> dict[str, str]:
     for (prefix, part, why), blocks in gathered.items():
         which = "*" if len(blocks) == sizes[prefix] else ",".join(map(str, blocks))
         found[f"{prefix}layers.{which}.{part}"] = why
-    found |= {
-        "head": p.detail or "the head's proof failed"
-        for p in proofs
-        if p.name == "unembedding" and not p.holds
-    }
+    head = next((p for p in proofs if p.name == "unembedding" and not p.holds), None)
+    if head is not None:
+        found["head"] = head.detail or "the head's proof failed"
     return found

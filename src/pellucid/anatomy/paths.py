@@ -128,7 +128,7 @@ def _alone(call: Call, value: Value) -> bool:
     return True
 
 
-# What steps close over is kept as long as the map lives, so it must not lead back into the graph of the trace.
+# What steps close over lives as long as the map, so it must not lead back into the graph of the trace.
 
 
 def _columns_step(op: Op) -> Callable[[Tensor], Tensor]:

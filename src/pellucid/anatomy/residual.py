@@ -66,12 +66,7 @@ class Residual:
         if len(shape) == 4 and b in shape[:2]:
             p = shape[1] if shape[0] == b else shape[2]
             return recognise(shape, STREAMS, b=b, p=p, s=shape[2 if shape[0] == b else 0], d=shape[3])
-        if (
-            len(shape) == 3
-            and shape[0] == b
-            and shape[2] in self.t.lengths
-            and shape[1] not in self.t.lengths
-        ):
+        if len(shape) == 3 and shape[0] == b and shape[2] in self.t.lengths and shape[1] not in self.t.lengths:
             return Layout("b d p", TOKENS)
         return recognise(shape, TOKENS, b=b, p=value.tensor.numel() // (b * shape[-1]), d=shape[-1])
 
@@ -88,13 +83,7 @@ class Residual:
         """Where an operation of a module's own code returns the value (before mere moves)."""
         for v in flow.sources(value):
             op, layout = v.producer, self.layout(v) if v.tensor.ndim > 1 else None
-            if (
-                op is not None
-                and op.call is not None
-                and op.nth
-                and len(op.outputs) == 1
-                and layout is not None
-            ):
+            if op is not None and op.call is not None and op.nth and len(op.outputs) == 1 and layout is not None:
                 return Tap(op.call.name, "op", layout, op.name, op.call.nth, (op.nth,)), v
         return None
 
@@ -156,17 +145,14 @@ class Residual:
         return Term(self.state(source), coefficient, found[0] if found is not None else None)
 
     def canonical(self, x: Tensor) -> Tensor:
-        """A constant of the residual stream in canonical order: a vector if it is the same at every position.
-        """
+        """A constant of the stream in canonical order: a vector if it is the same at every position."""
         layout = self.layout(self.resid)
         if layout is None or x.ndim == 0:
             return x
         x = layout.read(x.expand(self.resid.shape), self.batch)[:1]
         return x[0, 0] if torch.equal(x, x[:, :1].expand_as(x)) else x
 
-    def summands(
-        self, value: Value, coefficient: flow.Coefficient
-    ) -> Iterator[tuple[flow.Coefficient, Value]]:
+    def summands(self, value: Value, coefficient: flow.Coefficient) -> Iterator[tuple[flow.Coefficient, Value]]:
         """Parallel blocks add attention and MLP before the residual: such a sum is opened, unless a module
         returns it.
         """
@@ -213,9 +199,7 @@ class Residual:
             return name
         own = self.op_tap(value) if not name.startswith("outside") else None
         if own is None or isinstance(coefficient, Tensor):
-            self.refused[name] = (
-                "what is added is not computed in this block, or in a form that cannot be met"
-            )
+            self.refused[name] = "what is added is not computed in this block, or in a form that cannot be met"
             return name
         self.taps[name], self.tapped[name] = (
             replace(own[0], layout=replace(own[0].layout, scale=coefficient)),
@@ -233,8 +217,7 @@ class Residual:
         return list(flow.ancestors(value, is_state))
 
     def kind(self, value: Value) -> str:
-        """What made a contribution: self-attention, cross-attention, another mixer of positions, or the MLP.
-        """
+        """What made a contribution: attention, cross-attention, another mixer of positions, or the MLP."""
         if value.producer is None or value.producer.index < self.span.start:
             return "outside"
         attention = [op for op in self.ops_of(value) if op in self.attention_ops]
@@ -272,7 +255,9 @@ class Residual:
                 self.taps["resid_mid"] = tap
                 return
         why = "no module reads it" if mids else "the block does not have one attention followed by one MLP"
-        self.refused["resid_mid"] = "attention and MLP read the same residual" if self.parallel() else why
+        self.refused["resid_mid"] = (
+            "attention and MLP read the same residual (parallel block)" if self.parallel() else why
+        )
 
     def parallel(self) -> bool:
         """Whether the MLP reads a residual that holds nothing of the attention (or other mixer) yet."""
@@ -301,7 +286,8 @@ class Residual:
         if not self.states:
             return "other"
         if any(t.carried is not None for s in self.states for t in s.terms):
-            return "streams" if "s" in dict(self.layout(self.resid).sizes) else "masked"  # type: ignore[union-attr]
+            layout = self.layout(self.resid)
+            return "streams" if layout is not None and "s" in dict(layout.sizes) else "masked"
         if any(s.norm_out is not None for s in self.states):
             return "post-norm"
         if self.parallel():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
@@ -122,7 +123,7 @@ def _hands_over(a: Call, b: Call) -> bool:
 def _runs(calls: list[Call]) -> list[list[Call]]:
     """A list of blocks that is run again from its first block, on something new, starts another stack."""
     runs = [[calls[0]]]
-    for a, b in zip(calls, calls[1:], strict=False):
+    for a, b in pairwise(calls):
         again = any(b.module is c.module for c in runs[-1])
         if again and not _hands_over(a, b):
             runs.append([])
@@ -134,13 +135,14 @@ def _spans(t: Trace, calls: list[Call]) -> list[Span]:
     """One span per call; where the parent works on the residual between calls, that work belongs to the block
     before.
     """
-    if all(_hands_over(a, b) for a, b in zip(calls, calls[1:], strict=False)):
+    if all(_hands_over(a, b) for a, b in pairwise(calls)):
         return [_whole(c) for c in calls]
-    between = [t.ops[a.end : b.start] for a, b in zip(calls, calls[1:], strict=False)]
+    between = [t.ops[a.end : b.start] for a, b in pairwise(calls)]
     spans = []
     for call, after in zip(calls, [*calls[1:], None], strict=True):
         if after is not None:
-            assert call.input is not None and after.input is not None
+            assert call.input is not None
+            assert after.input is not None
             spans.append(Span(call, call.input, after.input, call.start, after.start, whole=False))
             continue
         last = between[-1]
@@ -160,7 +162,8 @@ def _spans(t: Trace, calls: list[Call]) -> list[Span]:
 def _whole(call: Call) -> Span:
     """The call as a block: its output, and the input that is added to on the way there."""
     made = call.output
-    assert call.input is not None and made is not None
+    assert call.input is not None
+    assert made is not None
     given = next((v for v in (call.input, *call.inputs.values()) if _adds_up(call, v, made)), call.input)
     return Span(call, given, made, call.start, call.end)
 

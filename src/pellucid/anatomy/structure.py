@@ -49,7 +49,7 @@ class Term:
     what comes out is met at that tap.
     """
 
-    source: str  # "in", "attn.out", "cross.out", "mixer.out", "mlp.out", "mlp#2.out" for a further one, or "state 0"
+    source: str  # "in", "state 0", or a contribution: "attn.out", "mlp.out", "mlp#2.out" for a further one
     coefficient: float | Tensor = 1.0
     carried: Tap | None = None
 

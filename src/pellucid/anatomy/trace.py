@@ -19,9 +19,7 @@ from torch.overrides import TorchFunctionMode
 from pellucid.anatomy.interfaces import listening
 
 SELF = "self"
-OPAQUE = (
-    "opaque"  # what a module does by other means than torch functions (custom kernels, quantised products)
-)
+OPAQUE = "opaque"  # what a module does by other means than torch functions (custom kernels, quantised products)
 # Called in the course of an operation but carrying no data of their own.
 SILENT = {
     "size",
@@ -121,17 +119,17 @@ UNFRAMED = {"Dropout", "StableDropout", "Softmax", "Identity"}
 
 
 def counts(name: str) -> bool:
-    """Whether an operation has an ordinal: only these are counted, so that nothing else can shift the count.
-    """
+    """Whether an operation has an ordinal among the contractions: nothing else can shift that count."""
     return name in CONTRACTIONS or name in SOFTMAXES or name == "scaled_dot_product_attention"
 
 
 def in_place(name: str) -> bool:
     """Whether the operation changes its first operand."""
-    return (
-        (name.endswith("_")
-        and not name.endswith("__"))
-        or name in ("__iadd__", "__isub__", "__imul__", "__setitem__")
+    return (name.endswith("_") and not name.endswith("__")) or name in (
+        "__iadd__",
+        "__isub__",
+        "__imul__",
+        "__setitem__",
     )
 
 
@@ -156,9 +154,7 @@ class Trace(TorchFunctionMode):
     def value_of(self, tensor: Tensor) -> Value:
         value = self._now.get(id(tensor))
         if value is None:
-            fixed = id(tensor) in self._fixed or isinstance(
-                tensor, nn.Parameter
-            )  # offloaded weights come as new ones
+            fixed = id(tensor) in self._fixed or isinstance(tensor, nn.Parameter)  # offloaded weights come as new ones
             value = self._now[id(tensor)] = Value(tensor, fixed=fixed)
             self._keep.append(tensor)
         return value
@@ -194,9 +190,7 @@ class Trace(TorchFunctionMode):
         self.ops.append(op)
         return op
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self._stack:
@@ -225,9 +219,7 @@ class Trace(TorchFunctionMode):
     def _post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._stack[-1]
         for _, tensor in results(output):
-            if (
-                id(tensor) not in self._now and not self.value_of(tensor).fixed
-            ):  # a kernel that torch functions hide
+            if id(tensor) not in self._now and not self.value_of(tensor).fixed:  # a kernel that torch functions hide
                 self.record(OPAQUE, (args, kwargs), tensor, args, kwargs)
         self._stack.pop()
         call.end = len(self.ops)
@@ -237,9 +229,7 @@ class Trace(TorchFunctionMode):
 
     # ---- the two interfaces
 
-    def attention(
-        self, native: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
-    ) -> Any:
+    def attention(self, native: Any, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         with torch._C.DisableTorchFunction():
             z, pattern = native(module, q, k, v, mask, **kw)
         self.record("attention", (q, k, v), z, (module, q, k, v, mask), kw)
@@ -291,9 +281,8 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[int | str, Tensor]]:
     """The tensors among a call's own arguments (not those inside containers), by position or keyword."""
-    for key, value in [*enumerate(args), *kwargs.items()]:
-        if isinstance(value, Tensor):
-            yield key, value
+    yield from ((i, value) for i, value in enumerate(args) if isinstance(value, Tensor))
+    yield from ((name, value) for name, value in kwargs.items() if isinstance(value, Tensor))
 
 
 def results(output: Any) -> Iterator[tuple[int | str, Tensor]]:
@@ -301,7 +290,7 @@ def results(output: Any) -> Iterator[tuple[int | str, Tensor]]:
     if isinstance(output, Tensor):
         yield SELF, output
     elif isinstance(output, Mapping):
-        yield from ((k, v) for k, v in output.items() if isinstance(v, Tensor))
+        yield from ((str(k), v) for k, v in output.items() if isinstance(v, Tensor))
     elif isinstance(output, (tuple, list)):
         yield from ((i, v) for i, v in enumerate(output) if isinstance(v, Tensor))
 
@@ -317,8 +306,7 @@ def put(output: Any, key: int | str, tensor: Tensor) -> Any:
         return tensor
     if isinstance(output, Mapping):
         return type(output)(**{**output, key: tensor})
-    items = list(output)
-    items[key] = tensor  # type: ignore[call-overload]
+    items = [tensor if i == key else item for i, item in enumerate(output)]
     if hasattr(output, "_fields"):
         return type(output)(*items)
     return type(output)(items)

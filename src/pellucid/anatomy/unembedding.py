@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,45 +14,36 @@ from pellucid.anatomy.paths import Step, find_path, replay
 from pellucid.anatomy.structure import Head, Tap
 from pellucid.anatomy.trace import OPAQUE, Call, Trace, Value
 
+Move = Callable[[Tensor], Tensor]
+
 
 def find_head(t: Trace, last: Value, after: int, logits: Tensor, layout: Layout, batch: int) -> Head | None:
     """Follow the last residual through modules and operations until the logits are reached."""
+    # the head may read parallel streams as the family lays them out
+    before = (Step("streams", layout.write, last),) if layout.canonical == STREAMS else ()
     for target, chosen in _targets(t.value_of(logits)):
-        width = target.shape[-1]
-        path = find_path(last, target, after, shut=lambda call: _hides_unembedding(t, call, width))  # noqa: B023
-        if (
-            path is not None and layout.canonical == STREAMS
-        ):  # the head reads parallel streams as they are laid out
-            path = (Step("streams", layout.write, last), *path)
-        if path is not None and _shape(path, layout.read(last.tensor, batch)) == target.shape:
-            break
-    else:
-        return None
-    linear = [
-        i for i, s in enumerate(path) if _is_unembedding(s, width, last if i == 0 else path[i - 1].made)
-    ]
+        shut = functools.partial(_hides_unembedding, t, target.shape[-1])
+        found = find_path(last, target, after, shut=shut)
+        if found is not None and _shape(before + found, layout.read(last.tensor, batch)) == target.shape:
+            return _head(before + found, target.shape[-1], chosen, batch)
+    return None
+
+
+def _head(path: tuple[Step, ...], width: int, chosen: Move | None, batch: int) -> Head | None:
+    linear = [i for i, step in enumerate(path) if _is_unembedding(step, width)]
     if not linear:
         return None
     norm = next((s.call for s in path[: linear[-1]] if s.call is not None and flow.is_norm(s.call)), None)
     tap = None
     if norm is not None and norm.output is not None:
-        shape = tuple(norm.output.shape)
-        form = recognise(
-            shape, TOKENS, b=batch, p=norm.output.tensor.numel() // (batch * shape[-1]), d=shape[-1]
-        )
-        if form is not None:
-            tap = Tap(
-                norm.name, "out", form, next(k for k, v in norm.outputs.items() if v is norm.output), norm.nth
-            )
+        made = norm.output
+        positions = made.tensor.numel() // (batch * made.shape[-1])
+        form = recognise(tuple(made.shape), TOKENS, b=batch, p=positions, d=made.shape[-1])
+        key = next(k for k, v in norm.outputs.items() if v is made)
+        tap = Tap(norm.name, "out", form, key, norm.nth) if form is not None else None
     call = path[linear[-1]].call
-    return Head(
-        tuple(s.run for s in path),
-        tuple(s.name for s in path),
-        tap,
-        call.name if call else "",
-        linear[-1] + 1,
-        chosen,
-    )
+    runs, names = tuple(s.run for s in path), tuple(s.name for s in path)
+    return Head(runs, names, tap, call.name if call else "", linear[-1] + 1, chosen)
 
 
 def _shape(path: tuple[Step, ...], x: Tensor) -> torch.Size:
@@ -61,38 +53,30 @@ def _shape(path: tuple[Step, ...], x: Tensor) -> torch.Size:
     return x.shape
 
 
-def _targets(logits: Value) -> Iterator[tuple[Value, Callable[[Tensor], Tensor] | None]]:
-    """The logits, and what they were before they were moved or only some positions were chosen (as
-    classifiers do).
-    """
-    value, chosen = logits, None
+def _targets(logits: Value) -> Iterator[tuple[Value, Move | None]]:
+    """The logits, and what they were before they were moved or some positions were chosen."""
+    value: Value = logits
+    chosen: Move | None = None
     yield value, chosen
-    while value.producer is not None and (
-        value.producer.name == "__getitem__" or flow.passes(value.producer)
-    ):
-        op, value = value.producer, value.producer.inputs[0]
+    while (op := value.producer) is not None and (op.name == "__getitem__" or flow.passes(op)):
+        value = op.inputs[0]
         chosen = _then(replay([op], value), chosen)
         yield value, chosen
 
 
-def _then(
-    first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor] | None
-) -> Callable[[Tensor], Tensor]:
+def _then(first: Move, second: Move | None) -> Move:
     return first if second is None else lambda x: second(first(x))
 
 
-def _hides_unembedding(t: Trace, call: Call, width: int) -> bool:
-    """Whether a module does the unembedding and more: it is opened, so that the unembedding is a step of its
-    own.
-    """
+def _hides_unembedding(t: Trace, width: int, call: Call) -> bool:
+    """Whether a module does the unembedding and more: it is opened, to have the unembedding as a step."""
     if _is_linear_module(call, width):
         return False
-    return any(
-        op.outputs[0].shape[-1:] == (width,) and flow.is_linear(op) for op in t.ops[call.start : call.end]
-    )
+    ops = t.ops[call.start : call.end]
+    return any(op.outputs[0].shape[-1:] == (width,) and flow.is_linear(op) for op in ops)
 
 
-def _is_unembedding(step: Step, width: int, given: Value) -> bool:
+def _is_unembedding(step: Step, width: int) -> bool:
     """Whether a step is the linear map onto the vocabulary (or classes)."""
     if step.made.shape[-1] != width:
         return False
@@ -109,6 +93,5 @@ def _is_linear_module(call: Call, width: int) -> bool:
     weight = getattr(call.module, "weight", None)
     made = call.output.producer if call.output is not None else None
     plain = weight is not None and weight.ndim == 2 and width in weight.shape
-    return not call.children and (
-        plain or (made is not None and made.call is call and made.name == OPAQUE and flow.is_linear(made))
-    )
+    hidden = made is not None and made.call is call and made.name == OPAQUE and flow.is_linear(made)
+    return not call.children and (plain or hidden)

@@ -184,8 +184,13 @@ class Wiretap:
     # ---- experts through the interface
 
     def experts(
-        self, native: Callable[..., Any], module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:  # fmt: skip
+        self,
+        native: Callable[..., Any],
+        module: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+    ) -> Tensor:
         taps = self._experts.get(module)
         if taps is None:
             with self._unseen():
@@ -235,7 +240,7 @@ def explicit_attention(
     if isinstance(mask, Tensor):
         if mask.ndim != 4:
             raise Refused(
-                f"scores and patterns need a 4-D attention mask, but this attention implementation gives {mask.ndim}-D; "
+                f"scores and patterns need a 4-D attention mask, but this attention gives {mask.ndim}-D; "
                 "load the model with attn_implementation='sdpa' or 'eager'"
             )
         mask = mask[..., : k.shape[-2]]
@@ -321,13 +326,15 @@ class OperatorTap(TorchFunctionMode):
             if tap.port == "op" and tap.key == name and tap.ops == (done[name],):
                 return self._any(tap, func, args, kwargs)
         step = done[_COUNTED]
-        here = [t for t in mine if t.port != "op" and step in t.ops] if counts(name) else []  # type: ignore[operator]
+        attending = [t for t in mine if t.port != "op"] if counts(name) else []
+        here = [t for t in attending if t.ops is not None and step in t.ops]
         if not here:
             return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._fused({t.port: t for t in here}, func, args, kwargs)
         step = here[0].ops.index(step)  # type: ignore[union-attr]
-        ports = {t.port: t for t in here if t.port in (("q", "k"), ("scores", "pattern"), ("v", "z"))[step]}
+        known = (("q", "k"), ("scores", "pattern"), ("v", "z"))[step]
+        ports = {t.port: t for t in here if t.port in known}
 
         def meet(port: str, x: Tensor) -> Tensor:
             return self.wire.meet(ports[port], x) if port in ports else x

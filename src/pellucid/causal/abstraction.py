@@ -53,7 +53,9 @@ class CausalModel:
         for name, (parents, _) in self.variables.items():
             for parent in parents:
                 if parent not in known:
-                    raise InputError(f"the parent {parent!r} of {name!r} does not stand before it{nearest(parent, known)}")
+                    raise InputError(
+                        f"the parent {parent!r} of {name!r} does not stand before it{nearest(parent, known)}"
+                    )
             known.append(name)
         if not self.variables:
             raise InputError("a causal model needs at least one variable; the last one is its output")
@@ -135,9 +137,8 @@ class Pairs:
         changed = kept[True][: max(n // 2, n - len(kept[False]))]
         chosen = changed + kept[False][: n - len(changed)]
         rng.shuffle(chosen)
-        base, source, plain, new = map(list, zip(*chosen, strict=True))
-        answers = (torch.tensor([task.decode(v) for v in values]) for values in (plain, new))
-        return cls(base, source, *answers)
+        plain, new = (torch.tensor([task.decode(pair[i]) for pair in chosen]) for i in (2, 3))
+        return cls([pair[0] for pair in chosen], [pair[1] for pair in chosen], plain, new)
 
     @property
     def changed(self) -> Tensor:
@@ -175,7 +176,8 @@ def alignment_search(
 ) -> Result:  # fmt: skip
     """The accuracy of aligning one variable with every site of `over`, one at a time: which one holds it?
 
-    As `interchange`, with `accuracy`, `low`, `high` and `changed` over the selectors of `over`. The best of many sites is
+    `accuracy`, `low`, `high` and `changed` over the selectors of `over`, and the rest as of `interchange`, the total effect
+    that of the best site. The best of many sites is
     best partly by luck: `held_out` is the accuracy of the best site of the first half of the pairs on the second half.
     """
     drawn = Pairs.draw(task, [variable], pairs, seed)
@@ -222,7 +224,11 @@ def _described(columns: Mapping[str, np.ndarray], drawn: Pairs, plain: Tensor, s
     total_low, total_high = bootstrap((right - floor).T, seed)
     scalars = {"floor": floor.mean(), "task": float((plain == drawn.plain).double().mean())}
     best = int(right.mean(1).argmax())
-    total = {"total_effect": (right - floor).mean(1)[best], "total_low": total_low[best], "total_high": total_high[best]}
+    total = {
+        "total_effect": (right - floor).mean(1)[best],
+        "total_low": total_low[best],
+        "total_high": total_high[best],
+    }
     per_case = {name: right.mean(1), "low": low, "high": high, "changed": right[:, changed].mean(1)}
     return xr.Dataset(
         {k: ("_case", v) for k, v in per_case.items()} | scalars | total

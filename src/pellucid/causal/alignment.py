@@ -29,8 +29,9 @@ from torch.nn import functional as F
 
 from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
-from pellucid.causal.contrast import aligned_values, bootstrap, numbers
+from pellucid.causal.contrast import aligned_values, bootstrap, numbers, rows
 from pellucid.engine.edits import Edit, Place
+from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.model import Model, load
 from pellucid.results import Provenance, Result
@@ -70,9 +71,9 @@ class DistributedAlignment:
     site: str | Site
     size: int | None = 1
     pairs: int = 512
-    epochs: int = 20
+    epochs: int = 40
     batch: int = 64
-    lr: float = 0.02
+    lr: float = 0.05
     penalty: float = 0.3
     placebos: bool = True
     seed: int = 0
@@ -128,11 +129,13 @@ class DistributedAlignment:
         optimizer = torch.optim.Adam(learned, self.lr)
         steps = self.epochs * -(-len(base) // self.batch)
         for step in range(steps):
-            rows = torch.randperm(len(base), generator=generator)[: self.batch].to(source.device)
+            drawn = torch.randperm(len(base), generator=generator)[: self.batch].tolist()
             mask = self._mask(boundary, d, 0.1 ** (step / steps)) if self.size is None else None
             with torch.enable_grad():
-                logits = self._logits(model, base[rows], source[rows], torch.linalg.qr(free)[0], mask)[:, answers]
-                loss = F.cross_entropy(logits, targets[rows])
+                logits = self._logits(model, rows(base, drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
+                    :, answers
+                ]
+                loss = F.cross_entropy(logits, targets[drawn])
                 loss = loss + (self.penalty * boundary.clamp(0, 1) if self.size is None else 0.0)
                 gradients = torch.autograd.grad(loss, learned)
             for parameter, gradient in zip(learned, gradients, strict=True):
@@ -148,8 +151,8 @@ class DistributedAlignment:
         at = (torch.arange(d, device=boundary.device) + 0.5) / d
         return torch.sigmoid((boundary - at) / (0.1 * temperature))
 
-    def _sides(self, model: Model, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """The base prompts' token ids [pair, position], and the source's values at the site [pair, position, d]."""
+    def _sides(self, model: Model, pairs: Pairs) -> tuple[Inputs, Tensor]:
+        """The base prompts, and the source's values at the site [pair, position, d]."""
         site = self._site(model)
         base = model.inputs(self.task.prompts(pairs.base))
         with torch.no_grad():
@@ -157,17 +160,23 @@ class DistributedAlignment:
         values = aligned_values(run, site)
         if values.ndim != 3 or base.stream("").padded:
             raise InputError(f"{str(site)!r} must hold one vector per position, and prompts must have one length")
-        return base.stream("").ids, values.float()
+        return base, values.float()
 
     def _site(self, model: Model) -> Site:
         found = model.sites(self.site)
         if len(found) != 1:
-            raise InputError(f"{str(self.site)!r} names {len(found)} sites: distributed alignment searches one at a time")
+            raise InputError(
+                f"{str(self.site)!r} names {len(found)} sites: distributed alignment searches one at a time"
+            )
         return found[0]
 
-    def _logits(self, model: Model, base: Tensor, source: Tensor, rotation: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _logits(
+        self, model: Model, base: Inputs, source: Tensor, rotation: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
         """[row, answer or token] under the interchange; without a rotation as the model is."""
-        edits = [] if rotation is None else [RotatedSwap(self._site(model), source=source, rotation=rotation, mask=mask)]
+        edits = (
+            [] if rotation is None else [RotatedSwap(self._site(model), source=source, rotation=rotation, mask=mask)]
+        )
         logits = model.run(base, edits=edits).logits
         return logits if logits.ndim == 2 else logits[:, -1]
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
@@ -235,8 +236,7 @@ def _check(
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The rank correlation; NaN for fewer than three values."""
-    if len(a) < 3:
+    """The rank correlation, ties sharing their mean rank; NaN for fewer than three values or where all are alike."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    ranks = [np.argsort(np.argsort(x)).astype(float) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(pd.Series(a).rank().to_numpy(), pd.Series(b).rank().to_numpy())[0, 1])

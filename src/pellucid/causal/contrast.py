@@ -79,19 +79,23 @@ def contrast(model: Model, clean: Any, corrupted: Any = None, metric: Any = None
     return Contrast(model, ours, theirs, bound, *scores)
 
 
-def repeated(inputs: Inputs, times: int) -> Inputs:
-    """The same prompts several times over, in order, as one batch."""
-    n = len(inputs)
+def rows(inputs: Inputs, index: Sequence[int]) -> Inputs:
+    """Some of the prompts, any of them several times, as a batch of their own."""
+    n, index = len(inputs), list(index)
 
-    def again(stream: Stream) -> Stream:
-        spans = {name: [*span] * times for name, span in stream.spans.items()}
-        return Stream(stream.ids.repeat(times, 1), stream.mask.repeat(times, 1), stream.labels * times, spans)
+    def cut(stream: Stream) -> Stream:
+        spans = {name: [span[i] for i in index] for name, span in stream.spans.items()}
+        return Stream(stream.ids[index], stream.mask[index], tuple(stream.labels[i] for i in index), spans)
 
     tensors = {
-        k: v.repeat(times, *[1] * (v.ndim - 1)) if isinstance(v, Tensor) and v.ndim and len(v) == n else v
-        for k, v in inputs.tensors.items()
+        k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in inputs.tensors.items()
     }
-    return Inputs(tensors, {k: again(s) for k, s in inputs.streams.items()}, inputs.texts * times)
+    return Inputs(tensors, {k: cut(s) for k, s in inputs.streams.items()}, tuple(inputs.texts[i] for i in index))
+
+
+def repeated(inputs: Inputs, times: int) -> Inputs:
+    """The same prompts several times over, in order, as one batch."""
+    return rows(inputs, list(range(len(inputs))) * times)
 
 
 # ---- intervals
@@ -137,7 +141,9 @@ def one_by_one(model: Model, inputs: Inputs, over: str | Site | Iterable[str | S
             continue
         lengths = set(stream_of(inputs, site).lengths.tolist())
         if len(lengths) > 1:
-            raise InputError(f"{str(site)!r} needs prompts of one length, and these have {sorted(lengths)}: name positions")
+            raise InputError(
+                f"{str(site)!r} needs prompts of one length, and these have {sorted(lengths)}: name positions"
+            )
         found += [site.at_position(i) for i in range(lengths.pop())]
     return list(dict.fromkeys(found))
 
@@ -149,14 +155,18 @@ def lay_out(sites: Sequence[Site], columns: Mapping[str, Any]) -> xr.Dataset:
         one = sites[0]
         unit = "head" if one.port.startswith("head") else one.unit_dim
         fields = {"layer": "layer", unit: "unit", "position": "at"}
-        levels = {dim: [getattr(s, name) for s in sites] for dim, name in fields.items() if getattr(one, name) is not None}
+        levels = {
+            dim: [getattr(s, name) for s in sites] for dim, name in fields.items() if getattr(one, name) is not None
+        }
     levels = levels or {"site": [str(s) for s in sites]}
     index = pd.MultiIndex.from_arrays(list(levels.values()), names=list(levels))
     return xr.Dataset.from_dataframe(pd.DataFrame(dict(columns), index=index))
 
 
 def provenance(model: Model, method: str, inputs: Inputs, seed: int | None, **arguments: Any) -> Provenance:
-    return Provenance(method, model.name, digest=model.digest, inputs=list(inputs.texts), arguments=arguments, seed=seed)
+    return Provenance(
+        method, model.name, digest=model.digest, inputs=list(inputs.texts), arguments=arguments, seed=seed
+    )
 
 
 # ---- many units at once

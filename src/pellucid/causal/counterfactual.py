@@ -25,7 +25,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.causal.contrast import bootstrap, repeated
-from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
+from pellucid.causal.embeddings import check_embeddings, first_stream, from_embeddings, vocabulary
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -96,8 +96,10 @@ class Search:
         where = range(stream.ids.shape[1]) if columns is None else columns[0].tolist()
         free = [i for i in where if int(stream.ids[0, i]) not in special]
         if not free:
-            raise InputError(f"no token of {text!r} may be changed: expected `within` to name some that are not special")
-        table = embed(model, torch.arange(model.module.get_input_embeddings().weight.shape[0], device=stream.ids.device))
+            raise InputError(
+                f"no token of {text!r} may be changed: expected `within` to name some that are not special"
+            )
+        table = vocabulary(model)
         made = cls(model, inputs, position, None, free, table, _kinds(model, len(table)))
         with torch.no_grad():
             logits = made.logits(stream.ids)
@@ -105,7 +107,9 @@ class Search:
         if target is not None:
             made.target = int(target) if made.classifier else single_id(model.tokenizer, target)
             if made.target == made.prediction:
-                raise InputError(f"the prediction of {text!r} is the target {target!r} already: there is nothing to flip")
+                raise InputError(
+                    f"the prediction of {text!r} is the target {target!r} already: there is nothing to flip"
+                )
         made.clean = float(made.margin(logits)[0])
         return made
 
@@ -230,7 +234,8 @@ class Search:
 
     def _answer(self, index: int) -> str:
         if self.classifier:
-            return str(self.model.module.config.id2label.get(index, index))
+            labels: Any = self.model.module.config
+            return str(labels.id2label.get(index, index))
         return str(self.model.tokenizer.decode([index]))
 
 

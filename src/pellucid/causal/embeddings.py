@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,17 @@ from pellucid.model import Model
 
 def embed(model: Model, ids: Tensor) -> Tensor:
     """Token embeddings [..., d] of ids [...], as the model's own embedding module gives them."""
+    module: Any = model.module
     with torch.no_grad():
-        vectors: Tensor = model.module.get_input_embeddings()(ids)
+        vectors: Tensor = module.get_input_embeddings()(ids)
     return vectors
+
+
+def vocabulary(model: Model) -> Tensor:
+    """[token, d] the embeddings of all tokens."""
+    module: Any = model.module
+    weight: Tensor = module.get_input_embeddings().weight
+    return embed(model, torch.arange(len(weight), device=weight.device))
 
 
 def first_stream(inputs: Inputs) -> Stream:

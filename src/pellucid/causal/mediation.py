@@ -85,15 +85,15 @@ class Mediators:
         right = [[ids[0] for ids in each] for each in prompts.answer_ids]
         wrong = [[ids[0] for ids in each] for each in prompts.wrong_ids]
         odds = logit_difference(wrong, right, position=prompts.position)
-        sides = [model.inputs(side, spans=prompts.spans) for side in (prompts.clean, prompts.corrupted)]
-        pair = contrast(model, *sides, odds)
+        clean, corrupted = (model.inputs(side, spans=prompts.spans) for side in (prompts.clean, prompts.corrupted))
+        pair = contrast(model, clean, corrupted, odds)
         if isinstance(over, Mapping):
             sets = {name: one_by_one(model, pair.clean, each) for name, each in over.items()}
         else:
             sets = {str(site): [site] for site in one_by_one(model, pair.clean, over)}
         keep = list(dict.fromkeys(site.whole for sites in sets.values() for site in sites))
-        runs = [pair.run(side, keep) for side in sides]
-        return cls(pair, *runs, sets, not isinstance(over, Mapping))
+        null, set_ = (pair.run(side, keep) for side in (clean, corrupted))
+        return cls(pair, null, set_, sets, not isinstance(over, Mapping))
 
     def indirect(self, sets: Sequence[Sequence[Site]] | None = None) -> np.ndarray:
         """NIE [mediator, prompt] of the mediators, or of other sets of their sites."""
@@ -166,7 +166,9 @@ def interaction(
     single = mediators.indirect().mean(1)
     towards = float(np.sign(ratio(mediators.pair.corrupted_scores[None], mediators.pair.clean_scores).mean())) or 1.0
     order = np.argsort(-towards * single, kind="stable")
-    k, left, chosen, greedy = min(k, len(names)), list(order[:pool]), [], []
+    k, left = min(k, len(names)), order[:pool].tolist()
+    chosen: list[int] = []
+    greedy: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     for _ in range(min(k, len(left))):
         joint = mediators.indirect([_joined(sets, [*chosen, i]) for i in left])
@@ -183,7 +185,9 @@ def interaction(
     }  # fmt: skip
     together = float(mediators.indirect([_joined(sets, range(len(sets)))]).mean())
     data = xr.Dataset({name: ("k", value) for name, value in curves.items()}, {"k": np.arange(1, len(chosen) + 1)})
-    data = data.assign_coords(chosen=("k", [names[i] for i in chosen])).assign(together=together, **mediators.summary(seed))
+    data = data.assign_coords(chosen=("k", [names[i] for i in chosen])).assign(
+        together=together, **mediators.summary(seed)
+    )
     about = provenance(
         model, "interaction", mediators.pair.clean, seed, task=prompts.name, over=over, k=k, pool=pool, draws=draws
     )
@@ -192,5 +196,3 @@ def interaction(
 
 def _joined(sets: Sequence[Sequence[Site]], which: Iterable[int]) -> list[Site]:
     return list(dict.fromkeys(site for i in which for site in sets[i]))
-
-

@@ -96,7 +96,15 @@ def mitigation(
         {"size": sizes, "mediators": ("rank", [str(s) for s in ranked])},
     ).assign(test.pair.summary(seed))
     about = provenance(
-        model, "mitigation", test.pair.clean, seed, task=prompts.name, over=over, how=how, texts=list(texts), draws=draws
+        model,
+        "mitigation",
+        test.pair.clean,
+        seed,
+        task=prompts.name,
+        over=over,
+        how=how,
+        texts=list(texts),
+        draws=draws,
     )
     return Result(data, kind="mitigation", title=f"What is left of {prompts.name}, and its price", provenance=about)
 
@@ -145,7 +153,9 @@ def perplexity(model: Model, texts: Sequence[str], edits: Sequence[Edit] = ()) -
         total -= float(log_p.gather(2, ids[:, 1:, None].to(log_p.device)).sum())
         count += ids.shape[1] - 1
     if count < 1:
-        raise InputError("perplexity needs texts of at least two tokens: give some that have nothing to do with the bias")
+        raise InputError(
+            "perplexity needs texts of at least two tokens: give some that have nothing to do with the bias"
+        )
     return float(np.exp(total / count))
 
 
@@ -153,5 +163,7 @@ def _bias(test: Mediators, edits: Sequence[Edit]) -> np.ndarray:
     """[pair] log y of the corrupted side minus that of the clean side, under edits."""
     model, pair = test.pair.model, test.pair
     with torch.no_grad():
-        scores = [numbers(model.score(model.run(side, edits=edits), pair.metric)) for side in (pair.clean, pair.corrupted)]
+        scores = [
+            numbers(model.score(model.run(side, edits=edits), pair.metric)) for side in (pair.clean, pair.corrupted)
+        ]
     return scores[1] - scores[0]

@@ -104,7 +104,9 @@ class Paths:
         held = held_sites(model, direct)
         for site in receivers:
             if site.part.endswith(("attn.out", "cross.out")) or site.layer is None:
-                raise InputError(f"{str(site)!r} cannot receive: name heads, one of their q, k, v, an mlp.out or a residual")
+                raise InputError(
+                    f"{str(site)!r} cannot receive: name heads, one of their q, k, v, an mlp.out or a residual"
+                )
         base, other, _ = pair.sides(denoise)
         kept = pair.run(base, [*held, *(s.whole for s in receivers)])
         return cls(model, pair, kept, pair.run(other, [s.whole for s in senders]), receivers, held)
@@ -124,7 +126,7 @@ class Paths:
                 open_ = [] if site.part.startswith("resid") else [site.whole]
                 outputs[site] = None, self._sent(senders, [site.whole], open_)[site.whole]
             else:
-                wanted = (port,) if port in ("q", "k", "v") else ("q", "k", "v")
+                wanted: tuple[str, ...] = (port,) if port in ("q", "k", "v") else ("q", "k", "v")
                 home = replace(site.whole, part=f"{area}.z_out")
                 ports.setdefault((home, wanted), []).append(site)
         for (home, wanted), sites in ports.items():
@@ -133,7 +135,9 @@ class Paths:
                 # receivers of one head by different ports act together only if named as the whole head
                 key = replace(home, unit=head, port="head")
                 if key in outputs:
-                    raise InputError(f"two receivers are inputs of {str(key)!r}: name the head itself, or one at a time")
+                    raise InputError(
+                        f"two receivers are inputs of {str(key)!r}: name the head itself, or one at a time"
+                    )
                 outputs[key] = (head,), value[:, :, None]
         return [self._edits(outputs, i) for i in range(len(senders))]
 

@@ -65,7 +65,9 @@ def _drafts(rng: random.Random, stereotypes: dict[str, str], swap: Swap, tokeniz
         if found:
             partners[pronoun][profession] = found
     if not all(partners.values()):
-        raise InputError("the list has no profession of one stereotype with a counterpart of equal token length: add some")
+        raise InputError(
+            "the list has no profession of one stereotype with a counterpart of equal token length: add some"
+        )
     while True:
         pronoun = rng.choice((" she", " he"))
         profession, choices = rng.choice(list(partners[pronoun].items()))

@@ -74,8 +74,8 @@ def tracing(
         noised = _Noised.of(model, question, parts, metric, noise * sigma, samples, seed + i)
         width = first_stream(question.inputs).ids.shape[1]
         cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in range(width)]
-        effect = noised.restored(cases) - noised.corrupted
-        found.append((noised, numbers(effect).reshape(len(parts), layers, width, samples)))
+        change = numbers(noised.restored(cases) - noised.corrupted)
+        found.append((noised, change.reshape(len(parts), layers, width, samples)))
     coords: dict[str, Any] = {"part": list(parts), "layer": range(layers)}
     if len(found) == 1:
         noised, effect = found[0]
@@ -92,7 +92,9 @@ def tracing(
         model, "tracing", questions, seed, subject=subject, answer=[q.answer for q in questions], parts=parts,
         window=window, noise=noise, sigma=sigma, samples=samples, metric=found[0][0].metric.name,
     )  # fmt: skip
-    title = f"What brings back {questions[0].answer!r}" if len(questions) == 1 else f"What brings back {len(found)} facts"
+    title = (
+        f"What brings back {questions[0].answer!r}" if len(questions) == 1 else f"What brings back {len(found)} facts"
+    )
     return Result(xr.Dataset(variables, coords), kind="causal tracing", title=title, provenance=about)
 
 
@@ -145,7 +147,7 @@ class _Question:
 
 
 def _questions(model: Model, prompt: Any, answer: Any, subject: Any) -> Iterable[_Question]:
-    spans = None
+    spans: Sequence[Any] | None = None
     if isinstance(prompt, Prompts):
         if isinstance(subject, str) and subject in prompt.spans:
             spans = prompt.spans[subject]
@@ -176,7 +178,9 @@ def _span(model: Model, text: str, subject: str) -> tuple[int, int]:
 
 def _sigma(model: Model, reference: Any, questions: Sequence[_Question]) -> float:
     """The standard deviation of token embeddings over all tokens and dimensions of the reference."""
-    streams = [first_stream(q.inputs) for q in questions] if reference is None else [first_stream(model.inputs(reference))]
+    streams = (
+        [first_stream(q.inputs) for q in questions] if reference is None else [first_stream(model.inputs(reference))]
+    )
     ids = torch.cat([s.ids[s.mask.bool()] for s in streams])
     return float(embed(model, ids).float().std())
 
@@ -219,7 +223,9 @@ class _Noised:
 
     def restored(self, cases: Sequence[Case]) -> Tensor:
         """The metric [case, sample] with the clean values of each case's layers back in place."""
-        return self.model.sweep(self.rows, [self._edits(*case) for case in cases], self.metric).values.to(self.corrupted)
+        return self.model.sweep(self.rows, [self._edits(*case) for case in cases], self.metric).values.to(
+            self.corrupted
+        )
 
     def _edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
         stack = self.model.anatomy.stacks[0]
@@ -266,8 +272,6 @@ def _described(drawn: np.ndarray, dims: tuple[str, ...], noised: Sequence[_Noise
     return made | {"total_effect": total.mean(), "total_low": total_low, "total_high": total_high}
 
 
-def _provenance(
-    model: Model, method: str, questions: Sequence[_Question], seed: int, **arguments: Any
-) -> Provenance:
+def _provenance(model: Model, method: str, questions: Sequence[_Question], seed: int, **arguments: Any) -> Provenance:
     texts = [text for q in questions for text in q.inputs.texts]
     return Provenance(method, model.name, digest=model.digest, inputs=texts, arguments=arguments, seed=seed)

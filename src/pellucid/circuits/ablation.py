@@ -1,13 +1,14 @@
 """What does a reader hear in place of a message that is switched off?
 
-The true circuit depends on the answer, so it is chosen, never implied:
+The true circuit depends on this choice, so it is made by the user, never implied:
 
-    "resample"        the same source's message on the aligned corrupted prompt (or on another prompt of the batch)
+    "resample"        the same source's message on the aligned corrupted prompt (or on another prompt of the
+                      batch)
     "mean"            its mean over all positions of the reference prompts
     "position_mean"   its mean over the reference prompts at each position
     "zero"            nothing
-    "roll"            its message one position earlier in the same prompt; the first position (often a BOS) keeps its
-                      own, and the second hears the last
+    "roll"            its message one position earlier in the same prompt; the first position (often a BOS)
+                      keeps its own, and the second hears the last
 
 EAP-IG's released code gives every source the same vector under its `mean`; here each source has its own.
 """
@@ -58,13 +59,12 @@ def messages_of(wiring: Wiring, inputs: Inputs) -> Tensor:
     return recorder.messages
 
 
-def alternatives(
-    wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | None = None, seed: int = 0
-) -> Tensor:
+def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | None = None, seed: int = 0) -> Tensor:
     """The messages [source, batch, position, d] that replace those of `inputs`.
 
-    `reference`: the corrupted prompts for "resample" (one for each prompt, of equal length), the prompts averaged over
-    for the means; by default the inputs themselves, for "resample" in another order drawn by `seed`.
+    `reference`: the corrupted prompts for "resample" (one for each prompt, of equal length), the prompts
+    averaged over for the means; by default the inputs themselves, for "resample" in another order drawn by
+    `seed`.
     """
     if how not in get_args(How):
         raise InputError(f"cannot switch edges off by {how!r}: expected one of {', '.join(get_args(How))}")
@@ -87,7 +87,8 @@ def alternatives(
         theirs = reference.stream("")
         if theirs.ids.shape != stream.ids.shape or not torch.equal(theirs.mask, stream.mask):
             raise InputError(
-                f"the corrupted prompts have {theirs.lengths.tolist()} tokens and the clean ones {stream.lengths.tolist()}: "
+                f"the corrupted prompts have {theirs.lengths.tolist()} tokens and the clean ones "
+                f"{stream.lengths.tolist()}: "
                 "expected one corrupted prompt of equal length for each; or switch off by another ablation"
             )
         return messages_of(wiring, reference)
@@ -100,6 +101,8 @@ def alternatives(
         weight = real.to(messages.dtype)[None, :, :, None]
         mean = ((messages * weight).sum(1) / weight.sum(1).clamp_min(1))[:, None]
         if mean.shape[2] < length:
-            raise InputError(f"the reference prompts have {mean.shape[2]} tokens, fewer than the {length} of the prompts")
+            raise InputError(
+                f"the reference prompts have {mean.shape[2]} tokens, fewer than the {length} of the prompts"
+            )
         mean = mean[:, :, :length]
     return mean.expand(-1, batch, length, -1)

@@ -1,14 +1,16 @@
 """Which edges can be cut, one after the other, without the answer changing much?
 
-ACDC (Conmy et al. 2023): from the logits back to the embedding, for each reader and each of its edges (latest source
-first), switch the edge off; if the answer moves by less than a threshold, leave it off.
+ACDC (Conmy et al. 2023): from the logits back to the embedding, for each reader and each of its edges (latest
+source first), switch the edge off; if the answer moves by less than a threshold, leave it off.
 
-    distance "metric"   how much the metric differs from the whole model's, in mean absolute value over prompts
+    distance "metric"   how much the metric differs from the whole model's, in mean absolute value over
+                        prompts
     distance "kl"       the mean KL divergence of the prediction at the last token from the whole model's
 
-Verdicts are those of the sequential algorithm, but found for less: a pass starts at the reader's layer, because all
-edges before it are still on, and several edges are tried in one batch as if those before them had been cut; the batch
-counts up to the first that has to stay. `forwards` in the provenance says what it cost, in full passes of the prompts.
+Verdicts are those of the sequential algorithm, but found for less: a pass starts at the reader's layer,
+because all edges before it are still on, and several edges are tried in one batch as if those before them had
+been cut; the batch counts up to the first that has to stay, and batches grow only while everything is cut.
+`forwards` in the provenance says what it cost, in full passes of the prompts.
 """
 
 from __future__ import annotations
@@ -46,26 +48,36 @@ def acdc(
     batch: int = 8,
     seed: int = 0,
 ) -> Circuit:
-    """The circuit that is left at a threshold. `scores` of kept edges: how much more the answer moved when each was cut.
+    """The circuit that is left at a threshold. `scores` of kept edges: how much more the answer moved when
+    each was cut.
 
-    `batch`: how many edges are tried at once; 1 is the algorithm as published. The verdicts are the same.
+    `batch`: how many edges are tried at once at most; 1 is the algorithm as published. The verdicts are the
+    same.
 
     >>> acdc(model, prompts, threshold=0.05, ablation="resample").edges    # doctest: +SKIP
     """
     if not threshold > 0:
-        raise InputError(f"a threshold must be positive, got {threshold}: it is the change of the answer that is put up with")
+        raise InputError(f"a threshold must be positive, got {threshold}: it is how far the answer may move")
     wiring = wire(model, embedding)
     question = ask(model, prompts, metric, reference)
     runner = Runner.of(wiring, question, ablation, seed)
     on, scores = cut(runner, _distance(runner, distance), threshold, min(batch, capacity(runner)))
     about = provenance(
-        "acdc", model, question, seed, ablation=ablation, threshold=threshold, distance=distance, forwards=runner.forwards
+        "acdc",
+        model,
+        question,
+        seed,
+        ablation=ablation,
+        threshold=threshold,
+        distance=distance,
+        forwards=runner.forwards,
     )
     return Circuit(wiring.graph, on, scores, ablation, about)
 
 
 def acdc_scores(thresholds: Sequence[float], circuits: Sequence[Circuit]) -> Tensor:
-    """[source, reader] the largest threshold at which each edge was still kept, 0 where never: a ranking of the edges."""
+    """[source, reader] the largest threshold at which each edge was still kept, 0 where never: a ranking of
+    the edges."""
     best = torch.zeros(circuits[0].on.shape)
     for threshold, circuit in sorted(zip(thresholds, circuits, strict=True), key=lambda pair: pair[0]):
         best[circuit.on] = threshold
@@ -78,12 +90,14 @@ def cut(runner: Runner, far: Far, threshold: float, batch: int) -> tuple[Tensor,
     on, scores = graph.possible.clone(), torch.zeros(graph.possible.shape)
     now = 0.0
     for r in range(len(graph.readers) - 1, -1, -1):
-        if r < len(graph.readers) - 1 and not any(bool(on[i].any()) for i in range(len(graph.sources)) if r in graph.inputs_of(i)):
+        if r < len(graph.readers) - 1 and not any(
+            bool(on[i].any()) for i in range(len(graph.sources)) if r in graph.inputs_of(i)
+        ):
             on[:, r] = False  # nobody hears what this reader is for: its edges cannot matter
             continue
-        waiting = list(range(graph.readers[r].feeds - 1, -1, -1))
+        waiting, size = list(range(graph.readers[r].feeds - 1, -1, -1)), 1
         while waiting:
-            tried = waiting[:batch]
+            tried = waiting[:size]
             masks = on.repeat(len(tried), 1, 1)
             for i, s in enumerate(tried):
                 masks[i:, s, r] = False
@@ -96,6 +110,7 @@ def cut(runner: Runner, far: Far, threshold: float, batch: int) -> tuple[Tensor,
                 now = value
             for s in tried[:stopped]:
                 on[s, r] = False
+            size = min(batch, 2 * size) if stopped == len(tried) else 1
             waiting = waiting[stopped + 1 :] if stopped < len(tried) else waiting[stopped:]
     return on, scores
 
@@ -118,4 +133,8 @@ def _distance(runner: Runner, distance: Distance) -> Far:
 
     with torch.no_grad():
         clean = answers(graph.possible)
-    return lambda masks: torch.nn.functional.kl_div(answers(masks), clean.expand(len(masks), -1, -1), reduction="none", log_target=True).sum(-1).mean(-1)
+    return lambda masks: (
+        torch.nn.functional.kl_div(answers(masks), clean.expand(len(masks), -1, -1), reduction="none", log_target=True)
+        .sum(-1)
+        .mean(-1)
+    )

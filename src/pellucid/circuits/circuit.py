@@ -1,4 +1,5 @@
-"""A circuit: a set of edges with their scores, and where it came from. Saved as JSON, compared, drawn, walked."""
+"""A circuit: a set of edges with their scores, and where it came from. Saved as JSON, compared, drawn,
+walked."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pellucid.errors import InputError
 from pellucid.results import Provenance
 
 if TYPE_CHECKING:
-    import networkx
+    import networkx  # type: ignore[import-untyped]
     import pandas as pd
 
 FORMAT = {"format": "pellucid-circuit", "version": 1}
@@ -24,7 +25,8 @@ FORMAT = {"format": "pellucid-circuit", "version": 1}
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Edges that are on: `on` [source, reader], their `scores` (signed; 0 where there are none), `ablation` for the rest."""
+    """Edges that are on: `on` [source, reader], their `scores` (signed; 0 where there are none), `ablation`
+    for the rest."""
 
     graph: Graph
     on: Tensor
@@ -44,8 +46,11 @@ class Circuit:
 
     @classmethod
     def from_nodes(cls, graph: Graph, nodes: Iterable[str], *, mlps: bool = True, **about: Any) -> Circuit:
-        """All edges among some heads (`9.9`, `layers.9.attn`), the embedding, the logits and, with `mlps`, every MLP."""
-        kept = graph.nodes(nodes) | {i for i, s in enumerate(graph.sources) if s.kind == "embed" or (mlps and s.kind == "mlp")}
+        """All edges among some heads (`9.9`, `layers.9.attn`), the embedding, the logits and, with `mlps`,
+        every MLP."""
+        kept = graph.nodes(nodes) | {
+            i for i, s in enumerate(graph.sources) if s.kind == "embed" or (mlps and s.kind == "mlp")
+        }
         return cls(graph, among(graph, kept), torch.zeros(graph.possible.shape), **about)
 
     @classmethod
@@ -61,7 +66,8 @@ class Circuit:
         return bool(self.on[self.graph.edge(edge)])
 
     def __repr__(self) -> str:
-        return f"<Circuit of {len(self)} of {len(self.graph)} edges ({self.fraction:.1%}), {len(self.nodes)} nodes>"
+        size = f"{len(self)} of {len(self.graph)} edges ({self.fraction:.1%})"
+        return f"<Circuit of {size}, {len(self.nodes)} nodes>"
 
     @property
     def fraction(self) -> float:
@@ -90,7 +96,10 @@ class Circuit:
         """One row per edge: source, reader, score."""
         import pandas as pd
 
-        rows = [(self.graph.sources[s].name, self.graph.readers[r].name, float(self.scores[s, r])) for s, r in self.on.nonzero()]
+        rows = [
+            (self.graph.sources[s].name, self.graph.readers[r].name, float(self.scores[s, r]))
+            for s, r in self.on.nonzero()
+        ]
         return pd.DataFrame(rows, columns=["source", "reader", "score"]).sort_values("score", key=abs, ascending=False)
 
     # ---- changing it
@@ -128,11 +137,16 @@ class Circuit:
 
     def save(self, path: str | Path) -> Path:
         """One JSON file: the graph's nodes, the edges with their scores, the provenance."""
-        nodes = {"sources": [asdict(s) for s in self.graph.sources], "readers": [asdict(r) for r in self.graph.readers]}
+        nodes = {
+            "sources": [asdict(s) for s in self.graph.sources],
+            "readers": [asdict(r) for r in self.graph.readers],
+        }
         edges = [[s, r, float(self.scores[s, r])] for s, r in self.on.nonzero().tolist()]
         about = {**FORMAT, "ablation": self.ablation, "provenance": asdict(self.provenance)}
         named = [self.graph.name(s, r) for s, r, _ in edges]
-        text = json.dumps({**about, **nodes, "groups": self.graph.groups, "edges": edges, "names": named}, allow_nan=False)
+        text = json.dumps(
+            {**about, **nodes, "groups": self.graph.groups, "edges": edges, "names": named}, allow_nan=False
+        )
         Path(path).write_text(text)
         return Path(path)
 
@@ -160,7 +174,9 @@ class Circuit:
         import networkx
 
         made = networkx.MultiDiGraph(ablation=self.ablation)
-        made.add_nodes_from((s.name, {"kind": s.kind, "layer": s.layer}) for s in self.graph.sources if s.name in set(self.nodes))
+        made.add_nodes_from(
+            (s.name, {"kind": s.kind, "layer": s.layer}) for s in self.graph.sources if s.name in set(self.nodes)
+        )
         for s, r in self.on.nonzero().tolist():
             reader = self.graph.readers[r]
             for owner in [self.graph.sources[i].name for i in self._owners(r)] or ["logits"]:

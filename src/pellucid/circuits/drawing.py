@@ -1,8 +1,9 @@
-"""How does a circuit look? One self-contained piece of HTML: no library, no request, works in a notebook and on paper.
+"""How does a circuit look? One self-contained piece of HTML: no library, no request, works in a notebook and
+on paper.
 
-Depth runs upwards from the embedding to the logits. A head has three ports below (query, key, value) and one above;
-blue edges support the answer, orange ones work against it, and the wider an edge the larger its score. The slider
-hides weak edges; beneath is the same as a table.
+Depth runs upwards from the embedding to the logits, MLPs stand on the right. A head has three ports below (query, key, value) and one
+above; blue edges support the answer, orange ones work against it, and the wider an edge the larger its score.
+The slider hides weak edges; beneath is the same as a table.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from pellucid.circuits.circuit import Circuit
 
-WIDTH, HEIGHT, GAP, ROW = 62, 24, 16, 74
+WIDTH, HEIGHT, GAP, ROW = 62, 24, 18, 72
 PORTS = {"q": 0.2, "k": 0.5, "v": 0.8}
 STYLE = """
 .pc{--ink:#1c2733;--soft:#5d6b78;--paper:#fff;--line:#c9d2da;--box:#f3f6f8;--plus:#2166ac;--minus:#c65102;
@@ -54,7 +55,8 @@ class Drawing:
 
 
 def draw(circuit: Circuit, *, title: str = "", table_rows: int = 100) -> Drawing:
-    """Draw a circuit (prune it first for one without loose ends). The table lists its `table_rows` strongest edges.
+    """Draw a circuit (prune it first for one without loose ends). The table lists its `table_rows` strongest
+    edges.
 
     >>> draw(scores.circuit(100).pruned()).save("circuit.html")    # doctest: +SKIP
     """
@@ -62,23 +64,26 @@ def draw(circuit: Circuit, *, title: str = "", table_rows: int = 100) -> Drawing
     lines = _lines(circuit)
     names = {n for line in lines for n in line[:2]}
     shown = [s for s in graph.sources if s.name in names]
-    rows: dict[tuple[int, int], list[str]] = {}
+    layers = [-1, *sorted({s.layer for s in shown} - {-1}), len(graph.groups)]
+    columns = sorted({s.unit for s in shown if s.kind == "head"})
+    wide, high = 110 + (len(columns) + 1) * (WIDTH + GAP), len(layers) * ROW + 30
+    places: dict[str, tuple[float, float]] = {}
     for s in shown:
-        rows.setdefault((s.layer, s.kind == "mlp"), []).append(s.name)
-    rows[len(graph.groups), 0] = ["logits"]
-    wide = max(len(row) for row in rows.values()) * (WIDTH + GAP) + 130
-    high = len(rows) * ROW + 10
-    places = {}
-    for y, key in enumerate(sorted(rows)):
-        row = rows[key]
-        start = 110 + (wide - 120 - len(row) * (WIDTH + GAP)) / 2
-        for x, name in enumerate(row):
-            places[name] = (start + x * (WIDTH + GAP), high - (y + 1) * ROW + 24)
+        y = high - (layers.index(s.layer) + 1) * ROW + 34
+        column = columns.index(s.unit) if s.kind == "head" else len(columns)
+        places[s.name] = (100 + column * (WIDTH + GAP), y - (ROW - HEIGHT) / 2 * (s.kind == "mlp"))
+    embeds = [s.name for s in shown if s.kind == "embed"]
+    middle = 100 + len(columns) * (WIDTH + GAP) / 2
+    for i, name in enumerate(embeds):
+        places[name] = (middle + (i - (len(embeds) - 1) / 2) * (WIDTH + GAP), high - ROW + 34)
+    places["logits"] = (middle, high - len(layers) * ROW + 10)
     largest = max((abs(score) for *_, score in lines), default=1.0) or 1.0
     paths = "".join(_path(places, line, largest) for line in sorted(lines, key=lambda line: abs(line[3])))
     boxes = "".join(_box(name, *at, head=".heads." in name) for name, at in places.items())
     labels = "".join(
-        f'<text class="layer" x="4" y="{places[row[0]][1] + 16:.0f}">{_row_label(key, row[0])}</text>' for key, row in rows.items()
+        f'<text class="layer" x="4" y="{high - (i + 1) * ROW + 50}">layer {layer}</text>'
+        for i, layer in enumerate(layers)
+        if 0 <= layer < len(graph.groups)
     )
     about = f"{len(circuit)} of {len(graph)} edges ({circuit.fraction:.2%}), {len(circuit.nodes)} nodes"
     about += f"; the rest switched off by {circuit.ablation}" if circuit.ablation else ""
@@ -134,17 +139,19 @@ def _path(places: dict[str, tuple[float, float]], line: Line, largest: float) ->
 
 def _box(name: str, x: float, y: float, head: bool) -> str:
     words = name.split(".")
-    text = f"{words[1]}.{words[-1]}" if head else f"mlp {words[1]}" if name.endswith(".mlp") else name.replace("embed.", "")
+    text = (
+        f"{words[1]}.{words[-1]}"
+        if head
+        else f"mlp {words[1]}"
+        if name.endswith(".mlp")
+        else name.replace("embed.", "")
+    )
     ports = "".join(
-        f'<text class="port" x="{x + WIDTH * at:.1f}" y="{y + HEIGHT - 2:.1f}">{p}</text>' for p, at in PORTS.items() if head
+        f'<text class="port" x="{x + WIDTH * at:.1f}" y="{y + HEIGHT - 2:.1f}">{p}</text>'
+        for p, at in PORTS.items()
+        if head
     )
     return (
         f'<g data-node="{name}"><rect x="{x:.1f}" y="{y:.1f}" width="{WIDTH}" height="{HEIGHT}" rx="5"/>'
         f'<text x="{x + WIDTH / 2:.1f}" y="{y + (11 if head else 16):.1f}">{html.escape(text)}</text>{ports}</g>'
     )
-
-
-def _row_label(key: tuple[int, int], first: str) -> str:
-    if first == "logits" or key[0] < 0:
-        return "" if first == "logits" else "embedding"
-    return f"layer {key[0]} {'MLP' if key[1] else 'heads'}"

@@ -1,24 +1,27 @@
 """What would exact edge patching say, roughly, for all edges at the price of a few passes?
 
-To first order, switching the edge s -> r off changes the metric by the change of its message times the gradient at r:
+To first order, switching the edge s -> r off changes the metric by the change of its message times the
+gradient at r:
 
     score(s -> r) = sum over positions of  (message of s - its replacement) . dm/d(input of r)
 
 "eap"                  the gradient on the clean prompts (Syed et al. 2023; attribution patching, Nanda 2023)
-"eap-ig-inputs"        its mean over `steps` points k = 0 .. steps-1 between the replaced and the clean embedding, at
-                       replaced + k / steps (clean - replaced) (Hanna et al. 2024, as their released code has it)
-"eap-ig-activations"   its mean over the same points between the source's own replaced and clean message, for each
-                       source, heads of a layer together; costs a pass per step, attention and MLP
+"eap-ig-inputs"        its mean over `steps` points k = 0 .. steps-1 between the replaced and the clean
+                       embedding, at replaced + k / steps (clean - replaced) (Hanna et al. 2024, as their
+                       released code has it)
+"eap-ig-activations"   its mean over the same points between the source's own replaced and clean message, for
+                       each source, heads of a layer together; costs a pass per step, attention and MLP
 
-No pass with split queries, keys and values is needed: the gradient at the input of a head's query is the gradient at
-its columns of the projection, pushed back through the weights and the Jacobian of the norm. Scores have the sign of
-`exact_patching`: positive where the edge supports the answer, the opposite of EAP-IG's released code. Two faults of
-that code are not repeated: its "mean" hands every source one and the same vector, and its neuron scores are those of
-the node.
+No pass with split queries, keys and values is needed: the gradient at the input of a head's query is the
+gradient at its columns of the projection, pushed back through the weights and the Jacobian of the norm.
+Scores have the sign of `exact_patching`: positive where the edge supports the answer, the opposite of
+EAP-IG's released code. Two faults of that code are not repeated: its "mean" hands every source one and the
+same vector, and its neuron scores are those of the node.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -51,14 +54,16 @@ def edge_attribution(
     embedding: Embedding = "whole",
     seed: int = 0,
 ) -> EdgeScores:
-    """Scores of all edges at once. Compare some with `exact_patching`: the estimate can be far off where the model is
-    not linear between message and replacement (attention patterns, saturated softmax, zero ablation).
+    """Scores of all edges at once. Compare some with `exact_patching`: the estimate can be far off where the
+    model is not linear between message and replacement (attention patterns, saturated softmax, zero
+    ablation).
 
-    `prompts` are a task's `Prompts`, or prompts with a metric; `reference` are the corrupted prompts of "resample" or
-    those a mean is taken over.
+    `prompts` are a task's `Prompts`, or prompts with a metric; `reference` are the corrupted prompts of
+    "resample" or those a mean is taken over.
 
-    >>> scores = edge_attribution(model, tasks.indirect_objects(model.tokenizer), ablation="resample")    # doctest: +SKIP
-    >>> scores.circuit(fraction=0.02)                                                                     # doctest: +SKIP
+    >>> task = tasks.indirect_objects(model.tokenizer)                      # doctest: +SKIP
+    >>> scores = edge_attribution(model, task, ablation="resample")         # doctest: +SKIP
+    >>> scores.circuit(fraction=0.02) # doctest: +SKIP
     """
     if method not in get_args(Method):
         raise InputError(f"no attribution {method!r}: expected one of {', '.join(get_args(Method))}")
@@ -70,7 +75,9 @@ def edge_attribution(
     each = {"eap": _plain, "eap-ig-inputs": _over_inputs, "eap-ig-activations": _over_activations}[method](
         wiring, question, replaced, steps
     )
-    arguments = {"ablation": ablation, "method": method, "embedding": embedding} | ({} if method == "eap" else {"steps": steps})
+    arguments = {"ablation": ablation, "method": method, "embedding": embedding} | (
+        {} if method == "eap" else {"steps": steps}
+    )
     about = provenance("edge_attribution", model, question, seed, **arguments)
     return EdgeScores(wiring.graph, each.cpu(), f"edge attribution ({method})", ablation, about)
 
@@ -103,7 +110,7 @@ def _over_activations(wiring: Wiring, question: Question, replaced: Tensor, step
     each = difference.new_zeros(batch, *wiring.graph.possible.shape)
     embeds = len(wiring.embeds)
     bounds = [0, *(w.first for w in wiring.writings), len(wiring.graph.sources)]
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (first, last) in enumerate(itertools.pairwise(bounds)):
         for k in range(steps):
             moved = (1 - k / steps) * difference[first:last]
             if i == 0:
@@ -121,11 +128,15 @@ Pull = Callable[[Reading], "Tensor | None"]  # a reading -> gradients [reader, b
 
 
 class Gradients(Listener):
-    """Keeps what readers read, as tensors to differentiate by. `points`: embeddings to start from instead of the
-    prompts' own; `push`: what is added to the contribution of the sources from `at` on."""
+    """Keeps what readers read, as tensors to differentiate by. `points`: embeddings to start from instead of
+    the prompts' own; `push`: what is added to the contribution of the sources from `at` on."""
 
     def __init__(
-        self, recorder: Recorder | None = None, points: list[Tensor] | None = None, at: int = -1, push: Tensor | None = None
+        self,
+        recorder: Recorder | None = None,
+        points: list[Tensor] | None = None,
+        at: int = -1,
+        push: Tensor | None = None,
     ) -> None:
         self.recorder, self.points, self.at, self.push = recorder, points, at, push
         self.met: dict[Reading, tuple[Tensor, Tensor]] = {}
@@ -169,6 +180,8 @@ def _dots(wiring: Wiring, difference: Tensor, pull: Pull, first: int = 0, last: 
         with torch.no_grad():
             grad = pull(reading) if stop > first else None
         if grad is not None:
-            messages, found = (x.flatten(2).transpose(0, 1) for x in (difference[first:stop], grad))  # [batch, *, t * d]
+            messages, found = (
+                x.flatten(2).transpose(0, 1) for x in (difference[first:stop], grad)
+            )  # [batch, *, t * d]
             each[:, first:stop, reading.readers] = (messages @ found.mT).neg_()
     return each

@@ -4,9 +4,10 @@ Every reader reads the sum of all messages, where each edge that is off brings i
 
     input of r = residual + sum over edges s -> r that are off of  (replacement of s - message of s)
 
-Messages are those of the run itself, so a changed head changes what it sends on. The model stays as it is: the change
-is made where each reader takes the stream in (`pellucid.circuits.wiring`). Masks may be fractions between on and off,
-and gradients flow to them. Several masks run as one batch, from the first layer where an edge is off.
+Messages are those of the run itself, so a changed head changes what it sends on. The model stays as it is:
+the change is made where each reader takes the stream in (`pellucid.circuits.wiring`). Masks may be fractions
+between on and off, and gradients flow to them. Several masks run as one batch, from the first layer where an
+edge is off.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.circuits.ablation import How, alternatives, messages_of
+from pellucid.circuits.graph import Embedding
 from pellucid.circuits.passing import Listener, Score, forward
 from pellucid.circuits.question import Question, chosen
-from pellucid.circuits.graph import Embedding
 from pellucid.circuits.wiring import Reading, Wiring, find_wiring
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.recording import Recording, record
@@ -33,12 +34,12 @@ from pellucid.errors import Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
 
-
 _known: WeakKeyDictionary[Model, dict[str, Wiring]] = WeakKeyDictionary()
 
 
 def wire(model: Model, embedding: Embedding = "whole") -> Wiring:
-    """The wiring of a model, found and proven once: every edge off must give the logits the replacements come from.
+    """The wiring of a model, found and proven once: every edge off must give the logits the replacements come
+    from.
 
     Refused with the reason where a reader has no input of its own, or where the proof fails.
     """
@@ -51,7 +52,8 @@ def wire(model: Model, embedding: Embedding = "whole") -> Wiring:
 
 
 def prove(wiring: Wiring) -> None:
-    """On the probe's two prompts: with every edge on, the logits of one; with every edge off, those of the other."""
+    """On the probe's two prompts: with every edge on, the logits of one; with every edge off, those of the
+    other."""
     tensors = wiring.model.anatomy.inputs
     one, other = (read_inputs(wiring.model.module, None, {k: _row(v, i) for k, v in tensors.items()}) for i in (0, 1))
     free = as_metric(lambda logits: logits.flatten(1)[:, 0]).bind(None, 1)
@@ -65,8 +67,8 @@ def prove(wiring: Wiring) -> None:
         gap = float((made - want).abs().max() / want.abs().max().clamp_min(1e-6))
         if not gap <= 30 * TOLERANCE.get(want.dtype, 4e-2):
             raise Refused(
-                "circuits are refused on this model: something reads the residual stream on another way than its heads, "
-                f"MLPs and logits (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
+                "circuits are refused on this model: something besides heads, MLPs and logits reads the "
+                f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
             )
 
 
@@ -81,7 +83,9 @@ class Masked(Listener):
         self.off, self.start, self.batch = off, start, len(runner.question.inputs)
         self.replacements, self.clean = runner.replacements, runner.clean
         self.differences: list[tuple[int, Tensor]] = []
-        self.totals: dict[int, Any] = {}  # number of sources -> the sum of their differences [variant, batch, position, d]
+        self.totals: dict[
+            int, Any
+        ] = {}  # number of sources -> the sum of their differences [variant, batch, position, d]
         self.sum: Any = 0.0
         self.learnt = off.requires_grad and torch.is_grad_enabled()
         self.cut = runner.wiring.graph.possible if self.learnt else off.any(0)  # [source, reader]
@@ -117,8 +121,8 @@ class Masked(Listener):
         return reading.value(resid + change.transpose(0, 1).flatten(1, 2), native)
 
     def _change(self, off: Tensor, feeds: int) -> Tensor:
-        """[variant, reader, batch, position, d] the sum of differences of the edges that are off, or, where those are
-        the many, the sum of all differences minus those of the edges that are on."""
+        """[variant, reader, batch, position, d] the sum of differences of the edges that are off, or, where
+        those are the many, the sum of all differences minus those of the edges that are on."""
         many = not self.learnt and float(off.mean()) > 0.5
         weight = off - 1 if many else off
         change = self.totals[feeds][:, None] if many else None
@@ -138,7 +142,8 @@ class Masked(Listener):
 
 
 class Runner:
-    """Runs circuits on the prompts of a question. `forwards` counts what it cost, in full passes of those prompts."""
+    """Runs circuits on the prompts of a question. `forwards` counts what it cost, in full passes of those
+    prompts."""
 
     def __init__(self, wiring: Wiring, question: Question, replacements: Tensor) -> None:
         self.wiring, self.question, self.replacements = wiring, question, replacements
@@ -153,24 +158,23 @@ class Runner:
         return cls(wiring, question, made)
 
     def scores(self, on: Tensor) -> Tensor:
-        """The metric [variant, batch] under each mask [variant, source, reader] (1 on, 0 off; booleans or numbers)."""
+        """The metric [variant, batch] under each mask [variant, source, reader] (1 on, 0 off; booleans or
+        numbers)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and on.requires_grad):
             return self.score(*self.run(on, whole=self.score.whole))
 
     def run(self, on: Tensor, whole: bool = True) -> tuple[Tensor, Tensor | None]:
         """The last residual as the logits read it, and the logits, [variant * batch, ...]."""
         on = on if on.ndim == 3 else on[None]
-        dtype = self.replacements.dtype
-        off = (1 - on.to(dtype)) * self.wiring.graph.possible.to(on.device)
+        on = on.to(self.replacements)
+        off = (1 - on) * self.wiring.graph.possible.to(on.device)
         start = 0 if torch.is_grad_enabled() and off.requires_grad else self._start(off)
         blocks = len(self.wiring.entries)
         self.forwards += len(off) * (blocks - start) / blocks
         context = nullcontext()
         if start:
             self._prepare()
-            context = skipping(
-                self.wiring.model.anatomy, self._recording, start, len(off), len(self.question.inputs)
-            )  # type: ignore[assignment]
+            context = skipping(self.wiring.model.anatomy, self._recording, start, len(off), len(self.question.inputs))  # type: ignore[assignment]
         grad = torch.is_grad_enabled() and off.requires_grad
         with torch.set_grad_enabled(grad), context:
             return forward(self.wiring, self._grown(len(off)), Masked(self, off, start), whole=whole)

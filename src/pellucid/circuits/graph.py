@@ -1,13 +1,16 @@
 """Who can send what to whom inside a model, and which of these edges are in the circuit?
 
-Sources write messages into the residual stream: the embedding, every head, every MLP. Readers take the stream in: the
-query, key and value of every head, every MLP, and the logits. An edge is a source and a reader that comes after it:
+Sources write messages into the residual stream: the embedding, every head, every MLP. Readers take the stream
+in: the query, key and value of every head, every MLP, and the logits. An edge is a source and a reader that
+comes after it:
 
-    layers.0.attn.heads.1 -> layers.5.attn.heads.7.q        layers.3.mlp -> logits        embed -> layers.0.mlp
+    layers.0.attn.heads.1 -> layers.5.attn.heads.7.q        layers.3.mlp -> logits        embed ->
+                                                            layers.0.mlp
 
 With grouped queries a key or value is read once for its group: `layers.5.attn.kv_heads.2.k`. Short names are
-understood: `5.7` or `a5.h7` is a head, `5.7.q` its query, `m3` an MLP. A graph is two axes, sources and readers, both
-in the order of the pass; a circuit is a matrix [source, reader] over them (as in Hanna et al. 2024, EAP-IG).
+understood: `5.7` or `a5.h7` is a head, `5.7.q` its query, `m3` an MLP. A graph is two axes, sources and
+readers, both in the order of the pass; a circuit is a matrix [source, reader] over them (as in Hanna et al.
+2024, EAP-IG).
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads the residual stream, from the first `feeds` sources. `kind`: "q", "k", "v", "mlp", "logits"."""
+    """Something that reads the residual stream, from the first `feeds` sources. `kind`: "q", "k", "v", "mlp",
+    "logits"."""
 
     name: str
     kind: str
@@ -58,9 +62,11 @@ class Graph:
 
     @classmethod
     def of(cls, anatomy: Anatomy, embedding: Embedding = "whole", parts: Iterable[str] = ()) -> Graph:
-        """The graph of a model; with `embedding="parts"`, token and position embeddings (`parts`) are two sources.
+        """The graph of a model; with `embedding="parts"`, token and position embeddings (`parts`) are two
+        sources.
 
-        Refused where the residual stream is not a plain sum of heads and MLPs (post-norm, several streams, mixers).
+        Refused where the residual stream is not a plain sum of heads and MLPs (post-norm, several streams,
+        mixers).
         """
         if len(anatomy.stacks) != 1:
             raise Refused("circuits need a model of one stack; this one has an encoder and a decoder")
@@ -75,7 +81,10 @@ class Graph:
             name = f"layers.{i}.attn"
             groups.append(attention.heads // attention.kv_heads)
             shared = "kv_heads" if groups[-1] > 1 else "heads"
-            for kind, units, where in (("q", attention.heads, "heads"), *((p, attention.kv_heads, shared) for p in "kv")):
+            for kind, units, where in (
+                ("q", attention.heads, "heads"),
+                *((p, attention.kv_heads, shared) for p in "kv"),
+            ):
                 readers += [Reader(f"{name}.{where}.{u}.{kind}", kind, len(sources), i, u) for u in range(units)]
             before = len(sources)
             sources += [Source(f"{name}.heads.{h}", "head", i, h) for h in range(attention.heads)]
@@ -135,20 +144,20 @@ class Graph:
             raise InputError(f"{name!r} is no edge: expected 'source -> reader', such as 'embed -> logits'")
         source, reader = self.source(left.strip()), self.reader(right.strip())
         if not self.possible[source, reader]:
-            raise InputError(f"there is no edge {name!r}: {self.sources[source].name} comes after {self.readers[reader].name}")
+            raise InputError(f"there is no edge {name!r}: {self.sources[source].name} comes after its reader")
         return source, reader
 
     def name(self, source: int, reader: int) -> str:
         return f"{self.sources[source].name} -> {self.readers[reader].name}"
 
     def edges(self) -> Iterator[tuple[int, int]]:
-        for s, r in self.possible.nonzero().tolist():
-            yield s, r
+        yield from self.possible.nonzero().tolist()
 
     # ---- which readers make which source
 
     def inputs_of(self, source: int) -> list[int]:
-        """The readers a source's message is made from: a head's query and its group's key and value; an MLP's own."""
+        """The readers a source's message is made from: a head's query and its group's key and value; an MLP's
+        own."""
         return self._made[source]
 
     @cached_property
@@ -175,7 +184,8 @@ class Graph:
 
 
 def sequential(block: Block) -> bool:
-    """Whether the MLP reads what the attention of its block wrote (and not, in parallel, what the block was given)."""
+    """Whether the MLP reads what the attention of its block wrote (and not, in parallel, what the block was
+    given)."""
     return "resid_mid" in block.taps
 
 

@@ -2,13 +2,16 @@
 
 M is the model, C the circuit, F the mean metric over prompts; what is outside a circuit is switched off.
 
-    faithfulness    |F(M) - F(C)| (Wang et al. 2023), and normalised: f(C) = (F(C) - F(empty)) / (F(M) - F(empty))
-    completeness    |F(C \\ K) - F(M \\ K)| for sets of nodes K of C: random ones, classes (heads of a layer, unless given)
-                    and a K grown greedily to make it large. A complete circuit breaks where the model breaks.
-    minimality      |F(C \\ (K + v)) - F(C \\ K)| for each head v, the larger over K = {} and K = the rest of v's class
+    faithfulness    |F(M) - F(C)| (Wang et al. 2023), and normalised: f(C) = (F(C) - F(empty)) / (F(M) -
+                    F(empty))
+    completeness    |F(C \\ K) - F(M \\ K)| for sets of nodes K of C: random ones, classes (heads of a layer,
+                    unless given) and a K grown greedily to make it large. A complete circuit breaks where the
+                    model breaks.
+    minimality      |F(C \\ (K + v)) - F(C \\ K)| for each head v, the larger over K = {} and K = the rest of
+                    v's class
     controls        f of random circuits of the same size, and of the edges between the largest weights
-    curve           f at the sizes of the MIB benchmark; CPR is its area with edges ranked by sign, CMD the area of |1 - f|
-                    ranked by size (areas by the trapezoid rule over the share of edges)
+    curve           f at the sizes of the MIB benchmark; CPR is its area with edges ranked by sign, CMD the
+                    area of |1 - f| ranked by size (areas by the trapezoid rule over the share of edges)
 
 Numbers depend on the ablation and hold for the prompts given: judge on prompts the circuit was not found on.
 """
@@ -54,12 +57,12 @@ def judge(
 ) -> Result:
     """The verdict on a circuit, in one call.
 
-    `classes`: sets of heads that belong together, for completeness and minimality; `samples`: random sets K and random
-    circuits; `greedy`: size of the greedy K. Variables: `normalised` with its bootstrap interval `low`, `high`;
-    `model_score`, `circuit_score`, `empty` (F), `difference`; `control` [which]; `in_model`, `in_circuit`, `incompleteness` [removed];
-    `minimality` [node].
+    `classes`: sets of heads that belong together, for completeness and minimality; `samples`: random sets K
+    and random circuits; `greedy`: size of the greedy K. Variables: `normalised` with its bootstrap interval
+    `low`, `high`; `model_score`, `circuit_score`, `empty` (F), `difference`; `control` [which]; `in_model`,
+    `in_circuit`, `incompleteness` [removed]; `minimality` [node].
 
-    >>> judge(model, scores.circuit(fraction=0.02), held_out, ablation="resample").normalised    # doctest: +SKIP
+    >>> judge(model, scores.circuit(fraction=0.02), held_out, ablation="resample").normalised # doctest: +SKIP
     """
     bench = Bench(model, circuit.graph, prompts, metric, ablation, reference, seed)
     classes = classes or bench.layers(circuit)
@@ -89,14 +92,24 @@ def judge(
         {"edges": len(circuit), "fraction": circuit.fraction, "ablation": ablation},
     )
     about = bench.provenance("judge", edges=len(circuit), samples=samples, greedy=greedy)
-    return Result(data, kind="circuit verdict", title=f"Is the circuit of {len(circuit)} edges right?", provenance=about)
+    return Result(
+        data, kind="circuit verdict", title=f"Is the circuit of {len(circuit)} edges right?", provenance=about
+    )
 
 
-def test(model: Model, hypothesis: Sequence[str], prompts: Any, metric: Any = None, *, mlps: bool = True, **options: Any) -> Result:
+def test(
+    model: Model,
+    hypothesis: Sequence[str],
+    prompts: Any,
+    metric: Any = None,  # noqa: PT028
+    *,
+    mlps: bool = True,  # noqa: PT028
+    **options: Any,
+) -> Result:
     """The verdict on a circuit written by hand: heads such as `9.9`, or edges such as `embed -> 3.0.q`.
 
-    Heads mean all edges among them, the embedding, the logits and (unless `mlps=False`) every MLP. Options are those of
-    `judge`. InputError for a name the model does not have, with the nearest.
+    Heads mean all edges among them, the embedding, the logits and (unless `mlps=False`) every MLP. Options
+    are those of `judge`. InputError for a name the model does not have, with the nearest.
 
     >>> test(model, ["9.9", "10.0", "9.6"], prompts, ablation="position_mean")    # doctest: +SKIP
     """
@@ -107,8 +120,14 @@ def test(model: Model, hypothesis: Sequence[str], prompts: Any, metric: Any = No
     edges = [h for h in hypothesis if "->" in h]
     if edges and len(edges) < len(hypothesis):
         raise InputError("a hypothesis is either heads or edges, not both: write all of it as edges")
-    about = Provenance("hypothesis", model.name, digest=model.digest, arguments={"hypothesis": hypothesis, "mlps": mlps})
-    make = Circuit.from_edges(graph, edges, provenance=about) if edges else Circuit.from_nodes(graph, hypothesis, mlps=mlps, provenance=about)
+    about = Provenance(
+        "hypothesis", model.name, digest=model.digest, arguments={"hypothesis": hypothesis, "mlps": mlps}
+    )
+    make = (
+        Circuit.from_edges(graph, edges, provenance=about)
+        if edges
+        else Circuit.from_nodes(graph, hypothesis, mlps=mlps, provenance=about)
+    )
     return judge(model, make, prompts, metric, **options)
 
 
@@ -128,13 +147,18 @@ def faithfulness_curve(
 ) -> Result:
     """Normalised faithfulness at each size: `signed` and `sized` rankings, and a `random` one as control.
 
-    Attributes: `CPR` (of `signed`; higher is better), `CMD` (of `sized`; lower is better), and both for random edges.
+    Attributes: `CPR` (of `signed`; higher is better), `CMD` (of `sized`; lower is better), and both for
+    random edges.
     """
     graph = scores.graph
     bench = Bench(model, graph, prompts, metric, ablation, reference, seed)
     counts = [max(1, round(size * len(graph))) for size in sizes]
     noise = torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(seed))
-    rankings = {"signed": (scores.tensor, "sign"), "sized": (scores.tensor, "size"), "random": (noise, "size")}
+    rankings = {
+        "signed": (scores.tensor, "sign"),
+        "sized": (scores.tensor, "size"),
+        "random": (noise, "size"),
+    }
     whole, empty = (float(v.mean()) for v in bench.each([graph.possible, torch.zeros_like(graph.possible)]))
     found = {}
     for name, (key, by) in rankings.items():
@@ -143,7 +167,8 @@ def faithfulness_curve(
     share = np.asarray(sizes)
     areas = {
         "CPR": np.trapezoid(found["signed"], share), "CMD": np.trapezoid(abs(1 - found["sized"]), share),
-        "CPR_random": np.trapezoid(found["random"], share), "CMD_random": np.trapezoid(abs(1 - found["random"]), share),
+        "CPR_random": np.trapezoid(found["random"], share),
+        "CMD_random": np.trapezoid(abs(1 - found["random"]), share),
     }  # fmt: skip
     data = xr.Dataset(
         {name: ("size", f) for name, f in found.items()},
@@ -155,10 +180,11 @@ def faithfulness_curve(
 
 
 def stability(scores: EdgeScores, n: int, *, samples: int = 200, seed: int = 0) -> Result:
-    """How much of the circuit of `n` edges stays when the prompts are drawn anew: Jaccard overlap over bootstraps.
+    """How much of the circuit of `n` edges stays when the prompts are drawn anew: Jaccard overlap over
+    bootstraps.
 
-    Costs no pass of the model: scores are known prompt by prompt. Variables: `jaccard` [sample], `kept` [source, reader],
-    the share of bootstraps in which each edge of the circuit is found.
+    Costs no pass of the model: scores are known prompt by prompt. Variables: `jaccard` [sample], `kept`
+    [source, reader], the share of bootstraps in which each edge of the circuit is found.
     """
     rng = np.random.default_rng(seed)
     base = scores.circuit(n)
@@ -172,7 +198,11 @@ def stability(scores: EdgeScores, n: int, *, samples: int = 200, seed: int = 0) 
     data = xr.Dataset(
         {"jaccard": ("sample", overlap), "kept": (("source", "reader"), shares)},
         {"source": scores.data["source"], "reader": scores.data["reader"]},
-        {"mean": float(np.mean(overlap)), "low": float(np.quantile(overlap, 0.025)), "high": float(np.quantile(overlap, 0.975))},
+        {
+            "mean": float(np.mean(overlap)),
+            "low": float(np.quantile(overlap, 0.025)),
+            "high": float(np.quantile(overlap, 0.975)),
+        },
     )
     about = Provenance("stability", scores.provenance.model, arguments={"n": n, "samples": samples}, seed=seed)
     return Result(data, kind="circuit stability", title=f"Which of {n} edges stay", provenance=about)
@@ -195,7 +225,9 @@ class Bench:
     def each(self, masks: Sequence[Tensor]) -> Tensor:
         """The metric [mask, batch] of each circuit."""
         size = min(4, capacity(self.runner))
-        return torch.cat([self.runner.scores(torch.stack([masks[i] for i in some])) for some in chunks(range(len(masks)), size)])
+        return torch.cat(
+            [self.runner.scores(torch.stack([masks[i] for i in some])) for some in chunks(range(len(masks)), size)]
+        )
 
     def mean(self, masks: Sequence[Tensor]) -> list[float]:
         return [float(v) for v in self.each(masks).mean(1)] if masks else []
@@ -253,7 +285,9 @@ class Bench:
             rest = [n for n in mates if self.graph.source(n) != self.graph.source(head)]
             pairs[head] = [[], rest] if rest else [[]]
         sets = [k for ks in pairs.values() for k in ks]
-        masks = [circuit.without(k).on for k in sets] + [circuit.without([*k, h]).on for h, ks in pairs.items() for k in ks]
+        masks = [circuit.without(k).on for k in sets] + [
+            circuit.without([*k, h]).on for h, ks in pairs.items() for k in ks
+        ]
         values = self.mean(masks)
         changes = [abs(a - b) for a, b in zip(values[: len(sets)], values[len(sets) :], strict=True)]
         found, i = {}, 0
@@ -264,24 +298,31 @@ class Bench:
 
 
 def weight_scores(wiring: Wiring) -> Tensor:
-    """[source, reader] the product of the Frobenius norms of what the source writes with and the reader reads with.
+    """[source, reader] the product of the Frobenius norms of what the source writes with and the reader reads
+    with.
 
-    Norms are taken relative to their mean among sources (readers) of the same kind; a control that has seen no data.
+    Norms are taken relative to their mean among sources (readers) of the same kind; a control that has seen
+    no data.
     """
     out, into = torch.ones(len(wiring.graph.sources)), torch.ones(len(wiring.graph.readers))
     blocks = wiring.model.anatomy.stacks[0].blocks
     for w in wiring.writings:
         if w.attention is not None and w.projection is not None:
             weight, _ = linear_map(w.projection, w.attention.heads * w.attention.d_value)
-            out[w.first : w.first + w.count] = weight.detach().unflatten(0, (w.count, -1)).flatten(1).norm(dim=1).float()
+            out[w.first : w.first + w.count] = (
+                weight.detach().unflatten(0, (w.count, -1)).flatten(1).norm(dim=1).float()
+            )
         elif (name := blocks[w.layer].down_proj) is not None:
-            out[w.first] = float(sum(p.detach().float().norm() for p in wiring.model.module.get_submodule(name).parameters()))
+            out[w.first] = float(
+                sum(p.detach().float().norm() for p in wiring.model.module.get_submodule(name).parameters())
+            )
     for r in wiring.readings:
         if r.columns is not None:
             into[r.readers] = r.weights()[0].flatten(1).norm(dim=1).float()
-    for values, items in ((out, wiring.graph.sources), (into, wiring.graph.readers)):
-        for kind in {i.kind for i in items}:
-            rows = [n for n, i in enumerate(items) if i.kind == kind]
+    kinds = [[i.kind for i in items] for items in (wiring.graph.sources, wiring.graph.readers)]
+    for values, each in zip((out, into), kinds, strict=True):
+        for kind in set(each):
+            rows = [n for n, k in enumerate(each) if k == kind]
             values[rows] = values[rows] / values[rows].mean().clamp_min(1e-12)
     return out[:, None] * into[None]
 

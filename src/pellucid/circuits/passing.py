@@ -1,7 +1,7 @@
 """One forward pass of the unmodified model, met wherever a source writes and wherever a reader reads.
 
-A `Listener` is told every message as it is written and may change what readers read; the passes of this package
-(recording messages, collecting gradients, running a circuit) are listeners.
+A `Listener` is told every message as it is written and may change what readers read; the passes of this
+package (recording messages, collecting gradients, running a circuit) are listeners.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.reading import Reader
 from pellucid.metrics import BoundMetric
 
-
 Step = Callable[[Tensor], "Tensor | None"]
 
 
@@ -35,7 +34,8 @@ class Listener:
         """The sources from `first` on have written; `messages()` gives [source, batch, position, d]."""
 
     def adds(self, first: int, x: Tensor) -> Tensor | None:
-        """The contribution [batch, position, d] of the sources from `first` on; a tensor returned is added instead."""
+        """The contribution [batch, position, d] of the sources from `first` on; a tensor returned is added
+        instead."""
         return None
 
     def reads(self, reading: Reading, native: Tensor, resid: Tensor) -> Tensor | None:
@@ -48,9 +48,15 @@ class _Stop(Exception):
 
 
 def forward(
-    wiring: Wiring, inputs: Inputs, listener: Listener, *, whole: bool = True, also: Mapping[Tap, Step] | None = None
+    wiring: Wiring,
+    inputs: Inputs,
+    listener: Listener,
+    *,
+    whole: bool = True,
+    also: Mapping[Tap, Step] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the inputs; returns the last residual as the logits read it and, if `whole`, the logits. `also`: more handlers."""
+    """Run the inputs; returns the last residual as the logits read it and, if `whole`, the logits. `also`:
+    more handlers."""
     entering: dict[int, Tensor] = {}
     seen: list[Tensor] = []
     width = inputs.stream("").ids.shape[1]

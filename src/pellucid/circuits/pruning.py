@@ -1,18 +1,22 @@
 """Which edges survive when a mask over all of them is learnt to keep the answer with as few as possible?
 
-    minimise over theta   mean ((m(masked model) - m(model)) / (m(model) - m(empty)))^2 + strength * expected share on
+    minimise over theta   mean ((m(masked model) - m(model)) / (m(model) - m(empty)))^2 + strength * expected
+                          share on
 
-A mask is a number between 0 (off: the edge brings its replacement) and 1 (on) per edge, or per node, which then stands
-for all edges from it:
+A mask is a number between 0 (off: the edge brings its replacement) and 1 (on) per edge, or per node, which
+then stands for all edges from it:
 
-    "hard-concrete"   sampled at every step: s = sigmoid((logit(u) + theta) / b) stretched to [-.1, 1.1] and clipped, so
-                      that exact zeros and ones occur; P(on) = sigmoid(theta - b log(.1 / 1.1))   (Louizos et al. 2018;
+    "hard-concrete"   sampled at every step: s = sigmoid((logit(u) + theta) / b) stretched to [-.1, 1.1] and
+                      clipped, so
+                      that exact zeros and ones occur; P(on) = sigmoid(theta - b log(.1 / 1.1))   (Louizos et
+                                                                                                  al. 2018;
                       edges: Bhaskar et al. 2024, nodes: Cao et al. 2021, subnetwork probing)
-    "sigmoid"         s = sigmoid(theta), no sampling; the share on is its mean. Fractions can carry what matters (a
-                      tenth of a message still saturates a softmax), so edges that are needed may end below one half
+    "sigmoid"         s = sigmoid(theta), no sampling; the share on is its mean. Fractions can carry what
+                      matters (a tenth of a message still saturates a softmax), so edges that are needed may
+                      end below one half
 
-The edges whose mask is above one half are the circuit. Edge pruning as published aims at a given sparsity by Lagrange
-multipliers; here `strength` is the price of an edge, and several strengths give several sizes.
+The edges whose mask is above one half are the circuit. Edge pruning as published aims at a given sparsity by
+Lagrange multipliers; here `strength` is the price of an edge, and several strengths give several sizes.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ Unit = Literal["edge", "node"]
 
 @dataclass(eq=False)
 class Pruning:
-    """An estimator in scikit-learn's manner: `fit` leaves `circuit_`, `mask_` [source, reader] and `losses_` [step].
+    """An estimator in scikit-learn's manner: `fit` leaves `circuit_`, `mask_` [source, reader] and `losses_`
+    [step].
 
     >>> Pruning(strength=0.5, steps=300).fit(model, prompts, ablation="resample").circuit_    # doctest: +SKIP
     """
@@ -71,7 +76,8 @@ class Pruning:
         reference: Any = None,
         embedding: Embedding = "whole",
     ) -> Pruning:
-        """Learn the masks on some prompts. The model's weights are not touched. Judge the circuit on other prompts."""
+        """Learn the masks on some prompts. The model's weights are not touched. Judge the circuit on other
+        prompts."""
         wiring = wire(model, embedding)
         question = ask(model, prompts, metric, reference)
         runner = Runner.of(wiring, question, ablation, self.seed)

@@ -17,7 +17,8 @@ from pellucid.tasks.prompts import Prompts
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Prompts, the reference their messages are replaced from (corrupted prompts, or those to average over), a metric."""
+    """Prompts, the reference their messages are replaced from (corrupted prompts, or those to average over),
+    a metric."""
 
     inputs: Inputs
     reference: Inputs | None
@@ -35,12 +36,15 @@ def chosen(inputs: Inputs, index: Sequence[int]) -> Inputs:
     def cut(s: Stream) -> Stream:
         return Stream(s.ids[rows], s.mask[rows], tuple(s.labels[i] for i in rows))
 
-    tensors = {k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in inputs.tensors.items()}
+    tensors = {
+        k: v[rows] if isinstance(v, Tensor) and v.ndim and len(v) == batch else v for k, v in inputs.tensors.items()
+    }
     return Inputs(tensors, {k: cut(s) for k, s in inputs.streams.items()}, tuple(inputs.texts[i] for i in rows))
 
 
 def ask(model: Model, prompts: Any, metric: Metric | Any = None, reference: Any = None) -> Question:
-    """A question from a task's `Prompts` (which bring corrupted prompts and metric) or from prompts of any other form.
+    """A question from a task's `Prompts` (which bring corrupted prompts and metric) or from prompts of any
+    other form.
 
     A `reference` or metric given by hand goes before the task's own. InputError without a metric.
     """

@@ -9,13 +9,16 @@ On random tokens said twice (n different tokens, then the same again; i counts i
 On prompts with spans IO, S1, S2 (`tasks.indirect_objects`; Wang et al. 2023), from the last token:
 
     to_io, to_s1, to_s2   mean attention to each
-    copy        share of words which the head's value and output matrices alone (OV) put among the first `top` predictions,
-                when they read the word's residual after the first layer; `anticopy`: among the last ones
-    inhibition  how much the copying heads' preference for IO over S, in attention from the last token, falls when this
-                head's message to their queries is replaced by its mean; for the heads that look most at S2
+    copy        share of words which the head's value and output matrices alone (OV) put among the first `top`
+                predictions, when they read the word's residual after the first layer; `anticopy`: among the
+                last ones
+    inhibition  how much the copying heads' preference for IO over S, in attention from the last token, falls
+                when this head's message to their queries is replaced by its mean; for the heads that look
+                most at S2
 
-Scores are shares between 0 and 1 (inhibition: a difference of attention). `role` names the largest that passes
-`threshold`. `chance` is what a head that looks everywhere alike would have on the probes: a score near it means nothing.
+Scores are shares between 0 and 1 (inhibition: a difference of attention). `role` names the largest that
+passes `threshold`. `chance` is what a head that looks everywhere alike would have on the probes: a score near
+it means nothing.
 """
 
 from __future__ import annotations
@@ -54,8 +57,8 @@ def head_roles(
 ) -> Result:
     """Scores [layer, head] of every role and the `role` each head is named by ("" for none).
 
-    `prompts` (with spans IO, S1, S2) add the roles of indirect objects; `words` are those copying is tested on, by
-    default the answers of the prompts. `candidates`: how many heads are tried for inhibition.
+    `prompts` (with spans IO, S1, S2) add the roles of indirect objects; `words` are those copying is tested
+    on, by default the answers of the prompts. `candidates`: how many heads are tried for inhibition.
 
     >>> head_roles(model, tasks.indirect_objects(model.tokenizer, 16)).copy.max()    # doctest: +SKIP
     """
@@ -74,11 +77,18 @@ def head_roles(
         scores["copy"], scores["anticopy"] = copying(wiring, words, top)
     if prompts is not None:
         scores["inhibition"] = inhibition(wiring, prompts, scores, candidates)
-    naming = {"previous": "previous token", "duplicate": "duplicate token", "induction": "induction", "inhibition": "S-inhibition"}
+    naming = {
+        "previous": "previous token",
+        "duplicate": "duplicate token",
+        "induction": "induction",
+        "inhibition": "S-inhibition",
+    }
     role = np.full(next(iter(scores.values())).shape, "", dtype=object)
     best = np.full(role.shape, threshold)
     for name in [n for n in naming if n in scores]:
-        value = np.nan_to_num(scores[name].numpy(), nan=0.0) * (10 if name == "inhibition" else 1)  # .03 of attention counts
+        value = np.nan_to_num(scores[name].numpy(), nan=0.0) * (
+            10 if name == "inhibition" else 1
+        )  # .03 of attention counts
         better = value > best
         role[better], best[better] = naming[name], value[better]
     if prompts is not None:
@@ -86,10 +96,14 @@ def head_roles(
         role[looks & (scores["copy"].numpy() > 0.5)] = "name mover"
         role[looks & (scores["anticopy"].numpy() > 0.5)] = "negative name mover"
     dims = ("layer", "head")
-    data = xr.Dataset({**{n: (dims, v.numpy()) for n, v in scores.items()}, "role": (dims, role.astype(str))}, attrs={"chance": chance})
+    data = xr.Dataset(
+        {**{n: (dims, v.numpy()) for n, v in scores.items()}, "role": (dims, role.astype(str))},
+        attrs={"chance": chance},
+    )
     data = data.assign_coords(layer=range(role.shape[0]), head=range(role.shape[1]))
     about = Provenance(
-        "head_roles", model.name, digest=model.digest, seed=seed, inputs=None if prompts is None else prompts.clean,
+        "head_roles", model.name, digest=model.digest, seed=seed,
+        inputs=None if prompts is None else prompts.clean,
         arguments={"length": length, "samples": samples, "top": top, "threshold": threshold},
     )  # fmt: skip
     return Result(data, kind="head roles", title="What each head does", provenance=about)
@@ -99,13 +113,15 @@ def patterns(model: Model, prompt: Any) -> Tensor:
     """[layer, batch, head, query, key]"""
     with torch.no_grad():
         run = model.run(prompt, keep="layers.*.attn.pattern")
-    return torch.stack([run.tensor(f"layers.{i}.attn.pattern") for i in range(len(model.anatomy.stacks[0].blocks))]).float()
+    return torch.stack(
+        [run.tensor(f"layers.{i}.attn.pattern") for i in range(len(model.anatomy.stacks[0].blocks))]
+    ).float()
 
 
 def repeated(model: Model, length: int, samples: int, seed: int) -> tuple[dict[str, Tensor], float]:
-    """previous, duplicate and induction [layer, head] on random tokens said twice, after a BOS where there is one; and
-    what equal attention to every position gives."""
-    size = model.module.get_input_embeddings().weight.shape[0]
+    """previous, duplicate and induction [layer, head] on random tokens said twice, after a BOS where there is
+    one; and what equal attention to every position gives."""
+    size = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
     once = torch.stack([torch.randperm(size, generator=generator)[:length] for _ in range(samples)])
     bos = getattr(model.tokenizer, "bos_token_id", None)
@@ -119,7 +135,8 @@ def repeated(model: Model, length: int, samples: int, seed: int) -> tuple[dict[s
 
 
 def looking(model: Model, prompts: Prompts) -> dict[str, Tensor]:
-    """Attention [layer, head] from the position the answer is read at to IO, S1 and S2, summed over their tokens."""
+    """Attention [layer, head] from the position the answer is read at to IO, S1 and S2, summed over their
+    tokens."""
     found = patterns(model, prompts.clean)
     stream = model.inputs(prompts.clean).stream("")
     last = (stream.starts + stream.lengths + prompts.position).tolist()
@@ -133,7 +150,8 @@ def looking(model: Model, prompts: Prompts) -> dict[str, Tensor]:
 
 
 def copying(wiring: Wiring, words: Sequence[str], top: int) -> tuple[Tensor, Tensor]:
-    """Share of words that OV alone puts among the first, and among the last, `top` of the vocabulary: [layer, head] each."""
+    """Share of words that OV alone puts among the first, and among the last, `top` of the vocabulary: [layer,
+    head] each."""
     model, head = wiring.model, wiring.model.anatomy.head
     if head is None:
         raise Refused("copying is read off the predictions, and this model has no head that makes some")

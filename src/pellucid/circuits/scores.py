@@ -1,4 +1,5 @@
-"""How much does each edge matter? One number per edge, and the circuits that cutting them off at some size gives."""
+"""How much does each edge matter? One number per edge, and the circuits that cutting them off at some size
+gives."""
 
 from __future__ import annotations
 
@@ -22,10 +23,11 @@ SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # those of 
 
 
 class EdgeScores(Result):
-    """`score` [source, reader]: how much the metric falls when the edge is switched off (NaN where there is no edge).
+    """`score` [source, reader]: how much the metric falls when the edge is switched off (NaN where there is
+    no edge).
 
-    Positive edges support the answer, negative ones work against it. `error` is the standard error over prompts, and
-    `each` [prompt, source, reader] the score on every prompt.
+    Positive edges support the answer, negative ones work against it. `error` is the standard error over
+    prompts, and `each` [prompt, source, reader] the score on every prompt.
     """
 
     def __init__(self, graph: Graph, each: Tensor, kind: str, ablation: str, provenance: Provenance) -> None:
@@ -34,7 +36,10 @@ class EdgeScores(Result):
         error = each.std(0) / len(each) ** 0.5 if len(each) > 1 else torch.full_like(mean, float("nan"))
         absent = ~graph.possible
         data = xr.Dataset(
-            {n: (("source", "reader"), x.masked_fill(absent, float("nan")).numpy()) for n, x in (("score", mean), ("error", error))},
+            {
+                n: (("source", "reader"), x.masked_fill(absent, float("nan")).numpy())
+                for n, x in (("score", mean), ("error", error))
+            },
             {"source": [s.name for s in graph.sources], "reader": [r.name for r in graph.readers]},
             {"ablation": ablation},
         )
@@ -48,7 +53,9 @@ class EdgeScores(Result):
     def of(self, edge: str) -> float:
         return float(self.tensor[self.graph.edge(edge)])
 
-    def circuit(self, n: int | None = None, *, fraction: float | None = None, by: By = "size", prune: bool = False) -> Circuit:
+    def circuit(
+        self, n: int | None = None, *, fraction: float | None = None, by: By = "size", prune: bool = False
+    ) -> Circuit:
         """The `n` first edges (or that fraction), by absolute size or by sign (the most supporting first)."""
         if (n is None) == (fraction is None):
             raise InputError("a circuit needs its size: give either n=100 edges or fraction=0.05")
@@ -62,7 +69,9 @@ class EdgeScores(Result):
         return Circuit(self.graph, on, self.tensor, self.ablation, self.provenance)
 
 
-def ranked(graph: Graph, scores: Tensor, sizes: Sequence[int], by: By, ablation: str, provenance: Provenance) -> list[Circuit]:
+def ranked(
+    graph: Graph, scores: Tensor, sizes: Sequence[int], by: By, ablation: str, provenance: Provenance
+) -> list[Circuit]:
     """The circuits of the first edges of a ranking, one per size."""
     if by not in ("size", "sign"):
         raise InputError(f"cannot rank edges by {by!r}: expected 'size' or 'sign'")

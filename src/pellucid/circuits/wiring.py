@@ -1,15 +1,18 @@
-"""Where on an unmodified module does each reader take the residual stream in, and how does each source write to it?
+"""Where on an unmodified module does each reader take the residual stream in, and how does each source write
+to it?
 
 A reader's input can be changed without touching what others read:
 
-    query, key, value of a head   its own columns of the projection's output are computed anew from the changed stream,
-                                  through the block's own norm and weights; what follows (rotary, norms) runs natively
-    MLP                           the input of its norm (or of the MLP itself where that shares the attention's norm)
+    query, key, value of a head   its own columns of the projection's output are computed anew from the
+                                  changed stream, through the block's own norm and weights; what follows
+                                  (rotary, norms) runs natively
+    MLP                           the input of its norm (or of the MLP itself where that shares the
+                                  attention's norm)
     logits                        the last residual
 
-Which columns belong to which head is found, not assumed: in a batch with one row per head, the gradient of head h of
-row h with respect to the projection's output is nonzero on exactly its columns. `pellucid.circuits.execution.wire` then
-proves the wiring on the model.
+Which columns belong to which head is found, not assumed: in a batch with one row per head, the gradient of
+head h of row h with respect to the projection's output is nonzero on exactly its columns.
+`pellucid.circuits.execution.wire` then proves the wiring on the model.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ PLAIN = Layout(TOKENS, TOKENS)
 
 @dataclass(eq=False)
 class Norm:
-    """What stands between the residual stream and a projection: a norm, whose Jacobian is known in closed form.
+    """What stands between the residual stream and a projection: a norm, whose Jacobian is known in closed
+    form.
 
     norm(x) = gain * c * s + offset,  c = x or x - mean(x),  s = 1 / sqrt(mean(c^2) + eps)
     J^T g   = P(s * gain * g - s^3 * c * mean(c * gain * g)),  P subtracts the mean where c does
@@ -71,10 +75,11 @@ def _vjp(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Reading:
-    """A tensor some readers are computed into: the output of a projection, the input of an MLP, or the last residual.
+    """A tensor some readers are computed into: the output of a projection, the input of an MLP, or the last
+    residual.
 
-    `columns` [reader, e] says which columns of it each reader owns; None: it belongs to one reader alone. `early`: the
-    readers read the residual the block was given, and not the tensor at hand.
+    `columns` [reader, e] says which columns of it each reader owns; None: it belongs to one reader alone.
+    `early`: the readers read the residual the block was given, and not the tensor at hand.
     """
 
     tap: Tap
@@ -88,8 +93,10 @@ class Reading:
     _cached: tuple[Any, Tensor, Tensor | None] | None = None
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        """The readers' own columns of the projection: W [reader, d, e] and b [reader, e]; renewed when weights change."""
-        assert self.projection is not None and self.columns is not None
+        """The readers' own columns of the projection: W [reader, d, e] and b [reader, e]; renewed when
+        weights change."""
+        assert self.projection is not None
+        assert self.columns is not None
         stamp = [(p.data_ptr(), p._version) for p in self.projection.parameters()]
         if self._cached is None or self._cached[0] != stamp:
             weight, bias = linear_map(self.projection, self._width)
@@ -135,8 +142,8 @@ class Reading:
 
 @dataclass(eq=False)
 class Writing:
-    """How the sources of one attention or MLP are read off (at `tap`; `first` is the index of the first of them), and
-    where what they add together enters the stream (`adds`, times `coefficient`)."""
+    """How the sources of one attention or MLP are read off (at `tap`; `first` is the index of the first of
+    them), and where what they add together enters the stream (`adds`, times `coefficient`)."""
 
     tap: Tap
     adds: Tap
@@ -184,7 +191,8 @@ class Wiring:
 
 
 def find_wiring(model: Model, embedding: Embedding) -> Wiring:
-    """The wiring of a model, not proven yet. Refused with the reason where a reader has no input of its own."""
+    """The wiring of a model, not proven yet. Refused with the reason where a reader has no input of its
+    own."""
     anatomy = model.anatomy
     Graph.of(anatomy)  # refuses before anything runs
     blocks = anatomy.stacks[0].blocks
@@ -228,12 +236,15 @@ class Call:
 
 
 class _Calls:
-    """One forward pass of the probe's first row, once per head, with every module call that maps a tensor to a tensor."""
+    """One forward pass of the probe's first row, once per head, with every module call that maps a tensor to
+    a tensor."""
 
     def __init__(self, module: nn.Module, anatomy: Anatomy) -> None:
         blocks = anatomy.stacks[0].blocks
         self.rows = max(b.attentions["attn"].heads for b in blocks)
-        inputs = {k: grow(v[:1], self.rows, 1) if isinstance(v, Tensor) and v.ndim else v for k, v in anatomy.inputs.items()}
+        inputs = {
+            k: grow(v[:1], self.rows, 1) if isinstance(v, Tensor) and v.ndim else v for k, v in anatomy.inputs.items()
+        }
         self.calls: list[Call] = []
         self.ports: dict[Tap, Tensor] = {}
         taps = [b.taps[p] for b in blocks for p in ("attn.q", "attn.k", "attn.v", "resid_pre") if p in b.taps]
@@ -259,8 +270,9 @@ class _Calls:
 
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = [(k, v) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)]
-            call = Call(name, module, *given[0]) if given else None
+            every: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            given = [(k, v) for k, v in every if isinstance(v, Tensor)]
+            call = Call(name, module, given[0][0], given[0][1]) if given else None
             self._open.append(call)
             if call is not None:
                 self.calls.append(call)
@@ -293,7 +305,8 @@ def _attention_readings(graph: Graph, calls: _Calls, block: Block) -> list[Readi
     linear = [
         c for c in here
         if c.made is not None and c.made.requires_grad and c.made.ndim == 3 and not list(c.module.children())
-        and not isinstance(c.module, nn.Embedding) and getattr(getattr(c.module, "weight", None), "ndim", 0) >= 2
+        and not isinstance(c.module, nn.Embedding)
+        and getattr(getattr(c.module, "weight", None), "ndim", 0) >= 2
     ]  # fmt: skip
     found: dict[str, Reading] = {}
     taken: dict[str, Tensor] = {}
@@ -314,7 +327,7 @@ def _attention_readings(graph: Graph, calls: _Calls, block: Block) -> list[Readi
             tap, block.index, readers, feeds, True, prefix, call.module, columns, _width=resid.shape[-1]
         )
     if any(int(t.max()) > 1 for t in taken.values()) or calls.repeated & set(found):
-        raise Refused(f"the heads of layer {block.index} share columns of their projection, so their inputs cannot be parted")
+        raise Refused(f"the heads of layer {block.index} share columns of a projection: their inputs cannot be parted")
     return list(found.values())
 
 
@@ -341,8 +354,8 @@ def _columns(calls: _Calls, block: Block, port: str, linear: list[Call]) -> tupl
                 return call, reached.nonzero()[:, 1].reshape(heads, -1)
             break
     raise Refused(
-        f"the {what} of layer {block.index} are no columns of one projection of the residual (several steps, or a norm "
-        "across heads, stand between), so each head's input cannot be changed alone"
+        f"the {what} of layer {block.index} are no columns of one projection of the residual (several steps, "
+        "or a norm across heads, stand between), so each head's input cannot be changed alone"
     )
 
 
@@ -373,7 +386,11 @@ def _mlp_reading(graph: Graph, calls: _Calls, block: Block, attention: Reading) 
     shared = {id(c.given) for c in projections}
 
     def apart(c: Call) -> bool:
-        return not attention.tap.module.startswith(f"{c.name}.") and c.name != attention.tap.module and "attn" not in c.name
+        return (
+            not attention.tap.module.startswith(f"{c.name}.")
+            and c.name != attention.tap.module
+            and "attn" not in c.name
+        )
 
     inner = [c for c in here if apart(c)]
     for c in inner:
@@ -398,6 +415,9 @@ def _embedding_parts(model: Model, calls: _Calls, first: Block) -> dict[str, str
     total = sum(c.made for c in tables if c.made is not None) if tables else None
     if len(tables) < 2 or not isinstance(total, Tensor) or not torch.allclose(total.expand_as(resid), resid, atol=1e-5):
         raise Refused("what enters the first block is not a sum of embedding tables: use embedding='whole'")
-    words = model.module.get_input_embeddings()
-    names = ["tokens" if c.module is words else "positions" if len(tables) == 2 else c.name.rpartition(".")[2] for c in tables]
+    words = model.module.get_input_embeddings()  # type: ignore[operator]
+    names = [
+        "tokens" if c.module is words else "positions" if len(tables) == 2 else c.name.rpartition(".")[2]
+        for c in tables
+    ]
     return dict(zip(names, (c.name for c in tables), strict=True))

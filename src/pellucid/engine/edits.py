@@ -94,7 +94,7 @@ class Ablate(Edit):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return ("reference",)
+        return () if self.reference is None else ("reference",)
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         if self.how == "zero":

@@ -177,12 +177,17 @@ class Middle(Written):
         self._met[tap] = x
         if len(self._met) < len(self.taps):
             return x
-        mid: Any = 0.0 if self.constant is None else self.constant
-        for t, c in self.coefficients.items():
-            mid = mid + self._met[t] * c
+        c = self.coefficients[tap]
+        rest: Any = 0.0 if self.constant is None else self.constant
+        for t, value in self._met.items():
+            rest = rest + value * self.coefficients[t] if t is not tap else rest
         self._met = {}
+        mid = rest + x * c
         new = apply(self.edit, self.spot, mid, window)
-        return x if new is mid else x + (new - mid) / self.coefficients[tap]
+        if new is mid:
+            return x
+        x = x + (new - mid) / c
+        return x + ((new - (rest + x * c)) / c).detach()  # once more: a zero must come out as a zero, not as 1e-8
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,20 +202,28 @@ class Nothing(Edit):
 
 
 def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
-    """The edits placed on the model's taps, selectors expanded. SiteError for sites that cannot be written to."""
+    """The edits placed on the model's taps, selectors expanded. SiteError or Refused where a site cannot be written to."""
     placed: list[Written] = []
     for edit in edits:
         for site in expand(anatomy, edit.site):
             spot = locate(anatomy, site)
             if site.port == "heads" and site.part.endswith(".out"):
                 raise SiteError(f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}")
-            placed.append(Middle(edit, spot, anatomy) if between_modules(spot) else Written(edit, spot))
+            if not shows_one_reader(anatomy, spot):
+                placed.append(Written(edit, spot))
+            elif site.part == "resid_mid":
+                placed.append(Middle(edit, spot, anatomy))
+            else:
+                raise Refused(f"{str(site)!r} can be kept, but not edited: this layer is no module of its own")
     return placed
 
 
-def between_modules(spot: Spot) -> bool:
-    """Whether the tap shows the state to one of its readers only: writing there would miss the others."""
-    return spot.site.part == "resid_mid" and spot.tap.port == "in"
+def shows_one_reader(anatomy: Anatomy, spot: Spot) -> bool:
+    """Whether the tap shows a residual to one of its readers only: what is written there would miss the others."""
+    site = spot.site
+    if site.part not in ("embed", "resid_pre", "resid_mid", "resid_post") or spot.tap.port != "in":
+        return False
+    return site.part == "resid_mid" or not block_of(anatomy, replace(site, stack=spot.stream)).whole
 
 
 class Session:
@@ -229,7 +242,7 @@ class Session:
         spots = {spot.tap: spot for spot in (locate(anatomy, s) for s in self.sites)}
         self.keeping = set(spots)
         self.writing: dict[Tap, list[Written]] = {}
-        apart = [s for s in spots.values() if gradients and between_modules(s)]
+        apart = [s for s in spots.values() if gradients and shows_one_reader(anatomy, s)]
         self.nothings = {s.tap: Nothing(s.site.whole) for s in apart}
         for w in [*written(anatomy, edits), *written(anatomy, list(self.nothings.values()))]:
             for tap in w.taps:

@@ -118,12 +118,13 @@ class Shares:
             raise InputError(
                 f"direct logit attribution reads one position, not {self.position!r}: give an index or token"
             )
+        last = kept[self.stack.blocks[-1].taps["resid_post"]]
+        if last.shape[:2] != stream.ids.shape or main_output(output).shape[:2] != stream.ids.shape:
+            raise Refused("direct logit attribution needs one residual and one row of logits for every token")
         self.read = columns[:, 0] - stream.starts  # counted on each prompt's tokens
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         self.values = {tap: value[rows, columns] for tap, value in kept.items()}  # [prompt, 1, ...]
         logits = main_output(output)
-        if logits.ndim != 3:
-            raise Refused("direct logit attribution reads a language model's logits; this is a classifier")
         self.native = logits[rows, columns].detach()
         self.constant = torch.zeros(len(self.inputs), device=logits.device)
 

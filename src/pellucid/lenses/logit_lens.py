@@ -88,7 +88,7 @@ def logit_lens(
     run = model.run(inputs, keep=[*names, last])
     stream = inputs.stream("")
     columns, real = _columns(stream, positions)
-    _check(model, run, last, columns)
+    _check(model, run, last, columns, stream)
     ids = _target_ids(model, targets)
     rows = _rows(model, run, names, columns, real, ids, min(top, run.logits.shape[-1]))
 
@@ -170,12 +170,11 @@ def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[s
     }
 
 
-def _check(model: Model, run: Run, last: str, columns: Tensor) -> None:
+def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -> None:
     """The last residual must give the model's own logits; checked at the last column of every prompt."""
-    if run.logits.ndim != 3:
+    if run.logits.shape[:2] != stream.ids.shape or run.tensor(last).shape[:2] != stream.ids.shape:
         raise Refused(
-            f"{model.name} is a classifier: its head reads one position of the last layer, not a stream of "
-            "tokens"
+            f"{model.name} has not one residual and one row of logits for every token: no lens fits"
         )
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     made = unembed(model, run.tensor(last)[rows, columns[:, -1:]])

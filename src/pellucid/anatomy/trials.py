@@ -1,0 +1,189 @@
+"""The proofs that change something and look at what follows: heads switched off, tokens exchanged, rounding.
+
+Proofs that compare what one untouched pass shows are in `proofs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pellucid.anatomy.checks import error, size, spread, without_heads
+from pellucid.anatomy.structure import Attention, Block, Linear, Mlp, Proof, Stack, Tap
+from pellucid.anatomy.wiretap import Handler, Wiretap
+
+if TYPE_CHECKING:
+    from pellucid.anatomy.proofs import Prover
+
+# About one part of a block: an error, or why the claim cannot hold. Parts it does not apply to are left out.
+Verdicts = Iterator[tuple[str, float | str]]
+Check = Callable[[Stack, Block], Verdicts]
+Where = tuple[Stack, Block, Attention, Linear]
+
+
+def rounding(prover: Prover) -> float:
+    """How far the logits move when every residual is off by half a unit in the last place."""
+    taps = [b.taps["resid_pre"] for _, b in prover.blocks if "resid_pre" in b.taps]
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(x: Tensor) -> Tensor:
+        noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
+        return (x.float() * (1 + noise * torch.finfo(x.dtype).eps)).to(x.dtype)
+
+    return error(passing(prover, dict.fromkeys(taps, jitter)), prover.native)
+
+
+def passing(prover: Prover, handlers: dict[Tap, Handler]) -> Tensor:
+    """The logits of a pass with handlers on taps."""
+    with Wiretap(prover.module, handlers, prover.batch):
+        return prover.read(prover.forward())
+
+
+def heads(prover: Prover) -> Check:
+    """Where something sits between z and the projection, head h of z_out is made of head h of z; where more
+    work follows the projection, it reads z and nothing else: with z at zero it makes the same at every
+    position.
+    """
+    found: dict[tuple[str, int], dict[str, float | str]] = {}
+    every: list[Where] = [
+        (s, b, a, a.linear)
+        for s, b in prover.blocks
+        for a in b.attentions.values()
+        if f"{a.part}.z" in b.taps and a.linear is not None
+    ]
+    gated = [where for where in every if where[2].gated and not is_wider(where[2])]
+    met = switched_off(prover, gated, whole=False)
+    for s, b, a, linear in gated:
+        verdict = same_head(prover, (s, b, a, linear), met[linear.given])
+        found.setdefault((s.name, b.index), {})[a.part] = verdict
+    worked_on = [where for where in every if where[2].path is None]
+    met = switched_off(prover, worked_on, whole=True)
+    for s, b, a, linear in worked_on:
+        rest = float(spread(met[linear.made]).max())
+        reads_z = rest if rest <= prover.tolerance else f"{linear.module} reads more than z"
+        found.setdefault((s.name, b.index), {}).setdefault(a.part, reads_z)
+    return lambda stack, block: iter(found.get((stack.name, block.index), {}).items())
+
+
+def switched_off(prover: Prover, which: list[Where], whole: bool) -> dict[Tap, Tensor]:
+    """What projections read and make when z, or one head of it, is zero."""
+    kept: dict[Tap, Tensor] = {}
+    handlers: dict[Tap, Handler] = {}
+    for _, b, a, linear in which:
+        handlers[b.taps[f"{a.part}.z"]] = zero_head(slice(None) if whole else b.index % a.heads)
+        handlers |= {tap: keeper(kept, tap) for tap in (linear.given, linear.made)}
+    if handlers:
+        passing(prover, handlers)
+    return kept
+
+
+def same_head(prover: Prover, where: Where, z_out: Tensor) -> float | str:
+    """Head h of z was zero: head h of z_out holds nothing of a token (or nothing but it changed), others do."""
+    _, block, a, linear = where
+    h = block.index % a.heads
+    if z_out.shape[2] != a.heads:
+        return f"z has {a.heads} heads, but what enters the projection has {z_out.shape[2]}"
+    left = spread(z_out).amax((0, 1, 3))
+    others = torch.cat([left[:h], left[h + 1 :]])
+    if len(others) and float(others.min()) <= prover.tolerance:
+        return "switching off one head of z switches off others in z_out"
+    if float(left[h]) <= prover.tolerance:
+        return float(left[h])
+    alone = switched_off(prover, [where], whole=False)[linear.given]
+    change = (alone - prover.values[linear.given]).abs().amax((0, 1, 3)) / size(alone)
+    if float(change[h]) <= prover.tolerance:
+        return f"head {h} of z is not what head {h} of z_out is made of"
+    return float(torch.cat([change[:h], change[h + 1 :], change.new_zeros(1)]).max())
+
+
+def position_wise(prover: Prover) -> Check:
+    """What neurons and experts make at a position depends on the residual at that position alone."""
+    watched = {
+        (s.name, b.index, m.part): experts_output(b, m) if m.linear is None else m.linear.given
+        for s, b in prover.blocks
+        for m in b.mlps.values()
+        if m.linear is not None or m in mixtures(b)
+    }
+    reads = {tap for _, b in prover.blocks for m in b.mlps.values() for tap in m.reads}
+    kept: dict[Tap, Tensor] = {}
+
+    def other(tap: Tap) -> Handler:  # the residual as it was, with another token's in the last place
+        value = prover.values[tap]
+        return lambda _: torch.cat([value[:, :-1], value[:, :1]], 1)
+
+    if watched:
+        passing(prover, {t: other(t) for t in reads} | {t: keeper(kept, t) for t in watched.values()})
+
+    def check(stack: Stack, block: Block) -> Verdicts:
+        for part in block.mlps:
+            tap = watched.get((stack.name, block.index, part))
+            if tap is None:
+                continue
+            change = (kept[tap] - prover.values[tap]).abs() / size(prover.values[tap])
+            if float(change[:, -1].max()) > 0:
+                yield part, float(change[:, :-1].max())
+            else:
+                yield part, "where it reads the residual was not found"
+
+    return check
+
+
+def ablation(prover: Prover) -> Proof:
+    """Zeroing a head of every attention through z_out does what zeroing its rows of the projection does."""
+    # projection -> head, its width, shape of the projection's input
+    zeroed: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    handlers: dict[Tap, Handler] = {}
+    for stack, block in prover.blocks:
+        failed = prover.failed.get((stack.name, block.index), {})
+        for a in block.attentions.values():
+            if a.linear is not None and ("projection", a.part) not in failed:
+                head = block.index % a.heads, a.d_value, a.linear.shape
+                handlers[a.linear.given] = zero_head(zeroed.setdefault(a.linear.module, head)[0])
+    if not handlers:
+        return Proof("ablation", None, None, "no head can be switched off by its weights")
+    through_z = passing(prover, handlers)
+    with without_heads(prover.modules, zeroed):
+        by_weights = prover.read(prover.forward())
+    if float((through_z - prover.native).abs().max()) == 0.0:
+        return Proof("ablation", False, None, "switching heads off changes nothing")
+    proof = prover.through_the_model("ablation", error(through_z, by_weights))
+    if proof.holds is False:
+        for stack, block in prover.blocks:
+            why = dict.fromkeys((("ablation", part) for part in block.attentions), "it is not what the weights say")
+            prover.failed.setdefault((stack.name, block.index), {}).update(why)
+    return proof
+
+
+def zero_head(h: int | slice) -> Handler:
+    """A handler for [b, p, h, e] that switches one head (or all) off."""
+
+    def handler(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :, h] = 0
+        return x
+
+    return handler
+
+
+def keeper(kept: dict[Tap, Tensor], tap: Tap) -> Handler:
+    """A handler that keeps a copy of what is met."""
+    return lambda x: kept.update({tap: x.detach().clone()})
+
+
+def is_wider(a: Attention) -> bool:
+    """Whether the output projection reads other things beside the heads."""
+    return a.linear is not None and a.linear.width > a.heads * a.d_value
+
+
+def mixtures(block: Block) -> Iterator[Mlp]:
+    """The mixtures of experts of a block whose experts are on the map."""
+    return (m for m in block.mlps.values() if m.experts is not None and f"{m.part}.experts.out" in block.taps)
+
+
+def experts_output(block: Block, mlp: Mlp) -> Tap:
+    """What a mixture of experts returns natively."""
+    router = block.taps[f"{mlp.part}.router"]
+    return Tap(router.module, "out", router.layout, nth=router.nth)
