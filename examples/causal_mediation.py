@@ -61,8 +61,8 @@ def main() -> None:
             where = f"layer {row.layer}" + (f" head {row.head}" if name == "heads" else "")
             print(f"  {where}: NIE {row.nie:+.3f} [{row.nie_low:+.3f}, {row.nie_high:+.3f}], NDE {row.nde:+.3f}")
 
-    curve = interaction(model, prompts[:8], k=6, pool=16)
-    print("heads together, NIE by k (8 pairs): greedy, strongest, random, sum of single effects")
+    curve = interaction(model, prompts[: max(4, len(prompts) // 4)], k=5, pool=10, draws=2)
+    print("heads together, NIE by k (a quarter of the pairs): greedy, strongest, random, sum of single effects")
     for k in curve.k.values:
         row = [float(curve[name].sel(k=k)) for name in ("greedy", "strongest", "random", "summed")]
         print(f"  {k}: " + ", ".join(f"{x:+.3f}" for x in row) + f"  + {curve.chosen.sel(k=k).item()}")
@@ -73,7 +73,7 @@ def main() -> None:
         ("layers.*.attn.heads.*", "project"),
         ("layers.*.mlp.out", "project"),
     ):
-        result = mitigation(model, prompts, texts, over=over, how=how, sizes=(2, 8, 32), draws=2)
+        result = mitigation(model, prompts, texts, over=over, how=how, sizes=(2, 8, 32), draws=1)
         before = result["bias_before"].item()
         print(f"{how} of {over}: held-out bias {before:.2f} nats, perplexity {result['perplexity_before'].item():.2f}")
         for size in result.size.values:

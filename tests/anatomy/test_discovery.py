@@ -150,10 +150,7 @@ def test_parallel_streams_mixed_by_weights_of_the_pass_are_carried() -> None:
     anatomy = opened("deepseek_v4", o_groups=2)
     assert anatomy.stacks[0].d_model == 4 * 32
     assert all(
-        t.carried
-        for s in anatomy.stacks[0].blocks[0].states
-        for t in s.terms
-        if t.source.startswith(("in", "state"))
+        t.carried for s in anatomy.stacks[0].blocks[0].states for t in s.terms if t.source.startswith(("in", "state"))
     )
 
 

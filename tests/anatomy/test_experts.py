@@ -74,9 +74,7 @@ def test_an_edited_router_selects_anew_from_the_edited_weights() -> None:
         return new
 
     handlers = {tap: only_the_first_two}
-    handlers |= {
-        of(block, "out", e): lambda x, e=e: kept.update({e: x.clone()}) for e in range(block.experts.count)
-    }
+    handlers |= {of(block, "out", e): lambda x, e=e: kept.update({e: x.clone()}) for e in range(block.experts.count)}
     with torch.no_grad(), Wiretap(module, handlers, 2):
         module(**given)
     assert all(kept[e].abs().sum(-1).min() > 0 for e in (0, 1))

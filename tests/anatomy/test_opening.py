@@ -47,9 +47,7 @@ def test_without_inputs_random_tokens_probe_the_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "model_type", ["llama", "gemma2", "bert", "t5", "bloom", "deepseek_v3", "hunyuan_v1_moe"]
-)
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "bert", "t5", "bloom", "deepseek_v3", "hunyuan_v1_moe"])
 def test_half_precision_is_proven_too_and_says_where_rounding_drowns_the_claim(
     model_type: str, dtype: torch.dtype
 ) -> None:

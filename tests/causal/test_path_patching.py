@@ -179,7 +179,9 @@ def test_several_receivers_act_together_and_positions_narrow_senders_and_receive
         slow.model, slow.clean, slow.corrupted, senders="layers.0.attn.heads.1@-1",
         receivers="layers.2.attn.heads.0.q@2", metric=METRIC,
     )  # fmt: skip
-    assert at_last.effect.item() == pytest.approx(0.0, abs=1e-6)  # what the last position says cannot reach an earlier query
+    assert at_last.effect.item() == pytest.approx(
+        0.0, abs=1e-6
+    )  # what the last position says cannot reach an earlier query
 
 
 def test_direct_paths_to_the_last_residual_are_the_heads_direct_effect_when_there_is_no_final_norm() -> None:

@@ -179,15 +179,11 @@ def _from_operators(op: Op, part: str, batch: int) -> Found | None:
     return Attention(part, call.name, call.nth, "operators", heads, kv_heads, d_head, d_value), taps
 
 
-def _head_layout(
-    value: Value, batch: int, positions: int, heads: int, width: int, transposed: bool
-) -> Layout | None:
+def _head_layout(value: Value, batch: int, positions: int, heads: int, width: int, transposed: bool) -> Layout | None:
     shape = list(value.shape)
     if transposed:  # the operand is K^T; the tap hands out K
         shape[-1], shape[-2] = shape[-2], shape[-1]
-    own = max(
-        1, value.tensor.numel() // (batch * positions * width)
-    )  # fewer than `heads` when they are shared
+    own = max(1, value.tensor.numel() // (batch * positions * width))  # fewer than `heads` when they are shared
     return recognise(tuple(shape), HEADS, b=batch, p=positions, h=own, e=width)
 
 
@@ -199,9 +195,7 @@ def projection_input(call: Call, a: Attention, batch: int) -> tuple[Tap | None, 
         return None, ()
     shape = tuple(given.shape)
     key = next(k for k, v in call.inputs.items() if v is given)
-    if (
-        len(shape) == 4 and shape[-2] * shape[-1] == width
-    ):  # a projection in groups: of heads, or of parts of a head
+    if len(shape) == 4 and shape[-2] * shape[-1] == width:  # a projection in groups: of heads, or of parts of a head
         g, w = shape[-2:]
         groups = Layout("b p g (i e)", "b p (g i) e", (("g", g), ("e", e)))
         parts = Layout("b p (h i) e", "b p h (i e)", (("h", a.heads), ("i", e // w)))

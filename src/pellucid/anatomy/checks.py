@@ -20,10 +20,8 @@ def error(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference relative to the largest magnitude of `b`."""
     if a.shape != b.shape:
         return float("inf")
-    a, b = a.detach().double(), b.detach().double()
-    finite = torch.isfinite(b) & (
-        b.abs() < 1e30
-    )  # masked scores and logits are the same on both sides or not compared
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    finite = torch.isfinite(b) & (b.abs() < 1e30)  # masked scores and logits are the same on both sides or not compared
     if not bool(finite.any()):
         return 0.0
     return float((a - b)[finite].abs().max()) / size(b[finite])
@@ -114,9 +112,7 @@ class Beside:
 
 
 @contextlib.contextmanager
-def without_heads(
-    modules: dict[str, nn.Module], heads: dict[str, tuple[int, int, tuple[int, ...]]]
-) -> Iterator[None]:
+def without_heads(modules: dict[str, nn.Module], heads: dict[str, tuple[int, int, tuple[int, ...]]]) -> Iterator[None]:
     """Output projections with the rows of one head switched off: name -> (head, its width, shape of a token's
     input).
 
@@ -136,9 +132,7 @@ def without_heads(
                 module._parameters["weight"] = nn.Parameter(zeroed, requires_grad=False)
             else:
                 share = matrix[rows]
-                hook = module.register_forward_hook(
-                    lambda m, args, out, r=rows, s=share: less(out, args[0], r, s)
-                )
+                hook = module.register_forward_hook(lambda m, args, out, r=rows, s=share: less(out, args[0], r, s))
                 stack.callback(hook.remove)
         yield
 

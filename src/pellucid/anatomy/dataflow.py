@@ -157,9 +157,7 @@ def _forgets_size(call: Call) -> bool:
     x = given.tensor.detach()
     x = x * (8 / x.float().pow(2).mean().sqrt().clamp_min(1e-6)).to(x.dtype)
     with torch.no_grad():
-        once, twice = (
-            run_with(call.module, call.args, call.kwargs, key, x * k, out_key).float() for k in (1, 2)
-        )
+        once, twice = (run_with(call.module, call.args, call.kwargs, key, x * k, out_key).float() for k in (1, 2))
     varies = float(once.std()) > 1e-6
     return varies and float((once - twice).abs().max()) <= 2e-2 * float(once.abs().max())
 
@@ -172,8 +170,8 @@ def run_with(
     x: Tensor,
     out_key: int | str,
 ) -> Tensor:
-    """Call a traced module again with one argument replaced (in the precision the module was given)."""
-    x = x.to(args[key].dtype if isinstance(key, int) else kwargs[key].dtype)
+    """Call a traced module again with one argument replaced (in the precision and place it was given)."""
+    x = x.to(args[key] if isinstance(key, int) else kwargs[key])
     args = tuple(x if i == key else a for i, a in enumerate(args))
     return take(module(*args, **{k: (x if k == key else v) for k, v in kwargs.items()}), out_key)
 
@@ -225,12 +223,7 @@ class Additive:
         that mix parallel residual streams.
         """
         op = value.producer
-        if (
-            op is None
-            or op.index < self.first_op
-            or op.name not in MULTIPLY | CONTRACTIONS
-            or len(op.inputs) != 2
-        ):
+        if op is None or op.index < self.first_op or op.name not in MULTIPLY | CONTRACTIONS or len(op.inputs) != 2:
             return None
         for state, weights in (op.inputs, op.inputs[::-1]):
             small = weights.tensor.numel() < state.tensor.numel() == value.tensor.numel()
@@ -285,11 +278,7 @@ class Additive:
             return self.shallow(op.inputs[0])
         if op.name not in ADD or not all(constant(v) or self.reaches(v) for v in op.inputs):
             return [(1.0, value)]
-        return [
-            (c * s, leaf)
-            for s, v in signed(op)
-            for c, leaf in ([(1.0, v)] if constant(v) else self.shallow(v))
-        ]
+        return [(c * s, leaf) for s, v in signed(op) for c, leaf in ([(1.0, v)] if constant(v) else self.shallow(v))]
 
 
 def signed(op: Op) -> list[tuple[float, Value]]:
@@ -398,7 +387,5 @@ def linear_before(value: Value, first_op: int) -> Op | None:
             continue
         if is_linear(op) or op.name == "experts":
             return op
-        queue.extend(
-            i for i in op.inputs if i.tensor.numel() == v.tensor.numel() or i.shape[-1:] == v.shape[-1:]
-        )
+        queue.extend(i for i in op.inputs if i.tensor.numel() == v.tensor.numel() or i.shape[-1:] == v.shape[-1:])
     return None

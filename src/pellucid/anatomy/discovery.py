@@ -51,9 +51,7 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
     reached = {op.index for stack in readers for reader in stack for op in reader.reached}
     found = []
     for name, blocks, spans in zip([*further, *names], stacks, [*beside, *main], strict=True):
-        blocks = [
-            replace(b, unmapped=unmapped(t, span, reached)) for b, span in zip(blocks, spans, strict=True)
-        ]
+        blocks = [replace(b, unmapped=unmapped(t, span, reached)) for b, span in zip(blocks, spans, strict=True)]
         found.append((Stack(name, tuple(blocks), blocks[0].sizes["d_model"]), spans))
     return found
 
@@ -61,9 +59,7 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
 def unmapped(t: Trace, span: Span, reached: set[int]) -> tuple[str, ...]:
     """Attention that runs in a block but is in nothing that any residual stream of the block is made of."""
     lost = [op for op in attending.attention_ops(t, span.start, span.end) if op.index not in reached]
-    return tuple(
-        f"what {attending.where(t, op)} attends to does not reach the residual stream" for op in lost
-    )
+    return tuple(f"what {attending.where(t, op)} attends to does not reach the residual stream" for op in lost)
 
 
 class BlockReader:
@@ -92,12 +88,10 @@ class BlockReader:
 
     def describe_attention(self) -> None:
         if not self.r.attention_ops:
-            self.r.refused["attn"] = (
-                "nothing in this block attends through the interface or through a softmax"
-            )
-        behind = {
-            name: self.r.ops_of(v) for name, v in self.r.contributions.items() if name[:4] in ("attn", "cros")
-        }
+            why = "nothing in this block attends through the interface or through a softmax"
+            self.r.refused["attn"] = why
+        attending_parts = [n for n in self.r.contributions if n.startswith(("attn", "cross"))]
+        behind = {name: self.r.ops_of(self.r.contributions[name]) for name in attending_parts}
         self.reached = [op for op in self.r.attention_ops if any(op in ops for ops in behind.values())]
         for name, ops in behind.items():
             mine = [op for op in self.r.attention_ops if op in ops]
@@ -109,15 +103,19 @@ class BlockReader:
                 self.r.refused |= {f"{part}.{port}": why for port in ATTENTION_PORTS}
             self.attentions[part], taps = found
             self.r.taps |= taps
-            self.describe_projection(part, mine[-1], name)
+            self.describe_projection(part, mine, name)
 
-    def describe_projection(self, part: str, op: Op, contribution: str) -> None:
+    def describe_projection(self, part: str, ops: list[Op], contribution: str) -> None:
         """The output projection that reads z, and what stands between it and the contribution."""
         a = self.attentions[part]
-        found = flow.projection_of(attending.output_of(op))
+        projections = [flow.projection_of(attending.output_of(op)) for op in ops]
+        found = projections[-1]
         call = found[0].call if found is not None else None
         if found is None or call is None or call.input is None or call.output is None or call.children:
             self.r.refused[f"{part}.z_out"] = "no module that is a linear output projection reads z"
+            return
+        if any(p is not None and p[0].call is not call for p in projections):
+            self.r.refused[f"{part}.z_out"] = "its pieces go through the output projection in separate calls"
             return
         if a.route == "pieces":
             a = attending.with_heads(a, call.input)
@@ -140,11 +138,9 @@ class BlockReader:
         if call.output is None or target is None:
             return None
         steps = find_path(call.output, target, call.start, probe=True)
-        return (
-            None
-            if steps is None
-            else Path(tuple(s.name for s in steps if s.name), tuple(s.run for s in steps))
-        )
+        if steps is None:
+            return None
+        return Path(tuple(s.name for s in steps if s.name), tuple(s.run for s in steps))
 
     def describe_mlp(self, part: str, value: Value) -> None:
         ops = self.r.ops_of(value)
@@ -160,9 +156,7 @@ class BlockReader:
         linear = flow.linear_before(value, self.r.span.start)
         call = linear.call if linear is not None else None
         if call is None or call.input is None or call.children or call.output is None:
-            self.r.refused[f"{part}.neurons"] = (
-                "no linear down projection was found behind the MLP's contribution"
-            )
+            self.r.refused[f"{part}.neurons"] = "no linear down projection was found behind the MLP's contribution"
             return
         path = self.path(call, f"{part}.out")
         tap, out = self.r.tap(call.input, call, "in"), self.r.tap(call.output, call, "out")
@@ -178,9 +172,7 @@ class BlockReader:
     def reads(self, value: Value) -> tuple[Tap, ...]:
         """Where what leads to `value` takes the residual."""
         ops = self.r.ops_of(value)
-        states = {
-            id(v): v for op in ops for v in op.inputs if id(v) in self.r.stream and v.producer not in ops
-        }
+        states = {id(v): v for op in ops for v in op.inputs if id(v) in self.r.stream and v.producer not in ops}
         taps = (self.reader(v, ops) for v in states.values())
         return tuple(tap for tap in taps if tap is not None)
 
@@ -206,9 +198,7 @@ class BlockReader:
         found = experts.describe(module, name, nth, index)
         self.mlps[part] = Mlp(part, experts=found, reads=self.reads(op.inputs[0]))
         self.sizes |= {"expert": found.count}
-        self.r.refused[f"{part}.neurons"] = (
-            f"a mixture of experts: neurons belong to {part}.experts.N.neurons"
-        )
+        self.r.refused[f"{part}.neurons"] = f"a mixture of experts: neurons belong to {part}.experts.N.neurons"
         rows = Layout("(b p) d", TOKENS)
         if hidden.numel() // hidden.shape[-1] != self.r.resid.tensor.numel() // self.r.d_model:
             self.r.refused |= {f"{part}.{p}": "its experts do not see every token once" for p in EXPERT_SITES}

@@ -43,9 +43,7 @@ def describe(anatomy: Anatomy) -> dict[str, Any]:
         "attention": anatomy.route,
         "stacks": [_stack(s) for s in anatomy.stacks],
         "head": _head(anatomy.head),
-        "proofs": [
-            {"name": p.name, "holds": p.holds, "error": p.error, "detail": p.detail} for p in anatomy.proofs
-        ],
+        "proofs": [{"name": p.name, "holds": p.holds, "error": p.error, "detail": p.detail} for p in anatomy.proofs],
         "refused": dict(anatomy.refusals),
     }
 
@@ -201,9 +199,7 @@ def _draw_stack(root: Tree, stack: dict[str, Any]) -> None:
             heads = f"{a['heads']} heads" + (
                 f" on {a['kv_heads']} key-value heads" if a["kv_heads"] != a["heads"] else ""
             )
-            width = f"width {a['d_head']}" + (
-                f" (values {a['d_value']})" if a["d_value"] != a["d_head"] else ""
-            )
+            width = f"width {a['d_head']}" + (f" (values {a['d_value']})" if a["d_value"] != a["d_head"] else "")
             gate = ", gated" if a["gated"] else ""
             _draw_part(layer, part, f"{heads}, {width}, {a['route']}{gate}", a["output"])
         for part, m in block["mlp"].items():

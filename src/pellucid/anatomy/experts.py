@@ -37,9 +37,7 @@ class Experts:
 
 def describe(module: Any, name: str, nth: int, index: Tensor) -> Experts:
     down = module.down_proj
-    return Experts(
-        name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2]
-    )
+    return Experts(name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2])
 
 
 def routed(
@@ -52,9 +50,7 @@ def routed(
     """
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     n = experts.num_experts
-    router = weights.new_zeros(
-        len(hidden), n + 1
-    )  # one column more: expert-parallel padding points past the end
+    router = weights.new_zeros(len(hidden), n + 1)  # one column more: expert-parallel padding points past the end
     router = router.scatter_add(1, index.clamp(max=n), weights)[:, :n]
     chosen = torch.zeros_like(router, dtype=torch.bool).scatter(1, index.clamp(max=n - 1), index < n)
     edited = meet("router", None, router)

@@ -41,7 +41,9 @@ def _attention_interface(self: AttentionInterface, implementation: str, default:
         return native
     listener = stack[-1]
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *a: Any, **kw: Any):
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *a: Any, **kw: Any
+    ) -> tuple[Tensor, Tensor | None]:
         mask = kw.pop("attention_mask", mask)
         if a:  # gpt_bigcode and friends pass the scaling by position
             kw.update(zip(("scaling", "dropout"), a, strict=False))

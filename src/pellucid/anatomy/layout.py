@@ -116,7 +116,5 @@ def recognise(shape: tuple[int, ...], canonical: str, **sizes: int) -> Layout | 
                 product *= sizes.get(letter, -1)
             fits = fits and product == size
         if fits:
-            return Layout(
-                native, canonical, tuple((letter, sizes[letter]) for letter in "hs" if letter in sizes)
-            )
+            return Layout(native, canonical, tuple((letter, sizes[letter]) for letter in "hs" if letter in sizes))
     return None

@@ -87,11 +87,7 @@ def coverage(t: Trace, spans: list[Span]) -> tuple[Proof, dict[str, str]]:
         elsewhere[where(t, op)] = "attention outside the stacks of blocks; it is not mapped"
         if any(call.module in listed for call in enclosing(op)):
             missed.append(where(t, op))
-    detail = (
-        "blocks that are not mapped: " + ", ".join(missed[:3])
-        if missed
-        else "every block that attends is mapped"
-    )
+    detail = "blocks that are not mapped: " + ", ".join(missed[:3]) if missed else "every block that attends is mapped"
     return Proof("coverage", not missed, None, detail), elsewhere
 
 
@@ -102,9 +98,7 @@ def enclosing(op: Op) -> Iterator[Call]:
         call = call.parent
 
 
-def causality(
-    module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover
-) -> dict[str, bool]:
+def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ...], prover: Prover) -> dict[str, bool]:
     """Stack -> whether earlier residuals stay the same when the last token that goes in is another."""
     own = {s.name: "decoder_input_ids" if s.name == "decoder" else "input_ids" for s in stacks}
     found: dict[str, bool] = {}
@@ -122,9 +116,7 @@ def causality(
         }
         values, _ = tapped(module, taps, prover.batch, partial(module, **{**inputs, key: changed}))
         for tap, name in taps.items():
-            same = (
-                tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
-            )
+            same = tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
             found[name] = found.get(name, True) and same
     return found
 

@@ -74,14 +74,8 @@ def next_steps(value: Value, after: int, probe: bool) -> Iterator[Step]:
             yield Step("", replay([op], value), out)
         elif op.name == "__getitem__" and op.inputs[0] is value and flow.plain_index(op.args[1]):
             columns = out.shape[:-1] == value.shape[:-1]
-            yield (
-                Step("columns", _columns_step(op), out)
-                if columns
-                else Step("positions", replay([op], value), out)
-            )
-        elif all(flow.constant(v) for v in others) and (
-            flow.weight_of(op) is not None or out.shape == value.shape
-        ):
+            yield (Step("columns", _columns_step(op), out) if columns else Step("positions", replay([op], value), out))
+        elif all(flow.constant(v) for v in others) and (flow.weight_of(op) is not None or out.shape == value.shape):
             yield Step(op.name, replay([op], value), out)
         elif probe and op.name in flow.MULTIPLY:
             yield Step("gate", replay([op], value), out)
@@ -146,16 +140,14 @@ def _module_step(call: Call, value: Value) -> Callable[[Tensor], Tensor]:
 
 def replay(ops: list[Op], value: Value) -> Callable[[Tensor], Tensor]:
     """The same operations in order with another tensor in place of `value`."""
-    places = {
-        id(value.tensor): 0
-    }  # tensors of the trace -> what takes their place: the input, then each result
-    dtype, parts = value.tensor.dtype, []
+    places = {id(value.tensor): 0}  # tensors of the trace -> what takes their place: the input, then each result
+    dtype, device, parts = value.tensor.dtype, value.tensor.device, []
     for op in ops:
         parts.append((op.func, _recipe((op.args, op.kwargs), op, dict(places)), in_place(op.name)))
         places[id(op.outputs[0].tensor)] = len(parts)
 
     def step(x: Tensor) -> Tensor:
-        made = [x.to(dtype)]
+        made = [x.to(device, dtype)]
         for func, recipe, changes in parts:
             args, kwargs = recipe([m.clone() for m in made] if changes else made)
             made.append(func(*args, **kwargs))

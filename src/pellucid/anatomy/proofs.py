@@ -82,11 +82,11 @@ class Prover:
         if self.head is not None and self.head.norm is not None:
             taps.add(self.head.norm)
         slow = {t for t in taps if t.port in ("scores", "pattern", *moe.EXPERT_PORTS)}  # not the native kernels
-        self.values, output = tapped(self.module, taps - slow, self.batch, self.forward)
+        self.values, output = self.met(taps - slow)
         self.logits_met = self.read(output)
         units = {replace(t, unit=0) if t.port != "router" else t for t in slow if t.port in moe.EXPERT_PORTS}
         ours = units | {t for t in taps if t.port in ("v", "z", "scores", "pattern")}
-        self.ours, output = tapped(self.module, ours, self.batch, self.forward)
+        self.ours, output = self.met(ours)
         with listening(self.beside):
             self.forward()
         missing = [t for t in (*taps - slow, *ours) if t not in self.values and t not in self.ours]
@@ -116,6 +116,11 @@ class Prover:
         ]
 
     # ---- machinery
+
+    def met(self, taps: set[Tap]) -> tuple[dict[Tap, Tensor], Any]:
+        """What one pass shows at `taps` (on the CPU: the model may be spread over devices), and its output."""
+        values, output = tapped(self.module, taps, self.batch, self.forward)
+        return {tap: value.cpu() for tap, value in values.items()}, output
 
     def value(self, block: Block, part: str) -> Tensor | None:
         tap = block.taps.get(part)
@@ -203,7 +208,7 @@ class Prover:
 
     def total(self, block: Block, state: State, states: dict[str, Tensor]) -> tuple[Tensor | str, float]:
         """The sum of a state's terms, and how far carried states are from mixtures of their sources."""
-        total: Any = 0.0 if state.constant is None else state.constant
+        total: Any = 0.0 if state.constant is None else state.constant.cpu()
         drift = 0.0
         for term in state.terms:
             value = self.value(block, "resid_pre" if term.source == "in" else term.source)
@@ -214,7 +219,8 @@ class Prover:
                 streams = dict(term.carried.layout.sizes).get("s", 1)
                 drift = max(drift, mixture_error(value, self.values[term.carried], streams))
                 value = self.values[term.carried]
-            total = total + value * term.coefficient
+            c = term.coefficient
+            total = total + value * (c.to(value) if isinstance(c, Tensor) else c)
         return total, drift
 
     def chain(self) -> Proof:
@@ -270,7 +276,7 @@ class Prover:
         """
         given = self.values[linear.given].flatten(2)
         weight, bias = linear_map(self.modules[linear.module], linear.shape)
-        made = given.to(weight.dtype) @ weight
+        made = given.to(weight) @ weight
         off = error(made if bias is None else made + bias, self.values[linear.made])
         if path is None:
             return off
@@ -316,7 +322,7 @@ class Prover:
         for i, step in enumerate(self.head.steps):
             if i == self.head.after - 1 and self.head.unembed:
                 weight, bias = linear_map(self.modules[self.head.unembed], x.shape[-1])
-                x = x.to(weight.dtype) @ weight
+                x = x.to(weight) @ weight
                 x = x if bias is None else x + bias
             else:
                 x = step(x)

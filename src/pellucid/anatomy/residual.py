@@ -255,9 +255,9 @@ class Residual:
                 self.taps["resid_mid"] = tap
                 return
         why = "no module reads it" if mids else "the block does not have one attention followed by one MLP"
-        self.refused["resid_mid"] = (
-            "attention and MLP read the same residual (parallel block)" if self.parallel() else why
-        )
+        if self.parallel():
+            why = "attention and MLP read the same residual (parallel block)"
+        self.refused["resid_mid"] = why
 
     def parallel(self) -> bool:
         """Whether the MLP reads a residual that holds nothing of the attention (or other mixer) yet."""

@@ -80,9 +80,7 @@ def _is_stack(t: Trace, calls: list[Call]) -> bool:
     return all(_adds_up(c, c.input, c.output) for c in calls if c.input is not None and c.output is not None)
 
 
-def _listed_between(
-    outer: str, inner: str, named: dict[str, nn.Module], listed: set[nn.Module]
-) -> str | None:
+def _listed_between(outer: str, inner: str, named: dict[str, nn.Module], listed: set[nn.Module]) -> str | None:
     """A listed module between two nested calls that was never called itself: its parent runs its parts (or
     its forward).
     """
@@ -153,9 +151,7 @@ def _spans(t: Trace, calls: list[Call]) -> list[Span]:
             spans.append(_whole(call))  # the last one ends otherwise: take the call alone
             continue
         assert call.input is not None
-        spans.append(
-            Span(call, call.input, tail[out].outputs[0], call.start, tail[out].index + 1, whole=False)
-        )
+        spans.append(Span(call, call.input, tail[out].outputs[0], call.start, tail[out].index + 1, whole=False))
     return spans
 
 
@@ -178,15 +174,11 @@ def _beside(spans: list[Span]) -> list[list[Span]]:
     for key, made in first.first.outputs.items() if first.whole else ():
         if made is first.made or made.tensor.ndim < 3 or not made.tensor.is_floating_point():
             continue
-        others = [
-            v for v in first.first.inputs.values() if v is not first.given and _adds_up(first.first, v, made)
-        ]
+        others = [v for v in first.first.inputs.values() if v is not first.given and _adds_up(first.first, v, made)]
         stream: list[Span] = []
         for call in (s.first for s in spans):
             out = call.outputs.get(key)
-            given = next(
-                (v for v in call.inputs.values() if out is not None and _adds_up(call, v, out)), None
-            )
+            given = next((v for v in call.inputs.values() if out is not None and _adds_up(call, v, out)), None)
             if given is not None and out is not None:
                 stream.append(Span(call, given, out, call.start, call.end))
         if others and len(stream) == len(spans):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellucid.anatomy.experts import Experts
 from pellucid.anatomy.layout import Layout
@@ -71,9 +71,7 @@ class Path:
     """
 
     names: tuple[str, ...] = ()
-    steps: tuple[
-        Callable[[Tensor], Tensor], ...
-    ] = ()  # native tensor in, native tensor out; gates as on the probe
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # native tensor in, native tensor out; gates as on the probe
 
     def run(self, x: Tensor) -> Tensor:
         for step in self.steps:
@@ -86,9 +84,7 @@ class Linear:
     """A linear module on the map: what it reads and what it makes."""
 
     module: str
-    shape: tuple[
-        int, ...
-    ]  # of one token's input as the module takes it: (width,), or (groups, width of a group)
+    shape: tuple[int, ...]  # of one token's input as the module takes it: (width,), or (groups, width of a group)
     given: Tap
     made: Tap
 
@@ -123,12 +119,8 @@ class Attention:
     d_value: int
     o_proj: str | None = None
     gated: bool = False  # something sits between z and the output projection: head edits act on z_out
-    linear: Linear | None = (
-        None  # the output projection; it may read more than the heads (convolutions beside them)
-    )
-    path: Path | None = (
-        None  # from the output projection to the contribution; None: it is worked on before it is added
-    )
+    linear: Linear | None = None  # the output projection; it may read more than the heads (convolutions beside them)
+    path: Path | None = None  # from the output projection to the contribution; None: it is worked on before it is added
 
 
 @dataclass(frozen=True)
@@ -158,9 +150,7 @@ class Block:
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
     sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
     unmapped: tuple[str, ...] = ()  # attention that ran in the block but could not be put on the map: why
-    whole: bool = (
-        True  # False: the block is code of its parent, from one module's call to the next, not a module
-    )
+    whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
 
     @property
     def down_proj(self) -> str | None:
@@ -180,9 +170,7 @@ class Stack:
     name: str
     blocks: tuple[Block, ...]
     d_model: int
-    causal: bool | None = (
-        None  # earlier residuals stay the same when the last token changes; None: not probed
-    )
+    causal: bool | None = None  # earlier residuals stay the same when the last token changes; None: not probed
 
     @property
     def prefix(self) -> str:
@@ -203,7 +191,7 @@ class Proof:
 class Anatomy:
     """The map of a model and its proofs. Print it to see the tree."""
 
-    module: nn.Module
+    module: Any  # a transformers model
     stacks: tuple[Stack, ...]
     head: Head | None
     proofs: list[Proof]

@@ -112,7 +112,7 @@ def position_wise(prover: Prover) -> Check:
 
     def other(tap: Tap) -> Handler:  # the residual as it was, with another token's in the last place
         value = prover.values[tap]
-        return lambda _: torch.cat([value[:, :-1], value[:, :1]], 1)
+        return lambda x: torch.cat([value[:, :-1], value[:, :1]], 1).to(x.device)
 
     if watched:
         passing(prover, {t: other(t) for t in reads} | {t: keeper(kept, t) for t in watched.values()})
@@ -170,7 +170,7 @@ def zero_head(h: int | slice) -> Handler:
 
 def keeper(kept: dict[Tap, Tensor], tap: Tap) -> Handler:
     """A handler that keeps a copy of what is met."""
-    return lambda x: kept.update({tap: x.detach().clone()})
+    return lambda x: kept.update({tap: x.detach().cpu().clone()})
 
 
 def is_wider(a: Attention) -> bool:

@@ -23,21 +23,13 @@ def linear_map(module: nn.Module, width: int | tuple[int, ...]) -> tuple[Tensor,
         return module.weight[:, :, 0].T, bias
     if readable and isinstance(weight, Tensor) and weight.ndim == 2:
         conv1d = type(module).__name__ == "Conv1D"  # transformers' GPT-2 layer keeps [in, out]
-        matrix = (
-            weight if conv1d or (not isinstance(module, nn.Linear) and weight.shape[1] != width) else weight.T
-        )
+        matrix = weight if conv1d or (not isinstance(module, nn.Linear) and weight.shape[1] != width) else weight.T
         if matrix.shape[0] == width:
             return matrix, bias
-    device = next(
-        (t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), torch.device("cpu")
-    )
+    device = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), torch.device("cpu"))
     floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
-    call = (
-        module if not isinstance(module, nn.Conv1d) else lambda x: module(x.mT).mT
-    )  # channels come second there
+    call = module if not isinstance(module, nn.Conv1d) else lambda x: module(x.mT).mT  # channels come second there
     with torch.no_grad():
-        eye = torch.eye(width, device=device, dtype=floats[0] if floats else torch.float32).view(
-            1, width, *shape
-        )
+        eye = torch.eye(width, device=device, dtype=floats[0] if floats else torch.float32).view(1, width, *shape)
         zero = call(torch.zeros_like(eye[:, :1])).flatten(2)
         return (call(eye).flatten(2) - zero)[0], zero[0, 0]

@@ -47,9 +47,7 @@ class Wiretap:
         self._times: dict[tuple[str, str], int] = {}
         self._attention: dict[nn.Module, dict[tuple[int, str], Tap]] = {}
         self._experts: dict[nn.Module, dict[tuple[int, str, int | None], Tap]] = {}
-        self._unseen: Callable[[], Any] = (
-            nullcontext  # what runs inside an interface does not count as an operation
-        )
+        self._unseen: Callable[[], Any] = nullcontext  # what runs inside an interface does not count as an operation
         self._stack = ExitStack()
 
     # ---- going up and coming down
@@ -71,9 +69,7 @@ class Wiretap:
             self._hook(self.root.register_forward_pre_hook(self._restart, with_kwargs=True))
             for (name, port), taps in plain.items():
                 if port == "in":
-                    self._hook(
-                        modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True)
-                    )
+                    self._hook(modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True))
                 else:
                     self._hook(modules[name].register_forward_hook(self._after(name, taps), with_kwargs=True))
             if self._attention or self._experts or by_operators:
@@ -245,9 +241,7 @@ def explicit_attention(
             )
         mask = mask[..., : k.shape[-2]]
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    elif (
-        causal and scores.shape[-2] > 1
-    ):  # no mask means causal, aligned to the upper left as the fused kernel does
+    elif causal and scores.shape[-2] > 1:  # no mask means causal, aligned to the upper left as the fused kernel does
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~allowed, lowest)
     scores = meet("scores", scores)
@@ -256,11 +250,7 @@ def explicit_attention(
     if sink is None:
         pattern = torch.softmax(scores, -1, dtype=wide)
     else:
-        column = (
-            sink.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], 1)
-            if sink.ndim == 1
-            else sink
-        )
+        column = sink.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], 1) if sink.ndim == 1 else sink
         pattern = torch.softmax(torch.cat([scores, column.to(scores.dtype)], -1), -1, dtype=wide)[..., :-1]
     pattern = meet("pattern", pattern.to(v.dtype))
     if dropout and module.training:
@@ -310,9 +300,7 @@ class OperatorTap(TorchFunctionMode):
         if threading.get_ident() == self.wire._owner and self._frames:
             self._frames.pop()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if not self._frames:
@@ -344,11 +332,7 @@ class OperatorTap(TorchFunctionMode):
             return meet("pattern", func(*args, **kwargs))
         turned = name != "einsum"
         if step == 0:
-            keys = (
-                (lambda x: meet("k", x.transpose(-1, -2)).transpose(-1, -2))
-                if turned
-                else (lambda x: meet("k", x))
-            )
+            keys = (lambda x: meet("k", x.transpose(-1, -2)).transpose(-1, -2)) if turned else (lambda x: meet("k", x))
             args, kwargs = _replace(name, args, kwargs, lambda xs: [meet("q", xs[0]), keys(xs[1])])
             return func(*args, **kwargs)
         args, kwargs = _replace(name, args, kwargs, lambda xs: [xs[0], meet("v", xs[1])])
@@ -361,9 +345,7 @@ class OperatorTap(TorchFunctionMode):
         new = self.wire.meet(tap, old)
         return old if new is old else old.copy_(new) if in_place(str(tap.key)) else new
 
-    def _fused(
-        self, mine: dict[str, Tap], func: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _fused(self, mine: dict[str, Tap], func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Tensor:
         """torch's fused attention: step by step only if its scores or pattern are wanted."""
 
         def meet(port: str, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def attribution_patching(
 
     `qk_fix` concerns nodes that are queries or keys (a shared key is patched for all heads that share it); with `grad_drop` too it is AtP*. Gives `estimate` and its interval over
     prompts, laid out as layer x head (x position), and the check over `checked`, the `check` highest ranked nodes and as
-    many random others: `exact` effects beside the estimates, their rank correlation `spearman` and `sign_agreement`.
+    many random others: `exact` effects beside the estimates, their rank correlation `spearman` (of sizes) and, of signed estimates, `sign_agreement`.
     `missed` is the share of the largest exact effect found that random nodes hold: well under 1 where the ranking is right.
 
     >>> attribution_patching(model, prompts, over="layers.*.mlp.neurons.*@-1", grad_drop=True)      # doctest: +SKIP
@@ -84,6 +84,8 @@ def attribution_patching(
     data = lay_out(nodes, {"estimate": estimate, "low": low, "high": high}).assign(pair.summary(seed))
     if check:
         data = data.assign(_check(pair, denoise, estimator.other, nodes, estimate, check, seed))
+        if grad_drop:  # sizes have no sign to agree
+            data = data.drop_vars("sign_agreement")
     about = provenance(
         model, "attribution_patching", base, seed, corrupted=list(other.texts), over=over, metric=pair.metric.name,
         qk_fix=qk_fix, grad_drop=grad_drop, denoise=denoise, check=check,

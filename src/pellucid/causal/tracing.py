@@ -262,9 +262,10 @@ def _described(drawn: np.ndarray, dims: tuple[str, ...], noised: Sequence[_Noise
     clean = np.array([float(n.clean[0]) for n in noised])
     corrupted = np.array([float(n.corrupted.mean()) for n in noised])
     total = clean - (numbers(noised[0].corrupted) if len(noised) == 1 else corrupted)
-    here = ~np.isnan(drawn)
-    effect = np.where(here, drawn, 0).sum(0) / np.maximum(here.sum(0), 1)
-    low, high = bootstrap(np.where(here, drawn, effect), seed)
+    # a prompt may lack a role (a subject of one token has no middle): each is averaged over the prompts that have it
+    there = [each[~np.isnan(each).reshape(len(each), -1).any(1)] for each in np.moveaxis(drawn, -1, 0)]
+    effect = np.stack([each.mean(0) if len(each) else np.full(each.shape[1:], np.nan) for each in there], -1)
+    low, high = (np.stack(ends, -1) for ends in zip(*(bootstrap(each, seed) for each in there), strict=True))
     total_low, total_high = bootstrap(total, seed)
     variables = {"effect": effect, "low": low, "high": high, "share": effect / total.mean()}
     made: dict[str, Any] = {name: (dims, value) for name, value in variables.items()}

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,8 +33,6 @@ from pellucid.errors import Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
 
-_known: WeakKeyDictionary[Model, dict[str, Wiring]] = WeakKeyDictionary()
-
 
 def wire(model: Model, embedding: Embedding = "whole") -> Wiring:
     """The wiring of a model, found and proven once: every edge off must give the logits the replacements come
@@ -43,7 +40,7 @@ def wire(model: Model, embedding: Embedding = "whole") -> Wiring:
 
     Refused with the reason where a reader has no input of its own, or where the proof fails.
     """
-    known = _known.setdefault(model, {})
+    known: dict[str, Wiring] = vars(model).setdefault("_wirings", {})  # lives and dies with the model
     if embedding not in known:
         wiring = find_wiring(model, embedding)
         prove(wiring)

@@ -221,6 +221,7 @@ class Bench:
             raise InputError("the circuit belongs to another model: its graph has other sources or readers")
         self.question = ask(model, prompts, metric, reference)
         self.runner = Runner.of(self.wiring, self.question, ablation, seed)
+        self._known: dict[bytes, float] = {}
 
     def each(self, masks: Sequence[Tensor]) -> Tensor:
         """The metric [mask, batch] of each circuit."""
@@ -230,7 +231,12 @@ class Bench:
         )
 
     def mean(self, masks: Sequence[Tensor]) -> list[float]:
-        return [float(v) for v in self.each(masks).mean(1)] if masks else []
+        """F of each circuit; the same mask is run once, whoever asks for it."""
+        keys = [np.packbits(m.numpy()).tobytes() for m in masks]
+        new = {k: m for k, m in zip(keys, masks, strict=True) if k not in self._known}
+        if new:
+            self._known |= zip(new, self.each(list(new.values())).mean(1).tolist(), strict=True)
+        return [self._known[k] for k in keys]
 
     def provenance(self, method: str, **arguments: Any) -> Provenance:
         return provenance(method, self.model, self.question, self.seed, ablation=self.ablation, **arguments)

@@ -24,10 +24,6 @@ class Question:
     reference: Inputs | None
     metric: BoundMetric
 
-    def rows(self, index: Sequence[int], metric: BoundMetric) -> Question:
-        reference = None if self.reference is None else chosen(self.reference, index)
-        return Question(chosen(self.inputs, index), reference, metric)
-
 
 def chosen(inputs: Inputs, index: Sequence[int]) -> Inputs:
     """Some of the prompts, in any order and as often as wanted, as inputs of their own."""

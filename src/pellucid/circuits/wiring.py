@@ -90,6 +90,7 @@ class Reading:
     prefix: Norm | None = None
     projection: nn.Module | None = None
     columns: Tensor | None = None
+    width: int = 0  # d_model
     _cached: tuple[Any, Tensor, Tensor | None] | None = None
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
@@ -99,12 +100,10 @@ class Reading:
         assert self.columns is not None
         stamp = [(p.data_ptr(), p._version) for p in self.projection.parameters()]
         if self._cached is None or self._cached[0] != stamp:
-            weight, bias = linear_map(self.projection, self._width)
+            weight, bias = linear_map(self.projection, self.width)
             own = weight.detach()[:, self.columns].transpose(0, 1).contiguous()
             self._cached = (stamp, own, None if bias is None else bias.detach()[self.columns])
         return self._cached[1:]
-
-    _width: int = 0
 
     def value(self, x: Tensor, native: Tensor) -> Tensor:
         """`native` as it is when the readers read x [reader, batch, position, d]."""
@@ -128,7 +127,7 @@ class Reading:
         cached = (stamp, weight[index], None if bias is None else bias[index])
         return Reading(
             self.tap, self.layer, [self.readers[i] for i in index], self.feeds, self.early, self.prefix,
-            self.projection, self.columns[index], cached, self._width,
+            self.projection, self.columns[index], self.width, cached,
         )  # fmt: skip
 
     def pull(self, g: Tensor, resid: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ def _attention_readings(graph: Graph, calls: _Calls, block: Block) -> list[Readi
             raise Refused(f"queries, keys and values of layer {block.index} have unequal widths in one projection")
         tap = Tap(call.name, "out", PLAIN)
         found[call.name] = Reading(
-            tap, block.index, readers, feeds, True, prefix, call.module, columns, _width=resid.shape[-1]
+            tap, block.index, readers, feeds, True, prefix, call.module, columns, width=resid.shape[-1]
         )
     if any(int(t.max()) > 1 for t in taken.values()) or calls.repeated & set(found):
         raise Refused(f"the heads of layer {block.index} share columns of a projection: their inputs cannot be parted")
@@ -382,30 +381,17 @@ def _mlp_reading(graph: Graph, calls: _Calls, block: Block, attention: Reading) 
             raise Refused(f"the MLP of layer {block.index} has no input of its own to edit")
         return Reading(tap, block.index, [reader], feeds, early=False)
     resid, here = _resid(calls, block), calls.within(block)
-    projections = [c for c in here if c.name == attention.tap.module]
-    shared = {id(c.given) for c in projections}
-
-    def apart(c: Call) -> bool:
-        return (
-            not attention.tap.module.startswith(f"{c.name}.")
-            and c.name != attention.tap.module
-            and "attn" not in c.name
-        )
-
-    inner = [c for c in here if apart(c)]
+    shared = {id(c.given) for c in here if c.name == attention.tap.module}  # what the attention's projections read
+    attend = {a.module for a in block.attentions.values()} | {attention.tap.module}
+    inner = [c for c in here if not any(f"{m}.".startswith(f"{c.name}.") or c.name.startswith(f"{m}.") for m in attend)]
     for c in inner:
-        if _same(c.given, resid) and not (c.made is not None and id(c.made) in shared):
+        if _same(c.given, resid) and (c.made is None or id(c.made) not in shared):
             return Reading(Tap(c.name, "in", PLAIN, c.key), block.index, [reader], feeds, early=False)
-    siblings = _attention_modules(block)
     for c in inner:
         norm = _norm_before(here, resid, c)
-        if norm is not None and not any(c.name == s or c.name.startswith(f"{s}.") for s in siblings):
+        if norm is not None:
             return Reading(Tap(c.name, "in", PLAIN, c.key), block.index, [reader], feeds, True, Norm(norm.module))
     raise Refused(f"the MLP of layer {block.index} has no input of its own to edit")
-
-
-def _attention_modules(block: Block) -> set[str]:
-    return {a.module for a in block.attentions.values()}
 
 
 def _embedding_parts(model: Model, calls: _Calls, first: Block) -> dict[str, str]:

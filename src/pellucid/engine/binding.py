@@ -24,7 +24,7 @@ def bound(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Run]) -> list[
     runs = {key: run(key if isinstance(key, str) else list(key), list(dict.fromkeys(s))) for key, s in wanted.items()}
 
     def with_runs(edit: Edit) -> Edit:
-        changed = {
+        changed: dict[str, Any] = {
             name: runs[_key(getattr(edit, name))]
             for name in edit.sources
             if isinstance(getattr(edit, name), (str, list, tuple))

@@ -59,7 +59,7 @@ def _pieces(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
         yield f"{value.co_name}{value.co_names}".encode() + value.co_code
         yield from _pieces(value.co_consts, seen)
     else:
-        yield type(value).__qualname__.encode()
+        yield f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}".encode()
 
 
 class Checkpoint:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pellucid.anatomy.sites import Position
 from pellucid.errors import InputError, nearest
@@ -116,7 +116,7 @@ class Inputs:
 
 
 def read_inputs(
-    module: nn.Module, tokenizer: Any, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None
+    module: Any, tokenizer: Any, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None
 ) -> Inputs:
     """Tokenise prompts (a string, several, token ids, or a mapping of tensors) for this model.
 
@@ -155,7 +155,7 @@ def read_inputs(
     return Inputs(tensors, streams, texts)
 
 
-def _tensors(module: nn.Module, tokenizer: Any, prompt: Any) -> dict[str, Any]:
+def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
     """The prompt as keyword arguments of the forward pass, `input_ids` [batch, length] among them."""
     if isinstance(prompt, Mapping):
         given = {k: torch.as_tensor(v) if isinstance(v, list) else v for k, v in prompt.items() if v is not None}
@@ -173,7 +173,7 @@ def _tensors(module: nn.Module, tokenizer: Any, prompt: Any) -> dict[str, Any]:
 
 def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
     """Token ids of every prompt, each a text or already a list of ids."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     if all(isinstance(p, int) for p in prompts):
@@ -202,14 +202,14 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _pad_id(module: nn.Module, tokenizer: Any) -> int:
+def _pad_id(module: Any, tokenizer: Any) -> int:
     """What padding is written as: some models find it by its id, so the model's own word counts most."""
     config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
     named = (getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), 0)
     return next(n for n in named if isinstance(n, int) and n >= 0)
 
 
-def _target(module: nn.Module, tokenizer: Any, target: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _target(module: Any, tokenizer: Any, target: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     start = getattr(module.config, "decoder_start_token_id", None)
     start = start if start is not None else getattr(module.config, "bos_token_id", None) or 0
     targets = [""] * len(ids) if target is None else [target] * len(ids) if isinstance(target, str) else list(target)
@@ -238,7 +238,7 @@ def _labels(tokenizer: Any, ids: Tensor, mask: Tensor) -> tuple[tuple[str, ...],
     return tuple(tuple(text[i] for i in row) for row in rows)
 
 
-def _check(module: nn.Module, ids: Tensor, mask: Tensor) -> None:
+def _check(module: Any, ids: Tensor, mask: Tensor) -> None:
     """InputError for ids the embedding does not have, prompts beyond the context, and masks that are no padding."""
     if mask.shape != ids.shape:
         raise InputError(f"the attention mask is {list(mask.shape)}, but the token ids are {list(ids.shape)}")
@@ -250,7 +250,7 @@ def _check(module: nn.Module, ids: Tensor, mask: Tensor) -> None:
     if isinstance(limit, int) and 1 < limit < ids.shape[1]:
         raise InputError(f"the prompt has {ids.shape[1]} tokens but the model's context holds {limit}: shorten the prompt")
     try:
-        known = getattr(module.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        known = getattr(module.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):  # families that embed in ways of their own
         return
     if isinstance(known, int) and not 0 <= int(ids.min()) <= int(ids.max()) < known:

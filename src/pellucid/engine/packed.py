@@ -93,7 +93,8 @@ class Packed(Wiretap):
                 group.hidden = torch.cat([group.hidden, rows])
 
     def _block(self, layer: int, block: Block) -> None:
-        self.block, self.times, self.attended = block, {}, 0
+        self.block, self.attended = block, 0
+        self.times: dict[tuple[str, str], int] = {}
         self.spans: dict[Variant, slice] = {}
         at = 0
         self.slices: list[slice] = []

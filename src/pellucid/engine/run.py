@@ -147,7 +147,8 @@ class Written:
     """An edit at the tap of its own site."""
 
     def __init__(self, edit: Edit, spot: Spot) -> None:
-        self.edit, self.spot, self.taps = edit, spot, (spot.tap,)
+        self.edit, self.spot = edit, spot
+        self.taps: tuple[Tap, ...] = (spot.tap,)
 
     def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
         return apply(self.edit, self.spot, x, window)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -87,20 +87,10 @@ class Executor:
         return [self.reader.read(rows) for rows in run_rows(self.anatomy, self.inputs, variants, recording, **self.forward)]
 
 
-@dataclass(eq=False)
-class Rungs:
-    """What is known about the rungs on one model."""
-
-    refused: dict[str, str] = field(default_factory=dict)  # rung -> why not; "" if it passed the trial
-    shapes: Shapes | None = None
-    settled: dict[Any, str] = field(default_factory=dict)  # (rung, sizes of the inputs) -> why not; "" if it was right
-
-
 def certified(anatomy: Anatomy) -> Rungs:
-    """What the trial says about this model; run at the first call."""
+    """What is known about the rungs on this model."""
     if anatomy.rungs is None:
-        with torch.no_grad(), evaluating(anatomy.module):
-            anatomy.rungs = _trial(anatomy)
+        anatomy.rungs = Rungs(anatomy)
     return anatomy.rungs
 
 
@@ -128,37 +118,50 @@ class _AllLogits:
         return logits
 
 
-def _trial(anatomy: Anatomy) -> Rungs:
-    rungs = Rungs()
-    try:
-        inputs = read_inputs(anatomy.module, None, anatomy.inputs)
-        reader = Reader(anatomy, inputs, _AllLogits())
-        tried = {v: _tried(anatomy, inputs, v) for v in _variants(anatomy.stacks[-1])}
-        variants = [v for v, logits in tried.items() if logits is not None]
-        truth = torch.stack([reader.read(logits) for logits in tried.values() if logits is not None])
-    except Exception as error:  # a model whose forward takes more than token ids runs one by one
-        rungs.refused = dict.fromkeys(RUNGS[:-1], f"the trial could not be run ({_told(error)})")
-        return rungs
-    for rung in RUNGS[:-1]:
-        prepared = [prepare(anatomy, inputs, i, v) for i, v in enumerate(variants)]
+class Rungs:
+    """Which rungs reproduce plain runs on the probe of one model; each is tried when it is first asked about."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.shapes: Shapes | None = None
+        self.settled: dict[Any, str] = {}  # (rung, sizes of the inputs) -> why not; "" if it was right on them
+        self._refused: dict[str, str] = {"single": ""}
+
+    def refused(self, rung: str) -> str:
+        """Why a rung is not used on this model; empty if it is."""
+        if rung not in self._refused:
+            with torch.no_grad(), evaluating(self.anatomy.module):
+                try:
+                    _fit(self.anatomy, rung)
+                    self._refused[rung] = self._try(rung)
+                except Refused as error:
+                    self._refused[rung] = str(error)
+                except Exception as error:
+                    self._refused[rung] = f"the trial failed ({_told(error)})"
+        return self._refused[rung]
+
+    def _try(self, rung: str) -> str:
+        inputs, variants, truth = self._truth
+        prepared = [prepare(self.anatomy, inputs, i, v) for i, v in enumerate(variants)]
         if rung != "packed, suffix":
             for v in prepared:
                 v.start = 0
-        try:
-            _fit(anatomy, rung)
-            if rung.startswith("packed"):
-                rungs.shapes = rungs.shapes or _learn_shapes(anatomy)
-            executor = Executor(anatomy, inputs, _AllLogits(), rungs.shapes)
-            batches = [prepared]
-            if rung == "stubbed":  # a batch enters at one block
-                batches = [[v for v in prepared if v.layer == layer] for layer in sorted({v.layer for v in prepared})]
-            made = [logits for batch in batches for logits in executor.run(rung, batch)]
-            rungs.refused[rung] = deviation(torch.stack(made), truth)
-        except Refused as error:
-            rungs.refused[rung] = str(error)
-        except Exception as error:
-            rungs.refused[rung] = f"the trial failed ({_told(error)})"
-    return rungs
+        if rung.startswith("packed"):
+            self.shapes = self.shapes or _learn_shapes(self.anatomy)
+        executor = Executor(self.anatomy, inputs, _AllLogits(), self.shapes)
+        batches = [prepared]
+        if rung == "stubbed":  # a batch enters at one block
+            batches = [[v for v in prepared if v.layer == layer] for layer in sorted({v.layer for v in prepared})]
+        made = {v.index: logits for batch in batches for v, logits in zip(batch, executor.run(rung, batch), strict=True)}
+        return deviation(torch.stack([made[i] for i in range(len(variants))]), truth)
+
+    @cached_property
+    def _truth(self) -> tuple[Inputs, list[Edit], Tensor]:
+        """The probe, edits of it, and the logits of plain runs under each."""
+        inputs = read_inputs(self.anatomy.module, None, self.anatomy.inputs)
+        tried = {v: _tried(self.anatomy, inputs, v) for v in _variants(self.anatomy.stacks[-1])}
+        found = {v: logits for v, logits in tried.items() if logits is not None}
+        return inputs, list(found), torch.stack(list(found.values()))
 
 
 def _tried(anatomy: Anatomy, inputs: Inputs, edit: Edit) -> Tensor | None:
@@ -173,16 +176,18 @@ def _told(error: Exception) -> str:
 
 
 def _variants(stack: Stack) -> list[Edit]:
-    """Strong edits of the residual, and edits inside attention, at the ends and in the middle of the stack."""
-    variants: list[Edit] = []
-    for layer in sorted({0, len(stack.blocks) // 2, len(stack.blocks) - 1}):
-        site = f"{stack.prefix}layers.{layer}"
-        variants += [Replace(f"{site}.resid_pre{at}", function=lambda x: x.flip(-1)) for at in ("@-3", "")]
-        if "attn.z_out" in stack.blocks[layer].taps:
-            variants.append(Ablate(f"{site}.attn.heads.0"))
-        if "attn.k" in stack.blocks[layer].taps:
-            variants.append(Replace(f"{site}.attn.k@-4", function=lambda x: x * 1.5))
+    """Strong edits of the residual at the ends and in the middle of the stack, and edits inside attention."""
+    last = len(stack.blocks) - 1
+    sites = [f"{stack.prefix}layers.{layer}.resid_pre" for layer in sorted({0, last // 2, last})]
+    variants: list[Edit] = [Replace(site + at, _flipped) for site in sites for at in ("@-3", "")[: 1 + (site == sites[0])]]
+    for part in ("attn.heads.0", "attn.heads.0.k@-4"):
+        having = [b.index for b in stack.blocks if ("attn.k" if "k@" in part else "attn.z_out") in b.taps]
+        variants += [Replace(f"{stack.prefix}layers.{layer}.{part}", _flipped) for layer in sorted({*having[:1], *having[-1:]})]
     return variants
+
+
+def _flipped(x: Tensor) -> Tensor:
+    return x.flip(-1) * 1.5
 
 
 def _fit(anatomy: Anatomy, rung: str) -> None:
@@ -232,7 +237,8 @@ def prepare(anatomy: Anatomy, inputs: Inputs, index: int, edits: Edit | Sequence
     for w in writers:
         site = w.spot.site
         inside = (site.stack or last.name) == last.name
-        layer = min(layer, len(last.blocks) if site.part == "final_norm" else (site.layer or 0) if inside else -1)
+        here = int(site.layer or 0) if inside else -1
+        layer = min(layer, len(last.blocks) if site.part == "final_norm" else here)
         reads_all = isinstance(w.edit, Ablate) and w.edit.how != "zero" and w.edit.reference is None
         columns = None if reads_all or w.spot.stream != last.name else inputs.stream(w.spot.stream).find(site.at)
         start = min(start, 0 if columns is None else int(columns.min()))

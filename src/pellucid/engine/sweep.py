@@ -65,37 +65,55 @@ class Plan:
     inputs: Inputs
     bound: Any
     variants: list[Variant]
-    usable: dict[str, str]  # rung -> why it cannot be used; "" if it can
+    candidates: Sequence[str]  # rungs, cheapest first
     memory: int
     checkpoint: Checkpoint | None = None
     values: Tensor = field(init=False)
     done: Tensor = field(init=False)
     rung: str = field(init=False)
+    reasons: dict[str, str] = field(default_factory=dict)  # rung -> why it cannot be used; "" if it can
 
     def __post_init__(self) -> None:
         wide = any(p.dtype == torch.float64 for p in self.anatomy.module.parameters())
         shape = len(self.variants), len(self.inputs)
         self.values = torch.full(shape, float("nan"), dtype=torch.float64 if wide else torch.float32)
         self.done = torch.zeros(shape[0], dtype=torch.bool)
-        self.executor = Executor(self.anatomy, self.inputs, self.bound, certified(self.anatomy).shapes)
         self.stack: Stack = self.anatomy.stacks[-1]
         self._choose()
+        self.executor = Executor(self.anatomy, self.inputs, self.bound, certified(self.anatomy).shapes)
 
     def _choose(self) -> None:
-        """Take the first rung that can be used; there is none left where one was asked for and failed."""
-        left = [rung for rung in RUNGS if not self.usable[rung]]
-        if not left:
-            raise Refused(f"the executor {self.rung!r} does not serve this sweep: {self.usable[self.rung]}")
-        self.rung = left[0]
+        """Take the first rung that can be used; Refused where one was asked for that cannot."""
+        for rung in self.candidates:
+            if rung not in self.reasons:
+                self.reasons[rung] = self._unfit(rung) or certified(self.anatomy).refused(rung)
+            if not self.reasons[rung]:
+                self.rung = rung
+                break
+        else:
+            raise Refused(f"the executor {rung!r} does not serve this sweep: {self.reasons[rung]}")
         if self.rung != "packed, suffix":
             for v in self.variants:
                 v.start = 0
+
+    def _unfit(self, rung: str) -> str:
+        """Why these variants, inputs or metric cannot use a rung; empty if they can."""
+        if rung == "single":
+            return ""
+        if own_hooks(self.anatomy.module):
+            return "your own hooks on the model must see every run by itself"
+        beyond = rung.startswith("packed") and any(w.spot.site.part == "final_norm" for v in self.variants for w in v.writers)
+        if rung != "batched" and (beyond or any(v.layer < 0 for v in self.variants)):
+            return "an edit lies outside the last stack's blocks"
+        if rung.startswith("packed") and (self.bound.classes or self.anatomy.head is None):
+            return "the metric does not read logits of the unembedding"
+        return certified(self.anatomy).settled.get((rung, *self._sizes), "")
 
     # ---- what it costs
 
     @property
     def cost(self) -> float:
-        """Estimated cost in plain forward passes of the same inputs, by parameters touched."""
+        """Estimated cost in plain forward passes of the same inputs, by tokens and parameters touched."""
         head, body = self._shares()
         layers, length = len(self.stack.blocks), self._length
         total = 1.0 if self._checked else 2.0
@@ -120,12 +138,12 @@ class Plan:
     def explain(self) -> str:
         """The plan in words, with its estimated cost beside running every variant from the start."""
         n, prompts = len(self.variants), len(self.inputs)
-        why = "; ".join(f"not {rung}: {self.usable[rung]}" for rung in RUNGS[: RUNGS.index(self.rung)])
+        why = "; ".join(f"not {rung}: {reason}" for rung, reason in self.reasons.items() if reason)
         lines = [
             f"{n} variants of {prompts} prompt{'s' * (prompts > 1)}, {self._length} tokens" + " each" * (prompts > 1),
             f"executor: {self.rung} ({why or 'equal to plain runs on this model'})",
-            f"batches: {len(list(self.chunks()))} within {self.memory / 2**20:.0f} MiB",
-            f"cost: about {self.cost:.1f} plain forward passes instead of {n}",
+            f"batches: {len(list(self.chunks(self.variants)))} within {self.memory / 2**20:.0f} MiB",
+            f"cost: at most {self.cost:.1f} plain forward passes instead of {n}, by tokens computed",
         ]
         if self.rung.startswith("packed"):
             rows = "all vocabulary rows" if self.bound.tokens is None else f"{self.bound.tokens.shape[1]} vocabulary rows"
@@ -153,13 +171,13 @@ class Plan:
             while not bool(self.done.all()):
                 bar.update(int(self.done.sum()) - bar.n)
                 try:
-                    for chunk in self.chunks():
+                    for chunk in self.chunks([v for v in self.variants if not self.done[v.index]]):
                         self._execute(chunk)
                         bar.update(len(chunk))
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)
                 except _Wrong as error:
-                    self.usable[self.rung] = str(error)
+                    self.reasons[self.rung] = str(error)
                     self._choose()
         return Sweep(self.values, clean, self)
 
@@ -187,30 +205,26 @@ class Plan:
             raise
         except Exception as error:
             wrong = f"failed on inputs of this size ({type(error).__name__}: {str(error).splitlines()[:1]})"
-        certified(self.anatomy).settled[self._size] = wrong
+        certified(self.anatomy).settled[self.rung, *self._sizes] = wrong
         if wrong:
             raise _Wrong(wrong)
         return logits
 
     @property
-    def _size(self) -> tuple[Any, ...]:
-        return self.rung, *((*s.ids.shape, s.padded) for s in self.inputs.streams.values())
+    def _sizes(self) -> tuple[Any, ...]:
+        return tuple((*s.ids.shape, s.padded) for s in self.inputs.streams.values())
 
     @property
     def _checked(self) -> bool:
-        return self.rung == "single" or certified(self.anatomy).settled.get(self._size) == ""
+        return self.rung == "single" or (self.rung, *self._sizes) in certified(self.anatomy).settled
 
-    def chunks(self) -> Iterator[list[Variant]]:
-        """What is to be done, in batches within the memory budget; stubbed rows must enter at the same block."""
-        todo = sorted((v for v in self.variants if not self.done[v.index]), key=lambda v: (v.layer, v.start, v.index))
-        if self.rung == "single":
-            yield from ([v] for v in todo)
-            return
+    def chunks(self, variants: Sequence[Variant]) -> Iterator[list[Variant]]:
+        """Variants in batches within the memory budget; stubbed rows must enter at the same block."""
         batch: list[Variant] = []
         used = 0.0
-        for v in todo:
+        for v in sorted(variants, key=lambda v: (v.layer, v.start, v.index)):
             size = self._bytes(v)
-            apart = self.rung == "stubbed" and batch and batch[0].layer != v.layer
+            apart = self.rung == "single" or (self.rung == "stubbed" and batch and batch[0].layer != v.layer)
             if batch and (apart or used + size > self.memory):
                 yield batch
                 batch, used = [], 0.0
@@ -247,30 +261,12 @@ def plan_sweep(
     if rung is not None and rung not in RUNGS:
         raise InputError(f"there is no executor {rung!r}{nearest(rung, RUNGS)}")
     prepared = [prepare(anatomy, inputs, i, v) for i, v in enumerate(variants)]
-    known = certified(anatomy).refused
-    hooked = "your own hooks on the model must see every run by itself" if own_hooks(anatomy.module) else ""
-    usable = {r: hooked or known.get(r, "") or _unfit(r, anatomy, prepared, bound) for r in RUNGS[:-1]} | {"single": ""}
-    if rung is not None:
-        if usable[rung]:
-            raise Refused(f"the executor {rung!r} does not serve this sweep: {usable[rung]}")
-        usable |= {r: f"{rung!r} was asked for" for r in RUNGS if r != rung}
     kept = None
     if checkpoint is not None:
         edits = [[(str(w.spot.site), w.edit) for w in v.writers] for v in prepared]
         ids = [(s.ids, s.mask) for s in inputs.streams.values()]
         kept = Checkpoint(Path(checkpoint), fingerprint(edits, ids, bound))
-    return Plan(anatomy, inputs, bound, prepared, usable, memory or default_memory(anatomy), kept)
-
-
-def _unfit(rung: str, anatomy: Anatomy, variants: list[Variant], bound: Any) -> str:
-    """Why these variants or this metric cannot use a rung; empty if they can."""
-    if rung in ("batched", "single"):
-        return ""
-    if any(not 0 <= v.layer < len(anatomy.stacks[-1].blocks) for v in variants):
-        return "an edit lies outside the last stack's blocks"
-    if rung == "stubbed":
-        return ""
-    return "the metric does not read logits of the unembedding" if bound.classes or anatomy.head is None else ""
+    return Plan(anatomy, inputs, bound, prepared, [rung] if rung else RUNGS, memory or default_memory(anatomy), kept)
 
 
 __all__ = ["RUNGS", "Plan", "Reader", "Sweep", "plan_sweep"]

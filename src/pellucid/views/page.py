@@ -40,8 +40,8 @@ class Section:
 
     def html(self) -> Html:
         care = tag("p", tag("b", "Mind: "), self.care, class_="care") if self.care else None
-        code = details("Make it yourself", code(self.python), code(self.shell)) if self.python else None
-        return tag("section", tag("h2", self.title, id=f"{self.id}-title"), tag("p", self.lead), self.figure, care, code,
+        made = details("Make it yourself", code(self.python), code(self.shell)) if self.python else None
+        return tag("section", tag("h2", self.title, id=f"{self.id}-title"), tag("p", self.lead), self.figure, care, made,
                    id=self.id, aria_labelledby=f"{self.id}-title")  # fmt: skip
 
 

@@ -7,40 +7,48 @@ import warnings
 import numpy as np
 
 from pellucid.attribution import integrated_gradients
-from pellucid.errors import PellucidError
 from pellucid.results import Result
 from pellucid.views.counterfactual import words_of
 from pellucid.views.figures import coloured_tokens, details, legend, table
-from pellucid.views.markup import join, number, quoted, token
+from pellucid.views.markup import join, number, quoted, tag, token
 from pellucid.views.page import Section
 from pellucid.views.question import Question
 
 TITLE = "Which words does the answer rest on?"
-TOKENS = 4096  # read along the path in all; shorter prompts choose their steps by the gap instead
+STEPS = (24, 96)  # along the path, until the gap is within `TOLERANCE` of the shares' total size
+TOLERANCE = 0.02
+TOKENS = 8192  # read along the path in all: long prompts take fewer steps
 
 
 def words(question: Question) -> Section:
-    found = _attributed(question, None)
+    fill, other = _baselines(question)[:2]
+    found = _attributed(question, fill)
     values, tokens = found["attribution"].values, [str(t) for t in found["token"].values]
     full = float(np.abs(values).max()) or 1.0
     moved = float(found["score"] - found["baseline_score"])
-    baseline = found.data.attrs["baseline"]
+    gap, rough = float(found["gap"]), abs(float(found["gap"])) > 0.1 * float(np.abs(values).sum())
     lead = (
-        f"Each token's share of the {question.metric_name} by integrated gradients: the prompt's embeddings are faded in from a "
-        f"baseline ({_named(baseline, found)}), and the gradient is added up on the way. Blue supports the answer, orange speaks against it."
+        f"Each token's share of the {question.metric_name} by integrated gradients: the prompt is faded in from a baseline "
+        f"({quoted(question.model.tokenizer.decode([fill]))} in place of every token but the first, which therefore has no share), and the gradient is added up on the way. Blue supports the answer, orange speaks against it."
     )
     sums = (
         f"The shares add up to {number(float(values.sum()), sign=True)}; the {question.metric_name} went from {number(float(found['baseline_score']), sign=True)} "
-        f"on the baseline to {number(float(found['score']), sign=True)} on the prompt. Gap: {number(float(found['gap']), 3)}, {int(found['steps'])} steps."
+        f"on the baseline to {number(float(found['score']), sign=True)} on the prompt. Gap: {number(gap, 3)}, {int(found['steps'])} steps."
+        + (" That gap is large: the path is too rough here, and the shares are no more than a hint." if rough else "")
     )
     order = np.argsort(-np.abs(values))[:12]
     rows = [(token(tokens[i]), int(i), number(float(values[i]), 3, sign=True)) for i in order]
     figure = join(
         coloured_tokens(tokens, values, full), legend(f"share of the {question.metric_name}", "signed", full),
-        join(sums), details("As a table, the largest first", table(["token", "position", "share"], rows)),
+        tag("p", sums, class_="note"), details("As a table, the largest first", table(["token", "position", "share"], rows)),
     )  # fmt: skip
-    control = _control(question, values, baseline)
-    lines = [question.metric_code, "shares = pl.attribution.integrated_gradients(model, prompt, metric)", "shares.show()"]
+    control = _control(question, values, other)
+    lines = [
+        question.metric_code,
+        f"baseline = model.inputs(prompt).stream({question.prefix[:-1]!r}).ids[0].clone()",
+        f"baseline[1:] = {fill}  # {question.model.tokenizer.decode([fill])!r}",
+        f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})", "shares.show()",
+    ]
     best = _strongest(question, values)
     finding = f"Of all words {quoted(best[0])} supports the answer most: {number(best[1], sign=True)} of {number(moved, sign=True)} in the {question.metric_name}."
     return Section(
@@ -49,38 +57,43 @@ def words(question: Question) -> Section:
     )  # fmt: skip
 
 
-def _attributed(question: Question, baseline: str | None) -> Result:
-    """Long prompts take a fixed number of steps, whatever gap that leaves: it is shown."""
-    length = len(question.tokens)
-    steps = None if length <= 64 else max(8, TOKENS // length)
+def _attributed(question: Question, token_id: int) -> Result:
+    """From a baseline with `token_id` in every place but the first: many models park attention on their first token,
+    and a path that takes it away as well is too rough to integrate."""
+    baseline = question.source.ids[0].clone()
+    baseline[1:] = token_id
+    most = max(8, TOKENS // len(baseline))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return integrated_gradients(question.model, question.inputs, question.metric, baseline=baseline, steps=steps)
+        warnings.simplefilter("ignore")  # the gap is shown
+        for steps in sorted({min(n, most) for n in STEPS}):
+            found = integrated_gradients(question.model, question.inputs, question.metric, baseline=baseline, steps=steps)
+            if abs(float(found["gap"])) <= TOLERANCE * float(np.abs(found.values).sum()):
+                break
+    return found
 
 
-def _named(baseline: str, found: Result) -> str:
-    if baseline in ("mean", "zero"):
-        return f"the {baseline} embedding"
-    stands = next(iter({str(b) for b, s in zip(found["baseline_token"].values, found["special"].values, strict=True) if not s}), "")
-    return f"{quoted(stands)} in every place"
+def _baselines(question: Question) -> list[int]:
+    """Tokens that say nothing: padding, the mask, or else a full stop or a line end."""
+    tokenizer = question.model.tokenizer
+    named = [tokenizer.mask_token_id if question.kind == "masked token" else None, tokenizer.pad_token_id]
+    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", "\n", ",")]
+    ids = [i for i in named if i is not None] + [i[0] for i in plain if len(i) == 1] + [0, 1]
+    return list(dict.fromkeys(ids))
 
 
-def _control(question: Question, values: np.ndarray, baseline: str) -> str:
+def _control(question: Question, values: np.ndarray, token_id: int) -> str:
     """How much the choice of the baseline matters."""
-    other = "pad" if baseline == "mean" else "mean"
     known = "what counts as absence is a choice"
-    try:
-        again = _attributed(question, other)["attribution"].values
-    except PellucidError as error:
-        return f"{known}; the control with another baseline, {other!r}, was not possible ({error})."
-    if len(values) < 3:
+    again = _attributed(question, token_id)
+    other = again.values
+    if len(values) < 4:
         return f"{known}."
-    a, b = (np.argsort(np.argsort(v)) for v in (values, again))
-    agreement = float(np.corrcoef(a, b)[0, 1])
-    top = "the same word" if int(values.argmax()) == int(again.argmax()) else f"{quoted(question.tokens[int(again.argmax())])} instead"
+    a, b = (np.argsort(np.argsort(v[1:])) for v in (values, other))
+    first, then = (quoted(_strongest(question, v)[0]) for v in (values, other))
+    same = f"{first} comes first again" if first == then else f"{then} comes first instead of {first}"
     return (
-        f"{known}. As a control, with the {other!r} baseline the tokens' order agrees to {number(agreement)} "
-        f"(rank correlation; 1 is full agreement), and {top} comes first. A share is no proof that the model needs the word: see the patches below."
+        f"{known}. As a control, from a baseline of {quoted(question.model.tokenizer.decode([token_id]))} the order of the tokens agrees to "
+        f"{number(float(np.corrcoef(a, b)[0, 1]))} (rank correlation; 1 is full agreement), and {same}. A share is no proof that the model needs the word."
     )
 
 
