@@ -136,7 +136,7 @@ def test_greedy_sets_start_with_the_strongest_and_end_with_all(gpt2: Model) -> N
 def test_editing_every_carrier_removes_the_bias_and_has_a_price(gpt2: Model) -> None:
     texts = ["The city of Paris is in France and Rome is in Italy", "John gave a drink to Mary"]
     prompts = pairs(gpt2)
-    result = mitigation(gpt2, prompts, texts, over="layers.*.resid_post", how="mean", sizes=(1, 3), draws=1)
+    result = mitigation(gpt2, prompts, texts, over="layers.*.resid_post", sizes=(1, 3), draws=1)
     assert result.bias.sel(size=3).item() == pytest.approx(0.0, abs=1e-5)
     assert result["bias_before"].item() != 0
     assert result.price.sel(size=3).item() != 0
@@ -147,17 +147,8 @@ def test_editing_every_carrier_removes_the_bias_and_has_a_price(gpt2: Model) -> 
     expected = np.exp(sum(loss * n for loss, n in losses) / sum(n for _, n in losses))
     assert result["perplexity_before"].item() == pytest.approx(expected, rel=1e-5)
     ranked = [str(s) for s in result.mediators.values]
-    edits = mitigating_edits(gpt2, prompts[:3], ranked[:1], "mean")
+    edits = mitigating_edits(gpt2, prompts[:3], ranked[:1])
     assert perplexity(gpt2, texts, edits) == pytest.approx(result.perplexity.sel(size=1).item(), rel=1e-5)
-
-
-def test_projection_removes_one_direction_and_spares_the_rest(gpt2: Model) -> None:
-    prompts = pairs(gpt2)
-    (edit,) = mitigating_edits(gpt2, prompts, ["layers.1.resid_post"], "project")
-    plain = gpt2.run(prompts.clean, keep="layers.1.resid_post").tensor("layers.1.resid_post")
-    edited = gpt2.run(prompts.clean, keep="layers.1.resid_post", edits=[edit]).tensor("layers.1.resid_post")
-    change = (plain - edited)[0].detach()
-    assert torch.linalg.matrix_rank(change, atol=1e-4) == 1
 
 
 def test_professions_of_a_file_become_aligned_pairs(tmp_path: Path) -> None:

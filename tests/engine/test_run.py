@@ -272,10 +272,12 @@ def test_nothing_is_left_on_the_model(family: str, error: BaseException | None) 
     module = build(family)
     module.train()
     module.get_submodule(opened(family).anatomy.stacks[-1].blocks[0].module).eval()
-    model = pellucid.load(module, tokenizer=tokenizer(module), probe=inputs(module))
     seen: list[Any] = []
     mine = module.register_forward_hook(lambda *_: seen.append("called"))
-    before, prefix = state(module), model.anatomy.stacks[-1].prefix
+    before = state(module)
+    model = pellucid.load(module, tokenizer=tokenizer(module), probe=inputs(module))
+    assert state(module) == before
+    prefix = model.anatomy.stacks[-1].prefix
 
     def function(x: Tensor) -> Tensor:
         if error is not None:

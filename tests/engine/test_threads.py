@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import pellucid
 from pellucid import Ablate, Replace, Scale, metrics
 from tests.engine.hand import PROMPTS, call, ids, opened
+from tests.zoo import build, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +106,33 @@ def test_sweeps_run_beside_runs_and_generation() -> None:
         wanted = [job() for job in jobs]
         for want, made in zip(wanted, at_once(*jobs, rounds=4), strict=True):
             assert all(torch.equal(want, got) for got in made)
+
+
+@pytest.mark.parametrize("port", ["resid_pre", "resid_post"])
+def test_a_hook_that_is_taken_down_while_another_thread_is_about_to_call_it_does_no_harm(port: str) -> None:
+    """torch calls the hooks it found when the module was called, and forgets at once which of them want kwargs."""
+    module = build("llama")
+    model = pellucid.load(module, tokenizer=tokenizer(module))
+    block, tokens = module.model.layers[0], ids()
+    native = module(tokens).logits
+    inside, ended = threading.Event(), threading.Event()
+    made: list[Tensor] = []
+
+    def mine(*_: Any) -> None:
+        if threading.current_thread() is other:
+            inside.set()
+            ended.wait(10)
+
+    hook = block.register_forward_pre_hook(mine) if port == "resid_pre" else block.register_forward_hook(mine)
+    other = threading.Thread(target=lambda: made.append(module(tokens).logits))
+
+    def function(x: Tensor) -> Tensor:
+        other.start()
+        inside.wait(10)  # the other thread now stands before our hook
+        return x
+
+    model.run(tokens, edits=[Replace("layers.1.resid_post", function), Scale(f"layers.0.{port}", 2.0)])
+    ended.set()
+    other.join()
+    hook.remove()
+    assert torch.equal(made[0], native)

@@ -1,7 +1,7 @@
 """What does pellucid find in each zoo model? One row of facts per model, made in parallel, crashes included.
 
-A proof may be skipped only where the family lacks what it is about (`LACKS`). Skipped elsewhere it counts as
-failed, so that nothing is proven by not looking.
+A proof may be skipped only where the family lacks what it is about, or has it in a form that is refused by name
+(`known.py` lists both). Skipped elsewhere it counts as failed, so that nothing is proven by not looking.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pellucid.anatomy.opening import open_module
 
 from .build import Entry, build
 from .inputs import inputs
-from .known import LACKS
+from .known import LACKS, ONLY_IN, REFUSED
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ def examine(entry: Entry) -> Row:
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Row(entry, failing={"opens": f"{type(error).__name__} in {where.name}: {_one_line(error)}"})
-    lacking = [
-        p.name for p in anatomy.proofs if p.holds is None and entry.model_type in LACKS.get(p.name, ())
-    ]
+    lacking = [p.name for p in anatomy.proofs if p.holds is None and may_skip(entry.model_type, p.name)]
     return Row(
         entry,
         stacks=[(stack.name, len(stack.blocks)) for stack in anatomy.stacks],
@@ -56,6 +54,12 @@ def examine(entry: Entry) -> Row:
         failing={p.name: p.detail for p in anatomy.proofs if not p.holds and p.name not in lacking},
         refused=dict(anatomy.refusals),
     )
+
+
+def may_skip(model_type: str, proof: str) -> bool:
+    """Whether the family has nothing the proof could be about, or nothing in a form it could be about."""
+    absent = model_type in LACKS.get(proof, ()) or (proof in ONLY_IN and model_type not in ONLY_IN[proof])
+    return absent or proof in REFUSED.get(model_type, {})
 
 
 def examine_all(entries: Iterable[Entry], jobs: int = 2, timeout: float = 120.0) -> Iterator[Row]:

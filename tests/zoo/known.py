@@ -1,8 +1,8 @@
 """Which proofs cannot hold on which model types, and why?
 
-`LACKS` says what a family does not have at all. `KNOWN_FAILURES` says what pellucid cannot prove, and what in
-the architecture is in the way; the tests demand exactly these failures, so that a regression breaks them and
-an improvement has to be written down.
+`LACKS` says what a family does not have at all, `REFUSED` what it has in a form that the map refuses by name, and
+`KNOWN_FAILURES` what pellucid cannot prove and what in the architecture is in the way. The tests demand exactly
+these, so that a regression breaks them and an improvement has to be written down.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 # State spaces, recurrences, Fourier mixing.
 _NO_ATTENTION = {"falcon_mamba", "fnet", "mamba", "mamba2", "rwkv", "xlstm"}
 _NO_MLP = {"falcon_mamba", "mamba", "mamba2"}
+# Every MLP is a mixture of experts: neurons belong to the experts.
 _ONLY_EXPERTS = """
-aria_text cohere2_moe deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe
-inkling_text inkling2_text kolibri1 mellum minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral olmoe phimoe
+aria_text cohere2_moe deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
+hunyuan_v1_moe inkling_text kolibri1 mellum minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral olmoe phimoe
 qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text solar_open zaya
 """
 
@@ -22,96 +23,70 @@ LACKS: dict[str, set[str]] = {
     "projection": _NO_ATTENTION,
     "ablation": _NO_ATTENTION,
     "neurons": _NO_MLP | set(_ONLY_EXPERTS.split()),
+    "position-wise": _NO_MLP,
 }
 
-_GENERIC_HEAD = (
-    "the head uses an operation between the last residual and the unembedding that is not recognised"
-)
-_FUSED_HEAD = "the unembedding is a product of two weights joined in the head, no module's own"
-_NO_SOFTMAX = "attention is approximated without a softmax over keys"
-_STREAMS = "hyper-connections: every block mixes several residual streams"
-_XLM = {
-    "residual": "the model's own loop multiplies the residual by the padding mask; blocks are no modules",
-    "chain": "as residual",
-    "neurons": "as residual",
-    "unembedding": "as residual",
+# Proofs about something most families do not have: the types that do.
+ONLY_IN: dict[str, set[str]] = {
+    # experts called through transformers' interface
+    "experts": set(
+        """
+afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
+dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
+granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling_text jamba kimi_linear kolibri1
+laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral nemo_speechlm
+nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text
+solar_open zaya
+        """.split()
+    ),
+    # a gate, norm or other operation between z and the output projection
+    "heads": set(
+        """
+afmoe axk2 bailing_hybrid beam bitnet canine deepseek_v4 dots3_note dots3_note_text hrm_text hy_v4 laguna lfm3
+mobilebert neomme nystromformer qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
+qwen4_exp_text zamba zamba2
+        """.split()
+    ),
 }
-_CODEBOOKS = {"opens": "several rows of codebook tokens make one sequence"}
-_QWEN4 = {"residual": _STREAMS}
+
+_NO_SOFTMAX = "attention is approximated without a softmax over keys"
+_WINDOWS = "windows of keys: the scores are no query-by-key matrix"
+_OWN_EXPERTS = "experts run by code of the family's own"
+_SHIFTED = "the feed-forward part reads the position before as well"
+
+# model type -> proof -> why the map refuses what the proof would be about
+REFUSED: dict[str, dict[str, str]] = {
+    "dbrx": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
+    "diffllama": {"attention": "two softmaxes are subtracted, so no pattern is a distribution over keys"},
+    "llama4": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
+    "llama4_text": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
+    "longformer": {"attention": _WINDOWS},
+    "mobilebert": dict.fromkeys(("neurons", "position-wise"), "attention and four feed-forward networks sit in a bottleneck and are added as one"),
+    "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
+    "rwkv": dict.fromkeys(("neurons", "position-wise"), _SHIFTED),
+    "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
+    "zamba": dict.fromkeys(("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"),
+    "zamba2": dict.fromkeys(("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"),
+}
+
+_ALTUP = "every block predicts and corrects four residual streams (AltUp), contributions are never computed alone"
+_EARLIER = "blocks and the head attend over the outputs of all earlier blocks"
+_ROUTED = "experts project queries and outputs of attention, routed per token"
+_STREAMS = "the output projection is called once per n-gram stream"
+_REVERSIBLE = "reversible layers: two residuals, hashed attention, a head that reads both"
 
 # model type -> proof ("opens" when it cannot be opened at all) -> what is in the way
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
-    "blt": {"chain": "cross-attention to patches acts between the blocks of the local models"},
-    "canine": {"unembedding": "the classifier reads a pooled state through a tanh layer"},
-    "convbert": {
-        "projection": "attention and a convolution enter the output projection side by side",
-        "ablation": "as projection",
-    },
-    "deepseek_v4": {
-        "residual": _STREAMS,
-        "projection": "the output projection is low-rank, by groups of heads",
-        "ablation": "as projection",
-        "unembedding": "the streams are merged before the unembedding",
-    },
-    "doge": {"residual": "a learned vector scales every channel of the residual"},
-    "esm": {"unembedding": _GENERIC_HEAD},
-    "flaubert": _XLM,
-    "gemma3n_text": {
-        "residual": "every block predicts and corrects four residual streams (AltUp)",
-        "neurons": "as residual",
-        "unembedding": "the streams are merged before the unembedding",
-    },
-    "gpt_neox_japanese": {"residual": "the last block adds its MLP's output in the block itself"},
-    "granitemoehybrid": {
-        "residual": "experts and the shared MLP are summed in the block itself",
-        "neurons": "as residual",
-    },
-    "hrm_text": {"chain": "two recurrent modules hand each other sums of their states"},
-    "hy_v4": {
-        "residual": _STREAMS,
-        "neurons": "as residual",
-        "unembedding": "the streams are merged before it",
-    },
-    "ibert": {"opens": "blocks pass pairs of a quantised tensor and its scale"},
-    "inkling2_text": {
-        "residual": "the residual starts anew at block boundaries, blocks attend to the earlier ones",
-        "unembedding": "as residual",
-    },
-    "jetmoe": {
-        "projection": "experts project queries and outputs of attention",
-        "ablation": "as projection",
-        "neurons": "experts in a layout of their own",
-    },
-    "longformer": {"opens": "windows of keys: the scores are no query-by-key matrix"},
-    "mobilebert": {
-        "neurons": "four feed-forward networks in a bottleneck, inside the block",
-        "unembedding": _FUSED_HEAD,
-    },
-    "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-    "musicgen": _CODEBOOKS,
-    "musicgen_melody": _CODEBOOKS,
-    "neomme": {"unembedding": _GENERIC_HEAD},
-    "pegasus_x": {
-        "residual": "staggered blocks cut the attention's output to length in the block itself",
-        "ablation": "global tokens share the output projection",
-    },
-    "perceiver": {"unembedding": "the logits are read by a decoder's cross-attention"},
-    "prophetnet": {
-        "projection": "several predicting streams lie side by side in the decoder's residual",
-        "unembedding": "as projection",
-    },
-    "qwen4_exp": _QWEN4,
-    "qwen4_exp_text": _QWEN4,
-    "reformer": {
-        **dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-        "unembedding": "two reversible residual streams are joined before the unembedding",
-    },
-    "squeezebert": {"opens": "blocks carry channels before positions"},
-    "xlm": _XLM,
-    "xlnet": {"residual": "the attention's output projection and residual are in one function"},
-    "xmod": {"residual": "the adapter of the language is applied in the block itself, by rows"},
-    "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-    "zamba": {"neurons": "the MLP belongs to a block shared between layers, inside the layer"},
-    "zamba2": {"neurons": "the MLP belongs to a block shared between layers, inside the layer"},
-    "zaya": {"residual": "learned vectors scale and shift the residual and every contribution"},
+    "gemma3n_text": dict.fromkeys(
+        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _ALTUP
+    ),
+    "inkling2_text": dict.fromkeys(
+        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _EARLIER
+    ),
+    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise"), _ROUTED),
+    "prophetnet": {"projection": _STREAMS, "unembedding": "logits come from the n-gram streams"},
+    "reformer": dict.fromkeys(
+        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _REVERSIBLE
+    ),
+    "xlnet": dict.fromkeys(("projection", "ablation"), "the output projection is an einsum with a raw parameter"),
 }

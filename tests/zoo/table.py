@@ -21,7 +21,7 @@ from rich.progress import track
 
 from .build import Entry, Kind, model_types
 from .examine import Row, examine_all
-from .known import KNOWN_FAILURES
+from .known import KNOWN_FAILURES, REFUSED
 from .quirks import UNBUILDABLE
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -38,6 +38,7 @@ Every text model type of transformers {version}, built tiny with random weights,
 | built tiny | {built} |
 | opened | {opened} |
 | completely proven: every proof holds that has something to be about | {proven} |
+| of those, with attention, MLP or experts in a form of their own whose sites are refused by name | {refusing} |
 
 *Stacks*: the number of blocks of each residual stream. *Attention*: met through transformers' attention
 interface or among the operators of the attention module. *Proofs*: how many hold of those that apply.
@@ -59,11 +60,14 @@ def document(rows: list[Row]) -> str:
         "built": len(rows),
         "opened": sum("opens" not in row.failing for row in rows),
         "proven": sum(not row.failing for row in rows),
+        "refusing": sum(not row.failing and row.entry.model_type in REFUSED for row in rows),
     }
     parts = [HEADER.format(version=transformers.__version__, **counts)]
     for kind in sorted(get_args(Kind), key=list(TITLES).index):
         parts.append(f"## {TITLES[kind]}\n\n{table([row for row in rows if row.entry.kind == kind])}")
     parts.append(f"## What is not proven, and why\n\n{_bullets(_causes(rows))}")
+    refused = {t: [f"{p}: {why}" for p, why in proofs.items()] for t, proofs in sorted(REFUSED.items())}
+    parts.append(f"## What is refused because of its form\n\n{_bullets(refused)}")
     parts.append(f"## What cannot be built\n\n{_bullets({t: [why] for t, why in UNBUILDABLE.items()})}")
     return "\n".join(parts)
 

@@ -8,7 +8,7 @@ import torch
 from .build import Entry, build, model_types
 from .examine import examine
 from .inputs import inputs
-from .known import KNOWN_FAILURES, LACKS
+from .known import KNOWN_FAILURES, LACKS, ONLY_IN, REFUSED
 from .quirks import NOT_IN_BFLOAT16, QUIRKS, UNBUILDABLE
 from .tokenizer import tokenizer
 
@@ -48,7 +48,8 @@ def test_what_is_listed_as_unbuildable_cannot_be_built(model_type: str) -> None:
 
 
 def test_every_name_in_the_lists_is_a_model_type() -> None:
-    named = {*UNBUILDABLE, *KNOWN_FAILURES, *NOT_IN_BFLOAT16, *(t for types in LACKS.values() for t in types)}
+    listed = {t for types in (*LACKS.values(), *ONLY_IN.values()) for t in types}
+    named = {*UNBUILDABLE, *KNOWN_FAILURES, *REFUSED, *NOT_IN_BFLOAT16, *listed}
     assert named <= TYPES
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pellucid.anatomy import discovery
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
+from pellucid.anatomy.modes import evaluating, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
 from pellucid.anatomy.structure import Anatomy, Head, Proof, Stack
@@ -31,13 +32,8 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> A
     `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default
     random token ids. The module is left exactly as it was, its training mode included.
     """
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            return _open(module, dict(inputs) if inputs is not None else probe(module))
-    finally:
-        module.train(training)
+    with torch.no_grad(), evaluating(module), uncompiled(module):
+        return _open(module, dict(inputs) if inputs is not None else probe(module))
 
 
 def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pellucid.anatomy.experts import EXPERT_PORTS, routed
 from pellucid.anatomy.interfaces import listening
+from pellucid.anatomy.modes import uncompiled
 from pellucid.anatomy.structure import ATTENTION_PORTS, Tap
 from pellucid.anatomy.trace import CONTRACTIONS, UNFRAMED, counts, in_place, put, results, take
 from pellucid.errors import Refused
@@ -66,6 +67,7 @@ class Wiretap:
             else:
                 self._attention.setdefault(modules[tap.module], {})[tap.nth, tap.port] = tap
         try:
+            self._stack.enter_context(uncompiled(self.root))
             self._hook(self.root.register_forward_pre_hook(self._restart, with_kwargs=True))
             for (name, port), taps in plain.items():
                 if port == "in":
@@ -89,12 +91,13 @@ class Wiretap:
         self._stack.callback(handle.remove)
 
     # ---- module inputs and outputs
+    # Hooks look at the thread first: in another one torch may call a hook that was just taken down, without kwargs.
 
-    def _restart(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _restart(self, module: nn.Module, *given: Any) -> None:
         if threading.get_ident() == self._owner:
             self._times.clear()
             if self.on_forward is not None:
-                self.on_forward(kwargs)
+                self.on_forward(given[1])
 
     def nth(self, name: str, port: str) -> int:
         n = self._times.get((name, port), 0)
@@ -109,9 +112,10 @@ class Wiretap:
             return tensor if new is None else tap.layout.write(new).to(tensor.dtype)
 
     def _before(self, name: str, taps: list[Tap]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, *given: Any) -> Any:
             if threading.get_ident() != self._owner:
                 return None
+            args, kwargs = given
             n = self.nth(name, "in")
             changed = False
             for tap in taps:
@@ -130,9 +134,10 @@ class Wiretap:
         return hook
 
     def _after(self, name: str, taps: list[Tap]) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def hook(module: nn.Module, *given: Any) -> Any:
             if threading.get_ident() != self._owner:
                 return None
+            output = given[-1]
             n = self.nth(name, "out")
             changed = False
             for tap in taps:

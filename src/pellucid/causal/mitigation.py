@@ -6,20 +6,18 @@ log odds of the answer that goes against the stereotype:
     bias = mean over pairs of log y[other word] - log y[word],      y = p(wrong) / p(right)
 
 which does not depend on how likely " he" and " she" are by themselves. The mediators with the largest indirect effects
-(see mediation.py) are edited, 1, 2, 4, ... of them, so that they no longer tell the two words apart:
+(see mediation.py), 1, 2, 4, ... of them, are held at their mean over both words and all pairs, so that they no longer
+tell the two words apart. (Removing from each only the direction in which the words differ most was tried and left out:
+on SmolLM2 it left nine tenths of the bias where the mean left a thirtieth.)
 
-    "mean"     their output is its mean over both words and all pairs
-    "project"  only its deviation from that mean along the direction in which the words differ most is removed:
-               x - ((x - mean) . b) b, with b the first right singular vector of the differences within pairs
-
-Mediators are ranked and edits fitted on one half of the pairs, the bias is measured on the other half. Its price is the
+Mediators are ranked and means taken on one half of the pairs, the bias is measured on the other half. Its price is the
 perplexity of texts that have nothing to do with it. The control edits as many randomly chosen mediators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +34,6 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.tasks import Prompts
 
-How = Literal["mean", "project"]
-
 
 def mitigation(
     model: Model,
@@ -45,7 +41,6 @@ def mitigation(
     texts: Sequence[str],
     *,
     over: str = "layers.*.attn.heads.*",
-    how: How = "project",
     sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
     draws: int = 3,
     seed: int = 0,
@@ -57,10 +52,8 @@ def mitigation(
     that is left), and without edits `bias_before` and `perplexity_before`. `mediators` names them by rank: give the first
     ones to `mitigating_edits` for the edits themselves. InputError for fewer than four pairs.
 
-    >>> mitigation(model, prompts, texts, how="mean")                                                # doctest: +SKIP
+    >>> mitigation(model, prompts, texts)                                                # doctest: +SKIP
     """
-    if how not in get_args(How):
-        raise InputError(f"cannot mitigate by {how!r}: expected one of {', '.join(get_args(How))}")
     if len(prompts) < 4:
         raise InputError(f"mitigation needs at least 4 pairs, half of them held out, and got {len(prompts)}")
     half = len(prompts) // 2
@@ -73,7 +66,7 @@ def mitigation(
     rng = np.random.default_rng(seed)
 
     def measured(chosen: Sequence[Site]) -> tuple[np.ndarray, float]:
-        edits = fit_edits(mediators, chosen, how)
+        edits = fit_edits(mediators, chosen)
         return _bias(test, edits), perplexity(model, texts, edits)
 
     before, price = measured([])
@@ -102,44 +95,29 @@ def mitigation(
         seed,
         task=prompts.name,
         over=over,
-        how=how,
         texts=list(texts),
         draws=draws,
     )
     return Result(data, kind="mitigation", title=f"What is left of {prompts.name}, and its price", provenance=about)
 
 
-def mitigating_edits(model: Model, prompts: Prompts, sites: Sequence[str | Site], how: How = "project") -> list[Edit]:
+def mitigating_edits(model: Model, prompts: Prompts, sites: Sequence[str | Site]) -> list[Edit]:
     """The edits themselves, fitted on `prompts`: give them to `model.run` or `model.generate`."""
     mediators = Mediators.of(model, prompts, list(sites))
-    return fit_edits(mediators, [each[0] for each in mediators.sets.values()], how)
+    return fit_edits(mediators, [each[0] for each in mediators.sets.values()])
 
 
-def fit_edits(mediators: Mediators, sites: Sequence[Site], how: How) -> list[Edit]:
-    """One edit per site, from its values on both sides of the pairs."""
+def fit_edits(mediators: Mediators, sites: Sequence[Site]) -> list[Edit]:
+    """One edit per site: its mean over both sides of the pairs, at every position."""
     made: list[Edit] = []
     for site in sites:
-        (clean, real), (corrupted, _) = (run.everywhere(site) for run in (mediators.null, mediators.set_))
-        a, b = clean[real].float(), corrupted[real].float()
-        mean = torch.cat([a, b]).mean(0)
-        if how == "mean" or a.ndim == 1:  # a neuron has one direction only
-            made.append(Replace(site, function=_constant(mean)))
-        else:
-            direction = torch.linalg.svd(a - b, full_matrices=False).Vh[0]
-            made.append(Replace(site, function=_without(mean, direction)))
+        seen = [values[real] for values, real in (run.everywhere(site) for run in (mediators.null, mediators.set_))]
+        made.append(Replace(site, function=_constant(torch.cat(seen).mean(0))))
     return made
 
 
-def _constant(mean: Tensor) -> Any:
+def _constant(mean: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: mean.to(x).expand_as(x)
-
-
-def _without(mean: Tensor, direction: Tensor) -> Any:
-    def project(x: Tensor) -> Tensor:
-        d = direction.to(x)
-        return x - ((x - mean.to(x)) @ d)[..., None] * d
-
-    return project
 
 
 def perplexity(model: Model, texts: Sequence[str], edits: Sequence[Edit] = ()) -> float:

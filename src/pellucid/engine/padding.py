@@ -8,14 +8,14 @@ short prompt is run alone and padded, and the first way of counting under which 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.modes import evaluating
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Anatomy
@@ -100,15 +100,3 @@ class Padding:
             got = got[:, left : left + ids.shape[1]]
         allowed = TOLERANCE.get(wanted.dtype, 4e-2) * max(1.0, float(wanted.abs().max()))
         return got.shape == wanted.shape and float((got - wanted).abs().max()) <= allowed
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a moment; every submodule gets its own mode back."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.interfaces import listening
+from pellucid.anatomy.modes import uncompiled
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Anatomy, Stack
 from pellucid.anatomy.trace import take
@@ -99,7 +100,7 @@ def record(anatomy: Anatomy, stack: Stack, inputs: Inputs, **forward: Any) -> Re
     hooks = [m.register_forward_pre_hook(recorder.before, with_kwargs=True) for m in recorder.modules]
     hooks += [m.register_forward_hook(recorder.after, with_kwargs=True) for m in recorder.modules]
     try:
-        with torch.no_grad(), listening(recorder):
+        with torch.no_grad(), uncompiled(anatomy.module), listening(recorder):
             output = anatomy.module(**{**inputs.tensors, **forward})
     finally:
         for hook in hooks:

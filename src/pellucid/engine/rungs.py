@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.modes import evaluating
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Anatomy, Stack
 from pellucid.engine.edits import Ablate, Edit, Replace
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.packed import Packed, Variant
-from pellucid.engine.padding import evaluating
 from pellucid.engine.reading import Reader
 from pellucid.engine.recording import Recording, Shapes, record
 from pellucid.engine.run import execute, written

@@ -25,14 +25,16 @@ class Axis:
     name: str
     labels: Sequence[Child]
     below: Sequence[Child] = ()
+    marked: Sequence[int] = ()
 
     def heading(self, i: int, scope: str) -> Html:
         small = tag("small", self.below[i]) if len(self.below) else None
-        return tag("th", self.labels[i], small, scope=scope)
+        return tag("th", self.labels[i], small, scope=scope, class_="mark" if i in self.marked else None)
 
 
-def token_axis(tokens: Sequence[str], positions: Sequence[int]) -> Axis:
-    return Axis("token", [token(t) for t in tokens], list(positions))
+def token_axis(tokens: Sequence[str], positions: Sequence[int], marked: Sequence[int] = ()) -> Axis:
+    """Tokens over their positions; those at the positions `marked` stand out."""
+    return Axis("token", [token(t) for t in tokens], list(positions), [positions.index(p) for p in marked if p in positions])
 
 
 def colour(value: float, scale: Scale, full: float) -> str:
@@ -122,7 +124,7 @@ def details(summary: str, *children: Child) -> Html:
 
 # ---- drawn figures: their units are pixels at full width; narrow screens scroll
 
-WIDTH, LEFT, RIGHT = 760, 46, 8
+WIDTH, LEFT, RIGHT = 760, 54, 8
 
 
 def _x(i: float, n: int) -> float:
@@ -134,11 +136,14 @@ def _text(x: float, y: float, *words: Child, anchor: str = "middle", **more: str
 
 
 def _layers_axis(labels: Sequence[str], y: float) -> list[Html]:
-    """Every label where there is room, else every fifth (or so) number."""
-    step = max(1, -(-len(labels) // 16))
-    step = step if step < 3 else 5 * -(-step // 5)
-    shown = [i for i, label in enumerate(labels) if not label.isdigit() or int(label) % step == 0]
-    return [_text(_x(i, len(labels)), y, labels[i]) for i in shown]
+    """As many labels as have room beside one another."""
+    shown, free = [], 0.0
+    for i, label in enumerate(labels):
+        x, half = _x(i, len(labels)), 3.5 * len(label) + 5
+        if x - half >= free:
+            shown.append(_text(x, y, label))
+            free = x + half
+    return shown
 
 
 def _drawing(height: int, label: str, *children: Child) -> Html:
@@ -153,43 +158,54 @@ class Curve:
     kind: str  # CSS class
 
 
+LEAST = 1e-6  # what a curve of probabilities can still show
+
+
 def curves(labels: Sequence[str], lines: Sequence[Curve], *, label: str) -> Html:
-    """Shares between 0 and 1 along the layers."""
-    top, bottom = 14, 170
-    y = [bottom - (bottom - top) * v for v in (0, 0.25, 0.5, 0.75, 1.0)]
+    """Probabilities along the layers, on a logarithmic scale."""
+    top, bottom = 14, 190
+    marks = [10.0**-i for i in range(7)]
+
+    def y(p: float) -> float:
+        return top + (bottom - top) * np.log10(max(p, LEAST)) / np.log10(LEAST)
+
     rules = [
-        join(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{at:.1f}", y2=f"{at:.1f}"), _text(LEFT - 8, at + 4, f"{25 * i}%", anchor="end"))
-        for i, at in enumerate(y)
+        join(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y(m):.1f}", y2=f"{y(m):.1f}"),
+             _text(LEFT - 8, y(m) + 4, f"{100 * m:g}%" if i < 6 else "less", anchor="end"))
+        for i, m in enumerate(marks)
     ]  # fmt: skip
     drawn = []
     for line in lines:
-        points = [(_x(i, len(labels)), bottom - (bottom - top) * v) for i, v in enumerate(line.values)]
+        points = [(_x(i, len(labels)), y(v)) for i, v in enumerate(line.values)]
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
         drawn.append(tag("path", d=path, class_=f"curve {line.kind}"))
-        drawn += [tag("circle", cx=f"{px:.1f}", cy=f"{py:.1f}", r=2.2, class_=line.kind) for px, py in points]
+        drawn += [tag("circle", cx=f"{px:.1f}", cy=f"{py:.1f}", r=2.4, class_=line.kind) for px, py in points]
     key = tag("p", [tag("span", tag("i", class_=line.kind), line.name) for line in lines], class_="key")
-    axis = _layers_axis(labels, bottom + 18)
-    return join(_drawing(bottom + 26, label, tag("g", rules, class_="rules"), axis, drawn), key)
+    axis = [*_layers_axis(labels, bottom + 18), _text((LEFT + WIDTH) / 2, bottom + 36, "layer")]
+    return join(_drawing(bottom + 42, label, tag("g", rules, class_="rules"), axis, drawn), key)
 
 
 def columns(labels: Sequence[str], panels: Sequence[tuple[str, Sequence[float]]], *, label: str) -> Html:
     """Signed numbers along the layers, one panel of bars above the other, all on one scale."""
-    full = max((abs(v) for _, values in panels for v in values if np.isfinite(v)), default=0.0) or 1.0
-    half, gap = 52, 22
-    width = (WIDTH - LEFT - RIGHT) / len(labels) * 0.72
+    numbers = [v for _, values in panels for v in values if np.isfinite(v)]
+    high, low = max([*numbers, 0.0]), min([*numbers, 0.0])
+    scale = 100 / max(high - low, 1e-9)
+    step, width = 100 + 46, (WIDTH - LEFT - RIGHT) / len(labels) * 0.72
     children: list[Child] = []
     for n, (name, values) in enumerate(panels):
-        zero = gap + n * (2 * half + gap) + half
-        children.append(tag("g", tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=zero, y2=zero), class_="rules"))
-        children.append(_text(LEFT, zero - half - 6, name, anchor="start", class_="name"))
-        for end in (full, -full):
-            children.append(_text(LEFT - 8, zero - half * end / full + 4, number(end, 1, sign=True), anchor="end"))
+        top = 24 + n * step
+        zero = top + high * scale
+        children.append(tag("g", tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{zero:.1f}", y2=f"{zero:.1f}"), class_="rules"))
+        children.append(_text(LEFT, top - 10, name, anchor="start", class_="name"))
+        ends = [v for v in (high, low) if abs(v) * scale > 12]
+        children += [_text(LEFT - 8, zero - v * scale + 4, number(v, 1, sign=True), anchor="end") for v in (*ends, 0.0)]
         for i, v in enumerate(values):
             if np.isfinite(v):
-                size = half * abs(v) / full
+                said = tag("title", f"{name}, layer {labels[i]}: {number(v, sign=True)}")
+                x, y, height = _x(i, len(labels)) - width / 2, zero - max(v, 0.0) * scale, abs(v) * scale
                 children.append(
-                    tag("rect", tag("title", f"{name}, {labels[i]}: {number(v, sign=True)}"), x=f"{_x(i, len(labels)) - width / 2:.1f}",
-                        y=f"{zero - size if v > 0 else zero:.1f}", width=f"{width:.1f}", height=f"{size:.1f}", class_="up" if v > 0 else "down")
+                    tag("rect", said, x=f"{x:.1f}", y=f"{y:.1f}", width=f"{width:.1f}", height=f"{height:.1f}", class_="up" if v > 0 else "down")
                 )  # fmt: skip
-    height = gap + len(panels) * (2 * half + gap)
-    return _drawing(height + 16, label, children, _layers_axis(labels, height + 6))
+    height = len(panels) * step
+    axis = [*_layers_axis(labels, height + 2), _text((LEFT + WIDTH) / 2, height + 20, "layer")]
+    return _drawing(height + 26, label, children, axis)

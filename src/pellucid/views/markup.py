@@ -17,7 +17,7 @@ class Html(str):
     __slots__ = ()
 
 
-VOID = {"meta", "br", "hr", "col", "line", "rect", "path", "circle"}
+VOID = {"meta", "br", "hr"}
 Child = Any  # text, Html, a number, None (nothing), or an iterable of them
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.counterfactual import made
-from pellucid.views.markup import Html, join, percent, quoted, tag, token
+from pellucid.views.markup import Html, join, percent, quoted, tag, visible
 from pellucid.views.page import Section, missing, page
 from pellucid.views.parts import Part
 from pellucid.views.question import Question, against, ask, described, short_name
@@ -121,4 +121,4 @@ def _page(question: Question, sections: list[Section]) -> str:
 
 def _answer(question: Question) -> Html:
     assert question.target is not None
-    return tag("span", token(question.target.text.strip() or question.target.text), tag("small", percent(question.target.probability)), class_="answer")
+    return tag("span", visible(question.target.text.strip() or question.target.text), tag("small", percent(question.target.probability)), class_="answer")

@@ -33,7 +33,7 @@ def direct(question: Question) -> Section:
     embed = float(share[part == "embed"].sum())
     rest = float(share[part == "constant"].sum())
     written = strongest(found)
-    listed = [(p.name, number(p.share, sign=True), f"{100 * p.share / total:.0f}%" if total else "") for p in written[:10]]
+    listed = [(p.name, number(p.share, sign=True), f"{number(100 * p.share / total, 0)}%" if total else "") for p in written[:10]]
     sums = (
         f"The shares add up to the {question.metric_name} of {number(total, sign=True)} (gap {number(gap, 4)}): "
         + ", ".join(f"{name} {number(sum(v), sign=True)}" for name, v in panels)
@@ -49,7 +49,7 @@ def direct(question: Question) -> Section:
     )  # fmt: skip
     lead = (
         f"The final state is a sum of what every part has written. Each part’s share of the {question.metric_name} "
-        f"{quoted(question.target.text)} − {quoted(question.against.text)}, by layer; upwards supports the answer."
+        f"{quoted(question.target.text)} − {quoted(question.against.text)}, by layer; upwards supports the answer. Head 9.4 is head 4 of layer 9."
     )
     where = "" if question.last_first == -1 else f", position={question.last_first}"
     code = [f"shares = pl.lenses.direct_logit_attribution(model, prompt, {target!r}, against={against!r}, by='head'{where})", "shares.show()"]

@@ -7,7 +7,7 @@ import numpy as np
 from pellucid.causal import patching
 from pellucid.results import Result
 from pellucid.views.figures import Axis, grid, token_axis
-from pellucid.views.markup import Html, join, number, quoted, tag, visible
+from pellucid.views.markup import Html, join, number, percent, quoted, tag, visible
 from pellucid.views.page import Section, missing
 from pellucid.views.question import Question
 
@@ -21,23 +21,17 @@ def patches(question: Question) -> Section:
         return missing("patches", "The patches", TITLE, why)
     layers, positions = _places(question)
     effect, clean, corrupted, found = _patched(question, layers, positions)
-    moved = set(question.changed)
-    tokens = [question.tokens[p] for p in positions]
-    columns = token_axis(tokens, positions)
-    other = question.model.inputs(question.counterfactual)
-    theirs = other.streams.get("encoder", other.stream("")).labels[0]
-    changed = ", ".join(f"{quoted(theirs[p])} instead of {quoted(question.tokens[p])}" for p in question.changed[:4])
+    columns = token_axis([question.tokens[p] for p in positions], positions, question.changed)
     full = max(1.0, float(np.nanquantile(np.abs(effect), 0.99)))
-    marked = np.array([[p in moved for p in positions]] * len(layers))
     figure = join(
         grid(effect, Axis("layer", [str(i) for i in layers]), columns, label="Effect of patching by layer and token",
-             name="answer brought back", scale="signed", full=full, marked=marked if len(moved) < len(positions) else None),
+             name="answer brought back", scale="signed", full=full),
         _fewer(question, layers, positions),
     )  # fmt: skip
     lead = join(
-        "The counterfactual is run (", tag("span", changed), f"; {question.metric_name} {number(corrupted, sign=True)} instead of {number(clean, sign=True)}), and at one layer "
-        "and token the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
-        "where the column is dark, there the fact is. Outlined: the tokens that differ.",
+        "The counterfactual is run (", _changed(question), f"; {question.metric_name} {number(corrupted, sign=True)} instead of {number(clean, sign=True)}), and before one layer, "
+        "at one token, the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
+        "follow the strong colours down to see where the fact goes. Underlined: the tokens that differ.",
     )  # fmt: skip
     lines = [
         question.metric_code, f"effect = pl.causal.patching(model, prompt, other, over={_over(question)!r}, metric=metric)", "effect.show()",
@@ -49,6 +43,21 @@ def patches(question: Question) -> Section:
         "patches", "The patches", TITLE, lead, figure, care=care, python=question.code(*lines, both=True), shell=question.shell,
         finding=_finding(question, effect, layers, positions), results=found,
     )  # fmt: skip
+
+
+def _changed(question: Question) -> str:
+    """What differs, word by word: “Rome” instead of “Paris”."""
+    assert question.counterfactual is not None
+    other = question.model.inputs(question.counterfactual)
+    theirs = other.streams.get("encoder", other.stream("")).labels[0]
+    runs: list[list[int]] = []
+    for p in question.changed:
+        if runs and p == runs[-1][-1] + 1:
+            runs[-1].append(p)
+        else:
+            runs.append([p])
+    said = [f"{quoted(''.join(theirs[p] for p in run))} instead of {quoted(''.join(question.tokens[p] for p in run))}" for run in runs]
+    return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
 
 def _over(question: Question, layers: str = "*", position: int | str = "*") -> str:
@@ -108,7 +117,7 @@ def _finding(question: Question, effect: np.ndarray, layers: list[int], position
     held = [i for i, e in enumerate(early) if e >= 0.5]
     if end is None or end not in positions or not held:
         i, j = np.unravel_index(int(np.nanargmax(effect)), effect.shape)
-        return f"The fact is carried most by {quoted(visible(question.tokens[positions[j]]))} before layer {layers[i]}: putting that one state back restores {_share(effect[i, j])} of the answer."
+        return f"The fact is carried most by {quoted(visible(question.tokens[positions[j]]))} before layer {layers[i]}: putting that one state back restores {percent(float(effect[i, j]))} of the answer."
     late = effect[:, positions.index(end)]
     arrived = next((i for i in range(len(layers)) if (late[i:] >= 0.5).all()), None)
     text = f"The fact sits at {word} up to layer {layers[held[-1]]}"
@@ -116,6 +125,3 @@ def _finding(question: Question, effect: np.ndarray, layers: list[int], position
         return text + "."
     return f"{text} and at the last token {quoted(question.answered[end])} from layer {layers[arrived]} on (half of the answer or more is brought back by that one state)."
 
-
-def _share(x: float) -> str:
-    return f"{100 * x:.0f}%"

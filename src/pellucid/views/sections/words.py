@@ -50,7 +50,7 @@ def words(question: Question) -> Section:
         f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})", "shares.show()",
     ]
     best = _strongest(question, values)
-    finding = f"Of all words {quoted(best[0])} supports the answer most: {number(best[1], sign=True)} of {number(moved, sign=True)} in the {question.metric_name}."
+    finding = f"Of all words {quoted(best[0])} supports the answer most: {number(best[1], sign=True)} of the {number(moved, sign=True)} by which the prompt changes the {question.metric_name}."
     return Section(
         "words", "The words", TITLE, lead, figure, care=control, python=question.code(*lines), shell=question.shell,
         finding=finding, results=(found,),
@@ -73,12 +73,12 @@ def _attributed(question: Question, token_id: int) -> Result:
 
 
 def _baselines(question: Question) -> list[int]:
-    """Tokens that say nothing: padding, the mask, or else a full stop or a line end."""
+    """Two tokens that say little and yet stand in texts: a full stop, a line end, ... A padding token is none: a model has
+    never read one."""
     tokenizer = question.model.tokenizer
-    named = [tokenizer.mask_token_id if question.kind == "masked token" else None, tokenizer.pad_token_id]
-    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", "\n", ",")]
-    ids = [i for i in named if i is not None] + [i[0] for i in plain if len(i) == 1] + [0, 1]
-    return list(dict.fromkeys(ids))
+    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", "\n", ",", ";", "a", "b")]
+    single = [ids[0] for ids in plain if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]
+    return list(dict.fromkeys([*single, 0, 1]))
 
 
 def _control(question: Question, values: np.ndarray, token_id: int) -> str:

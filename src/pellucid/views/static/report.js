@@ -42,6 +42,7 @@ for (const table of document.querySelectorAll(".grid")) {
   const cells = [...table.tBodies[0].rows].map((row) => [...row.cells].slice(1));
   cells.flat().forEach((cell) => { cell.tabIndex = -1; });
   cells[cells.length - 1][cells[0].length - 1].tabIndex = 0;
+  table.parentElement.scrollLeft = table.parentElement.scrollWidth;  // the answer is at the end
   const cellOf = (event) => event.target.closest("td");
   table.addEventListener("mouseover", (event) => { const cell = cellOf(event); cell ? show(cell) : hide(); });
   table.addEventListener("mouseleave", hide);
