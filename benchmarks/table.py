@@ -61,9 +61,7 @@ def tables(results: dict[str, Any]) -> str:
             out += "| pellucid's target, at most |" + "".join(f" {TARGETS[t]:g} |" for t in tasks) + "\n"
         out += "\n" + "".join(_remarks(of_shape))
     notes = {r["peer"]: r["note"] for r in results["results"] if "note" in r}
-    return (
-        out + "How they were used:\n\n" + "".join(f"- {_name(results, p)}: {n}\n" for p, n in notes.items())
-    )
+    return out + "How they were used:\n\n" + "".join(f"- {_name(results, p)}: {n}\n" for p, n in notes.items())
 
 
 def start_table(results: dict[str, Any]) -> str:

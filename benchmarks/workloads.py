@@ -81,9 +81,7 @@ def _smollm2() -> nn.Module:
 def _minilm() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    return BertModel(
-        BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
-    )
+    return BertModel(BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12))
 
 
 def _trained() -> nn.Module:

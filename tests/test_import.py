@@ -39,9 +39,7 @@ def test_every_listed_name_exists(name):
 
 def test_type_checkers_see_the_names_that_load_lazily():
     tree = ast.parse(Path(pellucid.__file__).read_text())
-    seen = {
-        alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
+    seen = {alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert set(pellucid._HOME) <= seen
 
 

@@ -186,9 +186,7 @@ def test_a_sequence_is_scored_by_the_chain_rule() -> None:
     answers = [[1, 2, 3], [4], [5, 6]]
     z = torch.randn(3, 6, VOCAB, dtype=torch.float64)
     log_p = z.log_softmax(-1)
-    expected = [
-        sum(log_p[b, 5 - len(a) + i, t].item() for i, t in enumerate(a)) for b, a in enumerate(answers)
-    ]
+    expected = [sum(log_p[b, 5 - len(a) + i, t].item() for i, t in enumerate(a)) for b, a in enumerate(answers)]
     bound = metrics.sequence_log_probability(answers).bind(None, 3)
     assert bound.positions == (-4, -3, -2)
     np.testing.assert_allclose(bound.score(z), expected)
@@ -214,9 +212,7 @@ def test_a_prompt_extended_by_its_answer_is_what_the_tokenizer_makes_of_both() -
 
 def test_a_classifier_is_read_by_class_number() -> None:
     z = torch.randn(4, 3)
-    torch.testing.assert_close(
-        metrics.class_logit([0, 1, 2, 0]).bind(None, 4).score(z), z[range(4), [0, 1, 2, 0]]
-    )
+    torch.testing.assert_close(metrics.class_logit([0, 1, 2, 0]).bind(None, 4).score(z), z[range(4), [0, 1, 2, 0]])
     torch.testing.assert_close(metrics.class_probability(2).bind(None, 4).score(z), z.softmax(1)[:, 2])
     with pytest.raises(InputError, match="expected a number"):
         metrics.class_logit("positive").bind(None, 4)

@@ -32,9 +32,7 @@ def result() -> Result:
         {"layer": [4, 7], "token": [" Paris", "[b]", "<s>\n"], "name": ("token", ["IO", "", "end"])},
         {"note": "a test", "shape": (2, 3)},
     )
-    provenance = Provenance(
-        "patching", "gpt2", "main", "0123456789abcdef", {"prompt": "Hi"}, {"n": 3}, seed=7
-    )
+    provenance = Provenance("patching", "gpt2", "main", "0123456789abcdef", {"prompt": "Hi"}, {"n": 3}, seed=7)
     return Result(data, kind="patching", title="Patching", provenance=provenance)
 
 
@@ -86,9 +84,7 @@ def test_sel_keeps_everything_else(result: Result) -> None:
     assert (part.kind, part.title, part.provenance) == (result.kind, result.title, result.provenance)
     with pytest.raises(InputError, match=r"no dimension 'layers' in this result; did you mean 'layer'"):
         result.sel(layers=4)
-    with pytest.raises(
-        InputError, match=r"no {'layer': 5} in this result, whose labels begin {'layer': \[4, 7\]}"
-    ):
+    with pytest.raises(InputError, match=r"no {'layer': 5} in this result, whose labels begin {'layer': \[4, 7\]}"):
         result.sel(layer=5)
 
 
@@ -241,11 +237,7 @@ def test_every_dtype_and_shape_survives(name: str, tmp_path: Path) -> None:
     assert loaded == result
 
 
-@given(
-    values=arrays(
-        st.sampled_from(["f4", "i8", "u1", "?"]), st.lists(st.integers(0, 3), max_size=3).map(tuple)
-    )
-)
+@given(values=arrays(st.sampled_from(["f4", "i8", "u1", "?"]), st.lists(st.integers(0, 3), max_size=3).map(tuple)))
 @settings(deadline=None, max_examples=40)
 def test_any_array_survives(values: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("any") / "r"

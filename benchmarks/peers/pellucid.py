@@ -32,9 +32,7 @@ class Peer:
 
     def ablate(self, prompts: Tensor, layers: Iterable[int]) -> Iterator[Tensor]:
         heads = range(self.shape.heads)
-        variants = [
-            pellucid.Ablate(f"layers.{layer}.attn.heads.{head}") for layer in layers for head in heads
-        ]
+        variants = [pellucid.Ablate(f"layers.{layer}.attn.heads.{head}") for layer in layers for head in heads]
         yield self.model.sweep(prompts, variants, self.metric, progress=False).values
 
     def keep(self, ids: Tensor) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ _MODULES = (
     "anatomy",
     "attribution",
     "causal",
+    "circuits",
     "engine",
     "errors",
     "lenses",

@@ -66,9 +66,7 @@ class BoundMetric:
             raise InputError(f"{self.name} reads {read} of the logits, got {list(logits.shape)}")
         scores = self.function(logits if logits.dtype == torch.float64 else logits.float())
         if scores.shape != logits.shape[:1]:
-            raise InputError(
-                f"{self.name} gave {list(scores.shape)} for {len(logits)} prompts, expected one each"
-            )
+            raise InputError(f"{self.name} gave {list(scores.shape)} for {len(logits)} prompts, expected one each")
         return scores
 
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -311,9 +309,7 @@ class ReferenceMetric:
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
         reference = (
-            torch.as_tensor(np.asarray(self.reference))
-            if not isinstance(self.reference, Tensor)
-            else self.reference
+            torch.as_tensor(np.asarray(self.reference)) if not isinstance(self.reference, Tensor) else self.reference
         )
         positions = None if self.positions is None else tuple(self.positions)
         if reference.ndim < 3:
@@ -447,9 +443,7 @@ def _frozen(answers: Any) -> Any:
     if isinstance(answers, str | int):
         return answers
     if not isinstance(answers, Sequence):
-        raise InputError(
-            f"{answers!r} is no answer: give a text such as ' Paris', a token id, or a list of them"
-        )
+        raise InputError(f"{answers!r} is no answer: give a text such as ' Paris', a token id, or a list of them")
     return tuple(map(_frozen, answers))
 
 

@@ -127,7 +127,11 @@ class Model:
         keep = [keep] if isinstance(keep, str) else keep
         metric = None if grad_of is None else self.bind(grad_of, len(inputs))
         return execute(
-            self.anatomy, inputs, keep, self.bound(edits), None if metric is None else lambda run: self.score(run, metric)
+            self.anatomy,
+            inputs,
+            keep,
+            self.bound(edits),
+            None if metric is None else lambda run: self.score(run, metric),
         )
 
     def generate(
@@ -167,9 +171,7 @@ class Model:
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
         ready = iter(self.bound([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
-        return plan_sweep(
-            self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor
-        )
+        return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
 
     def sweep(
         self,

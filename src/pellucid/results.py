@@ -117,9 +117,7 @@ class Result:
     -2.0
     """
 
-    def __init__(
-        self, data: Data, *, kind: str, title: str = "", provenance: Provenance | None = None
-    ) -> None:
+    def __init__(self, data: Data, *, kind: str, title: str = "", provenance: Provenance | None = None) -> None:
         if isinstance(data, xr.DataArray):
             data = data.to_dataset(name=str(data.name or "value"), promote_attrs=True)
         if not data.data_vars:
@@ -301,9 +299,7 @@ class Result:
         except OSError as error:
             raise InputError(f"cannot read a result from {str(path)!r}: {error.strerror or error}") from None
         except Exception as error:  # a damaged or foreign archive, JSON text or array fails in many ways
-            raise InputError(
-                f"{str(path)!r} is no readable pellucid result ({error}); save it anew"
-            ) from None
+            raise InputError(f"{str(path)!r} is no readable pellucid result ({error}); save it anew") from None
 
 
 def _pack(name: str, values: np.ndarray, arrays: dict[str, bytes]) -> list[Any] | str:

@@ -86,9 +86,7 @@ def test_every_rule_weighs_the_whole_path_and_integrates_lines_if_it_is_symmetri
 )
 @settings(max_examples=25, deadline=None)
 def test_attributions_add_up_to_the_change_of_the_score(words, family, baseline):
-    found = integrated_gradients(
-        opened(family), " ".join(words), " Paris", against=" Rome", baseline=baseline
-    )
+    found = integrated_gradients(opened(family), " ".join(words), " Paris", against=" Rome", baseline=baseline)
     change = float(found.score - found.baseline_score)
     assert float(found.attribution.sum()) == pytest.approx(change + float(found.gap), abs=1e-5)
     assert abs(float(found.gap)) <= 0.01 * float(abs(found.attribution).sum()) + 1e-6
@@ -136,9 +134,7 @@ def test_encoder_decoders_are_attributed_to_their_source_tokens():
 def test_any_metric_can_be_attributed():
     model = opened("gpt2")
     found = integrated_gradients(model, PROMPT, log_odds(" Paris"), baseline="pad")
-    assert float(found.score) == pytest.approx(
-        float(model.score(model.run(PROMPT), log_odds(" Paris"))), abs=1e-5
-    )
+    assert float(found.score) == pytest.approx(float(model.score(model.run(PROMPT), log_odds(" Paris"))), abs=1e-5)
     by_name = integrated_gradients(model, PROMPT, " Paris", baseline="pad")
     assert by_name.allclose(integrated_gradients(model, PROMPT, logit(" Paris"), baseline="pad"))
     own = integrated_gradients(model, PROMPT, lambda logits: logits[:, -1].logsumexp(-1), baseline="pad")
@@ -153,9 +149,7 @@ def test_the_zero_baseline_is_refused_where_the_first_norm_has_no_gradient():
 
 def test_too_few_steps_are_warned_about_and_the_gap_is_reported():
     with pytest.warns(UserWarning, match="miss the change of the score"):
-        found = integrated_gradients(
-            opened("llama"), PROMPT, " Paris", baseline="pad", steps=1, rule="riemann-left"
-        )
+        found = integrated_gradients(opened("llama"), PROMPT, " Paris", baseline="pad", steps=1, rule="riemann-left")
     assert abs(float(found.gap)) > 0.01 * float(abs(found.attribution).sum())
 
 

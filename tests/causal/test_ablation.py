@@ -86,9 +86,7 @@ def test_a_result_comes_back_from_its_file(tmp_path):
 
 @pytest.mark.slow
 def test_few_heads_of_smollm2_carry_the_city(smollm2):
-    result = ablation(
-        smollm2, "The Eiffel Tower is located in the city of", metric=logit(" Paris"), progress=False
-    )
+    result = ablation(smollm2, "The Eiffel Tower is located in the city of", metric=logit(" Paris"), progress=False)
     effect = np.sort(abs(result.effect.values).ravel())[::-1]
     assert result.effect.shape == (30, 9)
     assert effect[0] > 1

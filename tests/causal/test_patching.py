@@ -49,9 +49,7 @@ def test_patching_equals_one_edited_run_per_site(family, over, dims, name, denoi
     result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise, progress=False)
     assert result.effect.dims == dims
     where = [result.data[dim].values.tolist() for dim in dims]
-    sites = [
-        name(*cell) for cell in np.array(np.meshgrid(*where, indexing="ij")).reshape(len(dims), -1).T.tolist()
-    ]
+    sites = [name(*cell) for cell in np.array(np.meshgrid(*where, indexing="ij")).reshape(len(dims), -1).T.tolist()]
     base, source = (CORRUPTED, CLEAN) if denoise else (CLEAN, CORRUPTED)
     expected = slow(model, sites[:12], base, source)
     np.testing.assert_allclose(result.value.values.ravel()[:12], expected, atol=1e-4)
@@ -69,17 +67,13 @@ def test_the_whole_first_residual_brings_everything_over():
 
 def test_encoder_decoders_are_patched_in_either_stack():
     model = opened("t5")
-    result = patching(
-        model, CLEAN, CORRUPTED, over="encoder.layers.*.resid_pre@*", metric=PARIS, progress=False
-    )
+    result = patching(model, CLEAN, CORRUPTED, over="encoder.layers.*.resid_pre@*", metric=PARIS, progress=False)
     assert result.effect.dims == ("layer", "position")
     assert result.data.sizes["position"] == 6
     run = model.run(CLEAN, keep="encoder.layers.1.resid_pre")
     expected = model.score(model.run(CORRUPTED, edits=[Patch("encoder.layers.1.resid_pre@3", run)]), PARIS)
     assert float(result.value.sel(layer=1, position=3)) == pytest.approx(float(expected), abs=1e-4)
-    cross = patching(
-        model, CLEAN, CORRUPTED, over="decoder.layers.*.cross.heads.*", metric=PARIS, progress=False
-    )
+    cross = patching(model, CLEAN, CORRUPTED, over="decoder.layers.*.cross.heads.*", metric=PARIS, progress=False)
     assert cross.effect.dims == ("layer", "head")
 
 

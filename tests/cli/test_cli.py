@@ -78,9 +78,7 @@ def test_anatomy_prints_json_alone(pellucid_says, fake):
 def test_report_writes_the_file_and_prints_what_it_found(pellucid_says, fake, tmp_path):
     file = tmp_path / "out.html"
     how = ["--task", "causal-lm", "--dtype", "float32", "--device", "cpu", "--revision", "main"]
-    code, out, _ = pellucid_says(
-        "report", "gpt2", "A", "--counterfactual", "B", "--target", "C", "-o", str(file), *how
-    )
+    code, out, _ = pellucid_says("report", "gpt2", "A", "--counterfactual", "B", "--target", "C", "-o", str(file), *how)
     assert code == 0
     assert file.read_text(encoding="utf-8") == "<p>é</p>"
     assert out.splitlines() == [f"wrote {file}", "- Paris rises at layer 20"]

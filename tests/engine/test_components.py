@@ -178,9 +178,7 @@ def test_folding_puts_the_norm_into_the_weights(family):
     plain, folded = head.weights, head.weights.folded()
     with torch.no_grad():
         x = normed(model, layers[1], resid)
-    torch.testing.assert_close(
-        bare @ folded.W_Q + folded.b_Q, x @ plain.W_Q + plain.b_Q, rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(bare @ folded.W_Q + folded.b_Q, x @ plain.W_Q + plain.b_Q, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(folded.W_O, plain.W_O)
 
 
@@ -196,9 +194,7 @@ def test_a_neuron_is_made_from_its_input_weights_and_writes_its_output_vector(fa
     with torch.no_grad():
         activation, written = neuron(resid)
         x = (module.ln_2 if family == "gpt2" else module.post_attention_layernorm)(resid)
-        pre = [
-            x @ w + b for w, b in zip(neuron.weights.w_in.values(), neuron.weights.b_in.values(), strict=True)
-        ]
+        pre = [x @ w + b for w, b in zip(neuron.weights.w_in.values(), neuron.weights.b_in.values(), strict=True)]
         by_weights = F.gelu(pre[0], approximate="tanh") if family == "gpt2" else F.silu(pre[0]) * pre[1]
         total = sum(each.run(resid)[1] for each in layers[1].mlp.neurons)
         bias = module.mlp.c_proj.bias if family == "gpt2" else 0.0

@@ -80,7 +80,9 @@ def test_an_edit_inside_attention_equals_attention_written_out(
 
 
 @pytest.mark.parametrize("port", ["q", "k", "v", "pattern"])
-def test_an_edit_inside_cross_attention_equals_attention_written_out(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edit_inside_cross_attention_equals_attention_written_out(
+    port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tensors = opened("t5"), call("t5")
 
     def change(x: Tensor) -> Tensor:
@@ -328,7 +330,9 @@ def test_a_patch_from_prompts_runs_them_and_selectors_edit_many_sites() -> None:
 
 
 def test_patching_unequal_prompts_says_where_they_part() -> None:
-    with pytest.raises(InputError, match=r"of 9 tokens into one of 5.*part at position 3, .* 't' 'l' 'y' there and 'France' 'is' here"):
+    with pytest.raises(
+        InputError, match=r"of 9 tokens into one of 5.*part at position 3, .* 't' 'l' 'y' there and 'France' 'is' here"
+    ):
         opened("llama").run(PROMPTS[0], edits=[Patch(SITE, "The capital of Itly is")])
 
 

@@ -53,8 +53,6 @@ def test_what_is_no_norm_is_neither_frozen_nor_called_affine(step):
         linearised([nn.Linear(8, 8), step], ["proj", "act"], x)
 
 
-@pytest.mark.parametrize(
-    "step", [nn.Linear(8, 5), lambda x: x * 0.3 + 1, lambda x: x[..., :4], nn.Identity()]
-)
+@pytest.mark.parametrize("step", [nn.Linear(8, 5), lambda x: x * 0.3 + 1, lambda x: x[..., :4], nn.Identity()])
 def test_an_affine_step_is_recognised(step):
     assert affine(step, torch.randn(2, 3, 8))

@@ -18,7 +18,11 @@ from pellucid.model import Model
 from tests.engine.hand import PROMPTS, call, ids, opened
 from tests.zoo import build, inputs, tokenizer
 
-EDITS: list[Edit] = [Scale("layers.0.attn.heads.1", 2.0), Steer("layers.1.resid_mid@-1", torch.ones(32)), Scale("layers.1.attn.pattern", 0.5)]
+EDITS: list[Edit] = [
+    Scale("layers.0.attn.heads.1", 2.0),
+    Steer("layers.1.resid_mid@-1", torch.ones(32)),
+    Scale("layers.1.attn.pattern", 0.5),
+]
 HEADS: list[Edit] = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
 
 
@@ -57,7 +61,10 @@ def test_an_offloaded_module_is_run_edited_and_swept() -> None:
     assert close(model.run(PROMPTS, edits=EDITS).logits, plain.run(PROMPTS, edits=EDITS).logits)
     swept, wanted = (m.sweep(PROMPTS, HEADS, metrics.logit_difference(7, 9), progress=False) for m in (model, plain))
     assert close(swept.values, wanted.values)
-    assert torch.equal(model.generate(PROMPTS, edits=EDITS[:2], max_new_tokens=4).tokens, plain.generate(PROMPTS, edits=EDITS[:2], max_new_tokens=4).tokens)
+    assert torch.equal(
+        model.generate(PROMPTS, edits=EDITS[:2], max_new_tokens=4).tokens,
+        plain.generate(PROMPTS, edits=EDITS[:2], max_new_tokens=4).tokens,
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gptj", "gemma2"])
@@ -84,7 +91,22 @@ def test_double_precision_keeps_its_precision_through_a_sweep() -> None:
 
 # ---- how a family is built
 
-CONSISTENT = ["llama", "gemma2", "bert", "t5", "bloom", "doge", "zaya", "deepseek_v4", "minimax", "olmo2", "cohere", "granite", "xmod", "jamba"]
+CONSISTENT = [
+    "llama",
+    "gemma2",
+    "bert",
+    "t5",
+    "bloom",
+    "doge",
+    "zaya",
+    "deepseek_v4",
+    "minimax",
+    "olmo2",
+    "cohere",
+    "granite",
+    "xmod",
+    "jamba",
+]
 
 
 @pytest.mark.parametrize("family", CONSISTENT)
@@ -169,7 +191,9 @@ def test_tensors_whose_positions_are_not_the_prompts_are_not_addressed_by_positi
 def test_keys_of_a_sliding_window_can_be_edited_beyond_it_while_generating() -> None:
     model = opened("mistral")  # looks back five tokens
     edits = [Scale("layers.0.attn.k@0", -4.0), Scale("layers.1.attn.v", -1.0, when=lambda step: step.index % 2 == 0)]
-    cached, plain = (model.generate(PROMPTS[1], edits=edits, use_cache=c, max_new_tokens=12).tokens for c in (True, False))
+    cached, plain = (
+        model.generate(PROMPTS[1], edits=edits, use_cache=c, max_new_tokens=12).tokens for c in (True, False)
+    )
     assert torch.equal(cached, plain)
 
 
@@ -179,7 +203,9 @@ def test_transformer_lens_names_mean_the_same_sites() -> None:
         ("blocks.1.hook_resid_pre", "layers.1.resid_pre"), ("blocks.0.attn.hook_pattern", "layers.0.attn.pattern"),
         ("blocks.1.mlp.hook_post@-1", "layers.1.mlp.neurons@-1"), ("blocks.1.hook_attn_out", "layers.1.attn.out"),
     ):  # fmt: skip
-        assert torch.equal(model.run(ids(), edits=[Scale(theirs, 0.3)]).logits, model.run(ids(), edits=[Scale(ours, 0.3)]).logits)
+        assert torch.equal(
+            model.run(ids(), edits=[Scale(theirs, 0.3)]).logits, model.run(ids(), edits=[Scale(ours, 0.3)]).logits
+        )
 
 
 def test_an_encoder_decoder_site_without_its_stack_names_both() -> None:
@@ -202,4 +228,8 @@ def test_a_model_without_a_head_gives_its_last_hidden_states() -> None:
 
 
 def test_errors_are_all_of_one_kind() -> None:
-    assert issubclass(SiteError, PellucidError) and issubclass(Refused, PellucidError) and issubclass(PellucidError, ValueError)
+    assert (
+        issubclass(SiteError, PellucidError)
+        and issubclass(Refused, PellucidError)
+        and issubclass(PellucidError, ValueError)
+    )

@@ -70,7 +70,14 @@ def test_prompts_may_be_texts_ids_or_tensors() -> None:
     tokens = model.tokenizer(PROMPTS[0])["input_ids"]
     wanted = model.run(PROMPTS[0]).logits
     ready = model.inputs(PROMPTS[0])
-    for given_as in (tokens, [tokens], torch.tensor(tokens), {"input_ids": [tokens]}, model.tokenizer([PROMPTS[0]]), ready):
+    for given_as in (
+        tokens,
+        [tokens],
+        torch.tensor(tokens),
+        {"input_ids": [tokens]},
+        model.tokenizer([PROMPTS[0]]),
+        ready,
+    ):
         assert torch.equal(model.run(given_as).logits, wanted)
     mixed = model.run([PROMPTS[0], tokens[:3]])
     assert mixed.inputs.stream("").lengths.tolist() == [5, 3]

@@ -77,6 +77,7 @@ def test_what_was_not_kept_is_named_with_what_was() -> None:
 
 # ---- gradients
 
+
 class Double(TorchFunctionMode):
     """Norms and softmaxes of many families go through float32 whatever the model's dtype; here they do not."""
 
@@ -128,7 +129,11 @@ def test_gradients_equal_finite_differences(family: str, site: str) -> None:
 def test_an_edits_own_tensor_gets_its_gradient() -> None:
     model = double("llama")
     vector = torch.zeros(32, dtype=torch.float64, requires_grad=True)
-    for edit in (Steer("layers.0.resid_mid@-1", vector), Patch("layers.0.mlp.out@-1", vector), Steer("layers.1.attn.q@-1", vector[:8])):
+    for edit in (
+        Steer("layers.0.resid_mid@-1", vector),
+        Patch("layers.0.mlp.out@-1", vector),
+        Steer("layers.1.attn.q@-1", vector[:8]),
+    ):
         with Double():
             (gradient,) = torch.autograd.grad(model.run(ids(), edits=[edit]).logits[:, -1, 7].sum(), vector)
             up, down = (model.run(ids(), edits=[replace(edit, **_moved(edit, s))]) for s in (1e-6, -1e-6))
@@ -194,7 +199,10 @@ def sites_of(family: str) -> dict[str, list[str]]:
     stack = {"t5": "encoder.", "bart": "encoder."}.get(family, "")
     return {
         "keep": [f"{stack}layers.1.{part}" for part in ("resid_post", "attn.q", "attn.k", "attn.pattern", "mlp.out")],
-        "edit": [f"{stack}layers.0.{part}" for part in ("resid_pre", "resid_post", "attn.out", "attn.v", "attn.heads.1", "mlp.out")],
+        "edit": [
+            f"{stack}layers.0.{part}"
+            for part in ("resid_pre", "resid_post", "attn.out", "attn.v", "attn.heads.1", "mlp.out")
+        ],
     }
 
 
@@ -209,7 +217,10 @@ def test_a_prompt_gives_the_same_numbers_alone_and_padded(family: str, side: str
     size = 8 if ".v" in site or "heads" in site else 32
     noise = torch.randn(2, size, generator=torch.Generator().manual_seed(5))
     edit = data.draw(
-        st.sampled_from([Ablate(site), Steer(site, noise[0]), Scale(site, -0.5), ProjectOut(site, noise), Patch(site, noise[1])]), "edit"
+        st.sampled_from(
+            [Ablate(site), Steer(site, noise[0]), Scale(site, -0.5), ProjectOut(site, noise), Patch(site, noise[1])]
+        ),
+        "edit",
     )
     batch = padded(model, texts, side)
     if family in NO_LEFT and side == "left" and len({len(row) for row in rows(model, texts)}) > 1:
@@ -255,7 +266,14 @@ def test_a_model_that_mixes_all_positions_refuses_prompts_of_unequal_length() ->
 def state(module: nn.Module) -> Any:
     """Everything a run could leave on a model."""
     hooks = [
-        (n, list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks), "forward" in m.__dict__, m.training)
+        (
+            n,
+            list(m._forward_hooks),
+            list(m._forward_pre_hooks),
+            list(m._backward_hooks),
+            "forward" in m.__dict__,
+            m.training,
+        )
         for n, m in module.named_modules()
     ]
     parameters = [(n, p.requires_grad, p.grad is None, p._version) for n, p in module.named_parameters()]

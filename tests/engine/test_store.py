@@ -19,7 +19,12 @@ PROMPTS = ["a b c d", "e f", "g h i j k l", "b a", "c c c", "f e d c b a", "k l 
 def model() -> pl.Model:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     module = LlamaForCausalLM(config).eval()
     return pl.load(module, tokenizer=tokenizer(module))

@@ -103,7 +103,9 @@ def test_a_classifier_is_swept_through_its_class_logits() -> None:
     for metric in (metrics.class_logit(1), metrics.class_probability(0)):
         made = classifier.sweep(ids(), variants, metric, progress=False)
         assert made.plan.rung == "stubbed"
-        assert torch.allclose(made.values, one_by_one(classifier, classifier.inputs(ids()), [[v] for v in variants], metric), atol=1e-5)
+        assert torch.allclose(
+            made.values, one_by_one(classifier, classifier.inputs(ids()), [[v] for v in variants], metric), atol=1e-5
+        )
 
 
 def test_edits_that_look_at_the_whole_batch_and_variants_without_edits_are_right() -> None:
@@ -122,7 +124,10 @@ def test_edits_that_look_at_the_whole_batch_and_variants_without_edits_are_right
 
 
 def test_the_planner_takes_the_cheapest_way_and_explains_it() -> None:
-    model, variants = opened("llama"), [Ablate(f"layers.{layer}.resid_post@{p}") for layer in range(2) for p in range(5)]
+    model, variants = (
+        opened("llama"),
+        [Ablate(f"layers.{layer}.resid_post@{p}") for layer in range(2) for p in range(5)],
+    )
     plan = model.plan(PROMPTS[0], variants, metrics.logit_difference(7, 9))
     text = plan.explain()
     assert "10 variants of 1 prompt, 5 tokens\n" in text
@@ -187,14 +192,18 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert stopping.made - before <= 4
     again = plan.run(progress=False)  # the same plan, from memory
     assert torch.equal(again.values, finished.values)
-    assert torch.allclose(again.values, one_by_one(model, model.inputs(PROMPTS[0]), [[v] for v in variants], metrics.logit(7)), atol=1e-5)
+    assert torch.allclose(
+        again.values, one_by_one(model, model.inputs(PROMPTS[0]), [[v] for v in variants], metrics.logit(7)), atol=1e-5
+    )
 
 
 def test_a_checkpoint_of_another_sweep_is_refused(tmp_path: Path) -> None:
     model, file = opened("llama"), tmp_path / "sweep.npz"
     vector = torch.ones(32)
 
-    def sweep(prompt: str = PROMPTS[0], strength: float = 1.0, answer: int = 7, function: Any = torch.neg, **options: Any) -> Tensor:
+    def sweep(
+        prompt: str = PROMPTS[0], strength: float = 1.0, answer: int = 7, function: Any = torch.neg, **options: Any
+    ) -> Tensor:
         edits = [Steer("layers.0.resid_post", vector, strength), Replace("layers.1.resid_pre", lambda x: function(x))]
         return model.sweep(prompt, edits, metrics.logit(answer), progress=False, checkpoint=file, **options).values
 
@@ -259,7 +268,9 @@ def test_hooks_of_the_user_see_every_run_by_itself() -> None:
     hook = module.model.layers[0].register_forward_hook(lambda m, a, output: output * 1.5)
     hooked = model.sweep(ids(), variants, metrics.logit(7), progress=False)
     assert hooked.plan.rung == "single"
-    assert torch.allclose(hooked.values, one_by_one(model, model.inputs(ids()), [[v] for v in variants], metrics.logit(7)), atol=1e-6)
+    assert torch.allclose(
+        hooked.values, one_by_one(model, model.inputs(ids()), [[v] for v in variants], metrics.logit(7)), atol=1e-6
+    )
     hook.remove()
     assert not torch.allclose(hooked.values, plain, atol=1e-3)
     assert torch.equal(model.sweep(ids(), variants, metrics.logit(7), progress=False).values, plain)

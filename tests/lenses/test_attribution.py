@@ -68,9 +68,7 @@ def test_each_share_is_the_product_with_the_frozen_direction(family):
     layer = direct_logit_attribution(model, PROMPT, " Paris", against=" Rome").sel(component=parts)
     np.testing.assert_allclose(layer.values, [float(run.tensor(p)[0, -1] @ u) for p in parts], atol=1e-5)
     head = direct_logit_attribution(model, PROMPT, " Paris", against=" Rome", by="head").sel(component=heads)
-    np.testing.assert_allclose(
-        head.values, [float(run.tensor(f"{h}.out")[0, -1] @ u) for h in heads], atol=1e-5
-    )
+    np.testing.assert_allclose(head.values, [float(run.tensor(f"{h}.out")[0, -1] @ u) for h in heads], atol=1e-5)
     neuron = direct_logit_attribution(model, PROMPT, " Paris", against=" Rome", by="neuron").data
     mlp = model.module.get_submodule(model.anatomy.stacks[0].blocks[1].module).mlp
     down = mlp.c_proj.weight if family == "gpt2" else mlp.down_proj.weight.T
@@ -112,9 +110,7 @@ def test_the_models_own_prediction_is_the_default_target():
     assert float(dla.total) == pytest.approx(float(model.run(PROMPT).logits[0, -1].max()), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "why"), [("bert", "is not linear"), ("deepseek_v4", "mixes its residual streams")]
-)
+@pytest.mark.parametrize(("family", "why"), [("bert", "is not linear"), ("deepseek_v4", "mixes its residual streams")])
 def test_families_whose_head_or_stream_is_not_linear_are_refused_by_name(family, why):
     with pytest.raises(Refused, match=why):
         direct_logit_attribution(opened(family), PROMPT, " Paris")

@@ -67,9 +67,7 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
         alone = logit_lens(model, prompt, **({"target": texts[i]} if option else {})).data
         n = alone.sizes["position"]
         for name in ("probability", "kl", "entropy", "log_probability"):
-            np.testing.assert_allclose(
-                together[name].isel(prompt=i, position=slice(n)), alone[name], atol=1e-4
-            )
+            np.testing.assert_allclose(together[name].isel(prompt=i, position=slice(n)), alone[name], atol=1e-4)
         assert np.isnan(together.kl.isel(prompt=i, position=slice(n, None))).all()
         assert together.token.isel(prompt=i).values[:n].tolist() == alone.token.values.tolist()
 

@@ -46,9 +46,7 @@ def test_a_pair_that_does_not_align_shows_where_it_parts() -> None:
         (["a do"], ["a ca"], ["g"], "'g' has no tokens of its own after 'a do'"),
     ],
 )
-def test_unusable_pairs_are_refused(
-    clean: list[str], corrupted: list[str], answers: list[str], expected: str
-) -> None:
+def test_unusable_pairs_are_refused(clean: list[str], corrupted: list[str], answers: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         Prompts.from_pairs(clean, corrupted, answers, [" was"] * len(answers), tokenizer("smollm2"))
 
@@ -90,9 +88,7 @@ def test_slicing_keeps_everything_together() -> None:
 def test_the_table_has_a_row_per_pair() -> None:
     table = indirect_objects(tokenizer("minilm"), n=6).table()
     assert len(table) == 6
-    assert (
-        list(table.columns)[:5] == ["clean", "corrupted", "answers", "wrong", "IO"] or "IO" in table.columns
-    )
+    assert list(table.columns)[:5] == ["clean", "corrupted", "answers", "wrong", "IO"] or "IO" in table.columns
 
 
 def test_teacher_forcing_is_refused_where_it_means_nothing() -> None:

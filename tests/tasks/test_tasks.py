@@ -91,9 +91,7 @@ def test_spans_cover_exactly_their_words(kind: str) -> None:
     tok = tokenizer(kind)
     for prompt in indirect_objects(tok, n=10):
         ids = tok(prompt.clean[0]).input_ids
-        cover = {
-            name: tok.decode(ids[slice(*span[0])]).strip().lower() for name, span in prompt.spans.items()
-        }
+        cover = {name: tok.decode(ids[slice(*span[0])]).strip().lower() for name, span in prompt.spans.items()}
         assert cover["IO"] == str(prompt.answers[0]).strip().lower()
         assert cover["S1"] == cover["S2"] == str(prompt.wrong[0]).strip().lower()
         assert prompt.spans["S2"][0][0] > max(prompt.spans["S1"][0][0], prompt.spans["IO"][0][0])
@@ -126,9 +124,7 @@ def test_the_metric_is_higher_for_a_model_that_answers_right(task: str) -> None:
         ("byte-bpe", "to the year", r" 17\d\d"),
     ],
 )
-def test_greater_than_asks_in_the_form_that_the_tokenizer_has(
-    kind: str, prompt_end: str, answer: str
-) -> None:
+def test_greater_than_asks_in_the_form_that_the_tokenizer_has(kind: str, prompt_end: str, answer: str) -> None:
     import re
 
     for prompt in greater_than(tokenizer(kind), n=10):

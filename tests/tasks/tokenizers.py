@@ -60,9 +60,7 @@ def _wrapped(backend: Tokenizer, cut: Any, decoder: Any, template: str) -> Any:
         backend.decoder = decoder
     specials = [(token, i) for i, token in enumerate(SPECIALS)]
     backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def _corpus() -> list[str]:

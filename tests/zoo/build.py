@@ -76,9 +76,7 @@ def build(
     which = entry(which) if isinstance(which, str) else which
     model_class = getattr(transformers, which.class_name)
     config_class = _config_class(which.model_type, model_class)
-    decoder = (
-        {"is_decoder": True} if which.kind == "causal-lm" and hasattr(config_class, "is_decoder") else {}
-    )
+    decoder = {"is_decoder": True} if which.kind == "causal-lm" and hasattr(config_class, "is_decoder") else {}
     tiny = config_class(**shrink(config_class, layers) | decoder | config)
     if attn is not None:
         tiny._attn_implementation = attn

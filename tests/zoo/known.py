@@ -29,24 +29,90 @@ LACKS: dict[str, set[str]] = {
 # Proofs about something most families do not have: the types that do.
 ONLY_IN: dict[str, set[str]] = {
     # experts called through transformers' interface
-    "experts": set(
-        """
-afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
-dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
-granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling_text jamba kimi_linear kolibri1
-laguna lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral nemo_speechlm
-nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text
-solar_open zaya
-        """.split()
-    ),
+    "experts": {
+        "afmoe",
+        "aria_text",
+        "axk1",
+        "axk2",
+        "bailing_hybrid",
+        "beam",
+        "cohere2_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "deepseek_v4",
+        "dots1",
+        "dots3_note",
+        "dots3_note_text",
+        "ernie4_5_moe",
+        "exaone_moe",
+        "flex_olmo",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "gpt_oss",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hy_v4",
+        "inkling_text",
+        "jamba",
+        "kimi_linear",
+        "kolibri1",
+        "laguna",
+        "lfm2_moe",
+        "mellum",
+        "mimo_v2_flash",
+        "minimax",
+        "minimax_m2",
+        "minimax_m3_vl_text",
+        "mistral4",
+        "mixtral",
+        "nemo_speechlm",
+        "nemotron_h",
+        "olmoe",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "solar_open",
+        "zaya",
+    },
     # a gate, norm or other operation between z and the output projection
-    "heads": set(
-        """
-afmoe axk2 bailing_hybrid beam bitnet canine deepseek_v4 dots3_note dots3_note_text hrm_text hy_v4 laguna lfm3
-mobilebert neomme nystromformer qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
-qwen4_exp_text zamba zamba2
-        """.split()
-    ),
+    "heads": {
+        "afmoe",
+        "axk2",
+        "bailing_hybrid",
+        "beam",
+        "bitnet",
+        "canine",
+        "deepseek_v4",
+        "dots3_note",
+        "dots3_note_text",
+        "hrm_text",
+        "hy_v4",
+        "laguna",
+        "lfm3",
+        "mobilebert",
+        "neomme",
+        "nystromformer",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "qwen4_exp",
+        "qwen4_exp_text",
+        "zamba",
+        "zamba2",
+    },
 }
 
 _NO_SOFTMAX = "attention is approximated without a softmax over keys"
@@ -61,12 +127,19 @@ REFUSED: dict[str, dict[str, str]] = {
     "llama4": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "llama4_text": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "longformer": {"attention": _WINDOWS},
-    "mobilebert": dict.fromkeys(("neurons", "position-wise"), "attention and four feed-forward networks sit in a bottleneck and are added as one"),
+    "mobilebert": dict.fromkeys(
+        ("neurons", "position-wise"),
+        "attention and four feed-forward networks sit in a bottleneck and are added as one",
+    ),
     "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
     "rwkv": dict.fromkeys(("neurons", "position-wise"), _SHIFTED),
     "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-    "zamba": dict.fromkeys(("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"),
-    "zamba2": dict.fromkeys(("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"),
+    "zamba": dict.fromkeys(
+        ("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"
+    ),
+    "zamba2": dict.fromkeys(
+        ("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"
+    ),
 }
 
 _ALTUP = "every block predicts and corrects four residual streams (AltUp), contributions are never computed alone"

@@ -110,9 +110,7 @@ QUIRKS: dict[str, Quirk] = {
         "by default one layer in eight has attention",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     ),
-    "kimi_linear": Quirk(
-        "linear attention has sizes of its own", {"linear_head_dim": 8, "linear_num_heads": 4}
-    ),
+    "kimi_linear": Quirk("linear attention has sizes of its own", {"linear_head_dim": 8, "linear_num_heads": 4}),
     "layoutlmv3": Quirk(
         "six box embeddings make up the width; the image branch is off",
         {"coordinate_size": 4, "shape_size": 8, "visual_embed": False},
@@ -137,9 +135,7 @@ QUIRKS: dict[str, Quirk] = {
     "mobilebert": Quirk("the bottleneck", {"intra_bottleneck_size": 16}),
     "musicgen_decoder": Quirk("fewer codebooks", {"num_codebooks": 2}),
     "musicgen_melody_decoder": Quirk("fewer codebooks", {"num_codebooks": 2}),
-    "neomme": Quirk(
-        "a quarter of each head turns, by pairs of pairs; image sizes", {"head_dim": 16, "patch_size": 4}
-    ),
+    "neomme": Quirk("a quarter of each head turns, by pairs of pairs; image sizes", {"head_dim": 16, "patch_size": 4}),
     "pegasus_x": Quirk("local attention should span several blocks", {"block_size": 4}),
     "perceiver": Quirk(
         "latents have sizes of their own",
@@ -178,9 +174,7 @@ QUIRKS: dict[str, Quirk] = {
         "layers are a list, hashing needs a seed, and axial positions would have to make up the width",
         {"attn_layers": each("local", "lsh"), "hash_seed": 0, "axial_pos_embds": False},
     ),
-    "rembert": Quirk(
-        "embeddings have widths of their own", {"input_embedding_size": 16, "output_embedding_size": 24}
-    ),
+    "rembert": Quirk("embeddings have widths of their own", {"input_embedding_size": 16, "output_embedding_size": 24}),
     "roc_bert": Quirk(
         "embeddings of sound and shape",
         {

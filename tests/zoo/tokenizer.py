@@ -12,9 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]  # ids 0 to 4, as in every zoo config
-_WORDS = (
-    "the of is in and to a The When city capital France Italy Paris Rome Mary John went gave drink store he"
-)
+_WORDS = "the of is in and to a The When city capital France Italy Paris Rome Mary John went gave drink store he"
 WORDS = [f"▁{word}" for word in _WORDS.split()]
 CHARACTERS = [*string.ascii_letters, *string.digits, *".,!?'-:", "▁"]
 

@@ -294,9 +294,7 @@ def _few(names: Iterable[str]) -> str:
 # What transformers is asked, and what it answers
 
 
-def _open(
-    files: _Files, config: Any, task: Task, options: Mapping[str, Any]
-) -> tuple[nn.Module, tuple[str, ...]]:
+def _open(files: _Files, config: Any, task: Task, options: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """The module with all of its weights, and notes on what did not match."""
     remote = getattr(config, "auto_map", {}) if options["trust_remote_code"] else {}
     for head in _candidates(config, task, remote):
@@ -313,9 +311,7 @@ def _open(
         )
     notes = []
     if info["unexpected_keys"]:
-        notes.append(
-            f"{type(module).__name__} has no place for these weights: {_few(info['unexpected_keys'])}"
-        )
+        notes.append(f"{type(module).__name__} has no place for these weights: {_few(info['unexpected_keys'])}")
     if info["missing_keys"]:
         notes.append(f"not in the checkpoint, so random: {_few(info['missing_keys'])}")
     return module, tuple(notes)

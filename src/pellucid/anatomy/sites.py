@@ -105,7 +105,9 @@ class Site:
         if len(words) >= 3 and words[0] in ("attn", "cross") and words[1] == "heads":
             port = words[3] if len(words) == 4 else ""
             if len(words) <= 4 and (port in HEAD_PORTS or not port):
-                return cls(f"{words[0]}.{port or 'z_out'}", unit=_index(words[2], text), port="heads" if port else "head")
+                return cls(
+                    f"{words[0]}.{port or 'z_out'}", unit=_index(words[2], text), port="heads" if port else "head"
+                )
         if len(words) in (3, 4) and words[:2] == ["mlp", "experts"]:
             port = words[3] if len(words) == 4 else "out"
             if port in EXPERT_PORTS:
@@ -176,7 +178,9 @@ def _index(word: str, text: str) -> Index:
         return int(word)
     if _SELECTOR.fullmatch(word):
         return word
-    raise SiteError(f"cannot read {word!r} in the site {text!r}: expected a number, '*', a slice such as '2:6' or '1,4'")
+    raise SiteError(
+        f"cannot read {word!r} in the site {text!r}: expected a number, '*', a slice such as '2:6' or '1,4'"
+    )
 
 
 def choose(selector: Index, size: int, what: str, site: Site | str) -> list[int]:

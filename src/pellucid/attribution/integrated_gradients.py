@@ -78,9 +78,7 @@ def integrated_gradients(
         raise InputError(f"the rule {rule!r} needs a number of steps: give steps=50, for instance")
     inputs = model.inputs(prompt, target=forced)
     if len(inputs) != 1:
-        raise InputError(
-            f"integrated gradients take one prompt at a time, got {len(inputs)}: call it once for each"
-        )
+        raise InputError(f"integrated gradients take one prompt at a time, got {len(inputs)}: call it once for each")
     source = inputs.streams.get("encoder", inputs.stream(""))
     path = Path(model, inputs, source)
     score = _score(model, path, target, against)
@@ -207,9 +205,7 @@ class Path:
         """The model's output for embeddings [row, position, d]."""
         handlers = {**(handlers or {}), self.tap: lambda x: embeddings}
         rows = {
-            k: v.repeat_interleave(len(embeddings), 0)
-            if isinstance(v, Tensor) and v.ndim and len(v) == 1
-            else v
+            k: v.repeat_interleave(len(embeddings), 0) if isinstance(v, Tensor) and v.ndim and len(v) == 1 else v
             for k, v in self.inputs.tensors.items()
         }
         with Wiretap(self.model.module, handlers, len(embeddings)):
@@ -273,8 +269,7 @@ class Baseline:
         if keep_special:
             values = torch.where(special[:, None], path.values, values)
             labels = [
-                own if is_special else b
-                for own, b, is_special in zip(source.labels[0], labels, special, strict=True)
+                own if is_special else b for own, b, is_special in zip(source.labels[0], labels, special, strict=True)
             ]
         return cls(baseline if isinstance(baseline, str) else "token ids", values, labels, special)
 
@@ -289,15 +284,11 @@ def _baseline_ids(model: Model, source: Stream, baseline: str | Tensor) -> Tenso
     elif baseline in ("pad", "mask"):
         token = getattr(model.tokenizer, f"{baseline}_token_id")
         if token is None:
-            raise InputError(
-                f"this tokenizer has no {baseline} token: choose baseline='mean' or a token such as '.'"
-            )
+            raise InputError(f"this tokenizer has no {baseline} token: choose baseline='mean' or a token such as '.'")
         ids = torch.full_like(source.ids, token)
     else:
         alone = encode(model.tokenizer, baseline, specials=False)[0]
-        ids = source.ids.new_tensor(
-            [alone * length if len(alone) == 1 else encode(model.tokenizer, baseline)[0]]
-        )
+        ids = source.ids.new_tensor([alone * length if len(alone) == 1 else encode(model.tokenizer, baseline)[0]])
     if ids.shape[1] != length:
         raise InputError(
             f"the baseline has {ids.shape[1]} tokens and the prompt {length}: give one token, a prompt of "

@@ -64,9 +64,7 @@ def refine(
         rise = heights(edges.flatten()).unflatten(0, (-1, 2)).diff(dim=1)[:, 0]
         used += len(points) * len(todo)
         gaps = (made.sum(1) - rise).tolist()
-        done += [
-            Piece(a, b, attribution, gap) for (a, b), attribution, gap in zip(todo, made, gaps, strict=True)
-        ]
+        done += [Piece(a, b, attribution, gap) for (a, b), attribution, gap in zip(todo, made, gaps, strict=True)]
         total = torch.stack([piece.attribution for piece in done]).sum(0)
         allowed = tolerance * float(total.abs().sum())
         done.sort(key=lambda piece: abs(piece.gap))

@@ -61,9 +61,7 @@ def ablation(
     if named is not None:  # run once for all sites
         with torch.no_grad():
             reference = model.run(list(named) if isinstance(named, tuple) else named, keep=grid.whole())
-    values, clean = grid.scores(
-        model, inputs, lambda site: Ablate(site, how, reference, seed), bound, progress
-    )
+    values, clean = grid.scores(model, inputs, lambda site: Ablate(site, how, reference, seed), bound, progress)
 
     def effect(weights: Tensor) -> Tensor:
         return weights @ (values - clean).T

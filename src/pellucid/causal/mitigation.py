@@ -17,7 +17,6 @@ perplexity of texts that have nothing to do with it. The control edits as many r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch

@@ -59,8 +59,7 @@ def patching(
         clean, corrupted, spans = clean.clean, clean.corrupted, clean.spans
     if corrupted is None or metric is None:
         raise InputError(
-            "patching needs clean and corrupted prompts and a metric, or a task (pellucid.tasks) with all "
-            "three"
+            "patching needs clean and corrupted prompts and a metric, or a task (pellucid.tasks) with all three"
         )
     pair = [model.inputs(p, target=target, spans=spans) for p in (clean, corrupted)]
     check_aligned(*pair)
@@ -82,9 +81,7 @@ def patching(
     variables |= {"clean": (("prompt",), good.numpy()), "corrupted": (("prompt",), bad.numpy())}
     data = dataset(grid, variables, pair[0])
     if "token" in grid.coords:
-        data = data.assign_coords(
-            {"token": ("position", list(pair[0].stream(grid.sites[0].stack).labels[0]))}
-        )
+        data = data.assign_coords({"token": ("position", list(pair[0].stream(grid.sites[0].stack).labels[0]))})
     provenance = Provenance(
         "patching", model.name, digest=model.digest, seed=seed,
         inputs={"clean": list(pair[0].texts), "corrupted": list(pair[1].texts)},
@@ -99,9 +96,7 @@ def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
     if len(clean) != len(corrupted):
         raise InputError(f"{len(clean)} clean but {len(corrupted)} corrupted prompts: give them in pairs")
     for name in clean.streams:
-        for i, (a, b) in enumerate(
-            zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)
-        ):
+        for i, (a, b) in enumerate(zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)):
             if len(a) != len(b):
                 first = next(j for j, (x, y) in enumerate(zip_longest(a, b)) if x != y)
                 near = slice(max(0, first - 1), first + 3)

@@ -20,9 +20,7 @@ Device = Annotated[str | None, typer.Option(help="As cpu, cuda or mps.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read weights that are not safetensors: they can run code.")
 ]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")]
 
 
 def opened(source: str, **how: Any) -> Model:

@@ -14,12 +14,8 @@ from pellucid.errors import InputError
 def report(
     model: options.Source,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain.")],
-    counterfactual: Annotated[
-        str | None, typer.Option(help="A prompt with another answer, to patch from.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="The answer to explain; by default the model's own.")
-    ] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="A prompt with another answer, to patch from.")] = None,
+    target: Annotated[str | None, typer.Option(help="The answer to explain; by default the model's own.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
     task: options.Task = "auto",
     revision: options.Revision = None,

@@ -78,16 +78,13 @@ class Alone:
             raise
         except Exception as e:  # not every family runs on any number of tokens
             raise Refused(
-                f"this model does not run on {batch} x {length} dummy tokens ({type(e).__name__}): "
-                "name the prompt"
+                f"this model does not run on {batch} x {length} dummy tokens ({type(e).__name__}): name the prompt"
             ) from e
 
     def _run(self, inputs: Inputs) -> list[BlockCall]:
         broken = next((b for b in self.stack.blocks if not b.whole), None)
         if broken is not None:
-            raise Refused(
-                f"layer {broken.index} of this model is no module of its own, so it cannot be called alone"
-            )
+            raise Refused(f"layer {broken.index} of this model is no module of its own, so it cannot be called alone")
         accepted = inspect.signature(self.anatomy.module.forward).parameters
         options = {"use_cache": False} if "use_cache" in accepted else {}
         calls = record(self.anatomy, self.stack, inputs, **options).calls
@@ -106,9 +103,7 @@ class Alone:
                 raise Refused(f"layer {block.index} called alone does not repeat what it did in the model")
         return calls
 
-    def call(
-        self, block: Block, resid: Tensor, call: BlockCall, handlers: dict[Tap, Handler] | None = None
-    ) -> Tensor:
+    def call(self, block: Block, resid: Tensor, call: BlockCall, handlers: dict[Tap, Handler] | None = None) -> Tensor:
         """The block's new residual from `resid` [batch, position, d_model], with handlers on taps inside it.
 
         Taps are counted from the block's start: see `within`.

@@ -82,7 +82,9 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"{self.path} is no checkpoint of a sweep: delete it or name another file") from error
         if key != self.key or not torch.allclose(old, clean.to(old), rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise InputError(f"{self.path} holds another sweep (other edits, prompts, metric or model): name another file")
+            raise InputError(
+                f"{self.path} holds another sweep (other edits, prompts, metric or model): name another file"
+            )
         return values, done
 
     def save(self, values: Tensor, done: Tensor, clean: Tensor) -> None:

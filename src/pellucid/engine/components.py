@@ -78,9 +78,7 @@ class Span(Component):
     def site(self) -> str:
         if not self.blocks:
             return f"{self.alone.stack.prefix}layers (none)"
-        return (
-            f"{self.alone.stack.prefix}layers.{self.blocks[0].index}:{self.blocks[-1].index + 1}.resid_post"
-        )
+        return f"{self.alone.stack.prefix}layers.{self.blocks[0].index}:{self.blocks[-1].index + 1}.resid_post"
 
     def run(self, resid: Tensor, prompt: Any = None) -> Tensor:
         """The residual [batch, position, d_model] after these layers, from the one before them."""
@@ -133,10 +131,7 @@ class Part(Component):
         if f"{self.area}.out" not in self.block.taps:
             refused = self.block.refused.get(f"{self.area}.out") or self.block.refused.get(self.area)
             error = Refused if refused else SiteError
-            raise error(
-                f"layer {self.block.index} of this model has no "
-                f"{self.area}{': ' + refused if refused else ''}"
-            )
+            raise error(f"layer {self.block.index} of this model has no {self.area}{': ' + refused if refused else ''}")
 
     @property
     def site(self) -> str:
@@ -164,20 +159,11 @@ class Part(Component):
         block, own = self.block, f"{self.area}.out"
         state = next((s for s in block.states if any(t.source == own for t in s.terms)), None)
         if state is None:
-            raise Refused(
-                f"{self.site!r} cannot be run alone: {block.refused.get('resid', 'its state is not known')}"
-            )
+            raise Refused(f"{self.site!r} cannot be run alone: {block.refused.get('resid', 'its state is not known')}")
         before = [
-            s
-            for t in state.terms
-            if t.source.startswith("state")
-            for s in [block.states[int(t.source.split()[1])]]
+            s for t in state.terms if t.source.startswith("state") for s in [block.states[int(t.source.split()[1])]]
         ]
-        normed = [
-            s.norm_out
-            for s in before
-            if s.norm_out is not None and any(t.source in block.taps for t in s.terms)
-        ]
+        normed = [s.norm_out for s in before if s.norm_out is not None and any(t.source in block.taps for t in s.terms)]
         if normed:  # post-norm: what it reads is what the norm before it hands on
             return {normed[-1]: lambda x: resid}
         earlier = {"attn": (), "cross": ("attn",)}.get(self.area, ("attn", "cross", "mixer"))

@@ -90,7 +90,9 @@ class Ablate(Edit):
             raise InputError(f"cannot ablate by {self.how!r}: expected one of {', '.join(get_args(How))}")
         part = self.site.part  # type: ignore[union-attr]
         if self.how != "zero" and (part.endswith(".scores") or (part.endswith(".pattern") and self.how == "mean")):
-            raise InputError(f"{str(self.site)!r} cannot be ablated by {self.how!r}: each query sees other keys; use 'zero'")
+            raise InputError(
+                f"{str(self.site)!r} cannot be ablated by {self.how!r}: each query sees other keys; use 'zero'"
+            )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -100,7 +102,9 @@ class Ablate(Edit):
         if self.how == "zero":
             return torch.zeros_like(x)
         if self.reference is None and place.generating:
-            raise InputError(f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts")
+            raise InputError(
+                f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts"
+            )
         values, lengths = _reference(self.reference, place)
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
@@ -205,7 +209,9 @@ class Replace(Edit):
         new = self.function(x)
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-            raise InputError(f"the function at {str(place.site)!r} must return a tensor of shape {tuple(x.shape)}, not {got}")
+            raise InputError(
+                f"the function at {str(place.site)!r} must return a tensor of shape {tuple(x.shape)}, not {got}"
+            )
         return new
 
 
@@ -242,7 +248,9 @@ def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
         values, real = source.everywhere(place.site)
         values, real = values.to(place.values.device, place.values.dtype), real.to(place.values.device)
     else:
-        raise InputError(f"{str(place.site)!r} can be taken from a run, prompts or token ids, not from {type(source).__name__}")
+        raise InputError(
+            f"{str(place.site)!r} can be taken from a run, prompts or token ids, not from {type(source).__name__}"
+        )
     return left_aligned(values, real)
 
 
@@ -294,5 +302,7 @@ def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
     value = torch.as_tensor(value).to(x.device, x.dtype)
     shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
     if len(shape) > x.ndim or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
-        raise InputError(f"{what} for {str(place.site)!r} is {list(value.shape)}: it does not broadcast to {list(x.shape)}")
+        raise InputError(
+            f"{what} for {str(place.site)!r} is {list(value.shape)}: it does not broadcast to {list(x.shape)}"
+        )
     return value

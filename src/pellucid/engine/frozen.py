@@ -88,9 +88,7 @@ def linearised(steps: Sequence[Map], names: Sequence[str], x: Tensor) -> tuple[M
     for step, name in zip(steps, names, strict=True):
         chosen: Map | None = step if affine(step, x) else freeze(step, x)
         if chosen is None:
-            raise Refused(
-                f"{name!r} is not linear, so what passes through it cannot be split into contributions"
-            )
+            raise Refused(f"{name!r} is not linear, so what passes through it cannot be split into contributions")
         maps.append(chosen)
         with torch.no_grad():
             x = step(x)

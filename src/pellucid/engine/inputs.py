@@ -78,7 +78,9 @@ class Stream:
             named = range(length)[slice(*(int(n) if n else None for n in bounds.groups()))]
         else:
             known = nearest(at, self.spans) if self.spans else ""
-            raise InputError(f"'@{at}' is no position: expected an index, a slice such as '1:4', 'token' or a span{known}")
+            raise InputError(
+                f"'@{at}' is no position: expected an index, a slice such as '1:4', 'token' or a span{known}"
+            )
         if not named or named[-1] >= length:
             raise InputError(f"'@{at}' names no tokens of the prompt, which has {length}: {self._shown(b)}")
         return list(named)
@@ -88,13 +90,17 @@ class Stream:
         try:
             text = str(ast.literal_eval(quoted))
         except (SyntaxError, ValueError) as error:
-            raise InputError(f"cannot read the token in '@{quoted}': expected quotes on both sides, such as @'Paris'") from error
+            raise InputError(
+                f"cannot read the token in '@{quoted}': expected quotes on both sides, such as @'Paris'"
+            ) from error
         row = self.labels[b]
         for wanted in (text, text.strip()):
             found = [i for i, label in enumerate(row) if wanted in (label, label.strip())]
             if found:
                 return found[-1]
-        raise InputError(f"the token {text!r} is not in the prompt; its tokens are {self._shown(b)}{nearest(text, row)}")
+        raise InputError(
+            f"the token {text!r} is not in the prompt; its tokens are {self._shown(b)}{nearest(text, row)}"
+        )
 
     def _shown(self, b: int) -> str:
         return " ".join(repr(t) for t in self.labels[b])
@@ -160,7 +166,9 @@ def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         given = {k: torch.as_tensor(v) if isinstance(v, list) else v for k, v in prompt.items() if v is not None}
         if "input_ids" not in given:
-            raise InputError(f"the inputs have no 'input_ids' (they have {', '.join(given)}); give a prompt or token ids")
+            raise InputError(
+                f"the inputs have no 'input_ids' (they have {', '.join(given)}); give a prompt or token ids"
+            )
     elif isinstance(prompt, Tensor):
         given = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
     else:
@@ -225,7 +233,9 @@ def _target(module: Any, tokenizer: Any, target: Any, ids: Tensor) -> tuple[Tens
 def _spans(spans: Spans, batch: int) -> Spans:
     for name, rows in spans.items():
         if len(rows) != batch or any(len(tuple(row)) != 2 for row in rows):
-            raise InputError(f"the span {name!r} needs one (first, last + 1) per prompt: expected {batch}, got {rows!r}")
+            raise InputError(
+                f"the span {name!r} needs one (first, last + 1) per prompt: expected {batch}, got {rows!r}"
+            )
     return dict(spans)
 
 
@@ -244,14 +254,20 @@ def _check(module: Any, ids: Tensor, mask: Tensor) -> None:
         raise InputError(f"the attention mask is {list(mask.shape)}, but the token ids are {list(ids.shape)}")
     edges = mask.long().diff(dim=1, prepend=torch.zeros_like(mask[:, :1]).long())
     if bool(((edges == 1).sum(1) != 1).any()):
-        raise InputError("each row of the attention mask must be 1 on one stretch of tokens and 0 on the padding around it")
+        raise InputError(
+            "each row of the attention mask must be 1 on one stretch of tokens and 0 on the padding around it"
+        )
     config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and 1 < limit < ids.shape[1]:
-        raise InputError(f"the prompt has {ids.shape[1]} tokens but the model's context holds {limit}: shorten the prompt")
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens but the model's context holds {limit}: shorten the prompt"
+        )
     try:
         known = getattr(module.get_input_embeddings(), "num_embeddings", None)
     except (AttributeError, NotImplementedError):  # families that embed in ways of their own
         return
     if isinstance(known, int) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
-        raise InputError(f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {known - 1}")
+        raise InputError(
+            f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {known - 1}"
+        )

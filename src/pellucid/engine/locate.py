@@ -32,7 +32,11 @@ def stack_of(anatomy: Anatomy, site: Site) -> Stack:
     if not site.stack and site.layer is None:
         return anatomy.stacks[-1]
     names = [f"{s.name}.{replace(site, stack='')}" for s in anatomy.stacks if s.name]
-    hint = f": write {' or '.join(repr(n) for n in names)}" if names else f": it has one stack, write '{replace(site, stack='')}'"
+    hint = (
+        f": write {' or '.join(repr(n) for n in names)}"
+        if names
+        else f": it has one stack, write '{replace(site, stack='')}'"
+    )
     raise SiteError(f"{str(site)!r} does not say which stack of this model is meant" + hint)
 
 
@@ -52,9 +56,7 @@ def expand(anatomy: Anatomy, text: str | Site) -> list[Site]:
     found: list[Site] = []
     for layer in layers:
         here = replace(site, layer=layer)
-        if site.unit is None:
-            found.append(here)
-        elif isinstance(site.unit, int) and site.unit >= 0 and len(layers) == 1:
+        if site.unit is None or (isinstance(site.unit, int) and site.unit >= 0 and len(layers) == 1):
             found.append(here)
         else:
             size = unit_count(stack.blocks[layer], here)

@@ -174,7 +174,9 @@ class Packed(Wiretap):
                 if cross
                 else (self._rows(k, where, group), self._rows(v, where, group))
             )
-            z = self._attend(native, module, group, self._rows(q, where, group), keys, values, recorded, taps, kw, cross)
+            z = self._attend(
+                native, module, group, self._rows(q, where, group), keys, values, recorded, taps, kw, cross
+            )
             made.append(z.reshape(1, -1, *z.shape[2:]))
         return torch.cat(made, 1), None
 

@@ -76,9 +76,7 @@ class Probe:
             if flow.weight_of(op) is None:
                 queue.extend(op.inputs)
             elif op.call is None or op.call.input is None or op.call.children:
-                raise Refused(
-                    f"layer {self.block.index} of this model projects in its own code, not by modules"
-                )
+                raise Refused(f"layer {self.block.index} of this model projects in its own code, not by modules")
             else:
                 self._check_reads(op.call.input)
                 found[id(op.call)] = op.call
@@ -91,8 +89,7 @@ class Probe:
         assert root.input is not None
         if source.producer is not None and not flow.Additive(root.input, 0).reaches(source):
             raise Refused(
-                "what is projected is no state of the residual stream: there is another projection or step "
-                "before"
+                "what is projected is no state of the residual stream: there is another projection or step before"
             )
 
     def attended(self, attention: Attention) -> dict[str, Value]:
@@ -109,9 +106,7 @@ class Probe:
         """A tap on a module's input or output, as the block alone is called."""
         key = next(k for k, v in (call.inputs if port == "in" else call.outputs).items() if v is value)
         width = value.shape[-1]
-        layout = recognise(
-            tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width
-        )
+        layout = recognise(tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width)
         if layout is None:
             raise Refused(f"{call.name!r} is laid out in an unknown order")
         return Tap(call.name, port, layout, key, call.nth)
@@ -139,13 +134,9 @@ class Probe:
             def put(x: Tensor, given: Tensor = given) -> Tensor:
                 return given.expand_as(x).contiguous()
 
-            handlers: dict[Tap, Handler] = {
-                self.tap(c, c.input, "in"): put for c in readers if c.input is not None
-            }
+            handlers: dict[Tap, Handler] = {self.tap(c, c.input, "in"): put for c in readers if c.input is not None}
             with torch.no_grad():
-                self.alone.call(
-                    self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append}
-                )
+                self.alone.call(self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append})
             made.append(kept[0][: len(part), :2])
         return torch.cat(made)
 
@@ -190,15 +181,12 @@ class AttentionWeights:
         part = f"{self.attention.part}.{port}"
         if part not in self.block.taps:
             raise Refused(
-                f"W_{port.upper()} is refused on this model: "
-                f"{self.block.refused.get(part, f'{part} is not mapped')}"
+                f"W_{port.upper()} is refused on this model: {self.block.refused.get(part, f'{part} is not mapped')}"
             )
         readers = self._probe.readers(self._probe.attended(self.attention)[port])
         widths = {c.input.shape[-1] for c in readers if c.input is not None}
         if len(widths) != 1:
-            raise Refused(
-                f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths"
-            )
+            raise Refused(f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths")
         (width,) = widths
         like = self._probe.resid
         noise = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(like) / 10
@@ -255,11 +243,7 @@ class AttentionWeights:
     @property
     def _output(self) -> tuple[Tensor, Tensor]:
         a = self.attention
-        if (
-            a.linear is None
-            or a.linear.width != a.heads * a.d_value
-            or f"{a.part}.z_out" not in self.block.taps
-        ):
+        if a.linear is None or a.linear.width != a.heads * a.d_value or f"{a.part}.z_out" not in self.block.taps:
             why = self.block.refused.get(f"{a.part}.z_out", "no output projection reads z alone")
             raise Refused(f"W_O is refused on this model: {why}")
         weight, bias = linear_map(self.alone.anatomy.module.get_submodule(a.linear.module), a.linear.shape)
@@ -282,9 +266,7 @@ class AttentionWeights:
     def OV(self) -> Tensor:
         """[head, d_in, d_model]"""
         if self.attention.gated:
-            raise Refused(
-                "OV is refused on this model: a gate or norm lies between z and the output projection"
-            )
+            raise Refused("OV is refused on this model: a gate or norm lies between z and the output projection")
         return self.W_V @ self.W_O.to(self.W_V.dtype)
 
 
@@ -359,9 +341,7 @@ class MlpWeights:
 
     @property
     def W_out(self) -> Tensor:
-        return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[
-            0
-        ].detach()
+        return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[0].detach()
 
     def features(self, neuron: int) -> dict[str, list[int]]:
         """The outputs of the reading modules a neuron is made from, found by its gradient."""
@@ -376,9 +356,7 @@ class MlpWeights:
             return handler
 
         handlers = {
-            self.probe.tap(c, c.output, "out"): leaf(n)
-            for n, c in self.readers.items()
-            if c.output is not None
+            self.probe.tap(c, c.output, "out"): leaf(n) for n, c in self.readers.items() if c.output is not None
         }
         with torch.enable_grad():
             self.alone.call(
@@ -394,8 +372,7 @@ class MlpWeights:
         }
         if any(len(columns) > 2 for columns in found.values()) or not any(found.values()):
             raise Refused(
-                "the neurons of this model are not each made from one or two features of what reads the "
-                "stream"
+                "the neurons of this model are not each made from one or two features of what reads the stream"
             )
         return found
 

@@ -129,7 +129,9 @@ class Shapes:
                     kind = "batch" if pair == rows else "length" if pair == lengths else "odd"
                     found[kind].append(axis)
             if found["odd"] or len(found["batch"]) > 1:
-                raise Refused(f"{path[1]!r}, which its blocks are given, has an axis that is neither batch nor position")
+                raise Refused(
+                    f"{path[1]!r}, which its blocks are given, has an axis that is neither batch nor position"
+                )
             self.axes[path] = None
             if len(found["length"]) == 1:  # two: a mask or bias, which attention gets as recorded
                 (length,) = found["length"]

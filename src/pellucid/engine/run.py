@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class Run:
     """What a run gave: `logits`, the kept tensors (`run.tensor(site)`, labelled: `run[site]`) and their gradients."""
 
-    def __init__(self, anatomy: Anatomy, inputs: Inputs, output: Any, kept: dict[Tap, Tensor], sites: list[Site]) -> None:
+    def __init__(
+        self, anatomy: Anatomy, inputs: Inputs, output: Any, kept: dict[Tap, Tensor], sites: list[Site]
+    ) -> None:
         self.anatomy, self.inputs, self.output = anatomy, inputs, output
         self.kept, self.sites = kept, sites
         self.gradients: dict[Tap, Tensor] = {}
@@ -52,7 +54,9 @@ class Run:
         site = Site.parse(site)
         if site.port == "heads" and site.part.endswith(".out"):
             part = site.part.removesuffix(".out")
-            raise SiteError(f"all heads of a layer write to one sum: the gradient at {str(site)!r} is that of '{part}.out'")
+            raise SiteError(
+                f"all heads of a layer write to one sum: the gradient at {str(site)!r} is that of '{part}.out'"
+            )
         return self._select(site, self.gradients)
 
     def everywhere(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -94,7 +98,9 @@ class Run:
             return x
         x = x.movedim(axis, 1)
         if x.shape[1] != stream.ids.shape[1]:
-            raise Refused(f"{str(site)!r} has {x.shape[1]} positions for {stream.ids.shape[1]} tokens: keep it without '@'")
+            raise Refused(
+                f"{str(site)!r} has {x.shape[1]} positions for {stream.ids.shape[1]} tokens: keep it without '@'"
+            )
         x = x[torch.arange(len(x), device=x.device)[:, None], columns]
         return x.movedim(1, axis)
 
@@ -209,7 +215,9 @@ def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
         for site in expand(anatomy, edit.site):
             spot = locate(anatomy, site)
             if site.port == "heads" and site.part.endswith(".out"):
-                raise SiteError(f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}")
+                raise SiteError(
+                    f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}"
+                )
             if not shows_one_reader(anatomy, spot):
                 placed.append(Written(edit, spot))
             elif site.part == "resid_mid":
@@ -299,7 +307,12 @@ def execute(
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
-        if handlers and torch.is_grad_enabled() and module.training and getattr(module, "is_gradient_checkpointing", False):
+        if (
+            handlers
+            and torch.is_grad_enabled()
+            and module.training
+            and getattr(module, "is_gradient_checkpointing", False)
+        ):
             raise Refused("a checkpointed forward is computed again outside the run: call model.module.eval() first")
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:
@@ -320,6 +333,8 @@ def _differentiate(run: Run, metric: Callable[[Run], Tensor], session: Session) 
         raise InputError("this metric has no gradient (it counts, or reads nothing that was computed with gradients)")
     wanted = {tap: session.nothings[tap].added[0] if tap in session.nothings else x for tap, x in run.kept.items()}
     found = torch.autograd.grad(score.sum(), list(wanted.values()), allow_unused=True)
-    run.gradients = {t: torch.zeros_like(x) if g is None else g for (t, x), g in zip(wanted.items(), found, strict=True)}
+    run.gradients = {
+        t: torch.zeros_like(x) if g is None else g for (t, x), g in zip(wanted.items(), found, strict=True)
+    }
     run.kept = {tap: x.detach() for tap, x in run.kept.items()}
     run.metric = score.detach()

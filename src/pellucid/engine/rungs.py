@@ -84,7 +84,9 @@ class Executor:
             picked = [self.reader.pick(done[v], v.start, self.recording.final) for v in variants]
             return list(self.reader.unembed(torch.stack(picked)))
         recording = self.recording if rung == "stubbed" else None
-        return [self.reader.read(rows) for rows in run_rows(self.anatomy, self.inputs, variants, recording, **self.forward)]
+        return [
+            self.reader.read(rows) for rows in run_rows(self.anatomy, self.inputs, variants, recording, **self.forward)
+        ]
 
 
 def certified(anatomy: Anatomy) -> Rungs:
@@ -152,7 +154,9 @@ class Rungs:
         batches = [prepared]
         if rung == "stubbed":  # a batch enters at one block
             batches = [[v for v in prepared if v.layer == layer] for layer in sorted({v.layer for v in prepared})]
-        made = {v.index: logits for batch in batches for v, logits in zip(batch, executor.run(rung, batch), strict=True)}
+        made = {
+            v.index: logits for batch in batches for v, logits in zip(batch, executor.run(rung, batch), strict=True)
+        }
         return deviation(torch.stack([made[i] for i in range(len(variants))]), truth)
 
     @cached_property
@@ -179,10 +183,14 @@ def _variants(stack: Stack) -> list[Edit]:
     """Strong edits of the residual at the ends and in the middle of the stack, and edits inside attention."""
     last = len(stack.blocks) - 1
     sites = [f"{stack.prefix}layers.{layer}.resid_pre" for layer in sorted({0, last // 2, last})]
-    variants: list[Edit] = [Replace(site + at, _flipped) for site in sites for at in ("@-3", "")[: 1 + (site == sites[0])]]
+    variants: list[Edit] = [
+        Replace(site + at, _flipped) for site in sites for at in ("@-3", "")[: 1 + (site == sites[0])]
+    ]
     for part in ("attn.heads.0", "attn.heads.0.k@-4"):
         having = [b.index for b in stack.blocks if ("attn.k" if "k@" in part else "attn.z_out") in b.taps]
-        variants += [Replace(f"{stack.prefix}layers.{layer}.{part}", _flipped) for layer in sorted({*having[:1], *having[-1:]})]
+        variants += [
+            Replace(f"{stack.prefix}layers.{layer}.{part}", _flipped) for layer in sorted({*having[:1], *having[-1:]})
+        ]
     return variants
 
 
@@ -194,7 +202,7 @@ def _fit(anatomy: Anatomy, rung: str) -> None:
     """Refused for what the map already tells; the trial alone might not see it in half precision."""
     stack = anatomy.stacks[-1]
     shared = any(t.nth and not t.module.startswith(b.module) for b in stack.blocks for t in b.taps.values())
-    if rung != "batched" and shared or rung == "stubbed" and any(b.nth for b in stack.blocks):
+    if (rung != "batched" and shared) or (rung == "stubbed" and any(b.nth for b in stack.blocks)):
         raise Refused("its layers share modules, whose calls are counted from the first layer on")
     if not rung.startswith("packed"):
         return
@@ -224,7 +232,9 @@ def _learn_shapes(anatomy: Anatomy) -> Shapes:
         mask[-1, -1] = 0
         tensors["attention_mask"] = mask
         inputs = read_inputs(anatomy.module, None, tensors)
-        recordings.append(record(anatomy, anatomy.stacks[-1], inputs, **Executor(anatomy, inputs, _AllLogits()).forward))
+        recordings.append(
+            record(anatomy, anatomy.stacks[-1], inputs, **Executor(anatomy, inputs, _AllLogits()).forward)
+        )
     return Shapes(*recordings)
 
 

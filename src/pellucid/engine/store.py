@@ -61,7 +61,9 @@ class ActivationStore:
             raw = json.loads((self.path / INDEX).read_text())
             self.index = Index(**{**raw, "shards": [Shard(**s) for s in raw["shards"]]})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{str(path)!r} is no activation store: expected a folder with a readable {INDEX}") from error
+            raise InputError(
+                f"{str(path)!r} is no activation store: expected a folder with a readable {INDEX}"
+            ) from error
 
     def __len__(self) -> int:
         return sum(s.rows for s in self.index.shards)
@@ -82,8 +84,10 @@ class ActivationStore:
         """Some rows of a site, in the order asked for, reading only the shards they lie in."""
         name = self._name(site)
         wanted = torch.as_tensor(rows, dtype=torch.long)
-        if len(wanted) and not (0 <= int(wanted.min()) and int(wanted.max()) < len(self)):
-            raise InputError(f"rows {int(wanted.min())} to {int(wanted.max())} were asked for; the store has {len(self)}")
+        if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
+            raise InputError(
+                f"rows {int(wanted.min())} to {int(wanted.max())} were asked for; the store has {len(self)}"
+            )
         out: Tensor | None = None
         start = 0
         for shard in self.index.shards:
@@ -162,9 +166,15 @@ def _continue(path: Path, names: list[str], digest: str, dtype: str) -> Index:
         path.mkdir(parents=True, exist_ok=True)
         return Index(names, digest, dtype)
     index = ActivationStore(path).index
-    for what, old, new in (("sites", index.sites, names), ("a model", index.digest, digest), ("dtype", index.dtype, dtype)):
+    for what, old, new in (
+        ("sites", index.sites, names),
+        ("a model", index.digest, digest),
+        ("dtype", index.dtype, dtype),
+    ):
         if old != new:
-            raise InputError(f"{str(path)!r} was harvested with other {what} ({old!r}, now {new!r}): use another folder")
+            raise InputError(
+                f"{str(path)!r} was harvested with other {what} ({old!r}, now {new!r}): use another folder"
+            )
     return index
 
 

@@ -102,4 +102,3 @@ def run_rows(
     if missed is not None:
         raise SiteError(f"the edit on {str(missed.spot.site)!r} never fired: the run did not pass through it")
     return logits.unflatten(0, (n, rows))
-

@@ -102,7 +102,9 @@ class Plan:
             return ""
         if own_hooks(self.anatomy.module):
             return "your own hooks on the model must see every run by itself"
-        beyond = rung.startswith("packed") and any(w.spot.site.part == "final_norm" for v in self.variants for w in v.writers)
+        beyond = rung.startswith("packed") and any(
+            w.spot.site.part == "final_norm" for v in self.variants for w in v.writers
+        )
         if rung != "batched" and (beyond or any(v.layer < 0 for v in self.variants)):
             return "an edit lies outside the last stack's blocks"
         if rung.startswith("packed") and (self.bound.classes or self.anatomy.head is None):
@@ -146,7 +148,9 @@ class Plan:
             f"cost: at most {self.cost:.1f} plain forward passes instead of {n}, by tokens computed",
         ]
         if self.rung.startswith("packed"):
-            rows = "all vocabulary rows" if self.bound.tokens is None else f"{self.bound.tokens.shape[1]} vocabulary rows"
+            rows = (
+                "all vocabulary rows" if self.bound.tokens is None else f"{self.bound.tokens.shape[1]} vocabulary rows"
+            )
             lines.append(f"unembedded: {self._read} position{'s' * (self._read > 1)}, {rows}")
         return "\n".join(lines)
 
@@ -165,7 +169,10 @@ class Plan:
         """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
         if self.anatomy.module.training:
             raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
-        with torch.no_grad(), tqdm(total=len(self.variants), unit="run", disable=not progress or not sys.stderr.isatty()) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=len(self.variants), unit="run", disable=not progress or not sys.stderr.isatty()) as bar,
+        ):
             clean = self.bound(self.executor.clean(self.rung))
             self._resume(clean)
             while not bool(self.done.all()):
@@ -237,7 +244,9 @@ class Plan:
         """What a variant adds to the memory of its batch: tensors of a block, and the logits."""
         block = self.stack.blocks[0]
         heads = sum(a.heads for a in block.attentions.values())
-        width = 12 * self.stack.d_model + 3 * block.sizes.get("neuron", 4 * self.stack.d_model) + 3 * heads * self._length
+        width = (
+            12 * self.stack.d_model + 3 * block.sizes.get("neuron", 4 * self.stack.d_model) + 3 * heads * self._length
+        )
         vocabulary = getattr(self.anatomy.module.config, "vocab_size", None) or 0
         if self.rung.startswith("packed"):
             logits = self._read * (vocabulary if self.bound.tokens is None else self.bound.tokens.shape[1])

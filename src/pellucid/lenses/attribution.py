@@ -135,14 +135,10 @@ class Shares:
             if part not in block.taps:
                 why = block.refused.get(part) or block.refused.get("resid", "it is not on the map")
                 site = f"{self.stack.prefix}layers.{block.index}.{part}"
-                raise Refused(
-                    f"direct logit attribution needs {site!r}, which is refused on this model: {why}"
-                )
+                raise Refused(f"direct logit attribution needs {site!r}, which is refused on this model: {why}")
             yield block.taps[part]
         if block.taps["resid_pre"].layout.canonical != TOKENS or any(t.carried for t in terms):
-            raise Refused(
-                "this model mixes its residual streams by weights of the pass: shares do not add up"
-            )
+            raise Refused("this model mixes its residual streams by weights of the pass: shares do not add up")
         yield from (state.norm_in for state in block.states if state.norm_in is not None)
         units = {
             "head": [f"{part}.z_out" for part in block.attentions],
@@ -226,9 +222,7 @@ class Shares:
         self._add(site.replace(".out", ".rest"), block.index, f"{area}.rest", rest)
         self._add(site.replace(".out", f".{kind}"), block.index, f"{area}.{kind}", units)
 
-    def _inside(
-        self, block: Block, tap: Tap, what: Attention | Mlp, u: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
+    def _inside(self, block: Block, tap: Tap, what: Attention | Mlp, u: Tensor) -> tuple[Tensor, Tensor] | None:
         """Shares [prompt, unit] of what enters an output projection and [prompt] of the biases added to it.
 
         None where it does not reach the stream linearly: the contribution then stays whole.

@@ -133,8 +133,7 @@ def _rows(
     for site in sites:
         resid = run.tensor(site)[picked, columns].flatten(0, 1)
         parts = [
-            _read(unembed(model, resid[part][None])[0], final[part], targets, top)
-            for part in _parts(*final.shape)
+            _read(unembed(model, resid[part][None])[0], final[part], targets, top) for part in _parts(*final.shape)
         ]
         row = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         for name, values in row.items():
@@ -173,9 +172,7 @@ def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[s
 def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -> None:
     """The last residual must give the model's own logits; checked at the last column of every prompt."""
     if run.logits.shape[:2] != stream.ids.shape or run.tensor(last).shape[:2] != stream.ids.shape:
-        raise Refused(
-            f"{model.name} has not one residual and one row of logits for every token: no lens fits"
-        )
+        raise Refused(f"{model.name} has not one residual and one row of logits for every token: no lens fits")
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     made = unembed(model, run.tensor(last)[rows, columns[:, -1:]])
     gap = error(made, run.logits[rows, columns[:, -1:]])
@@ -197,8 +194,7 @@ def _sites(model: Model, sites: str | Sequence[str]) -> list[str]:
     for site in found:
         if site.dims != ("batch", "position", "d_model") or site.at is not None:
             raise InputError(
-                f"{str(site)!r} is no residual at every position; the lens reads sites such as "
-                "layers.*.resid_post"
+                f"{str(site)!r} is no residual at every position; the lens reads sites such as layers.*.resid_post"
             )
     return [str(site) for site in found]
 

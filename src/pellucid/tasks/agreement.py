@@ -20,8 +20,7 @@ letter door window table chair house garden road bridge river ship train tree fl
 guard worker writer painter""")
 NOUNS = [(noun, f"{noun}s") for noun in REGULAR] + [("man", "men"), ("woman", "women"), ("child", "children")]
 ATTRACTORS = [
-    (noun, f"{noun}s")
-    for noun in words("cabinet building table house neighbor teacher wall field tower doctor")
+    (noun, f"{noun}s") for noun in words("cabinet building table house neighbor teacher wall field tower doctor")
 ]
 PLACES = ("near", "behind", "beside", "next to", "opposite")
 VERBS = ((" is", " are"), (" was", " were"), (" has", " have"))
@@ -38,9 +37,7 @@ def subject_verb_agreement(
     length = {word: len(answer_ids(tokenizer, f" {word}")) for noun in NOUNS for word in noun}
     nouns = [(one, many) for one, many in NOUNS if length[one] == length[many]]
     if len(nouns) < 5:
-        raise InputError(
-            f"subject_verb_agreement: only {len(nouns)} nouns are as long in the plural, 5 are needed"
-        )
+        raise InputError(f"subject_verb_agreement: only {len(nouns)} nouns are as long in the plural, 5 are needed")
     template = "The {subject} {place} the {attractor}" if attractor else "Today the {subject}"
     drafts = _drafts(random.Random(seed), nouns, template)
     return assemble("subject_verb_agreement", drafts, tokenizer, n, seed=seed, masked=masked)

@@ -57,9 +57,7 @@ def _forms(century: int) -> list[Form]:
     ]
 
 
-def greater_than(
-    tokenizer: Any, n: int = 50, seed: int = 0, *, century: int = 17, masked: bool = False
-) -> Prompts:
+def greater_than(tokenizer: Any, n: int = 50, seed: int = 0, *, century: int = 17, masked: bool = False) -> Prompts:
     """`n` pairs. Spans: event, century, year (its last two digits; like century where years are whole).
 
     InputError if this tokenizer has years in none of the four forms (masked: as whole years).

@@ -47,9 +47,7 @@ def indirect_objects(
         raise InputError(f"corruption {corruption!r}: expected 'swap' or 'names'")
     names = [name for name in NAMES if len(answer_ids(tokenizer, f" {name}")) == 1]
     if len(names) < 5:
-        raise InputError(
-            f"indirect_objects: {len(names)} of {len(NAMES)} names are one token here, 5 are needed"
-        )
+        raise InputError(f"indirect_objects: {len(names)} of {len(NAMES)} names are one token here, 5 are needed")
     drafts = _drafts(random.Random(seed), names, corruption)
     return assemble("indirect_objects", drafts, tokenizer, n, seed=seed, masked=masked)
 
@@ -61,7 +59,5 @@ def _drafts(rng: random.Random, names: list[str], corruption: str) -> Iterator[D
         template = rng.choice(TEMPLATES).replace("{A}", first).replace("{B}", second)
         rest = {"place": rng.choice(PLACES), "thing": rng.choice(THINGS)}
         clean = {"IO": io, "S1": s, "S2": s, **rest}
-        corrupted = clean | (
-            {"S2": io} if corruption == "swap" else dict(zip(("IO", "S1", "S2"), others, strict=True))
-        )
+        corrupted = clean | ({"S2": io} if corruption == "swap" else dict(zip(("IO", "S1", "S2"), others, strict=True)))
         yield Draft(template, clean, corrupted, [f" {io}"], [f" {s}"])

@@ -44,9 +44,7 @@ def gendered_professions(tokenizer: Any, n: int = 50, seed: int = 0, *, masked: 
         for p in STEREOTYPES[pronoun]
     }
     if not any(opposite.values()):
-        raise InputError(
-            "gendered_professions: no two professions of opposite stereotype have equal token length"
-        )
+        raise InputError("gendered_professions: no two professions of opposite stereotype have equal token length")
     drafts = _drafts(random.Random(seed), opposite)
     return assemble("gendered_professions", drafts, tokenizer, n, seed=seed, masked=masked)
 
@@ -54,12 +52,8 @@ def gendered_professions(tokenizer: Any, n: int = 50, seed: int = 0, *, masked: 
 def _drafts(rng: random.Random, opposite: dict[tuple[str, str], list[str]]) -> Iterator[Draft]:
     while True:
         pronoun = rng.choice((" she", " he"))
-        profession, partners = rng.choice(
-            [(p, q) for (side, p), q in opposite.items() if side == pronoun and q]
-        )
+        profession, partners = rng.choice([(p, q) for (side, p), q in opposite.items() if side == pronoun and q])
         clean = {"profession": profession, "event": rng.choice(EVENTS)}
         corrupted = clean | {"profession": rng.choice(partners)}
         other = " he" if pronoun == " she" else " she"
-        yield Draft(
-            "The {profession} {event} because", clean, corrupted, [pronoun], [other], tail=" was happy."
-        )
+        yield Draft("The {profession} {event} because", clean, corrupted, [pronoun], [other], tail=" was happy.")

@@ -176,9 +176,7 @@ def assemble(
         if len(found) == n:
             return _joined(list(found.values()), name=name, seed=seed, score=score)
     causes = ", ".join(f"{count} {cause}" for cause, count in rejected.most_common()) or "no more candidates"
-    raise InputError(
-        f"{name}: this tokenizer allows only {len(found)} of {n} prompts ({causes}); ask for fewer"
-    )
+    raise InputError(f"{name}: this tokenizer allows only {len(found)} of {n} prompts ({causes}); ask for fewer")
 
 
 def words(text: str) -> list[str]:
@@ -222,9 +220,7 @@ def _pair(draft: Draft, tokenizer: Any, *, masked: bool, single_token: bool) -> 
     differ = {i for i, (a, b) in enumerate(zip(ids, other_ids, strict=True)) if a != b}
     if not differ or not differ <= meant:
         return "not differing just where intended"
-    if any(
-        tokenizer.unk_token_id in side[slice(*span)] for span in spans.values() for side in (ids, other_ids)
-    ):
+    if any(tokenizer.unk_token_id in side[slice(*span)] for span in spans.values() for side in (ids, other_ids)):
         return "with an unknown word"
     try:
         right, wrong = (_ids(answers, head, other, tokenizer) for answers in (draft.answers, draft.wrong))
@@ -257,8 +253,7 @@ def _position(prompt: str, tokenizer: Any) -> int:
 def _ids(answers: Answer, clean: str, corrupted: str, tokenizer: Any) -> list[list[int]]:
     """The token ids of each answer in its place. InputError if one has no tokens of its own there."""
     return [
-        _own(answer, clean, corrupted, tokenizer)
-        for answer in ([answers] if isinstance(answers, str) else answers)
+        _own(answer, clean, corrupted, tokenizer) for answer in ([answers] if isinstance(answers, str) else answers)
     ]
 
 

@@ -22,9 +22,7 @@ def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[in
     """
     if not getattr(tokenizer, "is_fast", False):
         name = type(tokenizer).__name__
-        raise InputError(
-            f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)"
-        )
+        raise InputError(f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)")
     encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
     return list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
 

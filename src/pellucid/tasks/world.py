@@ -138,17 +138,13 @@ class Relation:
 RELATIONS = {
     "capital": Relation("The capital of {subject} is the city of", [(row[0], row[1]) for row in COUNTRIES]),
     "language": Relation("The main language spoken in {subject} is", [(row[0], row[2]) for row in COUNTRIES]),
-    "continent": Relation(
-        "The country of {subject} is on the continent of", [(row[0], row[3]) for row in COUNTRIES]
-    ),
+    "continent": Relation("The country of {subject} is on the continent of", [(row[0], row[3]) for row in COUNTRIES]),
     "landmark": Relation("The {subject} is located in the city of", [(row[0], row[1]) for row in LANDMARKS]),
     "opposite": Relation("The opposite of {subject} is", [p for a, b in OPPOSITES for p in ((a, b), (b, a))]),
 }
 
 
-def capitals(
-    tokenizer: Any, n: int = 50, seed: int = 0, *, single_token: bool = True, masked: bool = False
-) -> Prompts:
+def capitals(tokenizer: Any, n: int = 50, seed: int = 0, *, single_token: bool = True, masked: bool = False) -> Prompts:
     """`facts(tokenizer, "capital", ...)`."""
     return facts(tokenizer, "capital", n, seed, single_token=single_token, masked=masked)
 
@@ -178,9 +174,7 @@ def facts(
     partners = [(a, b) for group in alike.values() for a in group for b in group if a[1] != b[1]]
     if not partners:
         advice = "; try single_token=False" if single_token else ""
-        raise InputError(
-            f"{relation}: of {len(pairs)} facts {len(usable)} fit, no two with subjects alike{advice}"
-        )
+        raise InputError(f"{relation}: of {len(pairs)} facts {len(usable)} fit, no two with subjects alike{advice}")
     random.Random(seed).shuffle(partners)
     name = f"facts: {relation}"
     drafts = _drafts(template, partners)

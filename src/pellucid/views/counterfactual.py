@@ -160,14 +160,22 @@ class Vocabulary:
     @classmethod
     def of(cls, question: Question) -> Vocabulary:
         try:
-            weight = question.model.module.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+            weight = question.model.module.get_input_embeddings().weight
         except (AttributeError, NotImplementedError) as error:
             raise InputError("this model has no table of input embeddings to find near words in") from error
         pieces = question.model.tokenizer.convert_ids_to_tokens(range(len(question.model.tokenizer)))
         pieces = [str(p or "") for p in pieces][: len(weight)]
         bodies = [re.sub(r"^(##|[▁Ġ])|</w>$", "", p) for p in pieces]
-        kinds = [
-            (p.startswith(("▁", "Ġ")), p.startswith("##"), p.endswith("</w>"), b[:1].isupper(), b.isalpha(), b.isdigit(), len(b) > 2)
+        kinds: list[tuple[bool, ...]] = [
+            (
+                p.startswith(("▁", "Ġ")),
+                p.startswith("##"),
+                p.endswith("</w>"),
+                b[:1].isupper(),
+                b.isalpha(),
+                b.isdigit(),
+                len(b) > 2,
+            )
             for p, b in zip(pieces, bodies, strict=True)
         ]
         return cls(bodies, kinds, weight.detach())
@@ -177,7 +185,11 @@ class Vocabulary:
 
     def near(self, i: int) -> list[str]:
         """Bodies of the tokens of the same kind whose embeddings point most nearly the same way."""
-        same = [j for j, kind in enumerate(self.kinds) if kind == self.kinds[i] and self.bodies[j].lower() != self.bodies[i].lower()]
+        same = [
+            j
+            for j, kind in enumerate(self.kinds)
+            if kind == self.kinds[i] and self.bodies[j].lower() != self.bodies[i].lower()
+        ]
         if not same or not self.bodies[i].isalnum():
             return []
         close = torch.cosine_similarity(self.embeddings[same].float(), self.embeddings[i].float()[None])

@@ -34,7 +34,9 @@ class Axis:
 
 def token_axis(tokens: Sequence[str], positions: Sequence[int], marked: Sequence[int] = ()) -> Axis:
     """Tokens over their positions; those at the positions `marked` stand out."""
-    return Axis("token", [token(t) for t in tokens], list(positions), [positions.index(p) for p in marked if p in positions])
+    return Axis(
+        "token", [token(t) for t in tokens], list(positions), [positions.index(p) for p in marked if p in positions]
+    )
 
 
 def colour(value: float, scale: Scale, full: float) -> str:
@@ -112,10 +114,10 @@ def bars(rows: Sequence[tuple[Child, float, str]], full: float = 1.0) -> Html:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Child]]) -> Html:
-    """A plain table; the first column heads its row, numbers are right-aligned from the second on."""
-    head = tag("tr", [tag("th", c, scope="col") for c in columns])
+    """A plain table; the first column heads its row. Columns without names have no heading."""
+    head = tag("thead", tag("tr", [tag("th", c, scope="col") for c in columns])) if any(columns) else None
     body = [tag("tr", tag("th", row[0], scope="row"), [tag("td", c) for c in row[1:]]) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", body), class_="plain"), class_="scroll")
+    return tag("div", tag("table", head, tag("tbody", body), class_="plain"), class_="scroll")
 
 
 def details(summary: str, *children: Child) -> Html:
@@ -195,7 +197,9 @@ def columns(labels: Sequence[str], panels: Sequence[tuple[str, Sequence[float]]]
     for n, (name, values) in enumerate(panels):
         top = 24 + n * step
         zero = top + high * scale
-        children.append(tag("g", tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{zero:.1f}", y2=f"{zero:.1f}"), class_="rules"))
+        children.append(
+            tag("g", tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{zero:.1f}", y2=f"{zero:.1f}"), class_="rules")
+        )
         children.append(_text(LEFT, top - 10, name, anchor="start", class_="name"))
         ends = [v for v in (high, low) if abs(v) * scale > 12]
         children += [_text(LEFT - 8, zero - v * scale + 4, number(v, 1, sign=True), anchor="end") for v in (*ends, 0.0)]

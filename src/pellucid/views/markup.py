@@ -77,8 +77,7 @@ def visible(token: str) -> str:
     """
     start, end = len(token) - len(token.lstrip()), len(token.rstrip())
     shown = [
-        (SPACES.get(c) if not start <= i < end or c != " " else None) or _printable(c)
-        for i, c in enumerate(token)
+        (SPACES.get(c) if not start <= i < end or c != " " else None) or _printable(c) for i, c in enumerate(token)
     ]
     return "".join(shown) or "∅"
 

@@ -59,7 +59,9 @@ def page(title: str, header: Child, sections: list[Section], footer: Child) -> s
     script = Html(_static("report.js"))
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
-    contents = tag("nav", tag("ol", [tag("li", tag("a", s.name, href=f"#{s.id}")) for s in sections]), aria_label="Contents")
+    contents = tag(
+        "nav", tag("ol", [tag("li", tag("a", s.name, href=f"#{s.id}")) for s in sections]), aria_label="Contents"
+    )
     head = join(
         tag("meta", charset="utf-8"),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy)}">'),

@@ -134,7 +134,9 @@ class Question:
     def lacks(self, section: str) -> str:
         """Why a section cannot be asked for with this kind of answer; empty where it can."""
         if section in ("layers", "direct") and self.kind in ("embedding", "class"):
-            what = "gives vectors, not words" if self.kind == "embedding" else "chooses a class from one place, not words"
+            what = (
+                "gives vectors, not words" if self.kind == "embedding" else "chooses a class from one place, not words"
+            )
             return f"the method reads states as words, and this model {what}"
         return ""
 
@@ -252,7 +254,11 @@ def _kind(model: Model, run: Any, inputs: Inputs) -> Kind:
 
 def _mask_at(model: Model, ids: Sequence[int]) -> int | None:
     mask = getattr(model.tokenizer, "mask_token_id", None)
-    return list(ids).index(mask) if mask in ids and model.anatomy.stacks[-1].causal is not True else None
+    return (
+        list(ids).index(mask)
+        if mask is not None and mask in ids and model.anatomy.stacks[-1].causal is not True
+        else None
+    )
 
 
 def _with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
@@ -285,7 +291,9 @@ def read(model: Model, logits: Tensor, kind: Kind, position: int, top: int) -> l
         return []
     p = (logits[0] if kind == "class" else logits[0, position]).float().softmax(-1)
     best = p.topk(min(top, len(p)))
-    return [Option(int(i), _text(model, kind, int(i)), float(v)) for v, i in zip(best.values, best.indices, strict=True)]
+    return [
+        Option(int(i), _text(model, kind, int(i)), float(v)) for v, i in zip(best.values, best.indices, strict=True)
+    ]
 
 
 def _text(model: Model, kind: Kind, i: int) -> str:
@@ -328,7 +336,12 @@ def described(model: Model) -> str:
     layers = " + ".join(f"{len(s.blocks)} {s.name} layers".replace("  ", " ") for s in stacks)
     heads = next((a.heads for b in stacks[-1].blocks for a in b.attentions.values()), None)
     size = sum(p.numel() for p in model.module.parameters())
-    parts = [layers, f"{heads} heads" if heads else "", f"width {stacks[-1].d_model}", f"{size / 1e6:,.0f} M parameters"]
+    parts = [
+        layers,
+        f"{heads} heads" if heads else "",
+        f"width {stacks[-1].d_model}",
+        f"{size / 1e6:,.0f} M parameters",
+    ]
     return " · ".join(filter(None, parts))
 
 

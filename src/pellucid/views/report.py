@@ -121,4 +121,9 @@ def _page(question: Question, sections: list[Section]) -> str:
 
 def _answer(question: Question) -> Html:
     assert question.target is not None
-    return tag("span", visible(question.target.text.strip() or question.target.text), tag("small", percent(question.target.probability)), class_="answer")
+    return tag(
+        "span",
+        visible(question.target.text.strip() or question.target.text),
+        tag("small", percent(question.target.probability)),
+        class_="answer",
+    )

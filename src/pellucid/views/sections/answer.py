@@ -39,7 +39,9 @@ def _place(question: Question) -> str:
 
 
 def _options(options: list[Option], heading: str) -> Html:
-    return tag("div", tag("h3", heading), bars([(token(o.text), o.probability, percent(o.probability)) for o in options]))
+    return tag(
+        "div", tag("h3", heading), bars([(token(o.text), o.probability, percent(o.probability)) for o in options])
+    )
 
 
 def _measured(question: Question) -> Child:
@@ -64,7 +66,11 @@ def _counterfactual(question: Question) -> str:
             f"no counterfactual was given, so pellucid made one: {question.made}. It was chosen because it changes the "
             "answer. One of your own, with a meaning you know, says more: --counterfactual “...”, of as many tokens."
         )
-    return "" if question.counterfactual else "there is no counterfactual: give one, of as many tokens, to see what changes the answer."
+    return (
+        ""
+        if question.counterfactual
+        else "there is no counterfactual: give one, of as many tokens, to see what changes the answer."
+    )
 
 
 def _embedding(question: Question) -> Section:

@@ -33,7 +33,10 @@ def direct(question: Question) -> Section:
     embed = float(share[part == "embed"].sum())
     rest = float(share[part == "constant"].sum())
     written = strongest(found)
-    listed = [(p.name, number(p.share, sign=True), f"{number(100 * p.share / total, 0)}%" if total else "") for p in written[:10]]
+    listed = [
+        (p.name, number(p.share, sign=True), f"{number(100 * p.share / total, 0)}%" if total else "")
+        for p in written[:10]
+    ]
     sums = (
         f"The shares add up to the {question.metric_name} of {number(total, sign=True)} (gap {number(gap, 4)}): "
         + ", ".join(f"{name} {number(sum(v), sign=True)}" for name, v in panels)
@@ -52,7 +55,10 @@ def direct(question: Question) -> Section:
         f"{quoted(question.target.text)} − {quoted(question.against.text)}, by layer; upwards supports the answer. Head 9.4 is head 4 of layer 9."
     )
     where = "" if question.last_first == -1 else f", position={question.last_first}"
-    code = [f"shares = pl.lenses.direct_logit_attribution(model, prompt, {target!r}, against={against!r}, by='head'{where})", "shares.show()"]
+    code = [
+        f"shares = pl.lenses.direct_logit_attribution(model, prompt, {target!r}, against={against!r}, by='head'{where})",
+        "shares.show()",
+    ]
     best = max(written, key=lambda p: p.share)
     finding = f"Of single parts, {best.name} writes most of the answer directly: {number(best.share, sign=True)} of {number(total, sign=True)}."
     return Section(

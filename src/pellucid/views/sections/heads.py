@@ -52,16 +52,28 @@ def _grid(question: Question, result: Result, stack: str) -> Html:
     full = float(np.nanquantile(np.abs(effect), 0.99)) or 1.0
     rows = Axis("layer", [str(i) for i in result["layer"].values])
     columns = Axis("head", [str(i) for i in result["head"].values])
-    shown = grid(effect, rows, columns, label=f"Change when a head is off, {stack or 'by layer and head'}", name=f"change of the {question.metric_name}", scale="signed", full=full)
+    shown = grid(
+        effect,
+        rows,
+        columns,
+        label=f"Change when a head is off, {stack or 'by layer and head'}",
+        name=f"change of the {question.metric_name}",
+        scale="signed",
+        full=full,
+    )
     return join(tag("h3", stack.capitalize()) if stack else None, shown)
 
 
 def _control(question: Question, found: list[Result]) -> str:
     """The same with heads set to their mean over the prompt's tokens: how much hangs on what switching off means."""
-    known = "zero is a state the model never sees, so a head can matter here for being missed rather than for what it says"
+    known = (
+        "zero is a state the model never sees, so a head can matter here for being missed rather than for what it says"
+    )
     try:
         over = str(found[-1].provenance.arguments["over"])
-        again = ablation(question.model, question.inputs, over=over, how="mean", metric=question.metric, progress=True)["effect"].values
+        again = ablation(question.model, question.inputs, over=over, how="mean", metric=question.metric, progress=True)[
+            "effect"
+        ].values
     except PellucidError as error:
         return f"{known}; the control with mean values was not possible ({error})."
     zero = found[-1]["effect"].values

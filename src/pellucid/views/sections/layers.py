@@ -30,9 +30,14 @@ def layers(question: Question, top: int) -> Section:
     ]  # fmt: skip
     at = window.positions.index(question.position)
     likely = np.exp(found["target_log_probability"].values[:, at])  # [layer, target]
-    lines = [Curve(token(question.target.text), likely[:, 0], "first"), Curve(token(question.against.text), likely[:, 1], "second")]
+    lines = [
+        Curve(token(question.target.text), likely[:, 0], "first"),
+        Curve(token(question.against.text), likely[:, 1], "second"),
+    ]
     after = f"after {quoted(question.answered[question.position])}"
-    rows = [(name, percent(a), int(r[at, 0]) + 1, percent(b)) for name, (a, b), r in zip(names, likely, rank, strict=True)]
+    rows = [
+        (name, percent(a), int(r[at, 0]) + 1, percent(b)) for name, (a, b), r in zip(names, likely, rank, strict=True)
+    ]
     columns = ["layer", f"{said}", "its rank", visible(question.against.text)]
     figure = join(
         grid(
@@ -67,7 +72,9 @@ def _finding(names: list[str], rank: np.ndarray, likely: np.ndarray, said: str) 
     """From which layer on the answer leads for good."""
     if rank[-1] != 0:
         best = int(rank.argmin())
-        return f"{said} never ends up as the top guess: its best rank is {int(rank[best]) + 1}, after layer {names[best]}."
+        return (
+            f"{said} never ends up as the top guess: its best rank is {int(rank[best]) + 1}, after layer {names[best]}."
+        )
     first = len(rank) - int(np.argmin(np.append(rank[::-1] == 0, False)))
     if first == 0:
         return f"{said} is the top guess from the embedding on."

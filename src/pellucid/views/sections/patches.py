@@ -56,7 +56,10 @@ def _changed(question: Question) -> str:
             runs[-1].append(p)
         else:
             runs.append([p])
-    said = [f"{quoted(''.join(theirs[p] for p in run))} instead of {quoted(''.join(question.tokens[p] for p in run))}" for run in runs]
+    said = [
+        f"{quoted(''.join(theirs[p] for p in run))} instead of {quoted(''.join(question.tokens[p] for p in run))}"
+        for run in runs
+    ]
     return ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
 
 
@@ -74,7 +77,11 @@ def _places(question: Question) -> tuple[list[int], list[int]]:
     if len(layers) * length * length <= TOKENS:
         return layers, positions
     first = question.changed[0] if stack.causal else 0
-    near = {p + d for p in (*question.changed, question.position if len(question.inputs.streams) == 1 else length - 1) for d in (0, -1, 1)}
+    near = {
+        p + d
+        for p in (*question.changed, question.position if len(question.inputs.streams) == 1 else length - 1)
+        for d in (0, -1, 1)
+    }
     wanted = sorted(p for p in near if first <= p < length)[:24]
     room = TOKENS // length
     rest = [p for p in positions[first:][::-1] if p not in wanted]
@@ -83,17 +90,28 @@ def _places(question: Question) -> tuple[list[int], list[int]]:
     return layers[::step] + ([] if (len(layers) - 1) % step == 0 else [layers[-1]]), wanted
 
 
-def _patched(question: Question, layers: list[int], positions: list[int]) -> tuple[np.ndarray, float, float, tuple[Result, ...]]:
+def _patched(
+    question: Question, layers: list[int], positions: list[int]
+) -> tuple[np.ndarray, float, float, tuple[Result, ...]]:
     """Effects [layer, position], and the metric without patches on the prompt and on the counterfactual."""
     model, metric = question.model, question.metric
     depth, length = len(model.anatomy.stacks[0].blocks), len(question.tokens)
     chosen = "*" if len(layers) == depth else ",".join(map(str, layers))
     if len(positions) == length and chosen == "*":
-        found = (patching(model, question.prompt, question.counterfactual, over=_over(question), metric=metric),)
+        found: tuple[Result, ...] = (
+            patching(model, question.prompt, question.counterfactual, over=_over(question), metric=metric),
+        )
         effect = found[0]["effect"].values
     else:
         found = tuple(
-            patching(model, question.prompt, question.counterfactual, over=_over(question, chosen, p), metric=metric, progress=False)
+            patching(
+                model,
+                question.prompt,
+                question.counterfactual,
+                over=_over(question, chosen, p),
+                metric=metric,
+                progress=False,
+            )
             for p in positions
         )
         effect = np.stack([f["effect"].values.reshape(len(layers)) for f in found], 1)
@@ -112,7 +130,11 @@ def _finding(question: Question, effect: np.ndarray, layers: list[int], position
     """From where to where the fact moves: the changed tokens, then the place where the answer is read."""
     changed = [positions.index(p) for p in question.changed if p in positions]
     end = question.position if "encoder" not in question.inputs.streams else None
-    word = quoted("".join(question.tokens[p] for p in question.changed)) if len(question.changed) <= 4 else "the tokens that differ"
+    word = (
+        quoted("".join(question.tokens[p] for p in question.changed))
+        if len(question.changed) <= 4
+        else "the tokens that differ"
+    )
     early = np.nanmax(effect[:, changed], 1) if changed else np.zeros(len(layers))
     held = [i for i, e in enumerate(early) if e >= 0.5]
     if end is None or end not in positions or not held:
@@ -124,4 +146,3 @@ def _finding(question: Question, effect: np.ndarray, layers: list[int], position
     if arrived is None:
         return text + "."
     return f"{text} and at the last token {quoted(question.answered[end])} from layer {layers[arrived]} on (half of the answer or more is brought back by that one state)."
-

@@ -38,7 +38,11 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
         f"The {len(ranked)} heads and MLPs whose absence changes the {question.metric_name} of {number(clean, sign=True)} most. “Zero” sets what the part writes to nothing, "
         "“mean” to what it writes on average over the prompt’s tokens; the last column is the likeliest answer with the part at zero."
     )
-    code = [question.metric_code, f"without = model.run(prompt, edits=[pl.Ablate({ranked[0].site!r})])", "print(model.score(without, metric) - model.score(model.run(prompt), metric))"]
+    code = [
+        question.metric_code,
+        f"without = model.run(prompt, edits=[pl.Ablate({ranked[0].site!r})])",
+        "print(model.score(without, metric) - model.score(model.run(prompt), metric))",
+    ]
     return Section(
         "strongest", "The strongest parts", TITLE, lead, table(columns, rows),
         care="early MLPs often act as a second embedding: without them nothing works, which does not make them the place where this fact is kept. "
@@ -51,7 +55,9 @@ def _mlps(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
     parts, found = [], []
     for stack in question.model.anatomy.stacks:
         try:
-            result = ablation(question.model, question.inputs, over=f"{stack.prefix}layers.*.mlp.out", metric=question.metric)
+            result = ablation(
+                question.model, question.inputs, over=f"{stack.prefix}layers.*.mlp.out", metric=question.metric
+            )
         except PellucidError:
             continue  # a stack without MLPs on the map
         found.append(result)

@@ -47,7 +47,8 @@ def words(question: Question) -> Section:
         question.metric_code,
         f"baseline = model.inputs(prompt).stream({question.prefix[:-1]!r}).ids[0].clone()",
         f"baseline[1:] = {fill}  # {question.model.tokenizer.decode([fill])!r}",
-        f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})", "shares.show()",
+        f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})",
+        "shares.show()",
     ]
     best = _strongest(question, values)
     finding = f"Of all words {quoted(best[0])} supports the answer most: {number(best[1], sign=True)} of the {number(moved, sign=True)} by which the prompt changes the {question.metric_name}."
@@ -66,7 +67,9 @@ def _attributed(question: Question, token_id: int) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the gap is shown
         for steps in sorted({min(n, most) for n in STEPS}):
-            found = integrated_gradients(question.model, question.inputs, question.metric, baseline=baseline, steps=steps)
+            found = integrated_gradients(
+                question.model, question.inputs, question.metric, baseline=baseline, steps=steps
+            )
             if abs(float(found["gap"])) <= TOLERANCE * float(np.abs(found.values).sum()):
                 break
     return found
