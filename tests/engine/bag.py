@@ -1,4 +1,4 @@
-"""A mixed bag of edits for any model: every site it has, every kind of edit, all sorts of positions."""
+"""A mixed bag of edits for any model: every site it has, every kind of edit, all sorts of positions, batches, metrics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid import metrics
 from pellucid.anatomy.sites import PARTS, Site
 from pellucid.engine.edits import Ablate, Edit, Patch, ProjectOut, Replace, Scale, Steer
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate, unit_count
 from pellucid.engine.run import Run, execute
-from pellucid.errors import PellucidError
+from pellucid.errors import PellucidError, Refused
 from pellucid.model import Model
+from tests.zoo import inputs
 
 
 def all_sites(model: Model) -> list[Site]:
@@ -115,3 +117,46 @@ def flipped(x: Tensor) -> Tensor:
 
 def halved(x: Tensor) -> Tensor:
     return x * 0.5
+
+
+# ---- what they are tried on, and what is read
+
+
+def batches(model: Model) -> dict[str, tuple[Inputs, Inputs]]:
+    """Pairs of inputs to sweep and to take references from: one, several, padded, as many prompts as tokens."""
+    made = {}
+    for name, rows, length, side in (
+        ("one", 1, 9, ""), ("right", 3, 9, "right"), ("left", 2, 9, "left"), ("square", 9, 9, ""),
+    ):  # fmt: skip
+        pair = []
+        for seed in (3, 4):
+            tensors = inputs(model.module, batch=rows, length=length, seed=seed)
+            if side and "attention_mask" in tensors:
+                tensors["attention_mask"][0, slice(-2, None) if side == "right" else slice(0, 2)] = 0
+            try:
+                pair.append(model.inputs(tensors))
+            except Refused:  # a family that cannot be padded on this side
+                continue
+        if len(pair) == 2:
+            made[name] = (pair[0], pair[1])
+    return made
+
+
+def scores(logits: Tensor, padded: bool) -> dict[str, Any]:
+    """Metrics of all kinds; those that read padding give no two equal numbers, not even natively."""
+    if logits.ndim == 2:
+        return {"class": metrics.class_logit(1), "class probability": metrics.class_probability(0)}
+    made = {
+        "logit difference": metrics.logit_difference(7, [9]),
+        "log probability": metrics.log_probability([[7, 8]]),
+        "sequence": metrics.sequence_log_probability([[7, 9]]),
+        "early": metrics.logit(5, position=1),
+        "divergence": metrics.kl_divergence(logits.flip(0), positions=None),
+        "own": lambda z: z.std(-1).mean(-1),
+    }
+    return {k: v for k, v in made.items() if not (padded and k in ("divergence", "own"))}
+
+
+def one_by_one(model: Model, given: Inputs, variants: list[list[Edit]], metric: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.stack([model.score(model.run(given, edits=v), metric) for v in variants])

@@ -342,6 +342,7 @@ def test_patching_unequal_prompts_says_where_they_part() -> None:
         (lambda: Steer(SITE, torch.ones(31)), r"the vector for 'layers.1.resid_pre' is \[31\]: it does not broadcast"),
         (lambda: Scale(SITE, torch.ones(4, 32)), r"the factor .* does not broadcast to \[1, 5, 32\]"),
         (lambda: Patch(SITE, torch.ones(9, 32)), "does not broadcast"),
+        (lambda: Scale(SITE, 2, when=lambda step: True), "has a condition, which is asked while generating"),
         (lambda: Patch(SITE, 3), "taken from a run, prompts or token ids, not from int"),
         (lambda: ProjectOut(SITE, torch.ones(31)), r"are \[31\]: expected \[k, 32\]"),
         (lambda: Replace(SITE, lambda x: x[..., :3]), r"must return a tensor of shape \(1, 5, 32\), not \(1, 5, 3\)"),

@@ -14,13 +14,12 @@ import pellucid
 from pellucid import Ablate, Patch, Replace, Scale, Steer, metrics
 from pellucid.engine import sweep as planner
 from pellucid.engine.edits import Edit
-from pellucid.engine.inputs import Inputs
 from pellucid.engine.rungs import RUNGS, certified
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
-from tests.engine.bag import Bag
+from tests.engine.bag import Bag, batches, one_by_one, scores
 from tests.engine.hand import PROMPTS, ids, opened
-from tests.zoo import Entry, build, inputs, tokenizer
+from tests.zoo import Entry, build, tokenizer
 
 # One or two of every kind: what is special about it, and the ways its sweeps may be run.
 LONG = " ".join(PROMPTS)
@@ -32,44 +31,6 @@ FAMILIES = {
     "gptj": STUBBED, "falcon": STUBBED, "bloom": STUBBED, "deberta-v2": STUBBED, "jamba": STUBBED, "zamba2": STUBBED,
     "mamba": STUBBED, "fnet": STUBBED, "xlm": STUBBED, "xlnet": BATCHED, "fsmt": BATCHED,
 }  # fmt: skip
-
-
-def batches(model: Model) -> dict[str, tuple[Inputs, Inputs]]:
-    """Pairs of inputs to sweep and to take references from: one, several, padded, as many prompts as tokens."""
-    made = {}
-    for name, rows, length, side in (
-        ("one", 1, 9, ""), ("right", 3, 9, "right"), ("left", 2, 9, "left"), ("square", 9, 9, ""),
-    ):  # fmt: skip
-        pair = []
-        for seed in (3, 4):
-            tensors = inputs(model.module, batch=rows, length=length, seed=seed)
-            if side and "attention_mask" in tensors:
-                tensors["attention_mask"][0, slice(-2, None) if side == "right" else slice(0, 2)] = 0
-            try:
-                pair.append(model.inputs(tensors))
-            except Refused:  # a family that cannot be padded on this side
-                continue
-        if len(pair) == 2:
-            made[name] = (pair[0], pair[1])
-    return made
-
-
-def scores(logits: Tensor, padded: bool) -> dict[str, Any]:
-    """Metrics of all kinds; those that read padding give no two equal numbers, not even natively."""
-    made = {
-        "logit difference": metrics.logit_difference(7, [9]),
-        "log probability": metrics.log_probability([[7, 8]]),
-        "sequence": metrics.sequence_log_probability([[7, 9]]),
-        "early": metrics.logit(5, position=1),
-        "divergence": metrics.kl_divergence(logits.flip(0), positions=None),
-        "own": lambda z: z.std(-1).mean(-1),
-    }
-    return {k: v for k, v in made.items() if not (padded and k in ("divergence", "own"))}
-
-
-def one_by_one(model: Model, given: Inputs, variants: list[list[Edit]], metric: Any) -> Tensor:
-    with torch.no_grad():
-        return torch.stack([model.score(model.run(given, edits=v), metric) for v in variants])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -37,8 +37,8 @@ from pellucid.anatomy.trials import (
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import tapped
 
-# Largest relative error each dtype is allowed.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+# Largest relative error each dtype is allowed. Eager attention takes its softmax in float32 whatever the model's dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # In half precision logits may differ by three times what rounding does to them, but never by more than this.
 DROWNED = 0.1
 

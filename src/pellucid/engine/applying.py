@@ -74,27 +74,28 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
         raise Refused(
             f"{str(spot.site)!r} has {n} positions for a prompt of {window.stream.ids.shape[1]} tokens: they cannot be told apart"
         )
-    real = window.real(n)
+    # a model spread over devices has its prompts on the first
+    real, starts = window.real(n).to(x.device), window.stream.starts.to(x.device)
     if columns is None:
         columns = torch.arange(n, device=x.device).expand(batch, n)
         chosen = real
     else:
-        columns = columns - window.offset
+        columns = columns.to(x.device) - window.offset
         inside = (columns >= 0) & (columns < n)
         columns = columns.clamp(0, n - 1)
         chosen = inside & real.gather(1, columns)
     allowed = window.allowed(edit, n)
     if allowed is not None:
-        chosen = chosen & allowed.gather(1, columns)
+        chosen = chosen & allowed.to(x.device).gather(1, columns)
     if not bool(chosen.any()):
         return x
     keyed = "key" in spot.site.dims
     if keyed:
-        by = window.first_key(n, values.shape[-1])
+        by = window.first_key(n, values.shape[-1]).to(x.device)
         values = turned(values, by, values.ndim - 1)
     rows = torch.arange(batch, device=x.device)[:, None]
     old = values if everywhere else values[rows, columns]
-    positions = (columns + window.offset - window.stream.starts[:, None]).clamp_min(0)
+    positions = (columns + window.offset - starts[:, None]).clamp_min(0)
     place = Place(spot.site, window.stream, values, real, positions, window.generating)
     new = edit.new(old, place).to(x.dtype)
     if spot.site.part.endswith(".scores"):

@@ -148,7 +148,7 @@ class Patch(Edit):
         stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:
             found = stream.find(self.source_at)
-            positions = place.positions if found is None else found - stream.starts[:, None]
+            positions = place.positions if found is None else (found - stream.starts[:, None]).to(x.device)
             if positions.shape[1] not in (1, x.shape[1]):
                 raise InputError(
                     f"source_at={self.source_at!r} names {positions.shape[1]} positions for the {x.shape[1]} of "

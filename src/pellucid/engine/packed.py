@@ -90,7 +90,7 @@ class Packed(Wiretap):
                 self.groups.append(Group(start, joining, rows))
             else:
                 group.variants += joining
-                group.hidden = torch.cat([group.hidden, rows])
+                group.hidden = torch.cat([group.hidden.to(rows.device), rows])
 
     def _block(self, layer: int, block: Block) -> None:
         self.block, self.attended = block, 0
@@ -104,9 +104,9 @@ class Packed(Wiretap):
             for v in group.variants:
                 self.spans[v] = slice(at, at + size)
                 at += size
-        packed = torch.cat([g.hidden.reshape(-1, g.hidden.shape[-1]) for g in self.groups])[None]
-        row, column = self._coordinates(packed.device)
         call = self.recording.calls[layer]
+        packed = torch.cat([g.hidden.reshape(-1, g.hidden.shape[-1]).to(call.hidden.device) for g in self.groups])[None]
+        row, column = self._coordinates(packed.device)
         key = block.taps["resid_pre"].key
 
         def look_up(x: Tensor, batch: int | None, length: int) -> Tensor:
@@ -238,6 +238,7 @@ class Packed(Wiretap):
 
 def _per_token(x: Tensor, batch: int | None, length: int, row: Tensor, column: Tensor) -> Tensor:
     """Values by batch row (if there is an axis for it) and column, looked up for every packed token."""
+    row, column = row.to(x.device), column.to(x.device)
     if batch is None:
         return x.index_select(length, column)
     x = x.movedim((batch, length), (0, 1))

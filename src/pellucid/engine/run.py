@@ -71,7 +71,7 @@ class Run:
         value = value.movedim(axis, 1)
         if "key" in bare.dims:  # counted as positions are: the first real token's key first
             keys = self.inputs.stream(spot.keys)
-            value = turned(value, keys.starts, value.ndim - 1)[..., : int(keys.lengths.max())]
+            value = turned(value, keys.starts.to(value.device), value.ndim - 1)[..., : int(keys.lengths.max())]
         return value, self.inputs.stream(spot.stream).mask.bool()
 
     def stream(self, site: Site) -> Stream:
@@ -101,7 +101,7 @@ class Run:
             raise Refused(
                 f"{str(site)!r} has {x.shape[1]} positions for {stream.ids.shape[1]} tokens: keep it without '@'"
             )
-        x = x[torch.arange(len(x), device=x.device)[:, None], columns]
+        x = x[torch.arange(len(x), device=x.device)[:, None], columns.to(x.device)]
         return x.movedim(1, axis)
 
     def _concrete(self, site: Site) -> Site:
@@ -141,11 +141,15 @@ def stream_of(inputs: Inputs, site: Site) -> Stream:
 def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
     """What one head writes to the residual stream: z [..., d_head] times its rows of the output projection."""
     block = block_of(anatomy, site)
-    attention = block.attentions[site.part.partition(".")[0]]
-    if attention.o_proj is None or not isinstance(site.unit, int):
-        raise Refused(f"{str(site)!r} is refused on this model: its heads do not write to the residual independently")
+    area = site.part.partition(".")[0]
+    attention = block.attentions[area]
+    why = block.refused.get(f"{area}.heads.out")
+    if why is not None or attention.o_proj is None or not isinstance(site.unit, int):
+        why = why or "its heads do not write to the residual independently"
+        raise Refused(f"{str(site)!r} is refused on this model: {why}")
     e = attention.d_value
-    weight, _ = linear_map(anatomy.module.get_submodule(attention.o_proj), attention.heads * e)
+    shape = attention.linear.shape if attention.linear is not None else (attention.heads * e,)
+    weight, _ = linear_map(anatomy.module.get_submodule(attention.o_proj), shape)
     return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
 
 
@@ -227,6 +231,14 @@ def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
     return placed
 
 
+def check_unconditional(edits: Sequence[Edit]) -> None:
+    conditional = next((e for e in edits if e.when is not None), None)
+    if conditional is not None:
+        raise InputError(
+            f"the edit on {str(conditional.site)!r} has a condition, which is asked while generating; a run has no steps"
+        )
+
+
 def shows_one_reader(anatomy: Anatomy, spot: Spot) -> bool:
     """Whether the tap shows a residual to one of its readers only: what is written there would miss the others."""
     site = spot.site
@@ -265,7 +277,8 @@ class Session:
         return self.windows[spot.stream, spot.keys]
 
     def handlers(self) -> dict[Tap, Handler]:
-        return {tap: self._handler(tap) for tap in {*self.keeping, *self.writing}}
+        # in this order: where two sites are one tensor, what is kept is what was written
+        return {tap: self._handler(tap) for tap in dict.fromkeys((*self.writing, *self.keeping))}
 
     def _handler(self, tap: Tap) -> Handler:
         writers, keep = [(w, self.window(w.spot)) for w in self.writing.get(tap, ())], tap in self.keeping
@@ -302,17 +315,14 @@ def execute(
 ) -> Run:
     """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too."""
     module = anatomy.module
+    check_unconditional(edits)
     session = Session(anatomy, inputs, keep, edits, grad_of is not None)
     handlers = session.handlers()
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
-        if (
-            handlers
-            and torch.is_grad_enabled()
-            and module.training
-            and getattr(module, "is_gradient_checkpointing", False)
-        ):
+        recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
+        if handlers and torch.is_grad_enabled() and recomputed:
             raise Refused("a checkpointed forward is computed again outside the run: call model.module.eval() first")
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:

@@ -32,7 +32,7 @@ from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.packed import Packed, Variant
 from pellucid.engine.reading import Reader
 from pellucid.engine.recording import Recording, Shapes, record
-from pellucid.engine.run import execute, written
+from pellucid.engine.run import check_unconditional, execute, written
 from pellucid.engine.stubbed import run_rows
 from pellucid.errors import PellucidError, Refused
 
@@ -55,6 +55,10 @@ class Executor:
     @cached_property
     def recording(self) -> Recording:
         return record(self.anatomy, self.anatomy.stacks[-1], self.inputs, **self.forward)
+
+    def forget(self) -> None:
+        """Let go of the recorded run, which holds what every block was given."""
+        self.__dict__.pop("recording", None)
 
     @cached_property
     def forward(self) -> dict[str, Any]:
@@ -139,7 +143,7 @@ class Rungs:
                 except Refused as error:
                     self._refused[rung] = str(error)
                 except Exception as error:
-                    self._refused[rung] = f"the trial failed ({_told(error)})"
+                    self._refused[rung] = f"the trial failed ({told(error)})"
         return self._refused[rung]
 
     def _try(self, rung: str) -> str:
@@ -175,7 +179,8 @@ def _tried(anatomy: Anatomy, inputs: Inputs, edit: Edit) -> Tensor | None:
         return None
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
+    """An error in one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
 
 
@@ -240,7 +245,9 @@ def _learn_shapes(anatomy: Anatomy) -> Shapes:
 
 def prepare(anatomy: Anatomy, inputs: Inputs, index: int, edits: Edit | Sequence[Edit]) -> Variant:
     """Place a variant's edits and find its first edited block (-1: before the last stack) and column."""
-    writers = written(anatomy, [edits] if isinstance(edits, Edit) else list(edits))
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    check_unconditional(edits)
+    writers = written(anatomy, edits)
     last = anatomy.stacks[-1]
     layer = len(last.blocks) if writers else 0
     start = inputs.stream("").ids.shape[1] - 1

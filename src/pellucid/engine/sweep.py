@@ -23,7 +23,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
 from pellucid.engine.reading import Reader
-from pellucid.engine.rungs import RUNGS, Executor, certified, deviation, own_hooks, prepare
+from pellucid.engine.rungs import RUNGS, Executor, certified, deviation, own_hooks, prepare, told
 from pellucid.errors import InputError, PellucidError, Refused, nearest
 
 # Bytes a batch of variants may take beyond the model. On a CPU small batches that stay in the cache are fastest.
@@ -186,6 +186,7 @@ class Plan:
                 except _Wrong as error:
                     self.reasons[self.rung] = str(error)
                     self._choose()
+        self.executor.forget()
         return Sweep(self.values, clean, self)
 
     def _resume(self, clean: Tensor) -> None:
@@ -211,7 +212,7 @@ class Plan:
         except PellucidError:
             raise
         except Exception as error:
-            wrong = f"failed on inputs of this size ({type(error).__name__}: {str(error).splitlines()[:1]})"
+            wrong = f"failed on inputs of this size ({told(error)})"
         certified(self.anatomy).settled[self.rung, *self._sizes] = wrong
         if wrong:
             raise _Wrong(wrong)

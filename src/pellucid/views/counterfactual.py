@@ -160,7 +160,7 @@ class Vocabulary:
     @classmethod
     def of(cls, question: Question) -> Vocabulary:
         try:
-            weight = question.model.module.get_input_embeddings().weight
+            weight = question.model.module.get_input_embeddings().weight  # type: ignore[operator]
         except (AttributeError, NotImplementedError) as error:
             raise InputError("this model has no table of input embeddings to find near words in") from error
         pieces = question.model.tokenizer.convert_ids_to_tokens(range(len(question.model.tokenizer)))

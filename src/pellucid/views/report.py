@@ -105,13 +105,12 @@ def _sections(question: Question, top: int, step: Callable[[str], None]) -> list
 
 def _page(question: Question, sections: list[Section]) -> str:
     name = short_name(question.model)
-    asked = question.prompt if question.target is None else join(question.prompt, " ", _answer(question))
     found = [
         tag("li", tag("span", s.finding), tag("a", s.name.lower(), href=f"#{s.id}")) for s in sections if s.finding
     ]
     header = join(
         tag("p", tag("b", name), " · ", described(question.model), class_="eyebrow"),
-        tag("h1", asked, class_="long" if len(question.prompt) > LONG else None),
+        tag("h1", _asked(question), class_="long" if len(question.prompt) > LONG else None),
         tag("ul", found, class_="found", id="findings"),
         [tag("p", note, class_="note") for note in question.notes],
     )
@@ -119,11 +118,16 @@ def _page(question: Question, sections: list[Section]) -> str:
     return page(f"{quoted(question.prompt[:60])} in {name}", header, sections, footer)
 
 
-def _answer(question: Question) -> Html:
-    assert question.target is not None
-    return tag(
-        "span",
-        visible(question.target.text.strip() or question.target.text),
-        tag("small", percent(question.target.probability)),
-        class_="answer",
-    )
+def _asked(question: Question) -> Html:
+    """The prompt with the answer in its place: at the mask, or at the end."""
+    if question.target is None:
+        return join(question.prompt)
+    own = question.target.id == question.options[0].id
+    sure = percent(question.target.probability) + ("" if own else ", asked for")
+    word = visible(question.target.text.strip() or question.target.text)
+    answer = tag("span", word, tag("small", sure), class_="answer")
+    mask = question.model.tokenizer.mask_token if question.kind == "masked token" else None
+    if mask is None:
+        return join(question.prompt, " ", answer)
+    before, _, after = question.prompt.partition(mask)
+    return join(before, answer, after)

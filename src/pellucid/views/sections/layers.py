@@ -78,8 +78,11 @@ def _finding(names: list[str], rank: np.ndarray, likely: np.ndarray, said: str) 
     first = len(rank) - int(np.argmin(np.append(rank[::-1] == 0, False)))
     if first == 0:
         return f"{said} is the top guess from the embedding on."
-    before = f"after layer {names[first - 1]}" if names[first - 1] != "embed" else "in the embedding"
     return (
-        f"{said} becomes the top guess after layer {names[first]} of {names[-1]} ({percent(float(likely[first]))}) and stays it; "
-        f"{before} it was at rank {int(rank[first - 1]) + 1}."
+        f"{said} becomes the top guess after layer {names[first]} of 0 to {names[-1]} ({percent(float(likely[first]))}) and stays it; "
+        f"{_after(names[first - 1])} it was at rank {int(rank[first - 1]) + 1}."
     )
+
+
+def _after(layer: str) -> str:
+    return "in the embedding" if layer == "embed" else f"after layer {layer}"

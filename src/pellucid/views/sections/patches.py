@@ -7,7 +7,7 @@ import numpy as np
 from pellucid.causal import patching
 from pellucid.results import Result
 from pellucid.views.figures import Axis, grid, token_axis
-from pellucid.views.markup import Html, join, number, percent, quoted, tag, visible
+from pellucid.views.markup import Html, join, number, percent, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import Question
 
@@ -17,7 +17,7 @@ TOKENS = 40_000  # that all patched runs together may read: longer prompts are p
 
 def patches(question: Question) -> Section:
     if question.counterfactual is None:
-        why = "patching needs a counterfactual, a prompt of as many tokens with another answer: --counterfactual “...”"
+        why = "patching needs a prompt of as many tokens with another answer, and replacing single words gave none: give one with --counterfactual “...”"
         return missing("patches", "The patches", TITLE, why)
     layers, positions = _places(question)
     effect, clean, corrupted, found = _patched(question, layers, positions)
@@ -137,12 +137,15 @@ def _finding(question: Question, effect: np.ndarray, layers: list[int], position
     )
     early = np.nanmax(effect[:, changed], 1) if changed else np.zeros(len(layers))
     held = [i for i, e in enumerate(early) if e >= 0.5]
-    if end is None or end not in positions or not held:
-        i, j = np.unravel_index(int(np.nanargmax(effect)), effect.shape)
-        return f"The fact is carried most by {quoted(visible(question.tokens[positions[j]]))} before layer {layers[i]}: putting that one state back restores {percent(float(effect[i, j]))} of the answer."
-    late = effect[:, positions.index(end)]
-    arrived = next((i for i in range(len(layers)) if (late[i:] >= 0.5).all()), None)
-    text = f"The fact sits at {word} up to layer {layers[held[-1]]}"
-    if arrived is None:
-        return text + "."
-    return f"{text} and at the last token {quoted(question.answered[end])} from layer {layers[arrived]} on (half of the answer or more is brought back by that one state)."
+    text = f"The fact sits at {word} up to layer {layers[held[-1]]}" if held else ""
+    if end is not None and end in positions and held:
+        late = effect[:, positions.index(end)]
+        arrived = next((i for i in range(len(layers)) if (late[i:] >= 0.5).all()), None)
+        if arrived is not None and end not in question.changed:
+            text += (
+                f" and at {quoted(question.answered[end])}, where the answer is read, from layer {layers[arrived]} on"
+            )
+    if text:
+        return f"{text} (putting back that one state restores half of the answer or more)."
+    i, j = np.unravel_index(int(np.nanargmax(effect)), effect.shape)
+    return f"No single state carries the fact; most does {quoted(question.tokens[positions[j]])} before layer {layers[i]}, which restores {percent(max(0.0, float(effect[i, j])))} of the answer."

@@ -10,7 +10,7 @@ from pellucid.errors import PellucidError
 from pellucid.results import Result
 from pellucid.views.figures import table
 from pellucid.views.markup import join, number, percent, token
-from pellucid.views.page import Section
+from pellucid.views.page import Section, missing
 from pellucid.views.parts import Part, named
 from pellucid.views.question import Question, read
 
@@ -20,9 +20,16 @@ SHOWN = 10
 
 def strongest(question: Question, heads: list[Part], written: list[Part]) -> Section:
     """The heads and MLPs whose absence changes the answer most, each switched off in two ways."""
-    mlps, found = _mlps(question)
+    others, found = _others(question)
     direct = {p.site.replace(".attn.z_out.", ".attn.heads."): p.share for p in written}
-    ranked = sorted([*heads, *mlps], key=lambda p: -abs(p.share))[:SHOWN]
+    ranked = sorted([*heads, *others], key=lambda p: -abs(p.share))[:SHOWN]
+    if not ranked:
+        return missing(
+            "strongest",
+            "The strongest parts",
+            TITLE,
+            "no part of this model is on the map as one that can be switched off",
+        )
     metric, clean = question.metric, question.score(question.prompt)
     rows = []
     for part in ranked:
@@ -51,20 +58,22 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
     )  # fmt: skip
 
 
-def _mlps(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
+def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
+    """MLPs, and the mixers of blocks without attention."""
     parts, found = [], []
     for stack in question.model.anatomy.stacks:
-        try:
-            result = ablation(
-                question.model, question.inputs, over=f"{stack.prefix}layers.*.mlp.out", metric=question.metric
-            )
-        except PellucidError:
-            continue  # a stack without MLPs on the map
-        found.append(result)
-        parts += [
-            Part(named(int(a), "mlp.out", stack=stack.name), f"{stack.prefix}layers.{a}.mlp.out", float(e))
-            for a, e in zip(result["layer"].values, result["effect"].values, strict=True)
-        ]
+        for part in ("mlp.out", "mixer.out"):
+            try:
+                result = ablation(
+                    question.model, question.inputs, over=f"{stack.prefix}layers.*.{part}", metric=question.metric
+                )
+            except PellucidError:
+                continue  # a stack without such parts on the map
+            found.append(result)
+            parts += [
+                Part(named(int(a), part, stack=stack.name), f"{stack.prefix}layers.{a}.{part}", float(e))
+                for a, e in zip(result["layer"].values, result["effect"].values, strict=True)
+            ]
     return parts, tuple(found)
 
 

@@ -11,7 +11,7 @@ from pellucid.results import Result
 from pellucid.views.counterfactual import words_of
 from pellucid.views.figures import coloured_tokens, details, legend, table
 from pellucid.views.markup import join, number, quoted, tag, token
-from pellucid.views.page import Section
+from pellucid.views.page import Section, missing
 from pellucid.views.question import Question
 
 TITLE = "Which words does the answer rest on?"
@@ -21,6 +21,8 @@ TOKENS = 8192  # read along the path in all: long prompts take fewer steps
 
 
 def words(question: Question) -> Section:
+    if len(question.tokens) < 2:
+        return missing("words", "The words", TITLE, "a prompt of one token has no words to compare")
     fill, other = _baselines(question)[:2]
     found = _attributed(question, fill)
     values, tokens = found["attribution"].values, [str(t) for t in found["token"].values]
@@ -50,8 +52,13 @@ def words(question: Question) -> Section:
         f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})",
         "shares.show()",
     ]
-    best = _strongest(question, values)
-    finding = f"Of all words {quoted(best[0])} supports the answer most: {number(best[1], sign=True)} of the {number(moved, sign=True)} by which the prompt changes the {question.metric_name}."
+    name, most = _strongest(question, values)
+    whole = f"{number(most, sign=True)} of the {number(moved, sign=True)} by which the prompt changes the {question.metric_name}"
+    finding = (
+        f"Of all words {quoted(name)} supports the answer most: {whole}."
+        if most > 0
+        else "No word of the prompt supports the answer by itself."
+    )
     return Section(
         "words", "The words", TITLE, lead, figure, care=control, python=question.code(*lines), shell=question.shell,
         finding=finding, results=(found,),

@@ -8,8 +8,9 @@ function describe(cell) {
   const column = table.tHead.rows[0].cells[cell.cellIndex];
   const name = (axis, heading) => {
     const small = heading.querySelector("small");
-    const main = small ? heading.textContent.slice(0, -small.textContent.length) : heading.textContent;
-    return axis === main ? main : `${axis} ${main}` + (small ? ` (${small.textContent})` : "");
+    const token = heading.querySelector(".token");
+    const main = token ? `“${token.textContent}”` : heading.textContent;
+    return `${axis} ${main}` + (small ? ` (${small.textContent})` : "");
   };
   const title = `${name(table.tHead.rows[0].cells[0].textContent, row.cells[0])}, ${name(table.dataset.columns, column)}`;
   const lines = (cell.dataset.tip || `${table.dataset.name}\t${cell.textContent}`).split("\n");
@@ -66,7 +67,10 @@ for (const table of document.querySelectorAll(".grid")) {
   });
 }
 
-addEventListener("scroll", hide, { passive: true });
+addEventListener("scroll", () => {
+  const cell = document.activeElement.closest(".grid td");
+  cell ? show(cell) : hide();
+}, { passive: true, capture: true });
 
 for (const block of document.querySelectorAll(".code")) {
   const button = document.createElement("button");
