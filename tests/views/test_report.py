@@ -1,0 +1,72 @@
+"""The report: one page that needs no network, hides nothing a prompt may contain, and whose snippets run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import pellucid as pl
+from pellucid.errors import InputError
+from pellucid.views.report import Report, build
+from tests.zoo import build as tiny
+from tests.zoo import tokenizer
+
+PROMPT = "The capital of France is"
+
+
+def opened(model_type: str) -> pl.Model:
+    module = tiny(model_type)
+    return pl.load(module, tokenizer=tokenizer(module))
+
+
+@pytest.fixture(scope="module")
+def llama() -> pl.Model:
+    return opened("llama")
+
+
+@pytest.fixture(scope="module")
+def report(llama: pl.Model) -> Report:
+    return build(llama, PROMPT, counterfactual="The capital of Italy is", progress=False)
+
+
+def test_the_page_asks_no_network_for_anything(report: Report) -> None:
+    assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!#|data:)[^"'\s>]""", report.html)
+    assert not re.findall(r"@import|url\((?!data:|#)|fetch\(|XMLHttpRequest|WebSocket", report.html)
+    assert re.search(r"default-src (?:'|&#39;|&#x27;)none", report.html)
+
+
+def test_every_section_answers_or_says_why_it_cannot(report: Report) -> None:
+    assert [s.id for s in report.sections][:4] == ["answer", "words", "layers", "direct"]
+    assert all(s.figure or "Not available" in str(s.lead) for s in report.sections)
+    assert 3 <= len(report.findings) <= 8
+
+
+def test_the_python_of_every_section_runs(report: Report, llama: pl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pellucid.model.load", lambda *args, **kwargs: llama)
+    ran = 0
+    for section in report.sections:
+        if section.python:
+            exec(compile(section.python, section.id, "exec"), {"module": llama.module, "tokenizer": llama.tokenizer})
+            ran += 1
+    assert ran >= 5
+
+
+def test_what_a_prompt_contains_is_shown_not_run(llama: pl.Model) -> None:
+    page = build(llama, "The <script>alert(1)</script> of", progress=False).html
+    assert "<script>alert" not in page
+    assert page.count("<script") == 1
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_other_kinds_of_model_get_a_page_too(model_type: str) -> None:
+    page = build(opened(model_type), PROMPT, progress=False)
+    assert page.html.startswith("<!doctype html>") or page.html.startswith("<!DOCTYPE html>")
+    assert page.findings
+
+
+def test_input_that_does_not_fit_is_one_clear_error(llama: pl.Model) -> None:
+    with pytest.raises(InputError, match="empty"):
+        build(llama, " ", progress=False)
+    with pytest.raises(InputError, match="token"):
+        build(llama, PROMPT, counterfactual="The capital", progress=False)
