@@ -30,6 +30,9 @@ NAMES = {
     "hooks": "plain hooks, one by one",
     "hooks_batched": "plain hooks, batched",
     "transformer_lens": "TransformerLens",
+    "nnsight": "nnsight",
+    "pyvene": "pyvene",
+    "baukit": "baukit",
 }
 
 
@@ -52,9 +55,10 @@ def tables(results: dict[str, Any]) -> str:
             continue
         out += f"### {title}\n\n| |" + "".join(f" {TASKS[t]}{_of(of_shape, t)} |" for t in tasks) + "\n"
         out += "|---|" + "---|" * len(tasks) + "\n"
-        peers = dict.fromkeys(["pellucid", *(r["peer"] for r in of_shape)])
-        for peer in peers:
+        for peer in NAMES:
             found = {r["task"]: r for r in of_shape if r["peer"] == peer}
+            if not found:
+                continue
             cells = [_cell(found.get(t)) for t in tasks]
             out += f"| {_name(results, peer)} |" + "".join(f" {c} |" for c in cells) + "\n"
         if shape == "gpt2":
@@ -79,7 +83,7 @@ def _of(records: list[dict[str, Any]], task: str) -> str:
 
 
 def _name(results: dict[str, Any], peer: str) -> str:
-    name = NAMES.get(peer, peer)
+    name = NAMES[peer]
     version = results["versions"].get(peer)
     return name if peer.startswith("hooks") or version is None else f"{name} {version}"
 
@@ -92,6 +96,7 @@ def _cell(record: dict[str, Any] | None) -> str:
     digits = 1 if record["cost"] >= 10 else 2 if "runs" in record else 3
     off = f"off by {record['error']:.0e}" if record["error"] else "equal"
     off = off if record["error"] <= TOLERANCE else f"**{off}**"
+    off = "the reference" if record["peer"] == "hooks" else off
     partly = " †" if record.get("layers") != record.get("of_layers") else ""
     lacking = f", without {', '.join(record['missing'])}" if record["missing"] else ""
     cost, low, high = (f"{record[key]:.{digits}f}" for key in ("cost", "low", "high"))
@@ -103,7 +108,7 @@ def _remarks(records: list[dict[str, Any]]) -> list[str]:
     for r in records:
         if "failed" in r:
             failed.setdefault((r["peer"], r["failed"]), []).append(r["task"])
-    lines = [f"{NAMES.get(p, p)} failed ({', '.join(t)}): `{why}`\n\n" for (p, why), t in failed.items()]
+    lines = [f"{NAMES[p]} failed ({', '.join(t)}): `{why}`\n\n" for (p, why), t in failed.items()]
     sampled = next((r for r in records if r.get("layers") != r.get("of_layers")), None)
     if sampled:
         lines.append(f"† run on {sampled['layers']} of the {sampled['of_layers']} layers, scaled to all.\n\n")

@@ -22,7 +22,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
 from pellucid.engine.recording import Recording
 from pellucid.engine.run import Written
-from pellucid.errors import SiteError
+from pellucid.errors import Refused, SiteError
 
 _lock = threading.Lock()  # stubbing changes a module's forward for a moment: one sweep at a time
 
@@ -101,4 +101,6 @@ def run_rows(
     missed = next((placed[0][1] for tap, placed in writers.items() if tap not in wire.met), None)
     if missed is not None:
         raise SiteError(f"the edit on {str(missed.spot.site)!r} never fired: the run did not pass through it")
+    if len(logits) != n * rows:  # music decoders: one row per codebook
+        raise Refused(f"this model gives {len(logits)} rows of logits for {n * rows} prompts, so it cannot be swept")
     return logits.unflatten(0, (n, rows))

@@ -25,7 +25,7 @@ from pellucid.tasks.tokens import encode
 from pellucid.views.question import Question
 
 WORDS, TRIES, SEED = 5, 16, 0
-TOKENS = 6000  # read in all: long prompts are tried with fewer words
+TOKENS = 2000  # read in all: long prompts are tried with fewer words
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ def make(question: Question) -> Made | None:
     if question.target is None or question.kind == "class":
         return None
     vocabulary = Vocabulary.of(question)
-    length = len(question.tokens)
-    tries = max(4, min(TRIES, TOKENS // length))
+    rows = max(8, TOKENS // len(question.tokens))
+    count = max(1, min(WORDS, rows // TRIES))
+    tries = min(TRIES, rows // count)
     # not the word the answer is read after: replacing it would only show the last step
     inner = [w for w in words_of(question) if not w.first <= question.position < w.last]
-    some = sorted(inner, key=_sensitivity(question), reverse=True)[: max(1, min(WORDS, TOKENS // (tries * length)))]
+    some = sorted(inner, key=_sensitivity(question), reverse=True)[:count]
     best: tuple[float, list[str], Tensor, Word] | None = None
     for word in some:
         texts = list(islice(_replaced(question, word, vocabulary), tries))
@@ -200,5 +201,5 @@ def made(question: Question) -> Made | None:
     """`make`, but None where the model or its tokenizer does not allow it: a report goes on without."""
     try:
         return make(question)
-    except PellucidError:
+    except (PellucidError, RuntimeError):  # torch's own: no gradient through this model's code
         return None

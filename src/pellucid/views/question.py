@@ -25,6 +25,9 @@ from pellucid.model import Model
 Kind = Literal["next token", "masked token", "first token", "class", "embedding"]
 
 
+WORK = 10_000  # tokens that one set of runs may read in all before a report takes less
+
+
 @dataclass(frozen=True)
 class Option:
     """One possible answer: a token (or a class, or nothing of the kind) and its probability."""
@@ -83,6 +86,14 @@ class Question:
     def last_first(self) -> int:
         """The position of the answer counted from the end, as most people write it."""
         return self.position - len(self.answered)
+
+    @cached_property
+    def at(self) -> str:
+        """Where parts are switched off: everywhere, or in a long prompt at the answer's position only, which is cheaper."""
+        stack = self.model.anatomy.stacks[-1]
+        heads = sum(a.heads for block in stack.blocks for a in block.attentions.values())
+        long = max(heads, len(stack.blocks)) * len(self.tokens) > WORK
+        return f"@{self.last_first}" if long and len(self.inputs.streams) == 1 else ""
 
     def position_in(self, logits: Tensor) -> int:
         """The column of the answer in `logits` of this prompt or of one of equal length."""

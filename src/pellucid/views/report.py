@@ -100,6 +100,8 @@ def _sections(question: Question, top: int, step: Callable[[str], None]) -> list
             made.append(missing(id, name, title, why) if why else section())
         except PellucidError as error:
             made.append(missing(id, name, title, str(error).rstrip(".")))
+        except RuntimeError as error:  # torch's own: a model whose code allows no gradient, or too little memory
+            made.append(missing(id, name, title, f"torch refused ({str(error).splitlines()[0].rstrip('.')})"))
     return [*made, origin.origin(question, made)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pellucid.causal import ablation
-from pellucid.errors import PellucidError
+from pellucid.errors import PellucidError, Refused
 from pellucid.results import Result
 from pellucid.views.figures import Axis, grid
 from pellucid.views.markup import Html, join, number, tag
@@ -19,8 +19,11 @@ TITLE = "Which heads does the answer need?"
 def heads(question: Question) -> tuple[Section, list[Part]]:
     """The section, and every head with its effect."""
     found, shown, parts = [], [], []
+    over = ""
     for stack in question.model.anatomy.stacks:
-        over = f"{stack.prefix}layers.*.attn.heads.*"
+        if not any(block.attentions for block in stack.blocks):
+            continue
+        over = f"{stack.prefix}layers.*.attn.heads.*{question.at}"
         result = ablation(question.model, question.inputs, over=over, metric=question.metric, progress=True)
         found.append(result)
         shown.append(_grid(question, result, stack.name))
@@ -29,14 +32,17 @@ def heads(question: Question) -> tuple[Section, list[Part]]:
             Part(named(int(a), "attn.heads", int(h), stack.name), f"{stack.prefix}layers.{a}.attn.heads.{h}", float(effect[i, j]))
             for i, a in enumerate(layers) for j, h in enumerate(units) if np.isfinite(effect[i, j])
         ]  # fmt: skip
+    if not parts:
+        raise Refused("this model has no attention heads")
     parts.sort(key=lambda p: -abs(p.share))
     worst = min(parts, key=lambda p: p.share)
+    where = "where the answer is read (the prompt is long)" if question.at else "everywhere"
     lead = (
-        f"Each cell is one attention head, set to zero everywhere; the number is the change of the {question.metric_name} "
+        f"Each cell is one attention head, set to zero {where}; the number is the change of the {question.metric_name} "
         f"({number(float(found[0]['clean']), sign=True)} when nothing is off). Orange: the answer suffers without the head. Blue: it does better."
     )
     lines = [
-        question.metric_code, "effect = pl.causal.ablation(model, prompt, over='layers.*.attn.heads.*', metric=metric)".replace("layers", question.prefix + "layers", 1),
+        question.metric_code, f"effect = pl.causal.ablation(model, prompt, over={over!r}, metric=metric)",
         "effect.show()",
     ]  # fmt: skip
     finding = f"Switching off {worst.name} costs the answer most among {len(parts)} heads: {number(worst.share, sign=True)} in the {question.metric_name}."

@@ -79,7 +79,7 @@ def _finding(names: list[str], rank: np.ndarray, likely: np.ndarray, said: str) 
     if first == 0:
         return f"{said} is the top guess from the embedding on."
     return (
-        f"{said} becomes the top guess after layer {names[first]} of 0 to {names[-1]} ({percent(float(likely[first]))}) and stays it; "
+        f"{said} becomes the top guess after layer {names[first]} ({percent(float(likely[first]))}; the last layer is {names[-1]}) and stays it; "
         f"{_after(names[first - 1])} it was at rank {int(rank[first - 1]) + 1}."
     )
 

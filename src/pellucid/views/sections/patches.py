@@ -9,10 +9,9 @@ from pellucid.results import Result
 from pellucid.views.figures import Axis, grid, token_axis
 from pellucid.views.markup import Html, join, number, percent, quoted, tag
 from pellucid.views.page import Section, missing
-from pellucid.views.question import Question
+from pellucid.views.question import WORK, Question
 
 TITLE = "Where does the fact travel?"
-TOKENS = 40_000  # that all patched runs together may read: longer prompts are patched at fewer places
 
 
 def patches(question: Question) -> Section:
@@ -68,13 +67,13 @@ def _over(question: Question, layers: str = "*", position: int | str = "*") -> s
 
 
 def _places(question: Question) -> tuple[list[int], list[int]]:
-    """Layers and positions to patch: all of them, or for a long prompt those that fit into `TOKENS`.
+    """Layers and positions to patch: all of them, or for a long prompt those that fit into `WORK`.
 
     Under a causal mask nothing before the first changed token can differ, so nothing is patched there.
     """
     stack, length = question.model.anatomy.stacks[0], len(question.tokens)
     layers, positions = list(range(len(stack.blocks))), list(range(length))
-    if len(layers) * length * length <= TOKENS:
+    if len(layers) * length * length <= 2 * WORK:
         return layers, positions
     first = question.changed[0] if stack.causal else 0
     near = {
@@ -83,7 +82,7 @@ def _places(question: Question) -> tuple[list[int], list[int]]:
         for d in (0, -1, 1)
     }
     wanted = sorted(p for p in near if first <= p < length)[:24]
-    room = TOKENS // length
+    room = 2 * WORK // length
     rest = [p for p in positions[first:][::-1] if p not in wanted]
     wanted = sorted(wanted + rest[: max(0, room // len(layers) - len(wanted))])
     step = max(1, round(len(layers) * len(wanted) / room))

@@ -22,7 +22,7 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
     """The heads and MLPs whose absence changes the answer most, each switched off in two ways."""
     others, found = _others(question)
     direct = {p.site.replace(".attn.z_out.", ".attn.heads."): p.share for p in written}
-    ranked = sorted([*heads, *others], key=lambda p: -abs(p.share))[:SHOWN]
+    ranked = sorted([*heads, *others], key=lambda p: -abs(p.share))[: SHOWN if not question.at else SHOWN // 2]
     if not ranked:
         return missing(
             "strongest",
@@ -34,7 +34,7 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
     rows = []
     for part in ranked:
         with torch.no_grad():
-            run = question.model.run(question.inputs, edits=[Ablate(part.site, "mean")])
+            run = question.model.run(question.inputs, edits=[Ablate(part.site + question.at, "mean")])
         mean = float(question.model.score(run, metric)[0]) - clean
         row = [part.name, number(part.share, sign=True), number(mean, sign=True)]
         if written:
@@ -47,7 +47,7 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
     )
     code = [
         question.metric_code,
-        f"without = model.run(prompt, edits=[pl.Ablate({ranked[0].site!r})])",
+        f"without = model.run(prompt, edits=[pl.Ablate({ranked[0].site + question.at!r})])",
         "print(model.score(without, metric) - model.score(model.run(prompt), metric))",
     ]
     return Section(
@@ -65,7 +65,10 @@ def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
         for part in ("mlp.out", "mixer.out"):
             try:
                 result = ablation(
-                    question.model, question.inputs, over=f"{stack.prefix}layers.*.{part}", metric=question.metric
+                    question.model,
+                    question.inputs,
+                    over=f"{stack.prefix}layers.*.{part}{question.at}",
+                    metric=question.metric,
                 )
             except PellucidError:
                 continue  # a stack without such parts on the map
@@ -81,6 +84,6 @@ def _says(question: Question, part: Part) -> object:
     if question.kind == "embedding":
         return ""
     with torch.no_grad():
-        logits = question.model.run(question.inputs, edits=[Ablate(part.site)]).logits
+        logits = question.model.run(question.inputs, edits=[Ablate(part.site + question.at)]).logits
     best = read(question.model, logits, question.kind, question.position, 1)[0]
     return join(token(best.text), f" {percent(best.probability)}")

@@ -17,7 +17,8 @@ from pellucid.views.question import Question
 TITLE = "Which words does the answer rest on?"
 STEPS = (24, 96)  # along the path, until the gap is within `TOLERANCE` of the shares' total size
 TOLERANCE = 0.02
-TOKENS = 8192  # read along the path in all: long prompts take fewer steps
+TOKENS = 2000  # read along the path in all: long prompts take fewer steps, and no control beyond `LONG` tokens
+LONG = 128
 
 
 def words(question: Question) -> Section:
@@ -94,10 +95,9 @@ def _baselines(question: Question) -> list[int]:
 def _control(question: Question, values: np.ndarray, token_id: int) -> str:
     """How much the choice of the baseline matters."""
     known = "what counts as absence is a choice"
-    again = _attributed(question, token_id)
-    other = again.values
-    if len(values) < 4:
+    if not 3 < len(values) <= LONG:
         return f"{known}."
+    other = _attributed(question, token_id).values
     a, b = (np.argsort(np.argsort(v[1:])) for v in (values, other))
     first, then = (quoted(_strongest(question, v)[0]) for v in (values, other))
     same = f"{first} comes first again" if first == then else f"{then} comes first instead of {first}"
