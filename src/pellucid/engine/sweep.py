@@ -27,7 +27,7 @@ from pellucid.engine.rungs import RUNGS, Executor, certified, deviation, own_hoo
 from pellucid.errors import InputError, PellucidError, Refused, nearest
 
 # Bytes a batch of variants may take beyond the model. On a CPU small batches that stay in the cache are fastest.
-MEMORY = {"cpu": 80 << 20}
+MEMORY = {"cpu": 40 << 20}
 MEMORY_ELSEWHERE = 2 << 30
 
 
