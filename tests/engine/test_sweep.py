@@ -94,7 +94,7 @@ def test_the_planner_takes_the_cheapest_way_and_explains_it() -> None:
     assert "10 variants of 1 prompt, 5 tokens\n" in text
     assert "executor: packed, suffix (equal to plain runs on this model)" in text
     assert "unembedded: 1 position, 2 vocabulary rows" in text
-    assert "batches: 1 within 80 MiB" in text
+    assert "batches: 1 within 40 MiB" in text
     assert plan.cost < 8
     plan.run(progress=False)
     assert plan.explain().splitlines()[:3] == text.splitlines()[:3]
