@@ -41,8 +41,9 @@ class BoundMetric:
     positions: those it reads, counted on each prompt's real (non padding) tokens, negatives from the end;
         None = all of them as they lie in the batch, padding included.
     tokens: [batch or 1, k] vocabulary rows it reads; None = the whole vocabulary.
-    function: logits [batch, n_positions, k or vocab] -> [batch].
+    function: logits [batch, n_positions, k or vocab] -> [batch], or [batch, outputs].
     classes: it reads a classifier, and function maps logits [batch, classes] -> [batch].
+    outputs: how many numbers it gives per prompt; None = one, without a dimension of its own.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BoundMetric:
     tokens: Tensor | None
     function: Callable[[Tensor], Tensor]
     classes: bool = False
+    outputs: int | None = None
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """Itself: a bound metric is a metric too."""
@@ -65,8 +67,11 @@ class BoundMetric:
         if not own and (logits.ndim != len(read) or not fits):
             raise InputError(f"{self.name} reads {read} of the logits, got {list(logits.shape)}")
         scores = self.function(logits if logits.dtype == torch.float64 else logits.float())
-        if scores.shape != logits.shape[:1]:
-            raise InputError(f"{self.name} gave {list(scores.shape)} for {len(logits)} prompts, expected one each")
+        expected = (len(logits),) if self.outputs is None else (len(logits), self.outputs)
+        if scores.shape != expected:
+            raise InputError(
+                f"{self.name} gave {list(scores.shape)} for {len(logits)} prompts: expected {list(expected)}"
+            )
         return scores
 
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -38,7 +38,8 @@ def default_memory(anatomy: Anatomy) -> int:
 
 @dataclass(eq=False)
 class Sweep:
-    """Scores of every variant: `values` [variant, batch] (NaN where interrupted) and `clean` [batch]."""
+    """Scores of every variant: `values` [variant, batch] (NaN where interrupted) and `clean` [batch]; a metric of several
+    outputs adds them as a last dimension."""
 
     values: Tensor
     clean: Tensor
@@ -75,7 +76,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         wide = any(p.dtype == torch.float64 for p in self.anatomy.module.parameters())
-        shape = len(self.variants), len(self.inputs)
+        outputs = getattr(self.bound, "outputs", None)
+        shape = (len(self.variants), len(self.inputs), *(() if outputs is None else (outputs,)))
         self.values = torch.full(shape, float("nan"), dtype=torch.float64 if wide else torch.float32)
         self.done = torch.zeros(shape[0], dtype=torch.bool)
         self.stack: Stack = self.anatomy.stacks[-1]

@@ -1,0 +1,150 @@
+"""One prompt, what is asked of the model, and the tokens that may get credit for the answer.
+
+Every attribution method starts from a `Case`. Tokens are counted over the credited streams one after another: the
+prompt's; in an encoder-decoder the source's, and behind them, for a continuation, those the decoder was given. Special
+tokens (not `<unk>`, which stands for a word) keep their place and get no credit unless asked for: a model has hardly
+ever read a text without them, so there is no sense in which they are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.attribution.target import Continuation, Target, bind, pieces
+from pellucid.engine.inputs import Inputs, Stream
+from pellucid.metrics import Answers
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt on a model: `inputs`, the bound `target`, and the credited streams by the name of their stack."""
+
+    model: Model
+    inputs: Inputs
+    target: Target
+    streams: dict[str, Stream]
+    keep_special: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        prompt: Any,
+        target: Any = None,
+        *,
+        against: Answers | None = None,
+        forced: str | None = None,
+        keep_special: bool = True,
+    ) -> Case:
+        """Bind a target (see `pellucid.attribution.target`) to a prompt. InputError as `bind` says."""
+        inputs, bound = bind(model, prompt, target, against, forced)
+        streams = {"": inputs.stream("")}
+        if "decoder" in inputs.streams:
+            credited = ("encoder", "decoder") if isinstance(target, Continuation) else ("encoder",)
+            streams = {name: inputs.streams[name] for name in credited}
+        return cls(model, inputs, bound, streams, keep_special)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return [stream.ids.shape[1] for stream in self.streams.values()]
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """[position] of all credited streams."""
+        return torch.cat([stream.ids[0] for stream in self.streams.values()])
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The text each token adds to those before it."""
+        return tuple(text for stream in self.streams.values() for text in pieces(self.model, stream.ids[0]))
+
+    @cached_property
+    def special(self) -> np.ndarray:
+        """[position] tokens that are no text: special ones, padding, and the one a decoder starts with."""
+        tokenizer = self.model.tokenizer
+        known = set(getattr(tokenizer, "all_special_ids", [])) - {getattr(tokenizer, "unk_token_id", None)}
+        found = [[int(i) in known for i in stream.ids[0]] for stream in self.streams.values()]
+        for (name, stream), row in zip(self.streams.items(), found, strict=True):
+            row[:] = [s or not m for s, m in zip(row, stream.mask[0].bool().tolist(), strict=True)]
+            row[0] = row[0] or name == "decoder"
+        return np.array([s for row in found for s in row])
+
+    @cached_property
+    def fixed(self) -> np.ndarray:
+        """[position] tokens that are never absent: padding always, special ones if `keep_special`."""
+        if self.keep_special:
+            return self.special
+        return np.concatenate([~stream.mask[0].bool().cpu().numpy() for stream in self.streams.values()])
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values [..., position, d] of all streams, stream by stream."""
+        return list(values.split(self.lengths, dim=-2))
+
+    def read(self, found: Any) -> Tensor:
+        """[row, output] of the target, from the logits or from the values at its site."""
+        mask = self.inputs.stream("").mask.expand(len(found), -1)
+        return self.target.read(found, mask)
+
+    # ---- results
+
+    def result(
+        self,
+        method: str,
+        title: str,
+        variables: dict[str, Any],
+        *,
+        arguments: dict[str, Any],
+        coords: dict[str, Any] | None = None,
+        attrs: dict[str, Any] | None = None,
+        labels: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Result:
+        """A labelled result. `variables` are scalars, [player], [output] or [output, player] (arrays or tensors);
+        the players are the tokens, or what `labels` names. A single target has no dimension `output`."""
+        dim = "position" if labels is None else "player"
+        labels = self.tokens if labels is None else labels
+        kept: dict[str, Any] = {dim: range(len(labels)), "token" if dim == "position" else "text": (dim, list(labels))}
+        if dim == "position":
+            kept["special"] = (dim, self.special)
+            if len(self.streams) > 1 or "encoder" in self.streams:
+                names = {"encoder": "source", "decoder": "target"}
+                kept["stream"] = (
+                    dim,
+                    [names[n] for n, size in zip(self.streams, self.lengths, strict=True) for _ in range(size)],
+                )
+        if not self.target.single:
+            kept["output"] = range(len(self.target.outputs))
+            kept["output_token"] = ("output", list(self.target.outputs))
+        data = xr.Dataset(
+            {name: self._labelled(value, dim, len(labels)) for name, value in variables.items()},
+            coords={**kept, **(coords or {})},
+            attrs={"attributed": self.target.name, **(attrs or {})},
+        )
+        provenance = Provenance(
+            method, self.model.name, digest=self.model.digest, inputs=list(self.inputs.texts),
+            arguments=arguments, seed=seed,
+        )  # fmt: skip
+        return Result(data, kind="attribution", title=title, provenance=provenance)
+
+    def _labelled(self, value: Any, dim: str, players: int) -> Any:
+        if isinstance(value, tuple):  # the caller named the dimensions
+            return value
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if array.ndim == 0:
+            return array.item()
+        outputs = len(self.target.outputs)
+        if array.shape == (outputs, players):
+            return (dim, array[0]) if self.target.single else (("output", dim), array)
+        if array.shape == (players,):
+            return (dim, array)
+        return array[0].item() if self.target.single else ("output", array)

@@ -1,0 +1,175 @@
+"""What does the model answer when only some of the players are there?
+
+    v(S) = target of the prompt with the players in S in place, and the baseline in the place of all others
+
+Perturbation methods (occlusion, LIME, Shapley values, deletion curves) are questions to this game. Coalitions are runs
+of the sweep planner: absent tokens are replaced where the embedded prompt enters the first block, which costs no more
+than running the changed prompt, and for a causal model spares the positions before the first absent one. Every
+distinct coalition is run once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pellucid.anatomy.structure import Tap
+from pellucid.attribution.baseline import Baseline
+from pellucid.attribution.case import Case
+from pellucid.attribution.path import Embedded
+from pellucid.attribution.players import Players
+from pellucid.engine.edits import Edit, Place
+
+ROOM = 1e-3  # how far a replaced first residual may be from that of the replaced token, relative to the largest logit
+
+
+@dataclass(frozen=True, eq=False)
+class Put(Edit):
+    """Puts `values` [position, d] in place."""
+
+    values: Tensor
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        return self.values.to(x).expand_as(x)
+
+
+@dataclass(eq=False)
+class Game:
+    """`game(present)` gives v(S) [n, output] for coalitions [n, player]; `evaluations` counts the runs it took."""
+
+    case: Case
+    players: Players
+    baseline: Baseline
+    embedded: Embedded
+    progress: bool = True
+    checkpoint: str | Path | None = None
+    evaluations: int = 0
+    _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    _asked: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        case: Case,
+        players: Any = "token",
+        baseline: Any = None,
+        *,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+    ) -> Game:
+        """`checkpoint` is a file that keeps what is done of the first question, so that it continues if interrupted;
+        further questions get files of that name with a number."""
+        embedded = Embedded(case)
+        return cls(case, Players.of(case, players), Baseline.of(embedded, baseline), embedded, progress, checkpoint)
+
+    def __call__(self, present: Tensor) -> Tensor:
+        present = present.bool().cpu()
+        keys = [bytes(row.numpy().tobytes()) for row in present]
+        new = {key: row for key, row in zip(keys, present, strict=True) if key not in self._known}
+        if new:
+            made = self._run(torch.stack(list(new.values())))
+            self.evaluations += len(new)
+            self._known |= dict(zip(new, made, strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+    @cached_property
+    def all(self) -> Tensor:
+        """[output] of the prompt itself."""
+        return self(torch.ones(1, len(self.players)))[0]
+
+    @cached_property
+    def none(self) -> Tensor:
+        """[output] with every player absent."""
+        return self(torch.zeros(1, len(self.players)))[0]
+
+    def absent(self, present: Tensor) -> list[int]:
+        """Token positions absent in one coalition [player]."""
+        return [
+            i for group, here in zip(self.players.members, present.tolist(), strict=True) if not here for i in group
+        ]
+
+    def _run(self, present: Tensor) -> Tensor:
+        if not self._replaceable:
+            return self._rows(present)
+        path = self._checkpoint()
+        variants = [self._edits(self.absent(row)) for row in present]
+        swept = self.case.model.sweep(
+            self.case.inputs, variants, self.case.target.bound, progress=self.progress, checkpoint=path
+        )
+        values = swept.values[:, 0].double()
+        return values[:, None] if values.ndim == 1 else values
+
+    def _checkpoint(self) -> Path | None:
+        if self.checkpoint is None:
+            return None
+        path, self._asked = Path(self.checkpoint), self._asked + 1
+        return path if self._asked == 1 else path.with_name(f"{path.name}.{self._asked}")
+
+    def _rows(self, present: Tensor) -> Tensor:
+        """In batches through the whole model, where the planner cannot read the target or place the edits."""
+        rows, made = self.embedded.batches(len(present)), []
+        fixed, own = self.baseline.values, self.embedded.values
+        with torch.no_grad(), tqdm(total=len(present), unit="run", disable=not self.progress) as bar:
+            for part in present.split(rows):
+                here = torch.ones(len(part), own.shape[1], 1, device=own.device)
+                for row, coalition in enumerate(part):
+                    here[row, self.absent(coalition)] = 0
+                made.append(self.embedded.scores(torch.where(here.bool(), own, fixed)).double().cpu())
+                bar.update(len(part))
+        return torch.cat(made)
+
+    # ---- absence as an edit of the first residual
+
+    @cached_property
+    def _entered(self) -> dict[str, Tensor]:
+        """What enters the first block of each credited stack, [position, d], when every player is absent."""
+        anatomy = self.case.model.anatomy
+        names = {s.name: s.blocks[0].taps.get("resid_pre") for s in anatomy.stacks if s.blocks}
+        taps: dict[str, Tap | None] = {name: names.get(name) for name in self.case.streams}
+        if None in taps.values():
+            return {}
+        met = self.embedded.met([tap for tap in taps.values() if tap is not None], self.baseline.values)
+        return {name: met[tap][0] for name, tap in taps.items() if tap is not None and tap in met}
+
+    def _edits(self, absent: list[int]) -> list[Edit]:
+        edits: list[Edit] = []
+        first = 0
+        for (name, entered), length in zip(self._entered.items(), self.case.lengths, strict=True):
+            here = [i - first for i in absent if first <= i < first + length]
+            first += length
+            if here:
+                site = f"{name}.embed" if name else "embed"
+                at = f"{here[0]}" if len(here) == 1 else ",".join(map(str, here))
+                edits.append(Put(f"{site}@{at}", entered[here]))
+        return edits
+
+    @cached_property
+    def _replaceable(self) -> bool:
+        """Whether replacing what enters the first block is what replacing the tokens is: not where an embedding looks
+        at its neighbours (or counts positions by the padding token). Tried on every second player."""
+        bound = self.case.target.bound
+        if bound is None or self.case.inputs.stream("").padded or len(self._entered) < len(self.case.streams):
+            return False
+        if any(len(e) != n for e, n in zip(self._entered.values(), self.case.lengths, strict=True)):
+            return False
+        half = torch.arange(len(self.players)) % 2 == 0
+        if bool(half.all()):
+            half[:] = False
+        swept = self.case.model.sweep(self.case.inputs, [self._edits(self.absent(half))], bound, progress=False).values[
+            0, 0
+        ]
+        truth = self._quiet(half)
+        return torch.allclose(swept.double().reshape(-1), truth, atol=ROOM * max(1.0, float(truth.abs().max())), rtol=0)
+
+    def _quiet(self, present: Tensor) -> Tensor:
+        progress, self.progress = self.progress, False
+        try:
+            return self._rows(present[None])[0]
+        finally:
+            self.progress = progress
