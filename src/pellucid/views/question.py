@@ -46,11 +46,13 @@ class Question:
     kind: Kind
     inputs: Inputs
     position: int
+    output: Tensor  # of the intact model: logits, or vectors
     options: list[Option]  # the likeliest first
     target: Option | None
     against: Option | None = None
     counterfactual: str | None = None
     other_options: list[Option] = field(default_factory=list)  # on the counterfactual
+    scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
     notes: tuple[str, ...] = ()
 
@@ -103,15 +105,10 @@ class Question:
     def metric(self) -> Any:
         """What the answer is measured by; see `metric_code`."""
         if self.target is None:
-            return _similarity(self.clean_output)
+            return _similarity(self.output)
         if self.kind == "class":
             return metrics.class_logit(self.target.id)
         return metrics.logit_difference(self.word(self.target), self.word(self.against), position=self.last_first)
-
-    def score(self, prompt: str) -> float:
-        """The metric on a prompt (of equal length)."""
-        with torch.no_grad():
-            return float(self.model.score(self.model.run(prompt), self.metric)[0])
 
     @property
     def metric_code(self) -> str:
@@ -127,11 +124,6 @@ class Question:
         if self.target is None:
             return "similarity to the intact output"
         return "logit" if self.kind == "class" else "logit difference"
-
-    @cached_property
-    def clean_output(self) -> Tensor:
-        with torch.no_grad():
-            return self.model.run(self.inputs).logits
 
     def word(self, option: Option | None) -> str | int:
         """The text of an answer where the metric finds its token by it, else its id."""
@@ -228,7 +220,9 @@ def ask(model: Model, prompt: str, target: str | None, counterfactual: str | Non
     kind = _kind(model, run, inputs)
     position = _position(model, inputs, kind)
     options = read(model, run.logits, kind, position, max(top, 2))
-    question = Question(model, prompt, kind, inputs, position, options, options[0] if options else None, notes=notes)
+    question = Question(
+        model, prompt, kind, inputs, position, run.logits, options, options[0] if options else None, notes=notes
+    )
     if target is not None:
         chosen, note = _chosen(question, run.logits, target)
         question = replace(question, target=chosen, notes=(*notes, *note))
@@ -249,8 +243,15 @@ def against(question: Question, counterfactual: str | None, top: int, made: str 
         with torch.no_grad():
             logits = model.run(inputs).logits
         other = read(model, logits, question.kind, _position(model, inputs, question.kind), max(top, 2))
+    else:
+        logits = None
     rival = next((o for o in [*other[:1], *question.options] if question.target and o.id != question.target.id), None)
-    return replace(question, against=rival, counterfactual=counterfactual, other_options=other, made=made)
+    question = replace(question, against=rival, counterfactual=counterfactual, other_options=other, made=made)
+    if question.target is not None and rival is None:  # a vocabulary of one
+        raise InputError("this model has a single answer, so there is nothing to compare it with")
+    metric, mask = question.model.bind(question.metric), question.inputs.stream("").mask
+    both = [question.output, *([] if logits is None else [logits])]
+    return replace(question, scores=tuple(float(metric.score(each, mask)[0]) for each in both))
 
 
 def _kind(model: Model, run: Any, inputs: Inputs) -> Kind:

@@ -50,13 +50,13 @@ def _measured(question: Question) -> Child:
     if question.kind == "class":
         return f"Throughout, the answer is measured by the logit of the class {quoted(question.target.text)}."
     assert question.against is not None
-    scores = [question.score(question.prompt)]
-    if question.counterfactual is not None:
-        scores.append(question.score(question.counterfactual))
+    said = [
+        f"{number(x, sign=True)} on the {where}"
+        for x, where in zip(question.scores, ("prompt", "counterfactual"), strict=False)
+    ]
     return join(
         "Throughout, the answer is measured by the logit difference ", token(question.target.text), " − ", token(question.against.text),
-        ", the logarithm of the ratio of their probabilities: ", " on the counterfactual, ".join(number(s, sign=True) for s in reversed(scores))
-        if len(scores) == 1 else f"{number(scores[0], sign=True)} on the prompt and {number(scores[1], sign=True)} on the counterfactual", ".",
+        f", the logarithm of the ratio of their probabilities: {' and '.join(said)}.",
     )  # fmt: skip
 
 
@@ -78,10 +78,10 @@ def _embedding(question: Question) -> Section:
         "This model has no head that answers: it turns a text into vectors, one per token. Throughout, it is measured how "
         "similar (cosine) the vectors' mean stays to that of the intact model on this prompt, which is 1."
     )
-    width = question.clean_output.shape[-1]
+    width = question.output.shape[-1]
     finding = f"The model gives no answer but vectors of {width} numbers; what is measured is how similar their mean stays (1 = the same)."
     if question.counterfactual is not None:
-        similar = number(question.score(question.counterfactual))
+        similar = number(question.scores[1])
         finding += f" The counterfactual's is {similar}."
     return Section(
         "answer", "The output", "What does the model give?", lead,

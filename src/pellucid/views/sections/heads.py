@@ -24,7 +24,7 @@ def heads(question: Question) -> tuple[Section, list[Part]]:
         if not any(block.attentions for block in stack.blocks):
             continue
         over = f"{stack.prefix}layers.*.attn.heads.*{question.at}"
-        result = ablation(question.model, question.inputs, over=over, metric=question.metric, progress=True)
+        result = ablation(question.model, question.inputs, over=over, metric=question.metric)
         found.append(result)
         shown.append(_grid(question, result, stack.name))
         effect, layers, units = result["effect"].values, result["layer"].values, result["head"].values
@@ -77,7 +77,7 @@ def _control(question: Question, found: list[Result]) -> str:
     )
     try:
         over = str(found[-1].provenance.arguments["over"])
-        again = ablation(question.model, question.inputs, over=over, how="mean", metric=question.metric, progress=True)[
+        again = ablation(question.model, question.inputs, over=over, how="mean", metric=question.metric)[
             "effect"
         ].values
     except PellucidError as error:

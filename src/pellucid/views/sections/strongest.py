@@ -30,7 +30,7 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
             TITLE,
             "no part of this model is on the map as one that can be switched off",
         )
-    metric, clean = question.metric, question.score(question.prompt)
+    metric, clean = question.metric, question.scores[0]
     rows = []
     for part in ranked:
         with torch.no_grad():

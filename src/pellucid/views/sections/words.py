@@ -17,7 +17,7 @@ from pellucid.views.question import Question
 TITLE = "Which words does the answer rest on?"
 STEPS = (24, 96)  # along the path, until the gap is within `TOLERANCE` of the shares' total size
 TOLERANCE = 0.02
-TOKENS = 2000  # read along the path in all: long prompts take fewer steps, and no control beyond `LONG` tokens
+TOKENS = 1600  # read along the path in all: long prompts take fewer steps, and no control beyond `LONG` tokens
 LONG = 128
 
 
