@@ -24,19 +24,9 @@ from pellucid.attribution.baseline import Baseline
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
-from pellucid.engine.edits import Edit, Place
+from pellucid.engine.edits import Edit, Patch
 
 ROOM = 1e-3  # how far a replaced first residual may be from that of the replaced token, relative to the largest logit
-
-
-@dataclass(frozen=True, eq=False)
-class Put(Edit):
-    """Puts `values` [position, d] in place."""
-
-    values: Tensor
-
-    def new(self, x: Tensor, place: Place) -> Tensor:
-        return self.values.to(x).expand_as(x)
 
 
 @dataclass(eq=False)
@@ -146,7 +136,7 @@ class Game:
             if here:
                 site = f"{name}.embed" if name else "embed"
                 at = f"{here[0]}" if len(here) == 1 else ",".join(map(str, here))
-                edits.append(Put(f"{site}@{at}", entered[here]))
+                edits.append(Patch(f"{site}@{at}", entered[here]))
         return edits
 
     @cached_property

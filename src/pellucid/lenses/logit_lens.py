@@ -5,14 +5,16 @@ The residual stream after every block is read through the model's own head, its 
     logits[layer] = unembed(final_norm(resid[layer]))
 
 (nostalgebraist, 2020). Early rows are read with a head that was trained for the last one, so a token that
-does not show may still be there in another basis: the tuned lens is the control. The last row must be the
-model's own logits; this is checked, and the lens refuses where it is not so.
+does not show may still be there in another basis: `through` a fitted tuned lens, each layer is first translated
+into that of the last. The last row must be the model's own logits; this is checked, and the lens refuses where
+it is not so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ from pellucid.model import Model
 from pellucid.results import Provenance, Result
 from pellucid.tasks.tokens import single_id
 
+if TYPE_CHECKING:
+    from pellucid.lenses.tuned_lens import TunedLens
+
 CELLS = 1 << 24  # numbers of one layer's logits held at a time
 
 # What is read at every layer and position, and the dimension it has beyond those.
@@ -38,6 +43,7 @@ READ: dict[str, tuple[str, ...]] = {
     "log_probability": (),
     "kl": (),
     "entropy": (),
+    "surprise": (),
     "target_rank": ("target",),
     "target_log_probability": ("target",),
 }
@@ -68,29 +74,34 @@ def logit_lens(
     sites: str | Sequence[str] = ("embed", "layers.*.resid_post"),
     positions: Position = None,
     target: str | Sequence[str] | None = None,
+    through: TunedLens | None = None,
 ) -> Result:
     """Read the residual stream at `sites` (of the last stack) through the model's own head.
 
     Gives, over layer x position (and `prompt` first, for several): `probability` and `top_token` of the `top`
     likeliest tokens; `rank`, 0 being the top, and `log_probability` of the token the model itself ends up
-    with (`prediction`); `kl`, KL(model || layer), and `entropy`, both in nats; for `targets`, `target_rank`
-    and `target_log_probability`. The layer of what enters the first block is "embed". `positions` narrows as
-    `@` does in sites; positions are counted on each prompt's own tokens, those past the end of a shorter
-    prompt are NaN. `target` is the decoder's text in an encoder-decoder. One layer's logits are held at a
-    time.
+    with (`prediction`); `kl`, KL(model || layer), `entropy`, and `surprise`, -log p of the token that really
+    comes next (NaN where none does, and in models that look ahead), in nats; for `targets`, `target_rank` and
+    `target_log_probability`. The layer of what enters the first block is "embed". `positions` narrows as `@` does
+    in sites; positions are counted on each prompt's own tokens, those past the end of a shorter prompt are NaN.
+    `target` is the decoder's text in an encoder-decoder. `through` is a fitted `TunedLens`. One layer's logits are
+    held at a time.
 
     >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
     >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
     """
     inputs = model.inputs(prompt, target=target)
-    names = _sites(model, sites)
+    names = lens_sites(model, sites)
+    if through is not None:
+        through.check(model)
     last = f"{model.anatomy.stacks[-1].prefix}layers.{len(model.anatomy.stacks[-1].blocks) - 1}.resid_post"
     run = model.run(inputs, keep=[*names, last])
     stream = inputs.stream("")
     columns, real = _columns(stream, positions)
     _check(model, run, last, columns, stream)
     ids = _target_ids(model, targets)
-    rows = _rows(model, run, names, columns, real, ids, min(top, run.logits.shape[-1]))
+    asked = Asked(_following(model, stream, columns).flatten(), ids, min(top, run.logits.shape[-1]))
+    rows = _rows(model, run, names, columns, real, asked, through)
 
     made: dict[str, Any] = {}
     for name, extra in READ.items():
@@ -114,16 +125,27 @@ def logit_lens(
     data = data.isel(prompt=0) if len(inputs) == 1 else data
     provenance = Provenance(
         "logit_lens", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"top": top, "targets": targets, "sites": sites, "positions": positions, "target": target},
+        arguments={"top": top, "targets": targets, "sites": sites, "positions": positions, "target": target,
+                   "through": None if through is None else f"tuned lens, {len(through.losses)} steps"},
     )  # fmt: skip
-    return Result(data, kind="logit lens", title=f"Logit lens of {model.name}", provenance=provenance)
+    kind = "logit lens" if through is None else "tuned lens"
+    return Result(data, kind=kind, title=f"{kind.capitalize()} of {model.name}", provenance=provenance)
 
 
 # ---- one layer at a time
 
 
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is read of a layer's logits: the `top` likeliest, the `targets`, and the token that follows [cell] (-1: none)."""
+
+    following: Tensor
+    targets: list[int]
+    top: int
+
+
 def _rows(
-    model: Model, run: Run, sites: list[str], columns: Tensor, real: Tensor, targets: list[int], top: int
+    model: Model, run: Run, sites: list[str], columns: Tensor, real: Tensor, asked: Asked, through: TunedLens | None
 ) -> list[dict[str, Tensor]]:
     """For every site what its logits say at each of the prompt x position cells; NaN where no token is."""
     picked = torch.arange(len(columns), device=columns.device)[:, None]
@@ -132,8 +154,11 @@ def _rows(
     rows = []
     for site in sites:
         resid = run.tensor(site)[picked, columns].flatten(0, 1)
+        if through is not None:
+            resid = through.translate(site, resid.float()).to(resid.dtype)
         parts = [
-            _read(unembed(model, resid[part][None])[0], final[part], targets, top) for part in _parts(*final.shape)
+            _read(unembed(model, resid[part][None])[0], final[part], asked.following[part], asked)
+            for part in _parts(*final.shape)
         ]
         row = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
         for name, values in row.items():
@@ -148,15 +173,15 @@ def _parts(cells: int, vocabulary: int) -> Iterator[slice]:
     yield from (slice(i, i + step) for i in range(0, cells, step))
 
 
-def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[str, Tensor]:
+def _read(logits: Tensor, final: Tensor, following: Tensor, asked: Asked) -> dict[str, Tensor]:
     """From one layer's logits and the model's own, both [cell, vocabulary]."""
     log_p, log_final = logits.float().log_softmax(-1), final.float().log_softmax(-1)
-    p, likeliest = log_p.exp(), log_p.topk(top, -1)
-    wanted = torch.cat(
-        [final.argmax(-1, keepdim=True), torch.tensor(targets).expand(len(final), -1).to(final.device)], -1
-    ).long()
+    p, likeliest = log_p.exp(), log_p.topk(asked.top, -1)
+    targets = torch.tensor(asked.targets, dtype=torch.long, device=final.device)
+    wanted = torch.cat([final.argmax(-1, keepdim=True), targets.expand(len(final), -1)], -1)
     log_wanted = log_p.gather(-1, wanted)
     rank = torch.stack([(log_p > one[:, None]).sum(-1) for one in log_wanted.unbind(-1)], -1).float()
+    surprise = -log_p.gather(-1, following.clamp_min(0)[:, None])[:, 0]
     return {
         "top_token": likeliest.indices,
         "probability": likeliest.values.exp(),
@@ -164,9 +189,18 @@ def _read(logits: Tensor, final: Tensor, targets: list[int], top: int) -> dict[s
         "log_probability": log_wanted[:, 0],
         "kl": (log_final.exp() * (log_final - log_p).nan_to_num(0.0)).sum(-1),
         "entropy": -(p * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1),
+        "surprise": surprise.masked_fill(following < 0, float("nan")),
         "target_rank": rank[:, 1:],
         "target_log_probability": log_wanted[:, 1:],
     }
+
+
+def _following(model: Model, stream: Stream, columns: Tensor) -> Tensor:
+    """[prompt, position] the token that comes next; -1 where none does, or where the model has already seen it."""
+    after = (columns + 1).clamp(max=stream.ids.shape[1] - 1)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    inside = (columns + 1 < (stream.starts + stream.lengths)[:, None]) & bool(model.anatomy.stacks[-1].causal)
+    return torch.where(inside, stream.ids[rows, after], -1)
 
 
 def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -> None:
@@ -183,7 +217,8 @@ def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -
 # ---- sites, positions, labels
 
 
-def _sites(model: Model, sites: str | Sequence[str]) -> list[str]:
+def lens_sites(model: Model, sites: str | Sequence[str]) -> list[str]:
+    """The residuals, or what is added to them, that patterns name on the last stack. InputError for others."""
     patterns = [sites] if isinstance(sites, str) else list(sites)
     prefix = model.anatomy.stacks[-1].prefix
     found = [
