@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pellucid.anatomy.opening import main_output
@@ -93,7 +92,6 @@ def run_rows(
 
     before = min((v.layer for v in variants), default=0)
     with (
-        torch.no_grad(),
         skipping(anatomy, recording, before, n, rows),
         Wiretap(anatomy.module, {t: handler(t) for t in writers}, n * rows) as wire,
     ):

@@ -197,19 +197,29 @@ class Plan:
             self.values, self.done = saved
 
     def _execute(self, chunk: list[Variant]) -> None:
-        logits = self._run(chunk) if self._checked else self._run_and_check(chunk)
+        logits = self.logits(chunk) if self._checked else self._run_and_check(chunk)
         for variant, read in zip(chunk, logits, strict=True):
             self.values[variant.index] = self.bound(read).to(self.values)
             self.done[variant.index] = True
 
-    def _run(self, chunk: list[Variant]) -> list[Tensor]:
+    def settle(self) -> None:
+        """Go on to the next rung until one agrees with a plain run on inputs of this size."""
+        while not self._checked:
+            try:
+                self._run_and_check(next(self.chunks(self.variants))[:1])
+            except _Wrong as error:
+                self.reasons[self.rung] = str(error)
+                self._choose()
+
+    def logits(self, chunk: list[Variant]) -> list[Tensor]:
+        """What the metric reads of each variant of one of `chunks`, on the chosen rung."""
         return self.executor.run(self.rung, chunk)
 
     def _run_and_check(self, chunk: list[Variant]) -> list[Tensor]:
         """The first batch of this size on this rung: one of its variants is run plainly beside it."""
         truth = self.executor.plain(chunk[0])
         try:
-            logits = self._run(chunk)
+            logits = self.logits(chunk)
             wrong = deviation(logits[0], truth, slack=10)
         except PellucidError:
             raise
@@ -251,7 +261,9 @@ class Plan:
             12 * self.stack.d_model + 3 * block.sizes.get("neuron", 4 * self.stack.d_model) + 3 * heads * self._length
         )
         vocabulary = getattr(self.anatomy.module.config, "vocab_size", None) or 0
-        if self.rung.startswith("packed"):
+        if self.bound.classes or self.anatomy.head is None:
+            logits = 0.0  # a few classes, or the residual itself
+        elif self.rung.startswith("packed"):
             logits = self._read * (vocabulary if self.bound.tokens is None else self.bound.tokens.shape[1])
         else:
             logits = self.executor.forward.get("logits_to_keep", self._length) * vocabulary

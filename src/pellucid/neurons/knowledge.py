@@ -1,0 +1,268 @@
+"""Which neurons hold a fact?
+
+The neurons of a layer are scaled from nothing to what they are at the position of the answer, and the gradient of the
+answer's probability is summed on the way (Dai et al. 2022, "knowledge attribution"):
+
+    attribution_i = w_i * mean over k = 0 .. steps - 1 of dP(answer)/dw_i at (k / steps) * w        (left Riemann sum)
+
+w are the inputs of the down projection, that is, behind the activation; in gated MLPs act(gate) x up, where the EleutherAI
+package takes GPT-2's before the activation. Layers are scaled one at a time, all neurons of a layer together.
+
+Knowledge neurons of a fact are those which several wordings of it share ("refining"): of each wording the neurons above
+`threshold` times its largest attribution, of these the ones in at least `share` of the wordings; `share` is then moved by
+.05 until 2 to 5 are left, as the released code does. The paper tests them by suppressing (times 0) and amplifying
+(times 2): `knowledge_effect`, which does the same to as many random neurons, and to as many of the most active ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.engine.edits import Scale
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.slopes import Leaf, slopes
+from pellucid.errors import InputError, Refused
+from pellucid.metrics import Answers, log_odds, probability
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+FEW, MANY = 2, 5  # neurons a fact ends up with
+Neurons = Sequence[tuple[int, int]]  # (layer, neuron)
+
+
+def knowledge_attribution(
+    model: Model,
+    prompt: Any,
+    answer: Answers,
+    *,
+    steps: int = 20,
+    metric: Any = None,
+    progress: bool = True,
+) -> Result:
+    """The share of every neuron of every layer of the last stack in the probability of `answer`.
+
+    `prompt` is one prompt or several (answers one each, or one for all), asked at its last position, or at its mask token
+    in a masked model. `metric` replaces the probability. Gives `attribution` [layer, neuron] (with `prompt` in front for
+    several), `activation`, likewise, and `score` and `nothing` [layer], the metric as it is and with a layer's neurons at
+    zero. InputError for an answer of several tokens or a prompt with no or several masks, Refused where no layer has
+    neurons.
+
+    >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    """
+    if steps < 1:
+        raise InputError(f"steps={steps}: expected at least 1")
+    inputs, position = asked(model, prompt)
+    bound = model.bind(probability(answer, position=position) if metric is None else metric, len(inputs))
+    sites = neuron_sites(model)
+    clean = _activations(model, inputs, sites, position)
+    leaves = [Leaf(f"{site}@{position}", _scaled(k / steps)) for site in sites for k in range(steps)]
+    plan = model.plan(inputs, leaves, bound)
+    total = [torch.zeros_like(w) for w in clean]
+    nothing = torch.zeros(len(inputs), len(sites))
+    for slope in slopes(plan, leaves, progress):
+        layer, k = divmod(slope.index, steps)
+        total[layer] += slope.gradient[:, 0].to(total[layer]) / steps
+        if k == 0:
+            nothing[:, layer] = slope.score.float().cpu()
+    with torch.no_grad():
+        score = model.score(model.run(inputs), bound)
+    layers = [_layer(site) for site in sites]
+    data = xr.Dataset(
+        {
+            "attribution": (
+                ("prompt", "layer", "neuron"),
+                _stacked([g * w for g, w in zip(total, clean, strict=True)]),
+            ),
+            "activation": (("prompt", "layer", "neuron"), _stacked(clean)),
+            "score": ("prompt", score.float().cpu().numpy()),
+            "nothing": (("prompt", "layer"), nothing.numpy()),
+        },
+        coords={"layer": layers},
+        attrs={"attributed": bound.name, "rule": "riemann-left"},
+    )
+    data = data.isel(prompt=0) if len(inputs) == 1 else data
+    provenance = Provenance(
+        "knowledge_attribution", model.name, digest=model.digest, inputs=list(inputs.texts),
+        arguments={"answer": answer, "steps": steps, "metric": bound.name},
+    )  # fmt: skip
+    return Result(data, kind="knowledge attribution", title=f"Neurons behind {answer!r}", provenance=provenance)
+
+
+def knowledge_neurons(
+    attributions: Result, *, threshold: float = 0.2, share: float = 0.7, adjust: bool = True
+) -> Result:
+    """The neurons that wordings of one fact share, from their `knowledge_attribution` (several prompts).
+
+    Gives over `neuron` (the most shared first) `share` of the wordings and mean `attribution`, with coordinates `layer` and
+    `unit`; `needed` is the share that was asked for in the end. With `adjust` it is moved until 2 to 5 neurons are left
+    (or it reaches 0 or 1). InputError for another result.
+    """
+    if "attribution" not in attributions.data or attributions.kind != "knowledge attribution":
+        raise InputError(f"knowledge neurons are refined from knowledge attributions, not from {attributions.kind!r}")
+    values = attributions.data["attribution"]
+    values = values if "prompt" in values.dims else values.expand_dims("prompt")
+    array = np.nan_to_num(values.transpose("prompt", "layer", "neuron").values)
+    above = array > threshold * array.max((1, 2), keepdims=True)
+    counts = above.mean(0)
+    needed = share
+    while adjust and not FEW <= (found := int((counts >= needed - 1e-9).sum())) <= MANY:
+        step = 0.05 if found > MANY else -0.05
+        if not 0 < needed + step <= 1 or (step < 0 and int((counts >= needed + step - 1e-9).sum()) > MANY):
+            break  # one more would be too many, one less too few: the smaller set stands
+        needed = round(needed + step, 2)
+    kept = np.argwhere((counts >= needed - 1e-9) & (counts > 0))
+    order = sorted(kept.tolist(), key=lambda at: (-counts[at[0], at[1]], -array.mean(0)[at[0], at[1]]))
+    rows, units = [at[0] for at in order], [at[1] for at in order]
+    data = xr.Dataset(
+        {
+            "share": ("neuron", counts[rows, units]),
+            "attribution": ("neuron", array.mean(0)[rows, units]),
+            "needed": needed,
+        },
+        coords={"layer": ("neuron", values.layer.values[rows]), "unit": ("neuron", np.array(units, dtype=int))},
+    )
+    about = attributions.provenance
+    provenance = Provenance(
+        "knowledge_neurons", about.model, digest=about.digest, inputs=about.inputs,
+        arguments={"threshold": threshold, "share": share, "adjust": adjust},
+    )  # fmt: skip
+    return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons", provenance=provenance)
+
+
+def chosen(found: Result) -> list[tuple[int, int]]:
+    """(layer, neuron) of the neurons of a `knowledge_neurons` result."""
+    return list(zip(found.data.layer.values.tolist(), found.data.unit.values.tolist(), strict=True))
+
+
+def knowledge_effect(
+    model: Model,
+    prompt: Any,
+    answer: Answers,
+    neurons: Neurons,
+    *,
+    factors: Sequence[float] = (0.0, 2.0),
+    controls: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """What scaling these neurons at the answer's position does to the log-odds of `answer`, beside two controls.
+
+    Controls are `controls` draws of as many neurons of the same layers (`seed`), and as many with the largest activations
+    on this prompt. Gives `effect` [group, factor], the change of the log-odds in nats (the mean over prompts), for the
+    groups "neurons", "random" and "most active"; `spread`, the standard deviation over the random draws; `clean`.
+    `factors`: 0 suppresses, 2 amplifies. InputError without neurons.
+
+    >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 1234), (23, 77)])  # doctest: +SKIP
+    """
+    if not len(neurons):
+        raise InputError("there are no neurons to scale: refine with a lower share, or name some as (layer, neuron)")
+    inputs, position = asked(model, prompt)
+    bound = model.bind(log_odds(answer, position=position), len(inputs))
+    sites = {_layer(site): site for site in neuron_sites(model)}
+    unknown = next(((layer, n) for layer, n in neurons if layer not in sites), None)
+    if unknown is not None:
+        raise InputError(f"layer {unknown[0]} of {model.name} has no neurons; those with neurons are {sorted(sites)}")
+    clean = dict(zip(sites, _activations(model, inputs, list(sites.values()), position), strict=True))
+    groups: list[tuple[str, Neurons]] = [("neurons", neurons), ("most active", _most_active(clean, len(neurons)))]
+    rng = np.random.default_rng(seed)
+    for _ in range(controls):
+        groups.append(("random", [(layer, int(rng.integers(clean[layer].shape[1]))) for layer, _ in neurons]))
+    variants = [
+        [Scale(f"{sites[layer]}.{n}@{position}", f) for layer, n in group] for _, group in groups for f in factors
+    ]
+    swept = model.sweep(inputs, variants, bound, progress=progress)
+    change = (swept.values - swept.clean).mean(1).double().reshape(len(groups), len(factors)).numpy()
+    of = {name: change[[g == name for g, _ in groups]] for name in ("neurons", "random", "most active")}
+    data = xr.Dataset(
+        {
+            "effect": (
+                ("group", "factor"),
+                np.stack([rows.mean(0) if len(rows) else np.full(len(factors), np.nan) for rows in of.values()]),
+            ),
+            "spread": ("factor", of["random"].std(0, ddof=1) if controls > 1 else np.full(len(factors), np.nan)),
+            "clean": float(swept.clean.double().mean()),
+        },
+        coords={"group": list(of), "factor": list(factors)},
+    )
+    provenance = Provenance(
+        "knowledge_effect", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
+        arguments={"answer": answer, "neurons": [list(n) for n in neurons], "factors": factors, "controls": controls},
+    )  # fmt: skip
+    return Result(data, kind="knowledge effect", title=f"Scaling {len(neurons)} neurons", provenance=provenance)
+
+
+# ---- where
+
+
+def asked(model: Model, prompt: Any) -> tuple[Inputs, int]:
+    """The prompts and the position at which they are answered, counted from the end: the last, or that of the mask in a
+    model that looks ahead. InputError where prompts have their masks at different places, or not exactly one.
+    """
+    inputs = model.inputs(prompt)
+    stream, mask = inputs.stream(""), getattr(model.tokenizer, "mask_token_id", None)
+    if model.anatomy.stacks[-1].causal or mask is None:
+        at = [-1] * len(inputs)
+    else:
+        found = [
+            (row[real.bool()] == mask).nonzero().flatten().tolist()
+            for row, real in zip(stream.ids, stream.mask, strict=True)
+        ]
+        wrong = next((n for n in found if len(n) != 1), None)
+        if wrong is not None:
+            raise InputError(
+                f"a prompt has {len(wrong)} mask tokens: write {model.tokenizer.mask_token!r} once, where the answer goes"
+            )
+        at = [n[0] - int(length) for n, length in zip(found, stream.lengths, strict=True)]
+    if len(set(at)) > 1:
+        raise InputError("the prompts have their masks at different places from the end: ask them one at a time")
+    return inputs, at[0]
+
+
+def neuron_sites(model: Model) -> list[str]:
+    """The neurons of every layer of the last stack that has some on the map. Refused if none has."""
+    stack = model.anatomy.stacks[-1]
+    sites = [f"{stack.prefix}layers.{b.index}.mlp.neurons" for b in stack.blocks if "mlp.neurons" in b.taps]
+    if not sites:
+        why = next(
+            (b.refused["mlp.neurons"] for b in stack.blocks if "mlp.neurons" in b.refused), "no MLP is on the map"
+        )
+        raise Refused(f"{model.name} has no neurons to attribute to: {why}")
+    return sites
+
+
+def _layer(site: str) -> int:
+    return int(site.partition("layers.")[2].partition(".")[0])
+
+
+def _activations(model: Model, inputs: Inputs, sites: Sequence[str], position: int) -> list[Tensor]:
+    """Per site the neurons [prompt, neuron] at a position."""
+    with torch.no_grad():
+        run = model.run(inputs, keep=sites)
+    return [run.tensor(f"{site}@{position}")[:, 0] for site in sites]
+
+
+def _scaled(factor: float) -> Any:
+    return lambda x: x * factor
+
+
+def _stacked(parts: Sequence[Tensor]) -> np.ndarray:
+    """[prompt, layer, neuron]; NaN where a layer is narrower."""
+    widest = max(part.shape[1] for part in parts)
+    grid = np.full((len(parts[0]), len(parts), widest), np.nan, dtype=np.float32)
+    for i, part in enumerate(parts):
+        grid[:, i, : part.shape[1]] = part.float().cpu().numpy()
+    return grid
+
+
+def _most_active(clean: dict[int, Tensor], count: int) -> list[tuple[int, int]]:
+    """The neurons with the largest mean activation (by size) over the prompts."""
+    layers = list(clean)
+    grid = np.abs(np.nan_to_num(_stacked(list(clean.values())))).mean(0)
+    top = np.argsort(-grid, axis=None, kind="stable")[:count]
+    return [(layers[int(i)], int(n)) for i, n in zip(*np.unravel_index(top, grid.shape), strict=True)]
