@@ -31,6 +31,7 @@ _HOME = {
 }
 _MODULES = (
     "anatomy",
+    "attention",
     "attribution",
     "causal",
     "circuits",
@@ -38,6 +39,8 @@ _MODULES = (
     "errors",
     "lenses",
     "metrics",
+    "neurons",
+    "probing",
     "results",
     "tasks",
     "views",

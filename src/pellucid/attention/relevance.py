@@ -1,0 +1,101 @@
+"""Which tokens does the answer rest on, followed through all layers of attention with its gradients?
+
+Chefer et al. (2021b), "Generic attention-model explainability": relevance starts as the identity for each stack and
+every attention adds to it, in the order of the forward pass, with gradients choosing and weighing the heads:
+
+    A_bar = mean over heads of max(0, dy/dA * A)
+    self-attention of a stack s        R_ss <- R_ss + A_bar R_ss        R_sq <- R_sq + A_bar R_sq
+    cross-attention of s to q          R_sq <- R_sq + N(R_ss)^T A_bar N(R_qq)
+    N(R) = I + (R - I) with its rows scaled to sum to 1 (rows of nothing stay nothing)
+
+Paper and released code agree on these (the code's `handle_residual` is N). A classifier is read at the row its head
+reads; here rows are weighed by how much the score depends on them (see `answers.rows_read`), which gives that row,
+also for pooled means, masks and decoders. Relevance is not additive: it has no completeness, and is never negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.attention.answers import Target, last_residual, rows_read
+from pellucid.attention.gradients import with_gradients
+from pellucid.attention.patterns import Attended, labelled, single
+from pellucid.engine.edits import Edit
+from pellucid.metrics import Answers
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+
+def relevance(
+    model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
+    forced: str | None = None, edits: Sequence[Edit] = (),
+) -> Result:  # fmt: skip
+    """Chefer-style relevance of every token for a score (self-attention, cross-attention, encoder-decoders).
+
+    Arguments as in `attention_gradient`. One stack: `relevance` [key], `matrix` [query, key] and `read` [query], the
+    weights of the rows. Encoder-decoder: `source` [source_key] beside it, with `source_matrix` [query, source_key] and
+    `encoder_matrix` [source_query, source_key].
+
+    >>> relevance(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    """
+    inputs = single(model, prompt, forced)
+    last = last_residual(model)
+    found, name = with_gradients(model, inputs, target, against, edits, keep=[last] if last else [])
+    made = relevances(found)
+    main = found.main
+    read = rows_read(model, found.run).to(made[main.stack, main.stack])
+    query, key = main.tokens
+    variables: dict[str, Any] = {
+        "relevance": (key, read @ made[main.stack, main.stack]),
+        "matrix": ((query, key), made[main.stack, main.stack]),
+        "read": (query, read),
+    }
+    if found.paired:
+        variables["source"] = ("source_key", read @ made[main.stack, "encoder"])
+        variables["source_matrix"] = ((query, "source_key"), made[main.stack, "encoder"])
+        variables["encoder_matrix"] = (("source_query", "source_key"), made["encoder", "encoder"])
+    assert found.run.metric is not None
+    variables = {n: (dims, values.numpy()) for n, (dims, values) in variables.items()}
+    data = labelled(xr.Dataset(variables), found).assign(score=float(found.run.metric[0]))
+    about = Provenance(
+        "relevance", model.name, digest=model.digest, inputs=list(inputs.texts),
+        arguments={"target": target, "against": against, "forced": forced, "edits": edits},
+    )  # fmt: skip
+    return Result(data, kind="attention relevance", title=f"Relevance through attention for {name}", provenance=about)
+
+
+def relevances(found: Attended) -> dict[tuple[str, str], Tensor]:
+    """(stack of the rows, stack of the columns) -> R in float64, after the last layer."""
+    made: dict[tuple[str, str], Tensor] = {}
+    stacks = list(dict.fromkeys(kind.stack for kind in found.kinds))
+    events = [
+        (stacks.index(kind.stack), layer, kind.area == "cross", kind, i)
+        for kind in found.kinds
+        for i, layer in enumerate(kind.layers)
+    ]
+    for *_, kind, i in sorted(events, key=lambda e: e[:3]):
+        pattern, gradient = found.values[kind][i].double(), found.gradients[kind][i].double()
+        weights = (pattern * gradient).clamp_min(0).mean(0)
+        own, (rows, columns) = (kind.stack, kind.stack), weights.shape
+        made.setdefault(own, torch.eye(rows, dtype=torch.float64, device=weights.device))
+        cross = (kind.stack, "encoder")
+        if kind.area == "attn":
+            made[own] = made[own] + weights @ made[own]
+            if cross in made and cross != own:
+                made[cross] = made[cross] + weights @ made[cross]
+        else:
+            added = normalised(made[own]).T @ weights @ normalised(made["encoder", "encoder"])
+            made[cross] = made.get(cross, added.new_zeros(rows, columns)) + added
+    return made
+
+
+def normalised(r: Tensor) -> Tensor:
+    """N(R)."""
+    rest = r - torch.eye(len(r), dtype=r.dtype, device=r.device)
+    total = rest.sum(-1, keepdim=True)
+    return torch.eye(len(r), dtype=r.dtype, device=r.device) + rest / torch.where(total > 0, total, 1.0)
