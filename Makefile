@@ -1,5 +1,6 @@
 # make demo    install, then trace a real language model: leaves report.html
-# make test    the whole test suite, with doctests          make lint    style, types, import contracts
+# make test    the whole test suite, with doctests and, where Node and Chromium are, the views in a browser
+# make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,13 +12,16 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test web-check lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev web-check
 	$(BIN)/python -m pytest -n 2
+
+web-check:
+	scripts/check_views.sh
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

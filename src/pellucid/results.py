@@ -10,15 +10,17 @@ zip file that any language reads:
 
 from __future__ import annotations
 
-import html
+import importlib
 import io
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ FORMAT = {"format": "pellucid-result", "version": 1}
 Data = xr.Dataset | xr.DataArray
 
 
+@cache
 def _versions() -> dict[str, str]:
     """Those installed, read without importing anything heavy."""
     found = {}
@@ -249,20 +252,24 @@ class Result:
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
     def _repr_html_(self) -> str:
-        columns, rows = self._cells()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        return (
-            f"<div><strong>{html.escape(self.title)}</strong><br><small>{html.escape(self._heading())}</small>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<small>{html.escape(self.provenance.line())}</small></div>"
-        )
+        return str(_views().output(self))
 
     def show(self) -> None:
-        """Print to the terminal, or display in the notebook this runs in."""
+        """Print to the terminal, or show the interactive view in the notebook this runs in."""
+        notebook = _notebook()
+        if notebook is not None:
+            notebook.display(self)
+            return
         from rich import print
 
         print(self)
+
+    def save_html(self, path: str | Path, *more: Any, title: str = "") -> Path:
+        """Write one file that shows this result (and `more`) anywhere, without a network; returns its path.
+
+        Views in one file follow one another: what is selected in one is selected in all.
+        """
+        return Path(_views().save_html(path, self, *more, title=title))
 
     # -- keeping ---------------------------------------------------------------------------------------
 
@@ -300,6 +307,18 @@ class Result:
             raise InputError(f"cannot read a result from {str(path)!r}: {error.strerror or error}") from None
         except Exception as error:  # a damaged or foreign archive, JSON text or array fails in many ways
             raise InputError(f"{str(path)!r} is no readable pellucid result ({error}); save it anew") from None
+
+
+def _views() -> Any:
+    """The view library: it stands above results, which therefore only know it by name."""
+    return importlib.import_module("pellucid.views")
+
+
+def _notebook() -> Any:
+    """IPython's display module where this runs in a notebook, else None."""
+    shell = sys.modules.get("IPython")
+    running = shell.get_ipython() if shell is not None else None
+    return importlib.import_module("IPython.display") if running is not None and hasattr(running, "kernel") else None
 
 
 def _pack(name: str, values: np.ndarray, arrays: dict[str, bytes]) -> list[Any] | str:

@@ -1,1 +1,32 @@
-"""What was found, made visible."""
+"""Views: one interactive picture for every result, in a notebook, in a file, in the report and in the workbench."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pellucid.views.documents import compare as compare
+    from pellucid.views.documents import document as document
+    from pellucid.views.hosts import output as output
+    from pellucid.views.hosts import save_html as save_html
+    from pellucid.views.schema import Document as Document
+    from pellucid.views.widgets import widget as widget
+
+_HOME = {
+    "document": ("documents", "document"),
+    "compare": ("documents", "compare"),
+    "output": ("hosts", "output"),
+    "save_html": ("hosts", "save_html"),
+    "Document": ("schema", "Document"),
+    "widget": ("widgets", "widget"),
+}
+__all__ = ["Document", "compare", "document", "output", "save_html", "widget"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        import importlib
+
+        module, own = _HOME[name]
+        return getattr(importlib.import_module(f"pellucid.views.{module}"), own)
+    raise AttributeError(f"module 'pellucid.views' has no attribute {name!r}")

@@ -118,9 +118,11 @@ def number(x: float, digits: int = 2, sign: bool = False) -> str:
 
 def percent(p: float) -> str:
     """
-    >>> percent(0.702), percent(0.0312), percent(0.0002), percent(0.9996)
-    ('70%', '3.1%', '<0.1%', '>99.9%')
+    >>> percent(0.702), percent(0.0312), percent(0.0002), percent(0.9996), percent(1.0)
+    ('70%', '3.1%', '<0.1%', '>99.9%', '100%')
     """
+    if p >= 1:
+        return "100%"
     if p < 0.001:
         return "<0.1%" if p > 0 else "0%"
     if 0.9995 <= p < 1:

@@ -1,20 +1,23 @@
-"""One HTML file that needs nothing else: the frame of a report, with its styles and its script inside.
+"""One HTML file that needs nothing else: the frame of a report, with its styles and the views inside.
 
 The page asks no network for anything, and its content security policy forbids it to; only the one script whose hash
-the policy names can run, whatever a prompt contains.
+the policy names can run, whatever a prompt contains. Everything said in words stands in the page itself and is there
+without scripts, too.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from pellucid.views import palette
+import msgspec
+
 from pellucid.views.figures import details
-from pellucid.views.markup import Child, Html, escaped, join, tag
+from pellucid.views.hosts import bundle, element, policy, theme_button
+from pellucid.views.markup import Child, Html, join, tag
+from pellucid.views.schema import Code, Document, Origin
+from pellucid.views.source import origin
 
 if TYPE_CHECKING:
     from pellucid.results import Result
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Section:
-    """One question of a report: how to read the answer, the figure, what can mislead in it, and how to make it again.
+    """One question of a report: how to read the answer, the views, what can mislead in it, and how to make it again.
 
     `finding` is the sentence it adds to the findings; `results` are kept for the provenance.
     """
@@ -32,6 +35,7 @@ class Section:
     title: str
     lead: Child
     figure: Child = ""
+    views: tuple[Document, ...] = ()
     care: Child = ""
     python: str = ""
     shell: str | None = None
@@ -40,9 +44,18 @@ class Section:
 
     def html(self) -> Html:
         care = tag("p", tag("b", "Mind: "), self.care, class_="care") if self.care else None
-        made = details("Make it yourself", code(self.python), code(self.shell)) if self.python else None
-        return tag("section", tag("h2", self.title, id=f"{self.id}-title"), tag("p", self.lead), self.figure, care, made,
-                   id=self.id, aria_labelledby=f"{self.id}-title")  # fmt: skip
+        made = (
+            details("Make it yourself", code(self.python), code(self.shell)) if self.python and not self.views else None
+        )
+        return tag("section", tag("h2", self.title, id=f"{self.id}-title"), tag("p", self.lead), self.figure,
+                   [element(self._sourced(v)) for v in self.views], care, made, id=self.id, aria_labelledby=f"{self.id}-title")  # fmt: skip
+
+    def _sourced(self, view: Document) -> Document:
+        """The view with the section's code and the provenance of its result."""
+        source = (
+            view.provenance if view.provenance != Origin() or not self.results else origin(self.results[0].provenance)
+        )
+        return msgspec.structs.replace(view, code=Code(python=self.python, shell=self.shell or ""), provenance=source)
 
 
 def missing(id: str, name: str, title: str, why: str) -> Section:
@@ -56,34 +69,24 @@ def code(text: str | None) -> Html | None:
 
 def page(title: str, header: Child, sections: list[Section], footer: Child) -> str:
     """The whole document."""
-    script = Html(_static("report.js"))
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; base-uri 'none'; form-action 'none'"
+    script = Html(bundle())
     contents = tag(
-        "nav", tag("ol", [tag("li", tag("a", s.name, href=f"#{s.id}")) for s in sections]), aria_label="Contents"
-    )
+        "nav", tag("ol", [tag("li", tag("a", s.name, href=f"#{s.id}")) for s in sections]), theme_button(), aria_label="Contents"
+    )  # fmt: skip
     head = join(
         tag("meta", charset="utf-8"),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy)}">'),
+        policy(script),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="generator", content="pellucid"),
         tag("title", title),
-        tag("style", Html(styles())),
+        tag(
+            "style",
+            Html(resources.files("pellucid.views").joinpath("static", "report.css").read_text(encoding="utf-8")),
+        ),
     )
     body = join(
         tag("a", "Skip to the findings", href="#main", class_="skip"),
         tag("div", contents, tag("header", header), tag("main", [s.html() for s in sections], id="main"), tag("footer", footer), class_="page"),
-        tag("div", id="tip", role="status", hidden=True),
-        tag("script", script),
+        tag("script", script, type="module"),
     )  # fmt: skip
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
-
-
-def styles() -> str:
-    """The style sheet, and both themes of the colour scales."""
-    dark = "".join(palette.styles("dark"))
-    return "".join([_static("report.css"), *palette.styles("light"), f"@media (prefers-color-scheme:dark){{{dark}}}"])
-
-
-def _static(name: str) -> str:
-    return resources.files("pellucid.views").joinpath("static", name).read_text(encoding="utf-8")
+    return f'<!doctype html>\n<html lang="en" id="top"><head>{head}</head>\n<body>{body}</body></html>\n'

@@ -1,8 +1,10 @@
-"""Parts of a model by the names people use."""
+"""Parts of a model, each with a number."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pellucid.views.naming import named as named
 
 
 @dataclass(frozen=True)
@@ -12,16 +14,3 @@ class Part:
     name: str
     site: str
     share: float
-
-
-def named(layer: int, part: str, unit: int = -1, stack: str = "") -> str:
-    """
-    >>> named(9, "attn.heads", 6), named(4, "mlp.out"), named(1, "cross.heads", 0, "decoder")
-    ('head 9.6', 'MLP 4', 'decoder cross head 1.0')
-    """
-    area = part.partition(".")[0]
-    kind = {"attn": "attention", "mlp": "MLP", "cross": "cross-attention"}.get(area, area)
-    if unit >= 0:
-        kind = {"attn": "head", "cross": "cross head"}.get(area, kind)
-    where = f"{layer}.{unit}" if unit >= 0 else str(layer)
-    return " ".join(filter(None, (stack, kind, where)))

@@ -11,11 +11,23 @@ from tqdm.auto import tqdm
 from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.counterfactual import made
+from pellucid.views.evidence import Evidence
 from pellucid.views.markup import Html, join, percent, quoted, tag, visible
 from pellucid.views.page import Section, missing, page
-from pellucid.views.parts import Part
 from pellucid.views.question import Question, against, ask, described, short_name
-from pellucid.views.sections import answer, direct, heads, layers, origin, patches, strongest, words
+from pellucid.views.sections import (
+    agreement,
+    answer,
+    direct,
+    heads,
+    layers,
+    looks,
+    origin,
+    patches,
+    strongest,
+    trust,
+    words,
+)
 
 LONG = 240  # characters of a prompt that is no longer set as a title
 
@@ -51,7 +63,7 @@ def build(
     >>> report = build(model, "The capital of France is")                           # doctest: +SKIP
     >>> Path("report.html").write_text(report.html)                                 # doctest: +SKIP
     """
-    with tqdm(total=8, disable=not progress or not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
+    with tqdm(total=11, disable=not progress or not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
 
         def step(what: str) -> None:
             bar.set_description_str(f"{what:24}")
@@ -70,27 +82,18 @@ def build(
 
 
 def _sections(question: Question, top: int, step: Callable[[str], None]) -> list[Section]:
-    parts: list[Part] = []
-    written: list[Part] = []
-
-    def writers() -> Section:
-        section = direct.direct(question)
-        written.extend(direct.strongest(section.results[0]))
-        return section
-
-    def needed() -> Section:
-        section, found = heads.heads(question)
-        parts.extend(found)
-        return section
-
+    evidence = Evidence()
     plan = [
         ("answer", "The answer", "What does the model answer?", lambda: answer.answer(question, top)),
-        ("words", "The words", words.TITLE, lambda: words.words(question)),
-        ("layers", "The layers", layers.TITLE, lambda: layers.layers(question, top)),
-        ("direct", "The writers", direct.TITLE, writers),
-        ("patches", "The patches", patches.TITLE, lambda: patches.patches(question)),
-        ("heads", "The heads", heads.TITLE, needed),
-        ("strongest", "The strongest parts", strongest.TITLE, lambda: strongest.strongest(question, parts, written)),
+        ("words", "The words", words.TITLE, lambda: words.words(question, evidence)),
+        ("layers", "The layers", layers.TITLE, lambda: layers.layers(question, top, evidence)),
+        ("patches", "The patches", patches.TITLE, lambda: patches.patches(question, evidence)),
+        ("direct", "The writers", direct.TITLE, lambda: direct.direct(question, evidence)),
+        ("looks", "The attention", looks.TITLE, lambda: looks.looks(question, evidence)),
+        ("heads", "The heads", heads.TITLE, lambda: heads.heads(question, evidence)),
+        ("agree", "The agreement", agreement.TITLE, lambda: agreement.agree(question, evidence)),
+        ("strongest", "The strongest parts", strongest.TITLE, lambda: strongest.strongest(question, evidence)),
+        ("trust", "The trust", trust.TITLE, lambda: trust.trust(question, evidence)),
     ]
     made: list[Section] = []
     for id, name, title, section in plan:

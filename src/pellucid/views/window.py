@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pellucid.views.markup import Html, tag
 
-WIDEST = 32
+WIDEST = 64
 T = TypeVar("T")
 
 
@@ -18,9 +18,9 @@ class Window:
 
     >>> Window.of("abc", 2).selector
     >>> Window.of("x" * 100, 99).selector
-    '68:100'
-    >>> Window.of("x" * 100, 50).positions[0]
-    22
+    '36:100'
+    >>> Window.of("x" * 100, 80).positions[0]
+    20
     """
 
     start: int

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from pellucid.results import Provenance
 from pellucid.views.figures import details, table
+from pellucid.views.maps import anatomy
 from pellucid.views.markup import join, tag, token
 from pellucid.views.page import Section
 from pellucid.views.question import Question, described
+from pellucid.views.schema import Document
 
 
 def origin(question: Question, others: Sequence[Section]) -> Section:
@@ -46,6 +48,7 @@ def origin(question: Question, others: Sequence[Section]) -> Section:
         "How was this made?",
         lead,
         figure,
+        (Document(title="What the model is made of", data=anatomy(model.anatomy)),),
         python=question.code("print(model.anatomy)"),
         shell=question.shell,
     )

@@ -6,31 +6,26 @@ import numpy as np
 
 from pellucid.causal import patching
 from pellucid.results import Result
-from pellucid.views.figures import Axis, grid, token_axis
+from pellucid.views.evidence import Evidence
 from pellucid.views.markup import Html, join, number, percent, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import WORK, Question
+from pellucid.views.schema import Axis, Document, Grid, Numbers, Plane
 
 TITLE = "Where does the fact travel?"
 
 
-def patches(question: Question) -> Section:
+def patches(question: Question, evidence: Evidence) -> Section:
     if question.counterfactual is None:
         why = "patching needs a prompt of as many tokens with another answer, and replacing single words gave none: give one with --counterfactual “...”"
         return missing("patches", "The patches", TITLE, why)
     layers, positions = _places(question)
     effect, clean, corrupted, found = _patched(question, layers, positions)
-    columns = token_axis([question.tokens[p] for p in positions], positions, question.changed)
-    full = max(1.0, float(np.nanquantile(np.abs(effect), 0.99)))
-    figure = join(
-        grid(effect, Axis("layer", [str(i) for i in layers]), columns, label="Effect of patching by layer and token",
-             name="answer brought back", scale="signed", full=full),
-        _fewer(question, layers, positions),
-    )  # fmt: skip
+    evidence.restored = float(np.nanmax(effect))
     lead = join(
         "The counterfactual is run (", _changed(question), f"; {question.metric_name} {number(corrupted, sign=True)} instead of {number(clean, sign=True)}), and before one layer, "
         "at one token, the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
-        "follow the strong colours down to see where the fact goes. Underlined: the tokens that differ.",
+        "follow the strong colours down to see where the fact goes.",
     )  # fmt: skip
     lines = [
         question.metric_code, f"effect = pl.causal.patching(model, prompt, other, over={_over(question)!r}, metric=metric)", "effect.show()",
@@ -39,9 +34,23 @@ def patches(question: Question) -> Section:
     if question.made:
         care += f" The counterfactual was made by pellucid ({question.made}); with another one the picture can differ."
     return Section(
-        "patches", "The patches", TITLE, lead, figure, care=care, python=question.code(*lines, both=True), shell=question.shell,
+        "patches", "The patches", TITLE, lead, _fewer(question, layers, positions) or "", (_view(question, effect, layers, positions),), care=care, python=question.code(*lines, both=True), shell=question.shell,
         finding=_finding(question, effect, layers, positions), results=found,
     )  # fmt: skip
+
+
+def _view(question: Question, effect: np.ndarray, layers: list[int], positions: list[int]) -> Document:
+    assert question.counterfactual is not None
+    tokens = tuple(question.tokens[p] for p in positions)
+    other = question.model.inputs(question.counterfactual)
+    theirs = other.streams.get("encoder", other.stream("")).labels[0]
+    data = Grid(
+        rows=Axis(name="layer", labels=tuple(map(str, layers))),
+        columns=Axis(name="token", labels=tokens, positions=tuple(positions), marked=tuple(positions.index(p) for p in question.changed if p in positions)),
+        planes=(Plane(name="residual stream", values=Numbers.of(effect), component=f"{question.prefix}layers.{{row}}.resid_pre"),),
+        unit="answer brought back", full=max(1.0, float(np.nanquantile(np.abs(effect), 0.99))), prompts=(tuple(question.tokens), tuple(theirs)),
+    )  # fmt: skip
+    return Document(title="Patching by layer and token", data=data)
 
 
 def _changed(question: Question) -> str:

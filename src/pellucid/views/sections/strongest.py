@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pellucid.causal import ablation
 from pellucid.engine.edits import Ablate
 from pellucid.errors import PellucidError
 from pellucid.results import Result
-from pellucid.views.figures import table
-from pellucid.views.markup import join, number, percent, token
+from pellucid.views.documents import column
+from pellucid.views.evidence import Evidence, Fall
+from pellucid.views.markup import number
 from pellucid.views.page import Section, missing
 from pellucid.views.parts import Part, named
-from pellucid.views.question import Question, read
+from pellucid.views.question import Option, Question, read
+from pellucid.views.schema import Document, Table
 
 TITLE = "What happens without the strongest parts?"
 SHOWN = 10
 
 
-def strongest(question: Question, heads: list[Part], written: list[Part]) -> Section:
+def strongest(question: Question, evidence: Evidence) -> Section:
     """The heads and MLPs whose absence changes the answer most, each switched off in two ways."""
+    heads, written = evidence.zero, evidence.written
     others, found = _others(question)
-    direct = {p.site.replace(".attn.z_out.", ".attn.heads."): p.share for p in written}
+    direct = {p.site: p.share for p in written}
     ranked = sorted([*heads, *others], key=lambda p: -abs(p.share))[: SHOWN if not question.at else SHOWN // 2]
     if not ranked:
         return missing(
@@ -31,19 +35,31 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
             "no part of this model is on the map as one that can be switched off",
         )
     metric, clean = question.metric, question.scores[0]
-    rows = []
+    zero, mean, without = [], [], []
     for part in ranked:
         with torch.no_grad():
             run = question.model.run(question.inputs, edits=[Ablate(part.site + question.at, "mean")])
-        mean = float(question.model.score(run, metric)[0]) - clean
-        row = [part.name, number(part.share, sign=True), number(mean, sign=True)]
-        if written:
-            row.append(number(direct[part.site], sign=True) if part.site in direct else "")
-        rows.append([*row, _says(question, part)])
-    columns = ["part", "off (zero)", "off (mean)", *(["writes directly"] if written else []), "then the answer is"]
+        mean.append(float(question.model.score(run, metric)[0]) - clean)
+        zero.append(part.share)
+        without.append(_says(question, part))
+    columns = [column("part", [p.name for p in ranked]), column("off (zero)", zero), column("off (mean)", mean)]
+    if written:
+        columns.append(column("writes directly", [direct.get(p.site, float("nan")) for p in ranked]))
+    if question.kind != "embedding":
+        columns += [
+            column("then the answer is", [w.text for w in without if w], tokens=True),
+            column("its probability", [w.probability for w in without if w], bar=1.0),
+        ]
+        intact = question.options[0]
+        if without[0] is not None:
+            evidence.fell = Fall(ranked[0].name, intact.probability, _left(question, ranked[0]), zero[0], mean[0])
+    view = Document(
+        title="The strongest parts, switched off",
+        data=Table(columns=tuple(columns), rows=len(ranked), components=tuple(p.site for p in ranked)),
+    )
     lead = (
         f"The {len(ranked)} heads and MLPs whose absence changes the {question.metric_name} of {number(clean, sign=True)} most. “Zero” sets what the part writes to nothing, "
-        "“mean” to what it writes on average over the prompt’s tokens; the last column is the likeliest answer with the part at zero."
+        "“mean” to what it writes on average over the prompt’s tokens; the likeliest answer is the one with the part at zero."
     )
     code = [
         question.metric_code,
@@ -51,7 +67,7 @@ def strongest(question: Question, heads: list[Part], written: list[Part]) -> Sec
         "print(model.score(without, metric) - model.score(model.run(prompt), metric))",
     ]
     return Section(
-        "strongest", "The strongest parts", TITLE, lead, table(columns, rows),
+        "strongest", "The strongest parts", TITLE, lead, "", (view,),
         care="early MLPs often act as a second embedding: without them nothing works, which does not make them the place where this fact is kept. "
         "Where zero and mean disagree, trust neither alone.",
         python=question.code(*code), shell=question.shell, results=found,
@@ -80,10 +96,20 @@ def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
     return parts, tuple(found)
 
 
-def _says(question: Question, part: Part) -> object:
+def _says(question: Question, part: Part) -> Option | None:
+    """The likeliest answer without a part."""
     if question.kind == "embedding":
-        return ""
+        return None
+    return read(question.model, _logits(question, part), question.kind, question.position, 1)[0]
+
+
+def _left(question: Question, part: Part) -> float:
+    """What is left of the probability of the model's own answer without a part."""
+    logits = _logits(question, part)
+    p = (logits[0] if question.kind == "class" else logits[0, question.position]).float().softmax(-1)
+    return float(p[question.options[0].id])
+
+
+def _logits(question: Question, part: Part) -> Tensor:
     with torch.no_grad():
-        logits = question.model.run(question.inputs, edits=[Ablate(part.site + question.at)]).logits
-    best = read(question.model, logits, question.kind, question.position, 1)[0]
-    return join(token(best.text), f" {percent(best.probability)}")
+        return question.model.run(question.inputs, edits=[Ablate(part.site + question.at)]).logits

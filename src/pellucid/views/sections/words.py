@@ -1,18 +1,23 @@
-"""Which words does the answer rest on? Integrated gradients."""
+"""Which words does the answer rest on? Integrated gradients, with occlusion and a second baseline beside them."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 
 import numpy as np
+from torch import Tensor
 
-from pellucid.attribution import integrated_gradients
+from pellucid.attribution import integrated_gradients, occlusion
+from pellucid.errors import PellucidError
 from pellucid.results import Result
 from pellucid.views.counterfactual import words_of
-from pellucid.views.figures import coloured_tokens, details, legend, table
-from pellucid.views.markup import join, number, quoted, tag, token
+from pellucid.views.documents import rank_correlation, tokens
+from pellucid.views.evidence import Evidence
+from pellucid.views.markup import number, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import Question
+from pellucid.views.schema import Document
 
 TITLE = "Which words does the answer rest on?"
 STEPS = (24, 96)  # along the path, until the gap is within `TOLERANCE` of the shares' total size
@@ -21,36 +26,39 @@ TOKENS = 1600  # read along the path in all: long prompts take fewer steps, and 
 LONG = 128
 
 
-def words(question: Question) -> Section:
+def words(question: Question, evidence: Evidence) -> Section:
     if len(question.tokens) < 2:
         return missing("words", "The words", TITLE, "a prompt of one token has no words to compare")
     fill, other = _baselines(question)[:2]
     found = _attributed(question, fill)
-    values, tokens = found["attribution"].values, [str(t) for t in found["token"].values]
-    full = float(np.abs(values).max()) or 1.0
-    moved = float(found["score"] - found["baseline_score"])
-    gap, rough = float(found["gap"]), abs(float(found["gap"])) > 0.1 * float(np.abs(values).sum())
+    evidence.words = {"integrated gradients": found, **_others(question, fill, other)}
+    values = found["attribution"].values
+    moved, gap = float(found["score"] - found["baseline_score"]), float(found["gap"])
+    evidence.completeness = abs(gap) / max(1e-9, float(np.abs(values).sum()))
+    stand_in = quoted(question.model.tokenizer.decode([fill]))
     lead = (
-        f"Each token's share of the {question.metric_name} by integrated gradients: the prompt is faded in from a baseline "
-        f"({quoted(question.model.tokenizer.decode([fill]))} in place of every token but the first, which therefore has no share), and the gradient is added up on the way. Blue supports the answer, orange speaks against it."
+        f"Each token’s share of the {question.metric_name}. Integrated gradients fade the prompt in from {stand_in} in place of every token but the first (which "
+        "therefore has no share) and add the gradient up on the way; occlusion puts that token in for one token at a time. Blue supports the answer, orange speaks against it."
     )
     sums = (
-        f"The shares add up to {number(float(values.sum()), sign=True)}; the {question.metric_name} went from {number(float(found['baseline_score']), sign=True)} "
-        f"on the baseline to {number(float(found['score']), sign=True)} on the prompt. Gap: {number(gap, 3)}, {int(found['steps'])} steps."
-        + (" That gap is large: the path is too rough here, and the shares are no more than a hint." if rough else "")
+        f"The shares of integrated gradients add up to {number(float(values.sum()), sign=True)}; the {question.metric_name} went from "
+        f"{number(float(found['baseline_score']), sign=True)} on the baseline to {number(float(found['score']), sign=True)} on the prompt. Gap: {number(gap, 3)}, {int(found['steps'])} steps."
+        + (
+            " That gap is large: the path is too rough here, and the shares are no more than a hint."
+            if evidence.completeness > 0.1
+            else ""
+        )
     )
-    order = np.argsort(-np.abs(values))[:12]
-    rows = [(token(tokens[i]), int(i), number(float(values[i]), 3, sign=True)) for i in order]
-    figure = join(
-        coloured_tokens(tokens, values, full), legend(f"share of the {question.metric_name}", "signed", full),
-        tag("p", sums, class_="note"), details("As a table, the largest first", table(["token", "position", "share"], rows)),
-    )  # fmt: skip
-    control = _control(question, values, other)
     lines = [
         question.metric_code,
         f"baseline = model.inputs(prompt).stream({question.prefix[:-1]!r}).ids[0].clone()",
         f"baseline[1:] = {fill}  # {question.model.tokenizer.decode([fill])!r}",
         f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})",
+        *(
+            ["drops = pl.attribution.occlusion(model, prompt, metric, baseline=baseline)"]
+            if "occlusion" in evidence.words
+            else []
+        ),
         "shares.show()",
     ]
     name, most = _strongest(question, values)
@@ -60,17 +68,39 @@ def words(question: Question) -> Section:
         if most > 0
         else "No word of the prompt supports the answer by itself."
     )
+    view = Document(
+        title="Words by several methods" if len(evidence.words) > 1 else "Words",
+        data=tokens(evidence.words, unit=f"share of the {question.metric_name}"),
+    )
     return Section(
-        "words", "The words", TITLE, lead, figure, care=control, python=question.code(*lines), shell=question.shell,
-        finding=finding, results=(found,),
+        "words", "The words", TITLE, lead, tag("p", sums, class_="note"), (view,), care=_control(question, evidence.words), python=question.code(*lines),
+        shell=question.shell, finding=finding, results=tuple(evidence.words.values()),
     )  # fmt: skip
+
+
+def _others(question: Question, fill: int, other: int) -> dict[str, Result]:
+    """A second method from the same baseline, and the first one from a second baseline."""
+    if not 3 < len(question.tokens) <= LONG:
+        return {}
+    found = {}
+    with suppress(PellucidError):
+        found["occlusion"] = occlusion(
+            question.model, question.inputs, question.metric, baseline=_baseline(question, fill), progress=False
+        )
+    found[f"integrated gradients from {question.model.tokenizer.decode([other])!r}"] = _attributed(question, other)
+    return found
+
+
+def _baseline(question: Question, token_id: int) -> Tensor:
+    ids = question.source.ids[0].clone()
+    ids[1:] = token_id
+    return ids
 
 
 def _attributed(question: Question, token_id: int) -> Result:
     """From a baseline with `token_id` in every place but the first: many models park attention on their first token,
     and a path that takes it away as well is too rough to integrate."""
-    baseline = question.source.ids[0].clone()
-    baseline[1:] = token_id
+    baseline = _baseline(question, token_id)
     most = max(8, TOKENS // len(baseline))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the gap is shown
@@ -92,19 +122,25 @@ def _baselines(question: Question) -> list[int]:
     return list(dict.fromkeys([*single, 0, 1]))
 
 
-def _control(question: Question, values: np.ndarray, token_id: int) -> str:
-    """How much the choice of the baseline matters."""
+def _control(question: Question, methods: dict[str, Result]) -> str:
+    """How much the choice of the method and of the baseline matters."""
     known = "what counts as absence is a choice"
-    if not 3 < len(values) <= LONG:
+    (_, first), *others = ((name, r["attribution"].values) for name, r in methods.items())
+    if not others:
         return f"{known}."
-    other = _attributed(question, token_id).values
-    a, b = (np.argsort(np.argsort(v[1:])) for v in (values, other))
-    first, then = (quoted(_strongest(question, v)[0]) for v in (values, other))
-    same = f"{first} comes first again" if first == then else f"{then} comes first instead of {first}"
-    return (
-        f"{known}. As a control, from a baseline of {quoted(question.model.tokenizer.decode([token_id]))} the order of the tokens agrees to "
-        f"{number(float(np.corrcoef(a, b)[0, 1]))} (rank correlation; 1 is full agreement), and {same}. A share is no proof that the model needs the word."
-    )
+    word = _strongest(question, first)[0]
+    said = []
+    for name, values in others:
+        then = _strongest(question, values)[0]
+        same = (
+            f"{quoted(word)} comes first again"
+            if then == word
+            else f"{quoted(then)} comes first instead of {quoted(word)}"
+        )
+        said.append(
+            f"{name}: the order of the tokens agrees to {number(rank_correlation(first[1:], values[1:]))}, and {same}"
+        )
+    return f"{known}, and so is the method. Beside integrated gradients ({'; '.join(said)}; rank correlation, 1 is full agreement). A share is no proof that the model needs the word."
 
 
 def _strongest(question: Question, values: np.ndarray) -> tuple[str, float]:

@@ -1,0 +1,77 @@
+"""Write the schema of the views for those who read them: JSON Schema and TypeScript, both under web/src.
+
+python scripts/view_types.py            write them
+python scripts/view_types.py --check    fail if they are not what the schema says
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pellucid.views.schema import Document
+
+WEB = Path(__file__).resolve().parents[1] / "web" / "src"
+
+
+def schema() -> dict[str, Any]:
+    (top,), parts = msgspec.json.schema_components([Document], ref_template="#/$defs/{name}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": dict(sorted(parts.items()))}
+
+
+def typescript(found: dict[str, Any]) -> str:
+    lines = ["// Made by scripts/view_types.py from src/pellucid/views/schema.py. Do not edit.", ""]
+    views = [p["$ref"].rsplit("/", 1)[1] for p in found["$defs"]["Document"]["properties"]["data"]["anyOf"]]
+    for name, entry in found["$defs"].items():
+        if entry.get("description") and name in [*views, "Document", "Numbers"]:
+            lines.append(f"/** {entry['description'].splitlines()[0]} */")
+        needed = set(entry.get("required", ()))
+        lines.append(f"export interface {name} {{")
+        for key, value in entry["properties"].items():
+            own = "const" in value or value.get("enum") == ["kind"]
+            label = key if key.isidentifier() else json.dumps(key)
+            lines.append(f"  {label}{'' if key in needed or own else '?'}: {of(value)};")
+        lines += ["}", ""]
+    lines += [f"export type View = {' | '.join(views)};", f"export const VERSION = {found['$defs']['Document']['properties']['pellucid-view']['enum'][0]};", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def of(value: dict[str, Any]) -> str:
+    """The TypeScript type of a piece of JSON Schema."""
+    if "$ref" in value:
+        return value["$ref"].rsplit("/", 1)[1]
+    if "enum" in value:
+        return " | ".join(json.dumps(v) for v in value["enum"])
+    if "anyOf" in value:
+        return " | ".join(of(v) for v in value["anyOf"])
+    kind = value["type"]
+    if isinstance(kind, list):
+        return " | ".join(of({"type": k}) for k in kind)
+    if kind == "array":
+        inner = of(value["items"])
+        return f"({inner})[]" if "|" in inner else f"{inner}[]"
+    return {"integer": "number", "number": "number", "string": "string", "boolean": "boolean", "null": "null"}[kind]
+
+
+def files() -> dict[Path, str]:
+    found = schema()
+    return {
+        WEB / "schema.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        WEB / "schema.ts": typescript(found),
+    }
+
+
+def main() -> None:
+    stale = [path.name for path, text in files().items() if not path.exists() or path.read_text("utf-8") != text]
+    if "--check" in sys.argv:
+        sys.exit(f"stale: {', '.join(stale)}; run python scripts/view_types.py" if stale else 0)
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

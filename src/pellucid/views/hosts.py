@@ -1,0 +1,137 @@
+"""Where does a view live? In a notebook's output, in a file of its own, in a report: always with all it needs.
+
+A view in HTML is an element that carries its document as JSON and, as long as no script runs, a plain table:
+
+    <div data-pellucid><script type="application/json">{...}</script> ...fallback... </div>
+
+static/views.js brings every such element of a page to life. A file holds the script once. A notebook's outputs stand
+alone (any may be deleted, moved, or shown in a frame of its own), so each carries the script, packed; the first that runs
+loads it, and all later ones find it there.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pellucid.errors import InputError
+from pellucid.views.documents import document
+from pellucid.views.markup import Child, Html, escaped, join, tag
+from pellucid.views.schema import Document, Table
+
+FALLBACK = 8  # rows of the plain table
+
+# Jupyter evaluates scripts of an output anew whenever it is shown; the module is loaded once, and asked to look again.
+LOADER = """(()=>{const g=globalThis;if(g.pellucid)return g.pellucid.scan();if(g.pellucidLoads)return;g.pellucidLoads=1;
+const packed=Uint8Array.from(atob("%s"),c=>c.charCodeAt(0));
+new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text().then(text=>{
+const script=document.createElement("script");script.type="module";script.textContent=text;document.head.append(script)})})()"""
+
+
+@cache
+def bundle() -> str:
+    """The views as one ES module. InputError where they were not built."""
+    try:
+        return resources.files("pellucid.views").joinpath("static", "views.js").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            "the views are not built: run `npm ci && npm run build` in web/, or install a release"
+        ) from None
+
+
+def element(shown: Document) -> Html:
+    """The element a view lives in; without scripts it is a title and a short table."""
+    body = shown.json()
+    return tag(
+        "div", Html(f'<script type="application/json">{body}</script>'), tag("strong", shown.title), _plain(shown),
+        data_pellucid=True,
+    )  # fmt: skip
+
+
+def _plain(shown: Document) -> Child:
+    data = shown.data
+    if not isinstance(data, Table):
+        return tag("p", shown.lead or "Scripts are off here: this view shows itself where they may run.")
+    columns = [
+        c.texts if c.numbers is None else [f"{x:.4g}" for x in c.numbers.array().ravel()[:FALLBACK]]
+        for c in data.columns
+    ]
+    rows = [[(c or ())[i] for c in columns] for i in range(min([FALLBACK, *(len(c or ()) for c in columns)]))]
+    head = tag("tr", [tag("th", c.name) for c in data.columns])
+    return tag(
+        "table", tag("thead", head), tag("tbody", [tag("tr", [tag("td", cell) for cell in row]) for row in rows])
+    )
+
+
+# ---- notebooks
+
+
+@cache
+def _loader() -> str:
+    return LOADER % base64.b64encode(gzip.compress(bundle().encode(), 9, mtime=0)).decode()
+
+
+def output(thing: Any) -> str:
+    """HTML for a notebook's output: lives without a kernel and without a network."""
+    return join(element(document(thing)), Html(f"<script>{_loader()}</script>"))
+
+
+# ---- files
+
+STYLE = """:root{color-scheme:light dark;--paper:#fbfaf7;--ink:#201e1b;--soft:#67625a;--rule:#e2ded5}
+@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--paper:#17191c;--ink:#e9e5dd;--soft:#a39d92;--rule:#34383d}}
+:root[data-theme=dark]{--paper:#17191c;--ink:#e9e5dd;--soft:#a39d92;--rule:#34383d;color-scheme:dark}:root[data-theme=light]{color-scheme:light}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.6 ui-sans-serif,system-ui,sans-serif}
+main{max-width:76rem;margin:0 auto;padding:2rem 1.25rem 4rem}main>*{margin-bottom:2.5rem}
+header{display:flex;justify-content:space-between;align-items:baseline;gap:1rem;flex-wrap:wrap;border-bottom:1px solid var(--rule);padding-bottom:.8rem}
+h1{font:400 1.5rem/1.35 Palatino,"Palatino Linotype",Georgia,serif;margin:0;overflow-wrap:anywhere}
+button{font:inherit;font-size:.8125rem;color:var(--soft);background:none;border:1px solid var(--rule);border-radius:5px;padding:.2rem .6rem;cursor:pointer}
+footer{color:var(--soft);font-size:.8125rem}@media(max-width:40rem){main{padding:1.2rem .9rem 3rem}}@media print{header button{display:none}}"""
+
+
+def policy(*scripts: str) -> Html:
+    """What a page may do: run these scripts, style itself, show pictures it made. No request to anywhere."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
+    )
+    rule = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {hashes}; base-uri 'none'; form-action 'none'"
+    return Html(f'<meta http-equiv="Content-Security-Policy" content="{escaped(rule)}">')
+
+
+def theme_button() -> Html:
+    return tag("button", "Light or dark", type="button", data_pellucid_theme=True, hidden=True)
+
+
+def page(*things: Any, title: str = "") -> str:
+    """A whole HTML page of views that follow one another's selection."""
+    shown = [document(thing) for thing in things]
+    if not shown:
+        raise InputError("a page needs at least one result to show")
+    script = Html(bundle())
+    title = title or shown[0].title
+    head = join(
+        tag("meta", charset="utf-8"), policy(script), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="generator", content="pellucid"), tag("title", title), tag("style", Html(STYLE)),
+    )  # fmt: skip
+    body = join(
+        tag("main", tag("header", tag("h1", title), theme_button()), [element(each) for each in shown], tag("footer", "Made with pellucid.")),
+        tag("script", script, type="module"),
+    )  # fmt: skip
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+
+
+def save_html(path: str | Path, *things: Any, title: str = "") -> Path:
+    """Write one file that shows `things` anywhere, without a network. InputError where it cannot be written.
+
+    >>> save_html("lens.html", pl.lenses.logit_lens(model, prompt), attributions)      # doctest: +SKIP
+    """
+    try:
+        Path(path).write_text(page(*things, title=title), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+    return Path(path)

@@ -1,0 +1,106 @@
+// The hosts' side of the views: put a document into an element, follow the page's selection, take it away again.
+//
+//   const view = pellucid.mount(element, document)       one view; views on a page share pellucid.page
+//   view.update(document); view.remove()
+//   pellucid.page.select("layers.5.attn.heads.9"); pellucid.page.onselect(() => ...)
+//
+// A page that carries <div data-pellucid><script type="application/json">...</script></div> is brought to life by loading
+// this module, and again by `pellucid.scan()` when more has been added.
+import { flushSync, mount as create, unmount } from "svelte";
+import base from "./base.css?inline";
+import { followTheme, Page } from "./lib/page.svelte";
+import type { Document } from "./schema";
+import { VERSION } from "./schema";
+import Live from "./Live.svelte";
+
+export type { Document } from "./schema";
+export { Page } from "./lib/page.svelte";
+export type { Place } from "./lib/page.svelte";
+
+export interface Mounted { update(document: Document): void; remove(): void }
+
+export const page = new Page();
+
+let sheet: CSSStyleSheet | undefined;
+
+/** Show `document` in `element`, in a shadow root. Throws for a document of a version this library does not read. */
+export function mount(element: HTMLElement, document: Document, shared: Page = page): Mounted {
+  check(document);
+  if (!sheet) {
+    sheet = new CSSStyleSheet();
+    sheet.replaceSync(base);
+  }
+  const root = element.shadowRoot ?? element.attachShadow({ mode: "open" });
+  root.adoptedStyleSheets = [sheet];
+  root.replaceChildren();
+  const live = create(Live, { target: root, props: { document, page: shared, host: element } }) as { set(document: Document): void };
+  flushSync();
+  return {
+    update(next) {
+      check(next);
+      live.set(next);
+    },
+    remove() {
+      void unmount(live);
+      root.replaceChildren();
+    },
+  };
+}
+
+function check(document: Document): void {
+  const version = document?.["pellucid-view"];
+  if (version !== VERSION) throw new Error(`this is a view of version ${version}, and this library reads version ${VERSION}`);
+}
+
+/** Bring every view written into the page to life. */
+export function scan(within: ParentNode = document): void {
+  for (const element of within.querySelectorAll<HTMLElement>("[data-pellucid]:not([data-pellucid='live'])")) {
+    const text = element.querySelector(":scope > script[type='application/json']")?.textContent;
+    if (!text) continue;
+    element.dataset.pellucid = "live";
+    try {
+      mount(element, JSON.parse(text));
+    } catch (error) {
+      element.dataset.pellucid = "failed";
+      console.error(error);
+      (element.shadowRoot ?? element).replaceChildren(`This view cannot be shown: ${(error as Error).message}`);
+    }
+  }
+}
+
+/** A button that changes the theme of the whole page. */
+function themeSwitch(button: HTMLElement): void {
+  button.hidden = false;
+  button.addEventListener("click", () => { document.documentElement.dataset.theme = page.theme === "dark" ? "light" : "dark"; });
+}
+
+if (typeof document !== "undefined") {
+  (globalThis as any).pellucid = { mount, scan, page, version: VERSION };
+  const start = () => {
+    followTheme(page);
+    document.querySelectorAll<HTMLElement>("[data-pellucid-theme]").forEach(themeSwitch);
+    scan();
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start();
+}
+
+/** The widget of a notebook: the document and the selection live in the kernel as well. */
+export default {
+  render({ model, el }: { model: any; el: HTMLElement }) {
+    const own = new Page();
+    followTheme(own);
+    const view = mount(el, JSON.parse(model.get("document")), own);
+    const stop = own.onselect(() => {
+      model.set("component", own.component ?? "");
+      model.set("position", own.place?.position ?? -1);
+      model.save_changes();
+    });
+    model.on("change:document", () => view.update(JSON.parse(model.get("document"))));
+    model.on("change:component", () => {
+      const component = model.get("component") || null;
+      if (component !== own.component) own.select(component, undefined, false);
+    });
+    return () => { stop(); view.remove(); };
+  },
+};
