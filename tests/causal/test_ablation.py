@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 import pellucid
 from pellucid import Ablate
@@ -40,6 +41,151 @@ def test_ablation_equals_one_edited_run_per_site(family, how):
             np.testing.assert_allclose(here.value, expected, atol=1e-4)
             assert float(here.effect) == pytest.approx(float((expected - clean).mean()), abs=1e-4)
             assert float(here.low) <= float(here.effect) <= float(here.high)
+
+
+ZEROED = [  # what an ablation by zero must equal: these weights of the family's own module set to zero
+    ("llama", "layers.*.attn.heads.*", lambda m, n, h: columns(m.model.layers[n].self_attn.o_proj, h, 4)),
+    ("gemma2", "layers.*.attn.heads.*", lambda m, n, h: columns(m.model.layers[n].self_attn.o_proj, h, 4)),
+    ("bert", "layers.*.attn.heads.*", lambda m, n, h: columns(m.bert.encoder.layer[n].attention.output.dense, h, 4)),
+    ("bert", "layers.*.mlp.neurons.3:6", lambda m, n, i: m.bert.encoder.layer[n].output.dense.weight[:, i]),
+    ("t5", "encoder.layers.*.attn.heads.*", lambda m, n, h: columns(m.encoder.block[n].layer[0].SelfAttention.o, h, 4)),
+    ("t5", "decoder.layers.*.attn.heads.*", lambda m, n, h: columns(m.decoder.block[n].layer[0].SelfAttention.o, h, 4)),
+    ("t5", "decoder.layers.*.cross.heads.*", lambda m, n, h: columns(m.decoder.block[n].layer[1].EncDecAttention.o, h, 4)),
+    ("mixtral", "layers.*.mlp.experts.*", lambda m, n, e: m.model.layers[n].mlp.experts.down_proj[e]),
+    ("qwen3_moe", "layers.*.mlp.experts.*", lambda m, n, e: m.model.layers[n].mlp.experts.down_proj[e]),
+    ("mixtral", "layers.*.attn.heads.*", lambda m, n, h: columns(m.model.layers[n].self_attn.o_proj, h, 4)),
+]  # fmt: skip
+
+
+def columns(projection, head, heads):
+    width = projection.weight.shape[1] // heads
+    return projection.weight[:, head * width : (head + 1) * width]
+
+
+def without(module, weights, ids):
+    """The module's own logits with these weights at zero for the while."""
+    with torch.no_grad():
+        old = [w.clone() for w in weights]
+        for w in weights:
+            w.zero_()
+        logits = module(**ids).logits
+        for w, before in zip(weights, old, strict=True):
+            w.copy_(before)
+    return logits
+
+
+@pytest.mark.parametrize(("family", "over", "weights"), ZEROED, ids=[f"{z[0]}-{z[1]}" for z in ZEROED])
+def test_zeroing_a_part_equals_zeroing_the_weights_it_writes_through(family, over, weights):
+    model = opened(family)
+    result = ablation(model, PROMPTS[:2], over=over, metric=PARIS, progress=False)
+    inputs = model.inputs(PROMPTS[:2])
+    layers, units = (result.data[dim].values.tolist() for dim in result.effect.dims)
+    for layer, unit in [(layers[0], units[0]), (layers[-1], units[-1])]:
+        expected = PARIS.bind(model.tokenizer, 2).score(
+            without(model.module, [weights(model.module, layer, unit)], inputs.tensors), inputs.stream("").mask
+        )
+        np.testing.assert_allclose(result.value[layers.index(layer), units.index(unit)], expected, atol=1e-4)
+    everything = [weights(model.module, layer, unit) for layer in layers for unit in units]
+    corrupted = PARIS.bind(model.tokenizer, 2).score(
+        without(model.module, everything, inputs.tensors), inputs.stream("").mask
+    )
+    np.testing.assert_allclose(result.corrupted, corrupted, atol=1e-4)
+    total = float((result.corrupted - result.clean).mean())
+    assert float(result.total_effect) == pytest.approx(total, abs=1e-6)
+    assert float(result.total_low) <= total <= float(result.total_high)
+
+
+@pytest.mark.parametrize("how", ["mean", "position_mean", "resample"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_head_is_replaced_by_what_it_says_on_the_reference(family, how):
+    """By hooks on the family's own projection, over reference prompts of two lengths."""
+    model = opened(family)
+    prompt, reference = "The city of Rome is", ["The capital of France is in", "The store of Italy is a drink"]
+    projection, stack = (
+        (model.module.model.layers[1].self_attn.o_proj, "")
+        if family == "llama"
+        else (model.module.encoder.block[1].layer[0].SelfAttention.o, "encoder.")
+    )
+    width = projection.weight.shape[1] // 4
+    seen, inputs = [], [model.inputs(text).tensors for text in (*reference, prompt)]
+
+    def record(module, args):
+        seen.append(args[0][0, :, width : 2 * width].clone())
+
+    def put(new):
+        def hook(module, args):
+            x = args[0].clone()
+            x[:, :, width : 2 * width] = new
+            return (x, *args[1:])
+
+        return hook
+
+    with torch.no_grad():
+        handle = projection.register_forward_pre_hook(record)
+        for tensors in inputs:
+            model.module(**tensors)
+        handle.remove()
+        n = len(seen[2])
+        drawn = int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(5)))
+        new = {
+            "mean": torch.cat(seen[:2]).mean(0),
+            "position_mean": torch.stack([seen[0][:n], seen[1][:n]]).mean(0),
+            "resample": seen[drawn][:n],
+        }[how]
+        handle = projection.register_forward_pre_hook(put(new))
+        logits = model.module(**inputs[2]).logits
+        handle.remove()
+    site = f"{stack}layers.1.attn.heads.1"
+    result = ablation(model, prompt, over=site, how=how, reference=reference, metric=PARIS, seed=5, progress=False)
+    expected = model.bind(PARIS).score(logits)
+    assert float(result.value) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gptj", "t5"])
+def test_a_whole_layer_is_all_that_it_adds_to_the_residual(family):
+    model = opened(family)
+    prefix = "decoder." if family == "t5" else ""
+    result = ablation(model, PROMPTS[:2], over=f"{prefix}layers.*", metric=PARIS, progress=False)
+    assert result.effect.dims == ("layer",)
+    parts = {"llama": ["attn.out", "mlp.out"], "t5": ["attn.out", "cross.out", "mlp.out"]}.get(
+        family, ["attn.out", "mlp.out"]
+    )
+    edits = [Ablate(f"{prefix}layers.1.{part}") for part in parts]
+    expected = model.score(model.run(PROMPTS[:2], edits=edits), PARIS).detach()
+    np.testing.assert_allclose(result.value.sel(layer=1), expected, atol=1e-4)
+    if family in ("llama", "gptj"):  # pre-norm: the layer is skipped
+        skipped = model.run(
+            PROMPTS[:2], edits=[pellucid.Patch("layers.1.resid_post", kept(model, "layers.1.resid_pre"))]
+        )
+        np.testing.assert_allclose(result.value.sel(layer=1), model.score(skipped, PARIS).detach(), atol=1e-4)
+
+
+def kept(model, site):
+    return model.run(PROMPTS[:2], keep=[site]).tensor(site).detach()
+
+
+def test_sets_are_removed_together_and_patterns_side_by_side():
+    model = opened("gpt2")
+    sets = {"first": "layers.0.attn.heads.*", "a few": ["layers.0.mlp.out", "layers.1.attn.heads.2"]}
+    result = ablation(model, PROMPTS, over=sets, how="mean", metric=PARIS, progress=False)
+    assert result.effect.dims == ("set",)
+    run = model.run(PROMPTS, keep=["layers.0.mlp.out", "layers.1.attn.z_out"])
+    edits = [Ablate(site, "mean", run) for site in sets["a few"]]
+    expected = model.score(model.run(PROMPTS, edits=edits), PARIS).detach()
+    np.testing.assert_allclose(result.value.sel(set="a few"), expected, atol=1e-4)
+    listed = ablation(model, PROMPTS, over=sets["a few"], how="mean", metric=PARIS, progress=False)
+    assert listed["site"].values.tolist() == sets["a few"]
+    np.testing.assert_allclose(listed.corrupted, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "position_mean", "resample"])
+def test_a_prompt_alone_and_in_a_padded_batch_loses_the_same(how):
+    model = opened("llama")
+    reference = "The capital of France is in the city of"
+    together = ablation(model, PROMPTS, how=how, reference=reference, metric=PARIS, progress=False)
+    for i, prompt in enumerate(PROMPTS):
+        alone = ablation(model, prompt, how=how, reference=reference, metric=PARIS, progress=False)
+        np.testing.assert_allclose(together.value.isel(prompt=i), alone.value, atol=1e-4)
 
 
 def test_the_reference_may_be_other_prompts_or_a_run_of_them():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
+import copy
+from itertools import combinations, product
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import BertForSequenceClassification
 
 from pellucid import Model, load
 from pellucid.causal.counterfactual import Search, counterfactual
@@ -32,10 +36,32 @@ def test_what_is_found_flips_the_prediction_and_nothing_less_does(family: str) -
     old, new = (model.inputs(t).stream("").ids[0] for t in (PROMPT, text))
     changed = (old != new).nonzero().flatten().tolist()
     assert len(changed) == result.changes.item() == str(result.substitutions.values[0]).count("->")
-    for i in changed if len(changed) > 1 else []:
-        less = new.clone()
-        less[i] = old[i]
+    for less in subsets(old, new):
         assert int(model.run(less[None]).logits[0, -1].argmax()) == before
+
+
+def subsets(old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+    """What is left of the change when some, but not all, of it is taken back."""
+    changed = (old != new).nonzero().flatten().tolist()
+    kept = (which for n in range(1, len(changed)) for which in combinations(changed, n))
+    return [old.clone().index_copy_(0, torch.tensor(which), new[list(which)]) for which in kept]
+
+
+def test_a_set_that_flips_is_cut_down_until_every_substitution_is_needed() -> None:
+    model = opened("gpt2")
+    for seed in range(6):
+        search = Search.of(model, "The capital city of France is in Italy and Mary went", None, None, -1)
+        start = search.inputs.stream("").ids[0]
+        drawn = [search._random(start, 6, np.random.default_rng(seed + 100 * i)) for i in range(200)]
+        row = next(r for r in drawn if search.margins([r])[0] < 0 and search.stable(r))
+        cut = search._taken_back(row, start)
+        assert search.margins([cut])[0] < 0
+        changed = (cut != start).nonzero().flatten().tolist()
+        assert set(changed) <= set((row != start).nonzero().flatten().tolist())
+        for i in changed if len(changed) > 1 else []:
+            less = cut.clone()
+            less[i] = start[i]
+            assert search.margins([less])[0] >= 0 or not search.stable(less)
 
 
 def test_one_substitution_is_found_wherever_exhaustive_search_finds_one() -> None:
@@ -60,10 +86,66 @@ def test_a_classifier_is_flipped_to_the_class_asked_for() -> None:
     for target in {0, 1, 2} - {before}:
         result = counterfactual(model, PROMPT, target=target, max_changes=4)
         if result.changes.item() > 0:
-            logits = model.run(str(result.text.values[0])).logits[0]
+            text = str(result.text.values[0])
+            logits = model.run(text).logits[0]
             assert logits[target] > logits[before]
+            for less in subsets(*(model.inputs(t).stream("").ids[0] for t in (PROMPT, text))):
+                logits = model.run(less[None]).logits[0]
+                assert logits[before] > logits[target]
     with pytest.raises(InputError, match="already"):
         counterfactual(model, PROMPT, target=before)
+
+
+GOOD = [
+    "wonderful",
+    "great",
+    "lovely",
+    "excellent",
+    "beautiful",
+    "brilliant",
+    "charming",
+    "superb",
+    "delightful",
+    "amazing",
+]
+BAD = ["terrible", "awful", "boring", "dreadful", "ugly", "stupid", "horrible", "poor", "disappointing", "annoying"]
+
+
+def test_one_word_turns_a_review_on_a_trained_encoder(minilm: Model) -> None:
+    """all-MiniLM-L6-v2 with a head that was fitted to tell good words from bad ones."""
+    texts = [f"The {thing} was {word}." for word in GOOD + BAD for thing in ("film", "book", "meal")]
+    labels = torch.tensor([int(word in GOOD) for word in GOOD + BAD for _ in range(3)])
+    config = copy.deepcopy(minilm.module.config)
+    module = BertForSequenceClassification(config).eval()
+    module.bert.load_state_dict(minilm.module.state_dict(), strict=False)
+    with torch.no_grad():
+        states = module.bert(**minilm.tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+    head = LogisticRegression(C=10.0).fit(states.numpy(), labels.numpy())
+    with torch.no_grad():
+        module.classifier.weight.copy_(torch.tensor(np.concatenate([-head.coef_, head.coef_]) / 2))
+        module.classifier.bias.copy_(torch.tensor(np.concatenate([-head.intercept_, head.intercept_]) / 2))
+    model = load(module, tokenizer=minilm.tokenizer)
+    review = "The play was fantastic and we stayed to the end."
+    assert int(model.run(review).logits[0].argmax()) == 1
+    result = counterfactual(model, review)
+    assert result.changes.item() == 1
+    text = str(result.text.values[0])
+    assert int(model.run(text).logits[0].argmax()) == 0
+    assert result.random_flips.item() < 0.5
+    before, after = (model.tokenizer(t)["input_ids"] for t in (review, text))
+    assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+
+
+@pytest.mark.slow
+def test_another_subject_turns_smollm2s_answer(smollm2: Model) -> None:
+    prompt = "The capital of France is the city of"
+    result = counterfactual(smollm2, prompt, within="' France'", max_changes=1)
+    assert result.before.item() == " Paris"
+    assert result.changes.item() == 1
+    assert (
+        int(smollm2.run(str(result.text.item())).logits[0, -1].argmax()) != smollm2.run(prompt).logits[0, -1].argmax()
+    )
+    assert result.random_flips.item() > 0.5  # nearly any other subject does: the control says so
 
 
 def test_nothing_is_returned_where_nothing_may_flip_and_several_prompts_come_with_an_interval() -> None:

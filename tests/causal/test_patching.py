@@ -102,6 +102,53 @@ def test_a_task_brings_its_metric_and_spans_and_gives_an_interval_over_prompts()
     np.testing.assert_allclose(alone.value, result.value.isel(prompt=1), atol=1e-4)
 
 
+def test_every_result_carries_the_total_effect_with_its_interval():
+    model = opened("gpt2")
+    task = pairs(model)
+    result = patching(model, task, over="layers.*.resid_pre@changed", denoise=False, progress=False)
+    total = float((result.corrupted - result.clean).mean())
+    assert float(result.total_effect) == pytest.approx(total)
+    assert float(result.total_low) <= total <= float(result.total_high)
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize(
+    ("family", "over", "expert"),
+    [
+        ("mixtral", "layers.*.mlp.experts.*", 1),
+        ("gemma2", "layers.*.attn.heads.*", 1),
+        ("bert", "layers.*.attn.heads.*.k", 1),
+    ],
+)
+def test_experts_post_norms_and_shared_keys_are_patched_like_single_runs(family, over, expert, denoise):
+    model = opened(family)
+    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise, progress=False)
+    base, source = (CORRUPTED, CLEAN) if denoise else (CLEAN, CORRUPTED)
+    unit = result.effect.dims[1]
+    site = over.replace("layers.*", "layers.1").replace("*", str(expert))
+    (expected,) = slow(model, [site], base, source)
+    assert float(result.value.sel({"layer": 1, unit: expert})) == pytest.approx(expected, abs=1e-4)
+
+
+def test_whole_layers_and_named_sets_are_patched_together():
+    model = opened("llama")
+    layers = patching(model, CLEAN, CORRUPTED, over="layers.*@*", metric=PARIS, progress=False)
+    assert layers.effect.dims == ("layer", "position")
+    run = model.run(CLEAN, keep=["layers.1.attn.out", "layers.1.mlp.out"])
+    edits = [Patch(f"layers.1.{part}@3", run) for part in ("attn.out", "mlp.out")]
+    expected = float(model.score(model.run(CORRUPTED, edits=edits), PARIS))
+    assert float(layers.value.sel(layer=1, position=3)) == pytest.approx(expected, abs=1e-4)
+    named = patching(
+        model,
+        CLEAN,
+        CORRUPTED,
+        over={"both": ["layers.1.attn.out@3", "layers.1.mlp.out@3"]},
+        metric=PARIS,
+        progress=False,
+    )
+    assert float(named.value.sel(set="both")) == pytest.approx(expected, abs=1e-4)
+
+
 def test_prompts_that_do_not_align_show_where_they_part():
     with pytest.raises(
         InputError, match=r"pair 0 does not align: clean has 5 tokens and corrupted \d+; from token 3 on"

@@ -103,8 +103,26 @@ def test_several_facts_are_gathered_by_role_with_an_interval_over_prompts(gpt2: 
         tracing(gpt2, p, a, subject=s, samples=2, parts=("mlp.out",), seed=i, reference=prompts)
         for i, (p, a, s) in enumerate(zip(prompts, [7, 8], ["capital of France", "city of Paris"], strict=True))
     ]
-    expected = np.mean([r.effect.values[0, :, 3] for r in shared], axis=0)
-    np.testing.assert_allclose(result.effect.sel(part="mlp.out", role="last subject"), expected, atol=1e-6)
+    columns = {
+        "first subject": ([1], [1]), "middle subject": ([2], [2]), "last subject": ([3], [3]),
+        "first further": ([4], [4]), "further": ([5, 6], [5]), "last": ([7], [6]),
+    }  # fmt: skip
+    for role, where in columns.items():
+        each = np.array([r.effect.values[0][:, at].mean(-1) for r, at in zip(shared, where, strict=True)])
+        np.testing.assert_allclose(result.effect.sel(part="mlp.out", role=role), each.mean(0), atol=1e-6)
+        np.testing.assert_allclose(result["each"].sel(part="mlp.out", role=role), each, atol=1e-6)
+    assert (result.low <= result.effect + 1e-9).all()
+    assert (result.effect <= result.high + 1e-9).all()
+
+
+def test_the_window_curve_of_several_facts_is_their_average(gpt2: Model) -> None:
+    prompts, subjects = ["The capital of France is in the city", "The city of Paris is in Italy"], ["France", "Paris"]
+    options: dict[str, Any] = {"samples": 2, "windows": (1, 3), "reference": prompts}
+    both = window_curve(gpt2, prompts, [7, 8], subject=subjects, **options)
+    one = [window_curve(gpt2, p, a, subject=s, seed=i, **options)
+           for i, (p, a, s) in enumerate(zip(prompts, [7, 8], subjects, strict=True))]  # fmt: skip
+    np.testing.assert_allclose(both.effect, np.mean([c.effect for c in one], 0), atol=1e-6)
+    assert both.data.attrs["position"] == [3, 3]
 
 
 def test_the_window_curve_at_the_default_window_is_the_trace_itself(gpt2: Model) -> None:

@@ -5,6 +5,7 @@ from pellucid.causal.abstraction import CausalModel, Task, alignment_search, int
 from pellucid.causal.alignment import DistributedAlignment
 from pellucid.causal.attribution_patching import attribution_patching
 from pellucid.causal.counterfactual import counterfactual
+from pellucid.causal.edge_ablation import edge_ablation
 from pellucid.causal.mediation import concentration, interaction, mediation
 from pellucid.causal.mitigation import mitigating_edits, mitigation
 from pellucid.causal.patching import patching
@@ -21,6 +22,7 @@ __all__ = [
     "attribution_patching",
     "concentration",
     "counterfactual",
+    "edge_ablation",
     "interaction",
     "interchange",
     "mediation",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.causal.contrast import bootstrap, lay_out, one_by_one, swaps
 from pellucid.errors import InputError, nearest
+from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
 
@@ -88,13 +90,15 @@ class Task:
     """How the program's settings become prompts, and its outputs answers.
 
     `encode` maps a setting to a text or to token ids, all of one length; `decode` maps an output value to the answer: a token
-    id, or the class of a classifier. `draw` makes a setting, if not every input uniformly.
+    id, or the class of a classifier. `draw` makes a setting, if not every input uniformly. `around` gives what else the
+    forward pass takes for token ids [prompt, position], such as {"attention_mask": ...}.
     """
 
     program: CausalModel
     encode: Callable[[Setting], str | Sequence[int]]
     decode: Callable[[Any], int]
     draw: Callable[[random.Random], Setting] | None = None
+    around: Callable[[Tensor], Mapping[str, Any]] | None = None
 
     def setting(self, rng: random.Random) -> Setting:
         return self.program.sample(rng) if self.draw is None else self.draw(rng)
@@ -104,7 +108,8 @@ class Task:
         made = [self.encode(s) for s in settings]
         if isinstance(made[0], str):
             return made
-        return torch.tensor([list(ids) for ids in made])
+        ids = torch.tensor([list(ids) for ids in made])
+        return ids if self.around is None else {"input_ids": ids, **self.around(ids)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,27 +168,25 @@ def interchange(
     drawn = Pairs.draw(task, list(alignment), pairs, seed)
     patterns = [p for each in alignment.values() for p in ([each] if isinstance(each, str) else each)]
     sites = [site for pattern in patterns for site in model.sites(pattern)]
-    right = _right(model, task, drawn, [sites])[0]
-    plain = answers(model, task.prompts(drawn.base))
-    data = _described({"accuracy": right[None]}, drawn, plain, seed).squeeze("_case")
+    right, plain = _right(model, task, drawn, [sites], progress=False)
+    data = _described({"accuracy": right}, drawn, plain, seed).squeeze("_case")
     about = _provenance(model, "interchange", task, seed, alignment=alignment, pairs=pairs)
     return Result(data, kind="interchange", title=f"Interchange of {', '.join(alignment)}", provenance=about)
 
 
 def alignment_search(
     model: Model, task: Task, variable: str, *, over: str | Sequence[str] = "layers.*.resid_post@*", pairs: int = 200,
-    seed: int = 0,
+    seed: int = 0, progress: bool = True, checkpoint: str | Path | None = None,
 ) -> Result:  # fmt: skip
     """The accuracy of aligning one variable with every site of `over`, one at a time: which one holds it?
 
     `accuracy`, `low`, `high` and `changed` over the selectors of `over`, and the rest as of `interchange`, the total effect
-    that of the best site. The best of many sites is
-    best partly by luck: `held_out` is the accuracy of the best site of the first half of the pairs on the second half.
+    that of the best site. The best of many sites is best partly by luck: `held_out` is the accuracy of the best site of the
+    first half of the pairs on the second half. `checkpoint` is a file that keeps what is done, so that an interrupted search goes on there.
     """
     drawn = Pairs.draw(task, [variable], pairs, seed)
     sites = one_by_one(model, model.inputs(task.prompts(drawn.base)), over)
-    right = np.stack(_right(model, task, drawn, [[site] for site in sites]))
-    plain = answers(model, task.prompts(drawn.base))
+    right, plain = _right(model, task, drawn, [[site] for site in sites], progress=progress, checkpoint=checkpoint)
     described = _described({"accuracy": right}, drawn, plain, seed)
     columns = {name: described[name].values for name in ("accuracy", "low", "high", "changed")}
     rest = described.drop_vars([*columns, "clean"])
@@ -195,26 +198,24 @@ def alignment_search(
                   provenance=about)  # fmt: skip
 
 
-def answers(model: Model, prompts: Any) -> Tensor:
-    """[prompt] the model's answers: the class, or the token it gives most weight at the last position."""
-    with torch.no_grad():
-        return predicted(model.run(prompts).logits)
-
-
 def predicted(logits: Tensor) -> Tensor:
-    return (logits if logits.ndim == 2 else logits[:, -1]).argmax(-1).cpu()
+    """[prompt] the model's answers: the class, or the token it gives most weight at the last position."""
+    return (logits if logits.ndim == 2 else logits[:, -1]).argmax(-1)
 
 
-def _right(model: Model, task: Task, drawn: Pairs, cases: Sequence[Sequence[Site]]) -> list[np.ndarray]:
-    """For every set of sites [pair]: whether the network with them taken from the source answers as the program does."""
+def _right(
+    model: Model, task: Task, drawn: Pairs, cases: Sequence[Sequence[Site]], **options: Any
+) -> tuple[np.ndarray, Tensor]:
+    """[case, pair] whether the network with a case's sites taken from the source answers as the program does, and its
+    answers [pair] without; options of `sweep`."""
     base, source = model.inputs(task.prompts(drawn.base)), model.inputs(task.prompts(drawn.source))
-    found = []
     with torch.no_grad():
         run = model.run(source, keep=list(dict.fromkeys(s.whole for sites in cases for s in sites)))
-        for sites in cases:
-            logits = model.run(base, edits=swaps(model, sites, run)).logits
-            found.append((predicted(logits) == drawn.expected).double().numpy())
-    return found
+    classes = run.logits.ndim == 2
+    answer = BoundMetric("answer", None if classes else (-1,), None, lambda z: predicted(z).to(z.dtype), classes)
+    sweep = model.sweep(base, [swaps(model, sites, run) for sites in cases], answer, **options)
+    right = sweep.values.long().cpu() == drawn.expected
+    return right.double().numpy(), sweep.clean.long().cpu()
 
 
 def _described(columns: Mapping[str, np.ndarray], drawn: Pairs, plain: Tensor, seed: int) -> xr.Dataset:

@@ -50,8 +50,9 @@ class RotatedSwap(Edit):
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         rows = torch.arange(len(x), device=x.device)[:, None]
-        change = (self.source[rows, place.positions] - x) @ self.rotation
-        return x + (change if self.mask is None else change * self.mask) @ self.rotation.T
+        rotation = self.rotation.to(x)
+        change = (self.source[rows, place.positions].to(x) - x) @ rotation
+        return x + (change if self.mask is None else change * self.mask.to(x)) @ rotation.T
 
 
 @dataclass
@@ -160,7 +161,7 @@ class DistributedAlignment:
         values = aligned_values(run, site)
         if values.ndim != 3 or base.stream("").padded:
             raise InputError(f"{str(site)!r} must hold one vector per position, and prompts must have one length")
-        return base, values.float()
+        return base, values
 
     def _site(self, model: Model) -> Site:
         found = model.sites(self.site)
@@ -219,4 +220,4 @@ def shuffled(model: Model, seed: int) -> Model:
             if parameter.ndim > 1:
                 order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
                 parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return load(module, tokenizer=model.tokenizer)
+    return load(module, tokenizer=model.tokenizer, probe=model.anatomy.inputs)

@@ -36,14 +36,15 @@ from pellucid.causal.contrast import (
     Swap,
     aligned_values,
     bootstrap,
-    contrast,
     lay_out,
     numbers,
     one_by_one,
     provenance,
     repeated,
+    sides,
     swaps,
 )
+from pellucid.causal.grid import CONTRIBUTIONS
 from pellucid.engine.edits import Edit, Replace, left_aligned
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import block_of, locate
@@ -64,26 +65,32 @@ def attribution_patching(
     denoise: bool = False,
     check: int = 20,
     seed: int = 0,
+    progress: bool = True,
 ) -> Result:
     """Estimated effects of patching every node of `over`: heads, their q or k, neurons, outputs, residuals, at positions.
 
-    `qk_fix` concerns nodes that are queries or keys (a shared key is patched for all heads that share it); with `grad_drop` too it is AtP*. Gives `estimate` and its interval over
-    prompts, laid out as layer x head (x position), and the check over `checked`, the `check` highest ranked nodes and as
-    many random others: `exact` effects beside the estimates, their rank correlation `spearman` (of sizes) and, of signed estimates, `sign_agreement`.
-    `missed` is the share of the largest exact effect found that random nodes hold: well under 1 where the ranking is right.
+    `qk_fix` concerns nodes that are queries or keys (a shared key is patched for all heads that share it); with
+    `grad_drop` too it is AtP*. Gives `estimate` and its interval over prompts, laid out as layer x head (x position), and
+    the check over `checked`, the `check` highest ranked nodes and as many random others: `exact` effects beside the
+    estimates, their rank correlation `spearman` (of sizes) and, of signed estimates, `sign_agreement`. `missed` is the
+    largest exact effect of a random node over the largest of all: well under 1 where the ranking is right.
 
     >>> attribution_patching(model, prompts, over="layers.*.mlp.neurons.*@-1", grad_drop=True)      # doctest: +SKIP
     """
-    pair = contrast(model, clean, corrupted, metric)
-    base, other, _ = pair.sides(denoise)
+    ours, theirs, metric = sides(model, clean, corrupted, metric)
+    metric = model.bind(metric, len(ours))
+    base, other = (theirs, ours) if denoise else (ours, theirs)
     nodes = one_by_one(model, base, over)
-    estimator = Estimator.of(pair, denoise, nodes, qk_fix)
+    estimator = Estimator.of(model, base, other, metric, nodes, qk_fix, not grad_drop)
     per_prompt = estimator.with_drops() if grad_drop else estimator.estimates()
+    run, patched_from = (model.score(each, metric).detach() for each in (estimator.base, estimator.other))
+    scores = (patched_from, run) if denoise else (run, patched_from)
+    pair = Contrast(model, ours, theirs, metric, *scores)
     low, high = bootstrap(per_prompt, seed)
     estimate = per_prompt.mean(0)
     data = lay_out(nodes, {"estimate": estimate, "low": low, "high": high}).assign(pair.summary(seed))
     if check:
-        data = data.assign(_check(pair, denoise, estimator.other, nodes, estimate, check, seed))
+        data = data.assign(_check(pair, denoise, estimator.other, nodes, estimate, check, seed, progress))
         if grad_drop:  # sizes have no sign to agree
             data = data.drop_vars("sign_agreement")
     about = provenance(
@@ -102,26 +109,33 @@ class Estimator:
     inputs: Inputs
     metric: Any
     nodes: Sequence[Site]
+    base: Run
     other: Run
     linear: dict[Site, Tensor]  # whole site -> change [batch, position, unit, ...]
     fixed: dict[Site, Tensor]  # whole site -> change of its layer's pattern, see _pattern_changes
 
     @classmethod
-    def of(cls, pair: Contrast, denoise: bool, nodes: Sequence[Site], qk_fix: bool) -> Estimator:
-        inputs, source, _ = pair.sides(denoise)
+    def of(
+        cls, model: Model, inputs: Inputs, source: Inputs, metric: Any, nodes: Sequence[Site], qk_fix: bool, grad: bool
+    ) -> Estimator:
+        """`grad`: whether the gradient is wanted of the very run the values are taken from."""
         wholes = list(dict.fromkeys(map(_source, nodes)))
         fixed = [s for s in wholes if qk_fix and s.part in ("attn.q", "attn.k")]
         kept = [s.whole for s in wholes]
-        base = pair.run(inputs, [*kept, *map(_pattern, fixed), *map(_z, fixed)])
-        other = pair.run(source, kept)
+        with torch.no_grad():
+            asked = [*kept, *map(_pattern, fixed), *map(_z, fixed)]
+            base = model.run(inputs, keep=asked, grad_of=metric if grad else None)
+            other = model.run(source, keep=kept)
         linear = {s: aligned_values(other, s.whole) - aligned_values(base, s.whole) for s in wholes if s not in fixed}
-        patterns = dict(_pattern_changes(pair.model, base, other, fixed))
-        return cls(pair.model, inputs, pair.metric, nodes, other, linear, patterns)
+        patterns = dict(_pattern_changes(model, base, other, fixed))
+        return cls(model, inputs, metric, nodes, base, other, linear, patterns)
 
     def estimates(self, edits: Sequence[Edit] = ()) -> np.ndarray:
         """[prompt, node], from the gradient of a run under `edits` that leave all values as they are."""
-        keep = [s.whole for s in self.linear] + [_pattern(s) for s in self.fixed]
-        run = self.model.run(self.inputs, keep=keep, edits=edits, grad_of=self.metric)
+        run = self.base
+        if edits or not run.gradients:
+            keep = [s.whole for s in self.linear] + [_pattern(s) for s in self.fixed]
+            run = self.model.run(self.inputs, keep=keep, edits=edits, grad_of=self.metric)
         gradients = Run(run.anatomy, run.inputs, run.output, run.gradients, run.sites)  # to be read as values are
         products = {s: change * aligned_values(gradients, s.whole) for s, change in self.linear.items()}
         products |= {s: self._through_pattern(s, change, run) for s, change in self.fixed.items()}
@@ -149,15 +163,18 @@ class Estimator:
         return x[:, None] if site.at is None else left_aligned(x.transpose(0, 1), real)[0]
 
     def with_drops(self) -> np.ndarray:
-        """GradDrop: the mean size of the estimate over the layers that are cut, a node's own layer left out."""
-        stack = self.model.anatomy.stacks[-1]
-        layers = np.array([n.layer if n.stack == stack.name and n.layer is not None else -1 for n in self.nodes])
-        total = np.zeros((len(self.inputs), len(self.nodes)))
-        for block in stack.blocks:
-            outs = [p for p in ("attn.out", "cross.out", "mixer.out", "mlp.out") if p in block.taps]
-            cut = [Replace(f"{stack.prefix}layers.{block.index}.{p}", function=Tensor.detach) for p in outs]
-            total += np.abs(self.estimates(cut)) * (layers != block.index)
-        return total / np.maximum(len(stack.blocks) - (layers >= 0), 1)
+        """GradDrop: the mean size of the estimate over the layers that are cut, a node's own layer left out (a residual
+        lies in no layer)."""
+        blocks = [(stack, block) for stack in self.model.anatomy.stacks for block in stack.blocks]
+        own = [(n.stack, None if n.part.startswith("resid") else n.layer) for n in self.nodes]
+        total, counted = np.zeros((len(self.inputs), len(self.nodes))), np.zeros(len(self.nodes))
+        for stack, block in blocks:
+            outs = [part for part in CONTRIBUTIONS if part in block.taps]
+            cut = [Replace(f"{stack.prefix}layers.{block.index}.{part}", function=Tensor.detach) for part in outs]
+            others = np.array([each != (stack.name, block.index) for each in own])
+            total += np.abs(self.estimates(cut)) * others
+            counted += others
+        return total / np.maximum(counted, 1)
 
 
 def _source(node: Site) -> Site:
@@ -214,7 +231,14 @@ def _put(source: Tensor, n: int, singly: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _check(
-    pair: Contrast, denoise: bool, source: Run, nodes: Sequence[Site], estimate: np.ndarray, n: int, seed: int
+    pair: Contrast,
+    denoise: bool,
+    source: Run,
+    nodes: Sequence[Site],
+    estimate: np.ndarray,
+    n: int,
+    seed: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """Exact effects of the nodes ranked highest and of random others, beside their estimates."""
     base, _, scores = pair.sides(denoise)
@@ -222,7 +246,8 @@ def _check(
     top = order[:n]
     others = np.random.default_rng(seed).permutation(order[n:])[:n]
     chosen = np.concatenate([top, others])
-    sweep = pair.model.sweep(base, [swaps(pair.model, [nodes[i]], source) for i in chosen], pair.metric)
+    edits = [swaps(pair.model, [nodes[i]], source) for i in chosen]
+    sweep = pair.model.sweep(base, edits, pair.metric, progress=progress)
     exact = (numbers(sweep.values) - numbers(scores)).mean(1)
     guess = estimate[chosen]
     sizes = np.abs(exact)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.patching import check_aligned
 from pellucid.engine.edits import Edit, Place, left_aligned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import locate
@@ -53,26 +54,58 @@ class Contrast:
         return self.clean, self.corrupted, self.clean_scores
 
     def summary(self, seed: int) -> dict[str, Any]:
-        """What every result carries: the metric on each clean and corrupted prompt, and the total effect."""
-        clean, corrupted = numbers(self.clean_scores), numbers(self.corrupted_scores)
-        low, high = bootstrap(corrupted - clean, seed)
-        total = {"total_effect": (corrupted - clean).mean(), "total_low": low, "total_high": high}
-        return {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted), **total}
+        return summary(numbers(self.clean_scores), numbers(self.corrupted_scores), seed)
 
 
-def contrast(model: Model, clean: Any, corrupted: Any = None, metric: Any = None) -> Contrast:
-    """Check and score a contrast. `clean` may be `tasks.Prompts`, which brings its corrupted side and its metric.
+def summary(clean: np.ndarray, corrupted: np.ndarray, seed: int) -> dict[str, Any]:
+    """What every result carries: the metric on each clean and corrupted prompt, and the total effect."""
+    low, high = bootstrap(corrupted - clean, seed)
+    total = {"total_effect": (corrupted - clean).mean(), "total_low": low, "total_high": high}
+    return {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted), **total}
 
-    InputError if prompts do not align; it shows where they diverge.
-    """
+
+def sides(
+    model: Model, clean: Any, corrupted: Any = None, metric: Any = None, target: Any = None
+) -> tuple[Inputs, Inputs, Any]:
+    """Clean and corrupted prompts that align, and the metric. `clean` may be `tasks.Prompts`, which brings all three and
+    its named spans. InputError where something is missing or prompts do not align; it shows where they part."""
+    spans = None
     if isinstance(clean, Prompts):
         metric = clean.metric() if metric is None else metric
         corrupted = clean.corrupted if corrupted is None else corrupted
-        clean = clean.clean
+        clean, spans = clean.clean, clean.spans
     if corrupted is None or metric is None:
-        raise InputError("a contrast needs corrupted=... and metric=... (tasks.Prompts bring both)")
-    ours, theirs = model.inputs(clean), model.inputs(corrupted)
+        raise InputError(
+            "give clean and corrupted prompts and a metric, or a task (pellucid.tasks.Prompts) with all three"
+        )
+    ours, theirs = (model.inputs(p, target=target, spans=spans) for p in (clean, corrupted))
     check_aligned(ours, theirs)
+    return ours, theirs, metric
+
+
+def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
+    """InputError unless prompts come in pairs of equal token length; it shows where they part."""
+    if len(clean) != len(corrupted):
+        raise InputError(f"{len(clean)} clean but {len(corrupted)} corrupted prompts: give them in pairs")
+    for name in clean.streams:
+        for i, (a, b) in enumerate(zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)):
+            if len(a) != len(b):
+                first = next(j for j, (x, y) in enumerate(zip_longest(a, b)) if x != y)
+                near = slice(max(0, first - 1), first + 3)
+                shown = [" ".join(map(repr, labels[near])) for labels in (a, b)]
+                raise InputError(
+                    f"pair {i} does not align: clean has {len(a)} tokens and corrupted {len(b)}; from token {first} on "
+                    f"clean is ... {shown[0]} ... and corrupted ... {shown[1]} ...; choose words of equal token length"
+                )
+        if not torch.equal(clean.streams[name].mask, corrupted.streams[name].mask):
+            raise InputError(
+                "clean and corrupted prompts are padded differently: pad both on the same side, equally far"
+            )
+
+
+def contrast(model: Model, clean: Any, corrupted: Any = None, metric: Any = None, target: Any = None) -> Contrast:
+    """Two sides (see `sides`), scored."""
+    ours, theirs, metric = sides(model, clean, corrupted, metric, target)
     bound = model.bind(metric, len(ours))
     with torch.no_grad():
         scores = [model.score(model.run(side), bound) for side in (ours, theirs)]
@@ -167,6 +200,15 @@ def provenance(model: Model, method: str, inputs: Inputs, seed: int | None, **ar
     return Provenance(
         method, model.name, digest=model.digest, inputs=list(inputs.texts), arguments=arguments, seed=seed
     )
+
+
+def beside(checkpoint: str | Path | None, name: object) -> Path | None:
+    """The file of one of several sweeps that a method keeps.
+
+    >>> str(beside("trace", 2)), beside(None, 2)
+    ('trace.2', None)
+    """
+    return None if checkpoint is None else Path(f"{checkpoint}.{name}")
 
 
 # ---- many units at once

@@ -191,14 +191,13 @@ class Search:
         return bool(tokenizer(text)["input_ids"] == ids.tolist())
 
     def _taken_back(self, ids: Tensor, start: Tensor) -> Tensor:
-        """Without the substitutions that the flip does not need."""
-        for i in (ids != start).nonzero().flatten().tolist():
-            if int((ids != start).sum()) == 1:
-                break
+        """Without the substitutions that the flip does not need: none of those left can be taken back."""
+        changed = (ids != start).nonzero().flatten().tolist()
+        for i in changed if len(changed) > 1 else []:
             less = ids.clone()
             less[i] = start[i]
             if self.margins([less])[0] < 0 and self.stable(less):
-                ids = less
+                return self._taken_back(less, start)
         return ids
 
     def _closeness(self, ids: Tensor, start: Tensor) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.causal.contrast import (
     Contrast,
+    beside,
     bootstrap,
     contrast,
     lay_out,
@@ -46,20 +48,27 @@ from pellucid.tasks import Prompts
 Over = str | Site | Iterable[str | Site] | Mapping[str, str | Iterable[str]]
 
 
-def mediation(model: Model, prompts: Prompts, *, over: Over = "layers.*.attn.heads.*", seed: int = 0) -> Result:
+def mediation(
+    model: Model, prompts: Prompts, *, over: Over = "layers.*.attn.heads.*", seed: int = 0, progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> Result:  # fmt: skip
     """Natural indirect and direct effects of every mediator, and the total effect.
 
     `over` names mediators one by one (`layers.*.attn.heads.*`, `layers.*.mlp.neurons.*@profession`, `layers.*.mlp.out`), or
-    maps names to patterns for sets that act together. Gives `nie` and `nde` with their intervals over prompts,
-    `total_effect` with its own and per prompt (`total`), and `clean` and `corrupted`, log y under null and set.
+    maps names to patterns for sets that act together. Gives `nie` and `nde` with their intervals over prompts, the same in
+    nats of log odds (`log_nie`, `log_nde`: odds grow exponentially, so few prompts or parts can outweigh all others),
+    `total_effect` with its own and per prompt (`total`), and `clean` and `corrupted`, log y under null and set. With
+    `checkpoint`, a path, what is done is kept in two files that begin with it, and interrupted effects go on there.
 
     >>> mediation(model, pl.tasks.gendered_professions(model.tokenizer, 40))                         # doctest: +SKIP
     """
     mediators = Mediators.of(model, prompts, over)
     variables: dict[str, Any] = {}
-    for name, effect in (("nie", mediators.indirect()), ("nde", mediators.direct())):
+    for name, measure in (("nie", mediators.indirect), ("nde", mediators.direct)):
+        effect = measure(progress=progress, checkpoint=beside(checkpoint, name))
         low, high = bootstrap(effect.T, seed)
         variables |= {name: effect.mean(1), f"{name}_low": low, f"{name}_high": high}
+        variables[f"log_{name}"] = np.log1p(effect).mean(1)
     data = mediators.laid_out(variables).assign(mediators.summary(seed))
     about = provenance(
         model, "mediation", mediators.pair.clean, seed, task=prompts.name, over=over,
@@ -95,18 +104,21 @@ class Mediators:
         null, set_ = (pair.run(side, keep) for side in (clean, corrupted))
         return cls(pair, null, set_, sets, not isinstance(over, Mapping))
 
-    def indirect(self, sets: Sequence[Sequence[Site]] | None = None) -> np.ndarray:
-        """NIE [mediator, prompt] of the mediators, or of other sets of their sites."""
-        return self._effects(self.pair.clean, sets, self.set_)
+    def indirect(self, sets: Sequence[Sequence[Site]] | None = None, **options: Any) -> np.ndarray:
+        """NIE [mediator, prompt] of the mediators, or of other sets of their sites; options of `sweep`."""
+        return self._effects(self.pair.clean, sets, self.set_, options)
 
-    def direct(self) -> np.ndarray:
+    def direct(self, **options: Any) -> np.ndarray:
         """NDE [mediator, prompt]."""
-        return self._effects(self.pair.corrupted, None, self.null)
+        return self._effects(self.pair.corrupted, None, self.null, options)
 
-    def _effects(self, inputs: Any, sets: Sequence[Sequence[Site]] | None, source: Run) -> np.ndarray:
+    def _effects(
+        self, inputs: Any, sets: Sequence[Sequence[Site]] | None, source: Run, options: dict[str, Any]
+    ) -> np.ndarray:
         chosen = list(self.sets.values()) if sets is None else sets
         model = self.pair.model
-        sweep = model.sweep(inputs, [swaps(model, sites, source) for sites in chosen], self.pair.metric)
+        edits = [swaps(model, sites, source) for sites in chosen]
+        sweep = model.sweep(inputs, edits, self.pair.metric, **options)
         return ratio(sweep.values, self.pair.clean_scores)
 
     def laid_out(self, variables: Mapping[str, Any]) -> xr.Dataset:
@@ -153,7 +165,7 @@ def concentration(result: Result, variable: str = "nie") -> Result:
 
 def interaction(
     model: Model, prompts: Prompts, *, over: Over = "layers.*.attn.heads.*", k: int = 10, pool: int = 40,
-    draws: int = 5, seed: int = 0,
+    draws: int = 5, seed: int = 0, progress: bool = True,
 ) -> Result:  # fmt: skip
     """The joint NIE of growing sets [k]: chosen `greedy` (each step adds what raises the joint effect most), the `strongest` k by
     their single effects, and `random` (mean of `draws` sets), with `together`, the NIE of all. Beside `total_effect`.
@@ -163,7 +175,7 @@ def interaction(
     """
     mediators = Mediators.of(model, prompts, over)
     names, sets = list(mediators.sets), list(mediators.sets.values())
-    single = mediators.indirect().mean(1)
+    single = mediators.indirect(progress=progress).mean(1)
     towards = float(np.sign(ratio(mediators.pair.corrupted_scores[None], mediators.pair.clean_scores).mean())) or 1.0
     order = np.argsort(-towards * single, kind="stable")
     k, left = min(k, len(names)), order[:pool].tolist()
@@ -171,19 +183,21 @@ def interaction(
     greedy: list[np.ndarray] = []
     rng = np.random.default_rng(seed)
     for _ in range(min(k, len(left))):
-        joint = mediators.indirect([_joined(sets, [*chosen, i]) for i in left])
+        joint = mediators.indirect([_joined(sets, [*chosen, i]) for i in left], progress=progress)
         best = int(np.argmax(towards * joint.mean(1)))
         greedy.append(joint[best])
         chosen.append(left.pop(best))
-    top = mediators.indirect([_joined(sets, order[: i + 1]) for i in range(len(chosen))])
+    top = mediators.indirect([_joined(sets, order[: i + 1]) for i in range(len(chosen))], progress=progress)
     shuffled = [rng.permutation(len(names)) for _ in range(draws)]
-    chance = mediators.indirect([_joined(sets, p[: i + 1]) for p in shuffled for i in range(len(chosen))])
+    chance = mediators.indirect(
+        [_joined(sets, p[: i + 1]) for p in shuffled for i in range(len(chosen))], progress=progress
+    )
     low, high = bootstrap(np.stack(greedy, 1), seed)
     curves = {
         "greedy": np.mean(greedy, 1), "low": low, "high": high, "strongest": top.mean(1),
         "random": chance.mean(1).reshape(draws, -1).mean(0), "summed": np.cumsum(single[order])[: len(chosen)],
     }  # fmt: skip
-    together = float(mediators.indirect([_joined(sets, range(len(sets)))]).mean())
+    together = float(mediators.indirect([_joined(sets, range(len(sets)))], progress=progress).mean())
     data = xr.Dataset({name: ("k", value) for name, value in curves.items()}, {"k": np.arange(1, len(chosen) + 1)})
     data = data.assign_coords(chosen=("k", [names[i] for i in chosen])).assign(
         together=together, **mediators.summary(seed)

@@ -5,10 +5,11 @@ log odds of the answer that goes against the stereotype:
 
     bias = mean over pairs of log y[other word] - log y[word],      y = p(wrong) / p(right)
 
-which does not depend on how likely " he" and " she" are by themselves. The mediators with the largest indirect effects
-(see mediation.py), 1, 2, 4, ... of them, are held at their mean over both words and all pairs, so that they no longer
-tell the two words apart. (Removing from each only the direction in which the words differ most was tried and left out:
-on SmolLM2 it left nine tenths of the bias where the mean left a thirtieth.)
+which does not depend on how likely " he" and " she" are by themselves. The mediators that carry most of it (by their
+indirect effect in nats, see mediation.py), 1, 2, 4, ... of them, are held at their mean over both words and all pairs, so
+that they no longer tell the two words apart. (Removing from each only the direction in which the words differ most was
+tried and left out: on SmolLM2 it left nine tenths of the bias where the mean left a thirtieth.) Such an edit need not
+know a stereotype from a definition: look at what it does to words that are gendered by themselves.
 
 Mediators are ranked and means taken on one half of the pairs, the bias is measured on the other half. Its price is the
 perplexity of texts that have nothing to do with it. The control edits as many randomly chosen mediators.
@@ -43,6 +44,7 @@ def mitigation(
     sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
     draws: int = 3,
     seed: int = 0,
+    progress: bool = True,
 ) -> Result:
     """The `bias` that is left and the `perplexity` of `texts` when the strongest `size` mediators of `over` are edited.
 
@@ -59,7 +61,9 @@ def mitigation(
     fitted, held_out = prompts[:half], prompts[half:]
     mediators = Mediators.of(model, fitted, over)
     sites = [each[0] for each in mediators.sets.values()]
-    ranked = [sites[i] for i in np.argsort(-np.abs(mediators.indirect().mean(1)), kind="stable")]
+    carried = np.log1p(mediators.indirect(progress=progress)).mean(1)  # nats, as the bias is counted
+    towards = float((mediators.pair.corrupted_scores - mediators.pair.clean_scores).mean())
+    ranked = [sites[i] for i in np.argsort(-np.sign(towards) * carried, kind="stable")]
     test = Mediators.of(model, held_out, [])
     sizes = list(dict.fromkeys(min(s, len(sites)) for s in sizes))
     rng = np.random.default_rng(seed)

@@ -14,20 +14,21 @@ ratio of means.
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pellucid.causal.grid import Grid, dataset, with_interval
+from pellucid.causal.contrast import check_aligned as check_aligned  # where others look for it
+from pellucid.causal.contrast import sides, summary
+from pellucid.causal.grid import Grid, Over, dataset, with_interval
 from pellucid.engine.edits import Patch
-from pellucid.engine.inputs import Inputs
+from pellucid.engine.run import stream_of
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
-from pellucid.tasks import Prompts
 
 
 def patching(
@@ -35,41 +36,36 @@ def patching(
     clean: Any,
     corrupted: Any = None,
     *,
-    over: str = "layers.*.resid_pre@*",
+    over: Over = "layers.*.resid_pre@*",
     metric: Metric | Any = None,
     denoise: bool = True,
     target: Any = None,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Result:
     """Patch every site that `over` names, one at a time, from one prompt's run into the other's.
+
+    `over` is a pattern; several; `layers.*` for whole layers; or names with patterns that are patched together.
 
     `clean` and `corrupted` are prompts, or lists of them, pair by pair of equal token length; or `clean` is a
     task (`pellucid.tasks.Prompts`), which brings both, the metric and its named spans. Gives over the
     selectors of `over` (layer x position, layer x head, ...) `effect` as above and, for several prompts, its
     95 % bootstrap interval `low` to `high` over prompts (1000 draws by `seed`); `value`, the metric of every
-    prompt; `clean` and `corrupted`, the metric without patches. InputError where pairs do not align, or the
-    metric does not tell them apart.
+    prompt; `clean` and `corrupted`, the metric without patches, and `total_effect`, from clean to corrupted,
+    with its interval. `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
+    InputError where pairs do not align, or the metric does not tell them apart.
 
     >>> patching(model, "... Rome", "... Paris", metric=logit_difference(" A", " B"))  # doctest: +SKIP
     """
-    spans = None
-    if isinstance(clean, Prompts):
-        metric = clean.metric() if metric is None else metric
-        clean, corrupted, spans = clean.clean, clean.corrupted, clean.spans
-    if corrupted is None or metric is None:
-        raise InputError(
-            "patching needs clean and corrupted prompts and a metric, or a task (pellucid.tasks) with all three"
-        )
-    pair = [model.inputs(p, target=target, spans=spans) for p in (clean, corrupted)]
-    check_aligned(*pair)
+    *pair, metric = sides(model, clean, corrupted, metric, target)
     base, source = reversed(pair) if denoise else pair
     metric = model.bind(metric, len(base))
     grid = Grid.of(model, over, base)
     with torch.no_grad():
         run = model.run(source, keep=grid.whole())
     other = model.score(run, metric).double().cpu()
-    values, unpatched = grid.scores(model, base, lambda site: Patch(site, run), metric, progress)
+    values, unpatched = grid.scores(model, base, lambda site: Patch(site, run), metric, progress, checkpoint)
     good, bad = (other, unpatched) if denoise else (unpatched, other)
     _check_apart(good, bad)
 
@@ -78,35 +74,17 @@ def patching(
 
     variables = with_interval(grid, effect, len(base), seed)
     variables["value"] = ((*grid.dims, "prompt"), grid.place(values))
-    variables |= {"clean": (("prompt",), good.numpy()), "corrupted": (("prompt",), bad.numpy())}
+    variables |= summary(good.numpy(), bad.numpy(), seed)
     data = dataset(grid, variables, pair[0])
     if "token" in grid.coords:
-        data = data.assign_coords({"token": ("position", list(pair[0].stream(grid.sites[0].stack).labels[0]))})
+        data = data.assign_coords({"token": ("position", list(stream_of(pair[0], grid.sites[0]).labels[0]))})
     provenance = Provenance(
         "patching", model.name, digest=model.digest, seed=seed,
         inputs={"clean": list(pair[0].texts), "corrupted": list(pair[1].texts)},
         arguments={"over": over, "metric": metric.name, "denoise": denoise, "target": target},
     )  # fmt: skip
-    title = f"Patching {over}: {'clean into corrupted' if denoise else 'corrupted into clean'}"
+    title = f"Patching {grid.name}: {'clean into corrupted' if denoise else 'corrupted into clean'}"
     return Result(data, kind="patching", title=title, provenance=provenance)
-
-
-def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
-    """InputError unless prompts come in pairs of equal token length; it shows where they part."""
-    if len(clean) != len(corrupted):
-        raise InputError(f"{len(clean)} clean but {len(corrupted)} corrupted prompts: give them in pairs")
-    for name in clean.streams:
-        for i, (a, b) in enumerate(zip(clean.streams[name].labels, corrupted.streams[name].labels, strict=True)):
-            if len(a) != len(b):
-                first = next(j for j, (x, y) in enumerate(zip_longest(a, b)) if x != y)
-                near = slice(max(0, first - 1), first + 3)
-                shown = [" ".join(map(repr, labels[near])) for labels in (a, b)]
-                raise InputError(
-                    f"pair {i} does not align: clean has {len(a)} tokens and corrupted {len(b)}; from token "
-                    f"{first} on clean "
-                    f"is ... {shown[0]} ... and corrupted ... {shown[1]} ...; choose words of equal token "
-                    "length"
-                )
 
 
 def _check_apart(good: Tensor, bad: Tensor) -> None:

@@ -16,8 +16,9 @@ share keys and values: only the named head sees the changed key, not its sibling
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.causal.contrast import (
-    Contrast,
     Swap,
     aligned_values,
     contrast,
@@ -36,6 +36,7 @@ from pellucid.causal.contrast import (
     repeated,
 )
 from pellucid.engine.edits import Edit, Replace, left_aligned
+from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run, stream_of
 from pellucid.errors import InputError
@@ -43,6 +44,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 
 TOKENS_AT_ONCE = 2048  # of senders x prompts x positions in one run
+Senders = Sequence[Sequence[Site]]  # sets whose members send together
 
 
 def path_patching(
@@ -56,6 +58,8 @@ def path_patching(
     direct: bool = True,
     denoise: bool = False,
     seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Result:
     """The effect of each sender on the metric by way of its paths to the receivers (all of them together).
 
@@ -64,16 +68,19 @@ def path_patching(
     `direct=False` lets the change pass through MLPs, as in the paper; `denoise` runs corrupted prompts with clean senders.
 
     Gives `effect` and its interval over the senders' layers, heads and positions, `share` of the total effect, and the
-    metric's clean and corrupted means.
+    metric's clean and corrupted values. `checkpoint` is a file that keeps what is done of step 3.
 
     >>> path_patching(model, prompts, senders="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.9.q")  # doctest: +SKIP
     """
     pair = contrast(model, clean, corrupted, metric)
     base, other, scores = pair.sides(denoise)
     sources = one_by_one(model, base, senders)
-    paths = Paths.between(pair, denoise, sources, one_by_one(model, base, receivers), direct)
-    variants = [edits for chunk in paths.chunks(sources) for edits in paths.received(chunk)]
-    sweep = model.sweep(base, variants, pair.metric)
+    theirs = pair.run(other, [s.whole for s in sources])
+    sent = {s.whole: theirs.everywhere(s.whole)[0] for s in sources}
+    paths = Paths.between(model, base, sent, one_by_one(model, base, receivers), direct)
+    sweep = model.sweep(
+        base, paths.variants([[s] for s in sources]), pair.metric, progress=progress, checkpoint=checkpoint
+    )
     found = effects(sweep.values, scores, seed)
     summary = pair.summary(seed)
     total = summary["total_effect"] * (-1 if denoise else 1)
@@ -87,37 +94,42 @@ def path_patching(
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Everything that is the same for every sender: the two runs, what is held, and the receivers."""
+    """Everything that is the same for every sender: the intact run, what senders send instead, what is held, and the
+    receivers."""
 
     model: Model
-    pair: Contrast
     base: Run
-    other: Run
+    sent: Mapping[Site, Tensor]  # whole site of a sender -> [prompt, position, ...], as the run has it
     receivers: Sequence[Site]
     held: Sequence[Site]
 
     @classmethod
     def between(
-        cls, pair: Contrast, denoise: bool, senders: Sequence[Site], receivers: Sequence[Site], direct: bool
+        cls, model: Model, inputs: Inputs, sent: Mapping[Site, Tensor], receivers: Sequence[Site], direct: bool
     ) -> Paths:
-        model = pair.model
         held = held_sites(model, direct)
+        for site in sent:
+            if (
+                not site.part.endswith((".out", ".z_out", "embed", "resid_pre", "resid_mid", "resid_post"))
+                or "experts" in site.part
+            ):
+                raise InputError(f"{str(site)!r} cannot send: name heads, an mlp.out, the embed or a residual")
         for site in receivers:
             if site.part.endswith(("attn.out", "cross.out")) or site.layer is None:
                 raise InputError(
                     f"{str(site)!r} cannot receive: name heads, one of their q, k, v, an mlp.out or a residual"
                 )
-        base, other, _ = pair.sides(denoise)
-        kept = pair.run(base, [*held, *(s.whole for s in receivers)])
-        return cls(model, pair, kept, pair.run(other, [s.whole for s in senders]), receivers, held)
+        with torch.no_grad():
+            base = model.run(inputs, keep=[*held, *(s.whole for s in receivers)])
+        return cls(model, base, sent, receivers, held)
 
-    def chunks(self, senders: Sequence[Site]) -> Iterator[Sequence[Site]]:
+    def variants(self, senders: Senders) -> list[list[Edit]]:
+        """The edits of step 3 for every sender, or set of senders that act together."""
         size = max(1, TOKENS_AT_ONCE // self.base.inputs.stream("").ids.numel())
-        for i in range(0, len(senders), size):
-            yield senders[i : i + size]
+        return [edits for i in range(0, len(senders), size) for edits in self.received(senders[i : i + size])]
 
-    def received(self, senders: Sequence[Site]) -> list[list[Edit]]:
-        """Steps 1 and 2: for every sender, the edits that put its receivers' new outputs into the run."""
+    def received(self, senders: Senders) -> list[list[Edit]]:
+        """Steps 1 and 2: for every set of senders, the edits that put the receivers' new outputs into the run."""
         outputs: dict[Site, tuple[tuple[int, ...] | None, Tensor]] = {}
         ports: dict[tuple[Site, tuple[str, ...]], list[Site]] = {}  # z_out of a layer, which of q, k, v -> receivers
         for site in self.receivers:
@@ -158,12 +170,13 @@ class Paths:
 
     # ---- step 1
 
-    def _sent(self, senders: Sequence[Site], keep: list[Site], open_: Sequence[Site]) -> dict[Site, Tensor]:
+    def _sent(self, senders: Senders, keep: list[Site], open_: Sequence[Site]) -> dict[Site, Tensor]:
         """What arrives at `keep`, [sender * prompt, position, ...], when all but the senders and `open_` is held."""
         rows = repeated(self.base.inputs, len(senders))
         places: dict[Site, list[tuple[int, Site]]] = {s: [] for s in self.held if s not in open_}
-        for i, sender in enumerate(senders):
-            places.setdefault(sender.whole, []).append((i, sender))
+        for i, group in enumerate(senders):
+            for sender in group:
+                places.setdefault(sender.whole, []).append((i, sender))
         edits = [Replace(site, function=self._sending(site, who, len(senders))) for site, who in places.items()]
         run = self._run(rows, keep, edits)
         return {site: aligned_values(run, site) for site in keep}
@@ -173,12 +186,11 @@ class Paths:
         n = len(self.base.inputs)
         held = site in self.held
         base = self.base.everywhere(site)[0] if held else None
-        others = [self.other.everywhere(site)[0] for _ in who[:1]]
 
         def send(x: Tensor) -> Tensor:
             x = base.repeat(count, *[1] * (x.ndim - 1)) if base is not None else x.clone()
             for i, sender in who:
-                part, source = x[i * n : (i + 1) * n], others[0]
+                part, source = x[i * n : (i + 1) * n], self.sent[site]
                 unit = locate(self.model.anatomy, sender).unit
                 if unit is not None:
                     part, source = part[:, :, unit], source[:, :, unit]
@@ -195,7 +207,7 @@ class Paths:
     # ---- step 2
 
     def _attended(
-        self, senders: Sequence[Site], home: Site, wanted: tuple[str, ...], sites: list[Site]
+        self, senders: Senders, home: Site, wanted: tuple[str, ...], sites: list[Site]
     ) -> tuple[list[int], Tensor]:
         """New outputs z_out [sender * prompt, position, receiver, e] of a layer's heads, given their new q, k or v."""
         area = home.part.partition(".")[0]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import bootstrap, numbers, repeated
+from pellucid.causal.contrast import beside, bootstrap, numbers, repeated
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
@@ -56,13 +57,17 @@ def tracing(
     metric: Callable[[Answers], Metric] = probability,
     reference: Any = None,
     seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Result:
     """The indirect effect of every layer and position, for the residual and for windows of attention and MLP outputs.
 
     `prompt` is one prompt, several, or `tasks.Prompts`; `subject` its words (one text per prompt), its tokens (start, stop),
     or the name of a span of the task. `answer` is by default the model's own prediction. For one prompt gives `effect`
-    [part, layer, position] with the bootstrap interval over noise samples; for several [part, layer, role], over prompts.
-    Also `share` of the total effect, `clean` and `corrupted` of every prompt, `total_effect` with its interval.
+    [part, layer, position] with the bootstrap interval over noise samples; for several their average [part, layer, role],
+    with the interval over prompts and `each` prompt's own [prompt, part, layer, role]. Also `share` of the total effect,
+    `clean` and `corrupted` of every prompt, `total_effect` with its interval. With `checkpoint`, a path, what is done is
+    kept in files that begin with it, one a prompt, and an interrupted trace goes on there.
 
     >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
     """
@@ -72,10 +77,12 @@ def tracing(
     layers = len(model.anatomy.stacks[0].blocks)
     for i, question in enumerate(questions):
         noised = _Noised.of(model, question, parts, metric, noise * sigma, samples, seed + i)
-        width = first_stream(question.inputs).ids.shape[1]
-        cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in range(width)]
-        change = numbers(noised.restored(cases) - noised.corrupted)
-        found.append((noised, change.reshape(len(parts), layers, width, samples)))
+        # roles begin with the subject: what stands before it is only of interest in a picture of one prompt
+        columns = range(0 if len(questions) == 1 else question.span[0], first_stream(question.inputs).ids.shape[1])
+        cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in columns]
+        restored = noised.restored(cases, progress=progress, checkpoint=beside(checkpoint, i))
+        change = numbers(restored - noised.corrupted)
+        found.append((noised, change.reshape(len(parts), layers, len(columns), samples)))
     coords: dict[str, Any] = {"part": list(parts), "layer": range(layers)}
     if len(found) == 1:
         noised, effect = found[0]
@@ -88,6 +95,8 @@ def tracing(
         coords["role"] = list(ROLES)
         dim, drawn = "role", np.stack([_by_role(noised.question, effect.mean(-1)) for noised, effect in found])
     variables = _described(drawn, ("part", "layer", dim), [noised for noised, _ in found], seed)
+    if len(found) > 1:
+        variables["each"] = (("prompt", "part", "layer", "role"), drawn)
     about = _provenance(
         model, "tracing", questions, seed, subject=subject, answer=[q.answer for q in questions], parts=parts,
         window=window, noise=noise, sigma=sigma, samples=samples, metric=found[0][0].metric.name,
@@ -112,26 +121,37 @@ def window_curve(
     metric: Callable[[Answers], Metric] = probability,
     reference: Any = None,
     seed: int = 0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
 ) -> Result:
-    """How much the picture owes to the window: the indirect effect [window, layer] at one position of one prompt.
+    """How much the picture owes to the window: the indirect effect [window, layer] at one position of each prompt.
 
-    `at` is by default the subject's last token.
+    `at` is by default the subject's last token. Prompts, intervals and the rest as for `tracing`.
     """
-    (question,) = _questions(model, prompt, answer, subject)
-    sigma = _sigma(model, reference, [question])
-    noised = _Noised.of(model, question, [part], metric, noise * sigma, samples, seed)
-    length = first_stream(question.inputs).ids.shape[1]
-    position = question.span[1] - 1 if at is None else range(length)[at]
+    questions = list(_questions(model, prompt, answer, subject))
+    sigma = _sigma(model, reference, questions)
     widths, layers = list(windows), len(model.anatomy.stacks[0].blocks)
-    cases = [(part, layer, position, w) for w in widths for layer in range(layers)]
-    effect = numbers(noised.restored(cases) - noised.corrupted).reshape(len(widths), layers, samples)
-    variables = _described(np.moveaxis(effect, -1, 0), ("window", "layer"), [noised], seed)
+    found: list[tuple[_Noised, np.ndarray]] = []
+    positions: list[int] = []
+    for i, question in enumerate(questions):
+        noised = _Noised.of(model, question, [part], metric, noise * sigma, samples, seed + i)
+        length = first_stream(question.inputs).ids.shape[1]
+        positions.append(question.span[1] - 1 if at is None else range(length)[at])
+        cases = [(part, layer, positions[-1], w) for w in widths for layer in range(layers)]
+        restored = noised.restored(cases, progress=progress, checkpoint=beside(checkpoint, i))
+        found.append((noised, numbers(restored - noised.corrupted).reshape(len(widths), layers, samples)))
+    one = len(found) == 1
+    drawn = np.moveaxis(found[0][1], -1, 0) if one else np.stack([effect.mean(-1) for _, effect in found])
+    variables = _described(drawn, ("window", "layer"), [noised for noised, _ in found], seed)
+    if not one:
+        variables["each"] = (("prompt", "window", "layer"), drawn)
     about = _provenance(
-        model, "window_curve", [question], seed, subject=subject, answer=question.answer, part=part, at=position,
-        noise=noise, sigma=sigma, samples=samples,
+        model, "window_curve", questions, seed, subject=subject, answer=[q.answer for q in questions], part=part,
+        at=positions, noise=noise, sigma=sigma, samples=samples,
     )  # fmt: skip
-    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, {"part": part, "position": position})
-    return Result(data, kind="window curve", title=f"{part} at {position} in windows of layers", provenance=about)
+    where = f"at {positions[0]}" if one else "at the subject's last token" if at is None else f"at {at}"
+    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, {"part": part, "position": positions})
+    return Result(data, kind="window curve", title=f"{part} {where} in windows of layers", provenance=about)
 
 
 # ---- what is asked
@@ -221,11 +241,10 @@ class _Noised:
             corrupted = model.score(model.run(rows), bound)
         return cls(model, question, rows, run, bound, clean, corrupted)
 
-    def restored(self, cases: Sequence[Case]) -> Tensor:
-        """The metric [case, sample] with the clean values of each case's layers back in place."""
-        return self.model.sweep(self.rows, [self._edits(*case) for case in cases], self.metric).values.to(
-            self.corrupted
-        )
+    def restored(self, cases: Sequence[Case], **options: Any) -> Tensor:
+        """The metric [case, sample] with the clean values of each case's layers back in place; options of `sweep`."""
+        edits = [self._edits(*case) for case in cases]
+        return self.model.sweep(self.rows, edits, self.metric, **options).values.to(self.corrupted)
 
     def _edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
         stack = self.model.anatomy.stacks[0]
@@ -246,8 +265,8 @@ def _width(part: str, window: int) -> int:
 
 
 def _by_role(question: _Question, effect: np.ndarray) -> np.ndarray:
-    """Effects [part, layer, position] averaged over the positions of each role; NaN where a prompt has none."""
-    start, stop = question.span
+    """Effects [part, layer, position from the subject on] averaged over each role's; NaN where a prompt has none."""
+    start, stop = 0, question.span[1] - question.span[0]
     n = effect.shape[-1]
     where = {
         "first subject": [start], "middle subject": range(start + 1, stop - 1), "last subject": [stop - 1],
