@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +77,8 @@ class Wiretap:
             if self._attention or self._experts or by_operators:
                 self._stack.enter_context(listening(self))
             if by_operators:
-                self._unseen = torch._C.DisableTorchFunction
-                self._stack.enter_context(OperatorTap(self, modules, by_operators))
+                operators = self._stack.enter_context(OperatorTap(self, modules, by_operators))
+                self._unseen = operators.apart
         except BaseException:
             self._stack.close()
             raise
@@ -292,6 +292,15 @@ class OperatorTap(TorchFunctionMode):
         super().__exit__(*exc)
         for hook in self._hooks:
             hook.remove()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Operations in here are nobody's (other modes of torch still see them)."""
+        self._frames.append((None, 0, Counter()))
+        try:
+            yield
+        finally:
+            self._frames.pop()
 
     def _push(self, name: str | None) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
