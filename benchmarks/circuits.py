@@ -80,30 +80,54 @@ def attribution(repetitions: int) -> None:
 
 
 def cutting() -> None:
+    """Counted as auto-circuit is: a run of the whole model on the prompts is 1, a run from block l of L on (L - l) / L,
+    every variant of a batch counts, tried in vain or not, and so do the passes that record messages."""
     model = gpt2(n_layer=4, n_head=4, n_embd=64, vocab_size=300)
     ids, other = torch.randint(5, 300, (2, 8, 15))
     edges = len(circuits.wire(model).graph)
     print(f"\nACDC on 4 layers of 4 heads, in full-model-equivalent forwards (one per edge: {edges})")
     for batch in (1, 8):
-        for threshold in (1e-4, 1e-3, 1e-2):
+        for threshold in (1e-4, 1e-3, 1e-2, 1e-1):
             found = circuits.acdc(
                 model, ids, METRIC, threshold=threshold, ablation="resample", reference=other, batch=batch
             )
             print(
                 f"  batch {batch}, threshold {threshold:g}: {found.provenance.arguments['forwards']:6.1f}, "
-                f"{len(found)} edges left"
+                f"{len(found)} edges left",
+                flush=True,
             )
 
 
-def heads() -> None:
+def heads(repetitions: int) -> None:
     model = gpt2()
     ids, other = torch.randint(0, 50257, (2, 8, 15))
     clean = model.inputs(ids)
     source = model.run(other, keep="layers.*.attn.z_out")
     edits = [pl.Patch(site, source) for site in model.sites("layers.*.attn.heads.*")]
     with torch.no_grad():
-        cost = beside(lambda: model.module(ids), lambda: model.sweep(clean, edits, METRIC, progress=False), 1)
-    print(f"\nexact patching of all {len(edits)} heads through the planner: {cost[0]:.1f} plain forwards")
+        cost = beside(lambda: model.module(ids), lambda: model.sweep(clean, edits, METRIC, progress=False), repetitions)
+    print(
+        f"\nexact patching of all {len(edits)} heads through the planner: {cost[0]:.1f} plain forwards "
+        f"[{cost[1]:.1f}, {cost[2]:.1f}]",
+        flush=True,
+    )
+
+
+def edges(repetitions: int, n: int = 64) -> None:
+    """Exact patching of edges drawn at random, in plain forward passes an edge."""
+    model = gpt2()
+    ids, other = torch.randint(0, 50257, (2, 8, 15))
+    graph = circuits.wire(model).graph
+    every = list(graph.edges())
+    rows = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:n].tolist()
+    names = [graph.name(*every[i]) for i in rows]
+    with torch.no_grad():
+        cost = beside(
+            lambda: model.module(ids),
+            lambda: circuits.exact_patching(model, ids, METRIC, ablation="resample", reference=other, edges=names),
+            repetitions,
+        )
+    print(f"exact patching of {n} edges drawn at random: {cost[0] / n:.2f} plain forwards each")
 
 
 if __name__ == "__main__":
@@ -115,4 +139,5 @@ if __name__ == "__main__":
     attribution(arguments.repetitions)
     if not arguments.skip_acdc:
         cutting()
-    heads()
+    heads(arguments.repetitions)
+    edges(1)

@@ -15,14 +15,18 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pandas as pd
+
 import pellucid as pl
 from pellucid import circuits
+from pellucid.results import Result
 from pellucid.tasks import indirect_objects
 from pellucid.tasks.ioi import NAMES
 from pellucid.tasks.prompts import Prompts
 from scripts.demo_model import smollm2
 
 SIZES = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05)
+JUDGED = 6  # prompts for completeness and minimality, which take hundreds of runs
 
 
 def with_names(model: pl.Model, names: set[str], n: int, seed: int) -> Prompts:
@@ -38,7 +42,7 @@ def with_names(model: pl.Model, names: set[str], n: int, seed: int) -> Prompts:
 
 
 def main(out: Path, found_on: int, judged_on: int) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     model = pl.load(smollm2())
     known = with_names(model, set(NAMES[::2]), found_on, seed=0)
     held_out = with_names(model, set(NAMES[1::2]), judged_on, seed=1)
@@ -69,21 +73,51 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
     )
 
     roles = circuits.head_roles(model, held_out, candidates=6)
-    named = roles.to_frame().query("role != ''").sort_values(["role", "to_io"], ascending=False)
-    print(f"\nheads by role ({circuits.__name__}.head_roles):")
+    table = roles.to_frame()
+    named = table.query("role != ''").sort_values(["role", "to_io"], ascending=False)
+    print(f"\nheads by role ({circuits.__name__}.head_roles); to_io is attention, copy what OV alone predicts:")
     print(named.round(2).to_string(index=False), flush=True)
 
-    verdict = circuits.judge(model, circuit, held_out[:6], ablation="resample", samples=5, greedy=1)
-    print(f"\nheld out, 6 prompts: F(model) {float(verdict.model_score):.2f}, "
+    classes = by_role(circuit, table)
+    verdict = circuits.judge(
+        model, circuit, held_out[:JUDGED], ablation="resample", classes=classes, samples=8, greedy=3, screen=6
+    )
+    show(verdict)
+    drawing = circuits.draw(circuit, title="Indirect objects in SmolLM2-135M")
+    drawing.save(out)
+    drawing.save(out.with_suffix(".svg"))
+    circuit.save(out.with_suffix(".json"))
+    print(f"\nwrote {out}, .svg and .json; {time.process_time() - started:.0f} s of CPU time in all")
+
+
+def by_role(circuit: circuits.Circuit, roles: pd.DataFrame) -> dict[str, list[str]]:
+    """The circuit's heads by what they do; those without a role by thirds of the depth."""
+    role = {f"layers.{r.layer}.attn.heads.{r.head}": r.role for r in roles.itertuples()}
+    depth = circuit.graph.depth
+    found: dict[str, list[str]] = {}
+    for head in circuit.heads:
+        third = ("early", "middle", "late")[3 * int(head.split(".")[1]) // depth]
+        found.setdefault(role[head] or f"no role, {third}", []).append(head)
+    return found
+
+
+def show(verdict: Result) -> None:
+    print(f"\nheld out, {JUDGED} prompts: F(model) {float(verdict.model_score):.2f}, "
           f"F(circuit) {float(verdict.circuit_score):.2f}, "
           f"F(empty) {float(verdict.empty):.2f}; normalised faithfulness {float(verdict.normalised):.3f} "
           f"[{float(verdict.low):.3f}, {float(verdict.high):.3f}]")  # fmt: skip
     print(verdict.to_frame("control").round(3).to_string(index=False))
-    print(verdict.to_frame("in_model", "in_circuit", "incompleteness").round(2).to_string(index=False))
-    print(verdict.to_frame("minimality").sort_values("minimality", ascending=False).round(3).to_string(index=False))
-    circuits.draw(circuit, title="Indirect objects in SmolLM2-135M").save(out)
-    circuit.save(out.with_suffix(".json"))
-    print(f"\nwrote {out} and {out.with_suffix('.json')} after {time.perf_counter() - started:.0f} s")
+    removed = ["sort", "in_model", "in_circuit", "incompleteness", "incompleteness_low", "incompleteness_high"]
+    print("\ncompleteness: |F(C without K) - F(M without K)|, with 95% intervals over prompts")
+    print(verdict.to_frame(*removed).round(2).to_string(index=False))
+    gaps = verdict.incompleteness.values[verdict.sort.values == "random"]
+    print(f"mean over {len(gaps)} random K: {gaps.mean():.2f}, largest {gaps.max():.2f}")
+    columns = ["minimality", "minimality_low", "minimality_high"]
+    minimal = verdict.to_frame(*columns).sort_values("minimality", ascending=False)
+    print(f"\nminimality of {len(minimal)} heads: |F(C without K and v) - F(C without K)|")
+    print(minimal.round(3).to_string(index=False), flush=True)
+    idle = (minimal.minimality_low < 0.01 * abs(float(verdict.circuit_score))).sum()
+    print(f"{idle} heads may do less than 1% of F(circuit)")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,20 @@ def test_without_inputs_random_tokens_probe_the_model() -> None:
         assert open_module(build(model_type)).complete
 
 
+@pytest.mark.parametrize(("vocabulary", "context"), [(3, 4), (7, 6), (13, 12)])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_the_probe_keeps_to_a_small_vocabulary_and_a_short_context(
+    model_type: str, vocabulary: int, context: int
+) -> None:
+    limit = "n_positions" if model_type == "gpt2" else "max_position_embeddings"
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1)
+    opened = open_module(build(model_type, vocab_size=vocabulary, **{limit: context}, **special))
+    ids = opened.inputs["input_ids"]
+    assert ids.shape[1] <= context
+    assert int(ids.max()) < vocabulary
+    assert opened.complete
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "bert", "t5", "bloom", "deepseek_v3", "hunyuan_v1_moe"])
 def test_half_precision_is_proven_too_and_says_where_rounding_drowns_the_claim(
@@ -81,6 +95,16 @@ def test_quantised_layers_are_proven_by_calling_them() -> None:
             for name in names:
                 setattr(parent, name, Int8Linear(getattr(parent, name)))
     assert holding(opened(module)) == EVERYTHING
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("model_type", ["llama", "bert", "t5"])
+def test_weights_packed_away_by_dynamic_quantisation_are_no_obstacle_to_finding_the_blocks(model_type: str) -> None:
+    """Activations are rounded too, so that what is proven of linear maps holds no more: those parts are refused."""
+    module = torch.ao.quantization.quantize_dynamic(build(model_type), {nn.Linear}, dtype=torch.qint8)
+    anatomy = opened(module)
+    assert all(len(stack.blocks) == 2 and "resid_pre" in stack.blocks[0].taps for stack in anatomy.stacks)
+    assert {p.name for p in anatomy.proofs if p.holds is False} <= {"projection", "neurons", "unembedding"}
 
 
 def test_offloaded_weights_are_proven_by_calling_their_modules() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import pellucid as pl
-from pellucid.circuits import Runner, acdc, acdc_scores, edge_attribution, exact_patching, wire
+from pellucid.circuits import Runner, Split, acdc, acdc_scores, edge_attribution, exact_patching, wire
 from pellucid.circuits.question import ask
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -39,7 +39,7 @@ def true_edges(ablation: str) -> set[str]:
 @pytest.mark.parametrize("ablation", ["resample", "position_mean", "zero"])
 def test_exact_patching_finds_the_programs_edges_and_no_other(program: Any, ablation: Any) -> None:
     model, ids, other, metric = program
-    scores = exact_patching(model, ids, metric, ablation=ablation, reference=other, embedding="parts")
+    scores = exact_patching(model, ids, metric, ablation=ablation, reference=other, split=Split("parts"))
     assert set(scores.above(1e-6).edges) == true_edges(ablation)
 
 
@@ -48,7 +48,8 @@ def test_acdc_ranks_the_programs_edges_above_all_others(program: Any, ablation: 
     model, ids, other, metric = program
     thresholds = [1e-4, 1e-1, 1.0]
     found = [
-        acdc(model, ids, metric, threshold=t, ablation=ablation, reference=other, embedding="parts") for t in thresholds
+        acdc(model, ids, metric, threshold=t, ablation=ablation, reference=other, split=Split("parts"))
+        for t in thresholds
     ]
     scores, true = acdc_scores(thresholds, found), torch.zeros_like(found[0].on)
     for edge in true_edges(ablation):

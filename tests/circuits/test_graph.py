@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pellucid.circuits import Circuit, Graph, wire
+from pellucid.circuits import Circuit, Graph, Split, wire
+from pellucid.circuits.nodes import graph_of
 from pellucid.errors import InputError, PellucidError
 
 from .programs import previous_token, random_model
@@ -16,7 +17,7 @@ from .programs import previous_token, random_model
 
 @pytest.fixture(scope="module")
 def graph() -> Graph:
-    return Graph.of(random_model("llama").anatomy)
+    return graph_of(random_model("llama").anatomy)
 
 
 def test_the_graph_has_one_reader_per_query_head_and_one_key_and_value_per_group(graph: Graph) -> None:
@@ -29,17 +30,17 @@ def test_the_graph_has_one_reader_per_query_head_and_one_key_and_value_per_group
 
 def test_gpt2_small_has_32491_edges() -> None:
     model = random_model("gpt2", n_layer=12, n_head=12, n_embd=24)
-    assert len(Graph.of(model.anatomy)) == 32491
+    assert len(graph_of(model.anatomy)) == 32491
 
 
 def test_parallel_blocks_have_no_edge_from_a_layers_heads_to_its_mlp() -> None:
-    graph = Graph.of(random_model("gptj").anatomy)
+    graph = graph_of(random_model("gptj").anatomy)
     with pytest.raises(InputError, match="comes after"):
         graph.edge("0.1 -> m0")
 
 
 def test_token_and_position_embeddings_can_be_two_sources() -> None:
-    assert [s.name for s in wire(previous_token(), "parts").graph.sources[:2]] == [
+    assert [s.name for s in wire(previous_token(), Split("parts")).graph.sources[:2]] == [
         "embed.tokens",
         "embed.positions",
     ]

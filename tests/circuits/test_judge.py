@@ -10,6 +10,7 @@ import torch
 from pellucid import circuits
 from pellucid.circuits import (
     Circuit,
+    Split,
     edge_attribution,
     exact_patching,
     faithfulness_curve,
@@ -33,7 +34,7 @@ def program() -> dict[str, Any]:
 
 
 def verdict(program: dict[str, Any], edges: set[str]) -> Any:
-    circuit = Circuit.from_edges(wire(program["model"], "parts").graph, edges)
+    circuit = Circuit.from_edges(wire(program["model"], Split("parts")).graph, edges)
     return judge(program["model"], circuit, program["prompts"], program["metric"], ablation="zero", samples=3)
 
 
@@ -61,8 +62,57 @@ def test_a_hypothesis_of_heads_is_tested_and_misspelt_heads_are_errors(program: 
         circuits.test(program["model"], ["0.7"], program["prompts"], program["metric"], **rest)
 
 
+def test_a_hypothesis_may_name_classes_or_edges_but_says_what_it_is(program: dict[str, Any]) -> None:
+    model, given = program["model"], (program["prompts"], program["metric"])
+    rest: dict[str, Any] = {"ablation": "zero", "samples": 2}
+    classes = circuits.test(model, {"back": ["a0.h1"], "idle": ["1.0"]}, *given, **rest)
+    assert {"back", "idle"} <= set(classes.removed.values.tolist())
+    assert float(classes.minimality.sel(node="layers.1.attn.heads.0")) == pytest.approx(0.0, abs=1e-9)
+    edges = ["embed -> 0.1.q", "embed -> 0.1.k", "embed -> 0.1.v", "0.1 -> logits"]
+    assert float(circuits.test(model, edges, *given, **rest).normalised) == pytest.approx(1.0)
+    assert float(circuits.test(model, "0.1", *given, **rest).normalised) == pytest.approx(1.0)
+    for wrong, why in (
+        ([], "at least one head"),
+        (["0.1", "0.1 -> logits"], "either heads or edges"),
+        ({"a": ["0.1 -> logits"]}, "classes are of heads"),
+        (["5.1"], "did you mean 'layers.1.attn.heads.1'"),
+        (["0.1 -> logit"], "did you mean 'logits'"),
+        (["m0.q -> logits"], "no source"),
+    ):
+        with pytest.raises(InputError, match=why):
+            circuits.test(model, wrong, *given, **rest)
+
+
+@pytest.mark.parametrize("greedy", [1, 2])
+def test_greedy_search_by_first_order_finds_what_trying_every_head_finds(greedy: int) -> None:
+    model = random_model("gpt2", n_layer=3)
+    ids, other = prompts()
+    circuit = edge_attribution(model, ids, METRIC, ablation="resample", reference=other).circuit(fraction=0.6)
+    full, quick = (
+        judge(model, circuit, ids, METRIC, ablation="resample", reference=other, samples=1, greedy=greedy, screen=n)
+        for n in (99, 4)
+    )
+    assert full.removed.values[-1] == quick.removed.values[-1]
+    assert float(full.incompleteness[-1]) == pytest.approx(float(quick.incompleteness[-1]), abs=1e-6)
+
+
+def test_every_number_comes_with_its_interval(program: dict[str, Any]) -> None:
+    right = verdict(program, PREVIOUS_TOKEN_EDGES)
+    for name in ("incompleteness", "minimality"):
+        assert (right[f"{name}_low"] <= right[name] + 1e-9).all()
+        assert (right[name] <= right[f"{name}_high"] + 1e-9).all()
+
+
+def test_heads_that_share_a_key_with_a_heard_head_are_no_nodes_of_the_circuit() -> None:
+    graph = wire(random_model("llama")).graph
+    circuit = Circuit.from_edges(graph, ["embed -> 0.1.k", "embed -> 0.1.v", "embed -> 0.1.q", "0.1 -> logits"])
+    assert circuit.heads == ["layers.0.attn.heads.1"]
+
+
 def test_exact_scores_give_a_better_curve_than_random_edges(program: dict[str, Any]) -> None:
-    scores = exact_patching(program["model"], program["prompts"], program["metric"], ablation="zero", embedding="parts")
+    scores = exact_patching(
+        program["model"], program["prompts"], program["metric"], ablation="zero", split=Split("parts")
+    )
     curve = faithfulness_curve(program["model"], scores, program["prompts"], program["metric"], ablation="zero")
     assert float(curve.signed[-1]) == pytest.approx(1.0)
     assert curve.data.attrs["CPR"] > curve.data.attrs["CPR_random"]

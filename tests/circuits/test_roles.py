@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pellucid.circuits import Circuit, Graph, draw, head_roles, wire
+from pellucid.circuits import Circuit, draw, head_roles, wire
+from pellucid.circuits.nodes import graph_of
 from pellucid.errors import InputError
 from pellucid.tasks import indirect_objects
 
@@ -29,7 +30,7 @@ def test_copying_is_what_value_and_output_matrices_alone_predict(kind: str) -> N
     words = [" Paris", " Rome", " Mary", " John"]
     copy = head_roles(model, words=words, length=8, top=5).copy
     module, graph = model.module, wire(model).graph
-    share = graph.groups[0]
+    share = sum(s.kv == 0 for s in graph.sources if s.layer == 0)
     ids = model.inputs(words).stream("").ids[:, -1]
     with torch.no_grad():
         x = model.run(words, keep="layers.0.resid_post").tensor("layers.0.resid_post")[:, -1]
@@ -64,7 +65,7 @@ def test_prompts_without_names_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def circuit() -> Circuit:
-    graph = Graph.of(random_model("llama").anatomy)
+    graph = graph_of(random_model("llama").anatomy)
     made = Circuit.from_edges(graph, ["embed -> 0.1.k", "0.1 -> 1.2.q", "1.2 -> logits"], ablation="zero")
     made.scores[graph.edge("0.1 -> 1.2.q")] = 2.0
     made.scores[graph.edge("1.2 -> logits")] = -1.0
@@ -86,6 +87,9 @@ def test_the_drawing_has_each_edge_with_its_sign_and_asks_for_nothing_from_outsi
 
 def test_deeper_layers_are_drawn_higher(circuit: Circuit) -> None:
     heights = {
-        n: float(y) for n, y in re.findall(r'data-node="([^"]+)"><rect x="[^"]+" y="([^"]+)"', draw(circuit).svg)
+        n: float(y)
+        for n, y in re.findall(
+            r'data-node="([^"]+)"><title>[^<]*</title><rect x="[^"]+" y="([^"]+)"', draw(circuit).svg
+        )
     }
     assert heights["embed"] > heights["layers.0.attn.heads.1"] > heights["layers.1.attn.heads.2"] > heights["logits"]

@@ -127,7 +127,7 @@ def probe(module: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
     sizes = {value for value in text.to_dict().values() if isinstance(value, int)}
-    length, target_length = [n for n in LENGTHS if n not in sizes][:2]
+    length, target_length = _lengths(sizes, getattr(text, "max_position_embeddings", None))
 
     def ids(length: int) -> Tensor:
         low = min(10, text.vocab_size // 4)
@@ -140,6 +140,19 @@ def probe(module: Any) -> dict[str, Any]:
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids(target_length)
     return inputs
+
+
+def _lengths(sizes: set[int], limit: Any) -> tuple[int, int]:
+    """Two lengths that the model's context holds, no other size of it if that can be had.
+
+    >>> _lengths({11, 64}, None), _lengths({2, 5, 6}, 6)
+    ((7, 13), (4, 3))
+    """
+    limit = limit if isinstance(limit, int) and limit > 1 else max(LENGTHS)
+    short = range(min(limit, max(LENGTHS)), 1, -1)
+    found = [n for n in (*LENGTHS, *short) if n <= limit]
+    found = [n for n in dict.fromkeys(found) if n not in sizes] + found + found
+    return found[0], found[1]
 
 
 def main_output(output: Any) -> Tensor:

@@ -48,7 +48,8 @@ def block_calls(t: Trace) -> list[list[Call]]:
         given, made = c.input, c.output
         if given is None or made is None or given is made or given.shape != made.shape:
             return False
-        return given.tensor.ndim >= 3 and any(p.ndim > 1 for p in c.module.parameters())
+        packed = (callable(getattr(m, "weight", None)) for m in c.module.modules())  # quantised: a method unpacks it
+        return given.tensor.ndim >= 3 and (any(p.ndim > 1 for p in c.module.parameters()) or any(packed))
 
     def is_block(c: Call) -> bool:
         return c.module in listed and keeps_shape(c)

@@ -92,6 +92,6 @@ def _is_linear_module(call: Call, width: int) -> bool:
     """A module that is one linear map onto `width` outputs."""
     weight = getattr(call.module, "weight", None)
     made = call.output.producer if call.output is not None else None
-    plain = weight is not None and weight.ndim == 2 and width in weight.shape
+    plain = isinstance(weight, Tensor) and weight.ndim == 2 and width in weight.shape
     hidden = made is not None and made.call is call and made.name == OPAQUE and flow.is_linear(made)
     return not call.children and (plain or hidden)

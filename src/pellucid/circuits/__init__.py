@@ -2,12 +2,13 @@
 
 from pellucid.circuits.acdc import acdc, acdc_scores
 from pellucid.circuits.circuit import Circuit
+from pellucid.circuits.curve import faithfulness_curve, stability
 from pellucid.circuits.drawing import draw
 from pellucid.circuits.edge_attribution import edge_attribution
 from pellucid.circuits.exact import exact_patching
 from pellucid.circuits.execution import Runner, wire
-from pellucid.circuits.graph import Graph
-from pellucid.circuits.judge import faithfulness_curve, judge, stability, test
+from pellucid.circuits.graph import Graph, Split
+from pellucid.circuits.judge import judge, test
 from pellucid.circuits.pruning import Pruning
 from pellucid.circuits.roles import head_roles
 from pellucid.circuits.scores import SIZES, EdgeScores
@@ -19,6 +20,7 @@ __all__ = [
     "Graph",
     "Pruning",
     "Runner",
+    "Split",
     "acdc",
     "acdc_scores",
     "draw",

@@ -31,19 +31,21 @@ How = Literal["resample", "mean", "position_mean", "zero", "roll"]
 
 
 class Recorder(Listener):
-    """Keeps every message, [source, batch, position, d], or minus those already there."""
+    """Keeps every message, [source, batch, position, d] with `width` positions, or minus those already there."""
 
-    def __init__(self, sources: int, minus: Tensor | None = None) -> None:
-        self.sources, self.messages, self.subtract = sources, minus, minus is not None
+    def __init__(self, sources: int, width: int, minus: Tensor | None = None) -> None:
+        self.sources, self.width = sources, width
+        self.messages, self.subtract = minus, minus is not None
 
     def wrote(self, first: int, count: int, messages: Callable[[], Tensor]) -> None:
         with torch.no_grad():
             self._keep(first, messages())
 
     def _keep(self, first: int, messages: Tensor) -> None:
+        n, batch, length, d = messages.shape
         if self.messages is None:
-            self.messages = messages.new_empty(self.sources, *messages.shape[1:])
-        part = self.messages[first : first + len(messages)]
+            self.messages = messages.new_zeros(self.sources, batch, self.width, d)
+        part = self.messages[first : first + n, :, :length]
         if self.subtract:
             part -= messages
         else:
@@ -51,8 +53,8 @@ class Recorder(Listener):
 
 
 def messages_of(wiring: Wiring, inputs: Inputs) -> Tensor:
-    """What every source writes on these prompts: [source, batch, position, d]."""
-    recorder = Recorder(len(wiring.graph.sources))
+    """What every source writes on these prompts: [source, batch, position, d], as long as the longest stack."""
+    recorder = Recorder(len(wiring.base.sources), wiring.width(inputs))
     with torch.no_grad():
         forward(wiring, inputs, recorder, whole=False)
     assert recorder.messages is not None
@@ -68,41 +70,57 @@ def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | N
     """
     if how not in get_args(How):
         raise InputError(f"cannot switch edges off by {how!r}: expected one of {', '.join(get_args(How))}")
-    stream = inputs.stream("")
-    batch, length = stream.ids.shape
+    batch, width = len(inputs), wiring.width(inputs)
     if how == "zero":
-        stack = wiring.model.anatomy.stacks[0]
+        d = wiring.model.anatomy.stacks[0].d_model
         like = next(p for p in wiring.model.module.parameters() if p.is_floating_point())
-        return like.new_zeros(()).expand(len(wiring.graph.sources), batch, length, stack.d_model)
+        return like.new_zeros(()).expand(len(wiring.base.sources), batch, width, d)
     if how == "roll":
         messages = messages_of(wiring, inputs)
-        messages[:, :, 1:] = messages[:, :, 1:].roll(1, 2)
+        for stack, span in wiring.spans().items():
+            own = messages[span, :, 1 : wiring.length(inputs, stack)]
+            own.copy_(own.roll(1, 2))
         return messages
     if how == "resample":
-        if reference is None:
-            if batch < 2:
-                raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
-            shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
-            reference = chosen(inputs, [(i + shift) % batch for i in range(batch)])
-        theirs = reference.stream("")
-        if theirs.ids.shape != stream.ids.shape or not torch.equal(theirs.mask, stream.mask):
+        return _resampled(wiring, inputs, reference, seed)
+    reference = inputs if reference is None else reference
+    messages = messages_of(wiring, reference)
+    parts = [
+        _mean(messages[span], reference.stream(stack).mask, width, wiring.length(inputs, stack), how)
+        for stack, span in wiring.spans().items()
+    ]
+    return torch.cat(parts).expand(-1, batch, -1, -1)
+
+
+def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: int) -> Tensor:
+    batch = len(inputs)
+    if reference is None:
+        if batch < 2:
+            raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
+        shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
+        reference = chosen(inputs, [(i + shift) % batch for i in range(batch)])
+    for stack in wiring.stages:
+        ours, theirs = inputs.stream(stack), reference.stream(stack)
+        if theirs.ids.shape != ours.ids.shape or not torch.equal(theirs.mask, ours.mask):
             raise InputError(
                 f"the corrupted prompts have {theirs.lengths.tolist()} tokens and the clean ones "
-                f"{stream.lengths.tolist()}: "
+                f"{ours.lengths.tolist()}: "
                 "expected one corrupted prompt of equal length for each; or switch off by another ablation"
             )
-        return messages_of(wiring, reference)
-    reference = inputs if reference is None else reference
-    real = reference.stream("").mask.bool()
-    messages = messages_of(wiring, reference)
+    return messages_of(wiring, reference)
+
+
+def _mean(messages: Tensor, mask: Tensor, width: int, length: int, how: How) -> Tensor:
+    """[source, 1, width, d] from messages [source, batch, position, d] of a stack, over its real tokens."""
+    n, _, _, d = messages.shape
+    messages = messages[:, :, : mask.shape[1]]
+    made = messages.new_zeros(n, 1, width, d)
     if how == "mean":
-        mean = messages[:, real].mean(1)[:, None, None]
-    else:
-        weight = real.to(messages.dtype)[None, :, :, None]
-        mean = ((messages * weight).sum(1) / weight.sum(1).clamp_min(1))[:, None]
-        if mean.shape[2] < length:
-            raise InputError(
-                f"the reference prompts have {mean.shape[2]} tokens, fewer than the {length} of the prompts"
-            )
-        mean = mean[:, :, :length]
-    return mean.expand(-1, batch, length, -1)
+        made += messages[:, mask.bool()].mean(1)[:, None, None]
+        return made
+    if mask.shape[1] < length:
+        raise InputError(f"the reference prompts have {mask.shape[1]} tokens, fewer than the {length} of the prompts")
+    weight = mask.to(messages.dtype)[None, :, :, None]
+    mean = (messages * weight).sum(1) / weight.sum(1).clamp_min(1)
+    made[:, 0, :length] = mean[:, :length]
+    return made

@@ -9,8 +9,11 @@ source first), switch the edge off; if the answer moves by less than a threshold
 
 Verdicts are those of the sequential algorithm, but found for less: a pass starts at the reader's layer,
 because all edges before it are still on, and several edges are tried in one batch as if those before them had
-been cut; the batch counts up to the first that has to stay, and batches grow only while everything is cut.
-`forwards` in the provenance says what it cost, in full passes of the prompts.
+been cut; the batch counts up to the first that has to stay, and batches grow only while everything is cut. An edge
+whose cut leaves what its reader computes the same to the bit is cut without a run: everything before the reader
+is as in the clean run, so this is known from its own projection.
+`forwards` in the provenance says what it cost, in full passes of the prompts (a run from block l of L on counts
+(L - l) / L, and every variant of a batch counts, tried in vain or not).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import Runner, capacity, wire
-from pellucid.circuits.graph import Embedding
+from pellucid.circuits.graph import Split
 from pellucid.circuits.question import ask
 from pellucid.circuits.scores import provenance
 from pellucid.errors import InputError
@@ -44,7 +47,7 @@ def acdc(
     ablation: How,
     reference: Any = None,
     distance: Distance = "metric",
-    embedding: Embedding = "whole",
+    split: Split | None = None,
     batch: int = 8,
     seed: int = 0,
 ) -> Circuit:
@@ -58,7 +61,7 @@ def acdc(
     """
     if not threshold > 0:
         raise InputError(f"a threshold must be positive, got {threshold}: it is how far the answer may move")
-    wiring = wire(model, embedding)
+    wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
     runner = Runner.of(wiring, question, ablation, seed)
     on, scores = cut(runner, _distance(runner, distance), threshold, min(batch, capacity(runner)))
@@ -90,12 +93,12 @@ def cut(runner: Runner, far: Far, threshold: float, batch: int) -> tuple[Tensor,
     on, scores = graph.possible.clone(), torch.zeros(graph.possible.shape)
     now = 0.0
     for r in range(len(graph.readers) - 1, -1, -1):
-        if r < len(graph.readers) - 1 and not any(
-            bool(on[i].any()) for i in range(len(graph.sources)) if r in graph.inputs_of(i)
-        ):
+        if graph.readers[r].kind != "logits" and not any(bool(on[i].any()) for i in graph.owners(r)):
             on[:, r] = False  # nobody hears what this reader is for: its edges cannot matter
             continue
-        waiting, size = list(range(graph.readers[r].feeds - 1, -1, -1)), 1
+        quiet = runner.silent(on, r)
+        on[quiet, r] = False
+        waiting, size = on[:, r].nonzero().flatten().flip(0).tolist(), 1
         while waiting:
             tried = waiting[:size]
             masks = on.repeat(len(tried), 1, 1)

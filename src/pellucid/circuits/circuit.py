@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pellucid.circuits.graph import Graph, Reader, Source
+from pellucid.circuits.graph import Graph, Reader, Source, Split
 from pellucid.errors import InputError
 from pellucid.results import Provenance
 
@@ -49,7 +49,7 @@ class Circuit:
         """All edges among some heads (`9.9`, `layers.9.attn`), the embedding, the logits and, with `mlps`,
         every MLP."""
         kept = graph.nodes(nodes) | {
-            i for i, s in enumerate(graph.sources) if s.kind == "embed" or (mlps and s.kind == "mlp")
+            i for i, s in enumerate(graph.sources) if s.kind == "embed" or (mlps and s.kind != "head")
         }
         return cls(graph, among(graph, kept), torch.zeros(graph.possible.shape), **about)
 
@@ -82,11 +82,13 @@ class Circuit:
 
     @property
     def nodes(self) -> list[str]:
-        """Sources whose messages are heard and readers' owners, in the order of the pass."""
-        heard = self.on.any(1)
-        reading = self.on.any(0)
-        used = [bool(heard[i]) or any(reading[r] for r in self.graph.inputs_of(i)) for i in range(len(heard))]
-        return [s.name for s, u in zip(self.graph.sources, used, strict=True) if u]
+        """Sources that are heard, or that read what no heard source reads; in the order of the pass."""
+        heard, reading = self.on.any(1).tolist(), self.on.any(0).tolist()
+        idle = {
+            i for r, read in enumerate(reading) if read for i in self.graph.owners(r)
+            if not any(heard[o] for o in self.graph.owners(r))
+        }  # fmt: skip
+        return [s.name for i, s in enumerate(self.graph.sources) if heard[i] or i in idle]
 
     @property
     def heads(self) -> list[str]:
@@ -115,13 +117,10 @@ class Circuit:
                 inputs = self.graph.inputs_of(i)
                 if not bool(on[:, inputs].any()):
                     on[i] = False
-            for r in range(len(self.graph.readers) - 1):
-                if not any(bool(on[i].any()) for i in self._owners(r)):
+            for r, reader in enumerate(self.graph.readers):
+                if reader.kind != "logits" and not any(bool(on[i].any()) for i in self.graph.owners(r)):
                     on[:, r] = False
         return replace(self, on=on)
-
-    def _owners(self, reader: int) -> list[int]:
-        return [i for i in range(len(self.graph.sources)) if reader in self.graph.inputs_of(i)]
 
     def without(self, nodes: Iterable[str]) -> Circuit:
         """Without everything some nodes write, and what only they read."""
@@ -145,7 +144,7 @@ class Circuit:
         about = {**FORMAT, "ablation": self.ablation, "provenance": asdict(self.provenance)}
         named = [self.graph.name(s, r) for s, r, _ in edges]
         text = json.dumps(
-            {**about, **nodes, "groups": self.graph.groups, "edges": edges, "names": named}, allow_nan=False
+            {**about, **nodes, "split": asdict(self.graph.split), "edges": edges, "names": named}, allow_nan=False
         )
         Path(path).write_text(text)
         return Path(path)
@@ -159,7 +158,7 @@ class Circuit:
                 raise ValueError(f"its format is not {FORMAT}")
             sources = tuple(Source(**s) for s in about["sources"])
             readers = tuple(Reader(**r) for r in about["readers"])
-            graph = Graph(sources, readers, tuple(about["groups"]))
+            graph = Graph(sources, readers, Split(**about["split"]))
             on, scores = torch.zeros_like(graph.possible), torch.zeros(graph.possible.shape)
             for s, r, score in about["edges"]:
                 on[s, r], scores[s, r] = True, score
@@ -179,7 +178,7 @@ class Circuit:
         )
         for s, r in self.on.nonzero().tolist():
             reader = self.graph.readers[r]
-            for owner in [self.graph.sources[i].name for i in self._owners(r)] or ["logits"]:
+            for owner in [self.graph.sources[i].name for i in self.graph.owners(r)] or ["logits"]:
                 made.add_edge(self.graph.sources[s].name, owner, port=reader.kind, score=float(self.scores[s, r]))
         return made
 
@@ -189,14 +188,15 @@ def touching(graph: Graph, nodes: set[int]) -> Tensor:
     found = torch.zeros_like(graph.possible)
     found[list(nodes)] = True
     readers = {r for n in nodes for r in graph.inputs_of(n)}
-    others = {r for i in range(len(graph.sources)) if i not in nodes for r in graph.inputs_of(i)}
-    found[:, list(readers - others)] = True
+    found[:, [r for r in readers if set(graph.owners(r)) <= nodes]] = True
     return found & graph.possible
 
 
 def among(graph: Graph, nodes: set[int]) -> Tensor:
     """[source, reader] every edge from one of these nodes to another, or to the logits."""
     found = torch.zeros_like(graph.possible)
-    readers = sorted({r for n in nodes for r in graph.inputs_of(n)} | {len(graph.readers) - 1})
+    readers = sorted(
+        {r for n in nodes for r in graph.inputs_of(n)} | {i for i, r in enumerate(graph.readers) if r.kind == "logits"}
+    )
     found[torch.tensor(sorted(nodes))[:, None], torch.tensor(readers)] = True
     return found & graph.possible

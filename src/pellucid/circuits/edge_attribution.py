@@ -21,7 +21,6 @@ same vector, and its neuron scores are those of the node.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -30,11 +29,11 @@ from torch import Tensor
 
 from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
 from pellucid.circuits.execution import wire
-from pellucid.circuits.graph import Embedding
+from pellucid.circuits.graph import Split
 from pellucid.circuits.passing import Listener, Score, forward
-from pellucid.circuits.question import Question, ask
+from pellucid.circuits.question import Question, ask, places
 from pellucid.circuits.scores import EdgeScores, provenance
-from pellucid.circuits.wiring import Reading, Wiring
+from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
@@ -51,7 +50,7 @@ def edge_attribution(
     reference: Any = None,
     method: Method = "eap",
     steps: int = 5,
-    embedding: Embedding = "whole",
+    split: Split | None = None,
     seed: int = 0,
 ) -> EdgeScores:
     """Scores of all edges at once. Compare some with `exact_patching`: the estimate can be far off where the
@@ -69,13 +68,13 @@ def edge_attribution(
         raise InputError(f"no attribution {method!r}: expected one of {', '.join(get_args(Method))}")
     if steps < 1:
         raise InputError(f"integrated gradients need at least one step, got {steps}")
-    wiring = wire(model, embedding)
+    wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
     replaced = alternatives(wiring, question.inputs, ablation, question.reference, seed)
     each = {"eap": _plain, "eap-ig-inputs": _over_inputs, "eap-ig-activations": _over_activations}[method](
         wiring, question, replaced, steps
     )
-    arguments = {"ablation": ablation, "method": method, "embedding": embedding} | (
+    arguments = {"ablation": ablation, "method": method, "split": str(wiring.graph.split)} | (
         {} if method == "eap" else {"steps": steps}
     )
     about = provenance("edge_attribution", model, question, seed, **arguments)
@@ -85,46 +84,52 @@ def edge_attribution(
 def _plain(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
     """The one clean pass gives both the messages and the gradients."""
     difference = replaced if replaced.is_contiguous() else replaced.clone()
-    recorder = Recorder(len(wiring.graph.sources), minus=difference)
-    pull = gradients(wiring, question, Gradients(recorder=recorder))
-    return _dots(wiring, difference, pull)
+    recorder = Recorder(len(wiring.base.sources), wiring.width(question.inputs), minus=difference)
+    listener = Gradients(recorder=recorder)
+    return _dots(wiring, question, difference, gradients(wiring, question, listener))
 
 
 def _over_inputs(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
     clean = messages_of(wiring, question.inputs)
-    embeds = len(wiring.embeds)
-    start, way = replaced[:embeds].clone(), clean[:embeds] - replaced[:embeds]
+    embeds = wiring.embedding
+    start, way = replaced[embeds], clean[embeds] - replaced[embeds]
     difference = clean.neg_().add_(replaced)
     total: Tensor | float = 0.0
     for k in range(steps):
-        points = list(start + k / steps * way)
-        total = total + _dots(wiring, difference, gradients(wiring, question, Gradients(points=points)))
+        listener = Gradients(points=list(start + k / steps * way))
+        total = total + _dots(wiring, question, difference, gradients(wiring, question, listener))
     assert isinstance(total, Tensor)
     return total / steps
 
 
 def _over_activations(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
+    """Sources that write together move together: the embedding, the heads of an attention, an MLP with its
+    neurons."""
     clean = messages_of(wiring, question.inputs)
     difference = replaced - clean
-    batch = len(question.inputs)
-    each = difference.new_zeros(batch, *wiring.graph.possible.shape)
-    embeds = len(wiring.embeds)
-    bounds = [0, *(w.first for w in wiring.writings), len(wiring.graph.sources)]
-    for i, (first, last) in enumerate(itertools.pairwise(bounds)):
+    embeds = wiring.embedding
+    total: Tensor | float = 0.0
+    groups = [
+        (span.start, span.start + sum(span.start <= e < span.stop for e in embeds), None)
+        for span in wiring.spans().values()
+    ]
+    for first, last, writing in [*groups, *((w.first, w.first + w.count, w) for w in wiring.writings)]:
         for k in range(steps):
             moved = (1 - k / steps) * difference[first:last]
-            if i == 0:
-                listener = Gradients(points=list(clean[:embeds] + moved))
+            if writing is None:
+                points = clean.clone()
+                points[first:last] += moved
+                listener = Gradients(points=list(points[embeds]))
             else:
-                listener = Gradients(at=first, push=moved.sum(0) / wiring.writings[i - 1].coefficient)
-            found = _dots(wiring, difference, gradients(wiring, question, listener), first, last)
-            each[:, first:last] += found[:, first:last] / steps
-    return each
+                push = moved[:, :, : wiring.length(question.inputs, writing.stack)].sum(0) / writing.coefficient
+                listener = Gradients(at=first, push=push)
+            listener = gradients(wiring, question, listener)
+            total = total + _dots(wiring, question, difference, listener, first, last)
+    assert isinstance(total, Tensor)
+    return total / steps
 
 
 # ---- the gradients at every reader's input
-
-Pull = Callable[[Reading], "Tensor | None"]  # a reading -> gradients [reader, batch, position, d]
 
 
 class Gradients(Listener):
@@ -140,9 +145,12 @@ class Gradients(Listener):
     ) -> None:
         self.recorder, self.points, self.at, self.push = recorder, points, at, push
         self.met: dict[Reading, tuple[Tensor, Tensor]] = {}
+        self.streams: dict[Stage, Tensor] = {}
+        self.pulled: dict[Reading, Tensor | None] = {}
 
     def embed(self, i: int, x: Tensor) -> Tensor:
-        return (x if self.points is None else self.points[i].to(x.dtype)).detach().requires_grad_()
+        point = x if self.points is None else self.points[i][:, : x.shape[-2]].to(x.dtype)
+        return point.detach().requires_grad_()
 
     def wrote(self, first: int, count: int, messages: Callable[[], Tensor]) -> None:
         if self.recorder is not None:
@@ -151,37 +159,62 @@ class Gradients(Listener):
     def adds(self, first: int, x: Tensor) -> Tensor | None:
         return x + self.push.to(x.dtype) if first == self.at and self.push is not None else None
 
+    def passes(self, stage: Stage, x: Tensor) -> None:
+        self.streams[stage] = x.detach()
+
     def reads(self, reading: Reading, native: Tensor, resid: Tensor) -> Tensor:
         native = native.view_as(native)  # a tensor of its own: what others read of the same stream does not count
         self.met[reading] = (native, resid.detach())
         return native
 
 
-def gradients(wiring: Wiring, question: Question, listener: Gradients) -> Pull:
-    """d(metric, summed over prompts) / d(input of every reader)."""
+def gradients(wiring: Wiring, question: Question, listener: Gradients) -> Gradients:
+    """The listener, with `pulled`: d(metric, summed over prompts) / d(what a reading is computed into)."""
     score = Score(wiring, question.inputs, question.metric)
     with torch.enable_grad():
         value = score(*forward(wiring, question.inputs, listener, whole=score.whole))
         found = torch.autograd.grad(value.sum(), [native for native, _ in listener.met.values()], allow_unused=True)
-    grads = dict(zip(listener.met, found, strict=True))
-
-    def pull(reading: Reading) -> Tensor | None:
-        grad = grads[reading]
-        return None if grad is None else reading.pull(grad, listener.met[reading][1])
-
-    return pull
+    listener.pulled = dict(zip(listener.met, found, strict=True))
+    return listener
 
 
-def _dots(wiring: Wiring, difference: Tensor, pull: Pull, first: int = 0, last: int | None = None) -> Tensor:
-    """[batch, source, reader] minus the difference of each message times the gradient at each reader."""
-    each = difference.new_zeros(difference.shape[1], *wiring.graph.possible.shape)
+def _dots(
+    wiring: Wiring,
+    question: Question,
+    difference: Tensor,
+    listener: Gradients,
+    lowest: int = 0,
+    highest: int | None = None,
+) -> Tensor:
+    """[batch, source, reader] minus the difference of each message times the gradient at each reader, which
+    comes back to an early source through the norms between. For the sources from `lowest` up to `highest`."""
+    split = wiring.graph.split
+    where = places(question.inputs, split.positions).to(difference.device)
+    base = wiring.base.possible.shape
+    each = difference.new_zeros(difference.shape[1], *base, max(1, len(split.places)))
     for reading in wiring.readings:
-        stop = reading.feeds if last is None else min(last, reading.feeds)
+        grad = listener.pulled[reading]
+        if grad is None or reading.feeds <= lowest:
+            continue
         with torch.no_grad():
-            grad = pull(reading) if stop > first else None
-        if grad is not None:
-            messages, found = (
-                x.flatten(2).transpose(0, 1) for x in (difference[first:stop], grad)
-            )  # [batch, *, t * d]
-            each[:, first:stop, reading.readers] = (messages @ found.mT).neg_()
-    return each
+            grad = reading.pull(grad, listener.met[reading][1])
+            for stage in reversed(wiring.stages[reading.stack]):
+                last = min(stage.last, reading.feeds)
+                if stage.first >= last:
+                    continue
+                if stage.norm is not None and last == stage.last:
+                    grad = stage.norm.pull(listener.streams[stage], grad)
+                first, last = max(stage.first, lowest), last if highest is None else min(last, highest)
+                if first < last:
+                    own = difference[first:last, :, : grad.shape[2]]
+                    each[:, first:last, reading.readers] = -_products(own, grad, where, each.shape[-1])
+    return wiring.graph.unfold(each)
+
+
+def _products(messages: Tensor, grad: Tensor, where: Tensor, places: int) -> Tensor:
+    """[batch, source, reader, place] sums of products over width, and over the positions of each place."""
+    if places == 1:
+        return (messages.flatten(2).transpose(0, 1) @ grad.flatten(2).transpose(0, 1).mT)[..., None]
+    tokens = torch.einsum("sbtd,rbtd->bsrt", messages, grad)
+    found = tokens.new_zeros(*tokens.shape[:3], places)
+    return found.scatter_add_(3, where[:, None, None].expand_as(tokens), tokens)

@@ -2,9 +2,14 @@
 
     score(s -> r) = m(every edge on) - m(every edge on but s -> r)
 
-This is the truth that attribution estimates: activation patching at the level of edges. Every edge is a mask
-of a circuit run; those of one reader share a batch, and a run starts at the reader's layer, since nothing
-before it changes. It costs about half a pass per edge, so name the `edges` on a large model.
+This is the truth that attribution estimates: activation patching at the level of edges. It costs about half a
+pass per edge, so name the `edges` on a large model.
+
+Whole heads are patched by the sweep planner (`model.sweep` over `layers.*.attn.heads.*`). It cannot express an
+edge: its edits replace a tensor for everybody who reads it, and what one reader alone hears (a query before its
+rotation, an MLP's input beside the residual that passes it by) is no site. Its ladder is climbed here instead:
+edges of one reader share a batch, a run starts at the reader's block, since nothing before it changes, and
+nothing is unembedded but what the metric reads.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from pellucid.circuits.ablation import How
 from pellucid.circuits.execution import Runner, capacity, chunks, wire
-from pellucid.circuits.graph import Embedding
+from pellucid.circuits.graph import Split
 from pellucid.circuits.question import ask
 from pellucid.circuits.scores import EdgeScores, provenance
 from pellucid.metrics import Metric
@@ -32,7 +37,7 @@ def exact_patching(
     ablation: How,
     reference: Any = None,
     edges: Iterable[str] | None = None,
-    embedding: Embedding = "whole",
+    split: Split | None = None,
     seed: int = 0,
 ) -> EdgeScores:
     """The exact effect of each edge (or of those named in `edges`), by as many partial runs as there are
@@ -45,7 +50,7 @@ def exact_patching(
     >>> scores = exact_patching(model, task, ablation="resample")           # doctest: +SKIP
     >>> scores.circuit(20).edges[:3] # doctest: +SKIP
     """
-    wiring = wire(model, embedding)
+    wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
     runner = Runner.of(wiring, question, ablation, seed)
     graph = wiring.graph
@@ -55,7 +60,7 @@ def exact_patching(
     for s, r, score in one_by_one(runner, chosen):
         each[:, s, r] = (clean - score).float().cpu()
     about = provenance(
-        "exact_patching", model, question, seed, ablation=ablation, embedding=embedding, edges=len(chosen)
+        "exact_patching", model, question, seed, ablation=ablation, split=str(wiring.graph.split), edges=len(chosen)
     )
     return EdgeScores(graph, each, "exact patching", ablation, about)
 

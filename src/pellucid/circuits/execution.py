@@ -14,38 +14,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
-from pellucid.circuits.ablation import How, alternatives, messages_of
-from pellucid.circuits.graph import Embedding
+from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
+from pellucid.circuits.finding import find_wiring
+from pellucid.circuits.graph import Split
+from pellucid.circuits.nodes import graph_of
 from pellucid.circuits.passing import Listener, Score, forward
-from pellucid.circuits.question import Question, chosen
-from pellucid.circuits.wiring import Reading, Wiring, find_wiring
+from pellucid.circuits.question import Question, chosen, places
+from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.recording import Recording, record
+from pellucid.engine.rungs import told
 from pellucid.engine.stubbed import skipping
 from pellucid.errors import Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
 
+Item = TypeVar("Item")
 
-def wire(model: Model, embedding: Embedding = "whole") -> Wiring:
+
+def wire(model: Model, split: Split | None = None) -> Wiring:
     """The wiring of a model, found and proven once: every edge off must give the logits the replacements come
     from.
 
-    Refused with the reason where a reader has no input of its own, or where the proof fails.
+    Refused with the reason where a reader has no input of its own, or where the proof fails. InputError for
+    nodes the model does not have.
     """
-    known: dict[str, Wiring] = vars(model).setdefault("_wirings", {})  # lives and dies with the model
-    if embedding not in known:
-        wiring = find_wiring(model, embedding)
-        prove(wiring)
-        known[embedding] = wiring
-    return known[embedding]
+    split = split or Split()
+    known: dict[Split, Wiring] = vars(model).setdefault("_wirings", {})  # lives and dies with the model
+    if split not in known:
+        graph_of(model.anatomy, split)  # says at once what is wrong with the model's form, or with the split
+        try:
+            wiring = find_wiring(model, split)
+            prove(replace(wiring, base=replace(wiring.base, split=replace(split, positions=()))))
+        except Refused:
+            raise
+        except Exception as error:  # a family whose forward pass takes none of this
+            raise Refused(
+                f"circuits cannot be wired on this model: a trial run of its probe failed ({told(error)})"
+            ) from error
+        known[split] = wiring
+    return known[split]
 
 
 def prove(wiring: Wiring) -> None:
@@ -74,85 +90,150 @@ def _row(value: Any, i: int) -> Any:
 
 
 class Masked(Listener):
-    """Edits what every reader reads. `off` [variant, source, reader] is 1 where an edge is off."""
+    """Edits what every reader reads. `off` [variant, source, reader, place] is 1 where an edge is off, over the
+    nodes without position; runs begin in block `start`."""
 
     def __init__(self, runner: Runner, off: Tensor, start: int) -> None:
-        self.off, self.start, self.batch = off, start, len(runner.question.inputs)
-        self.replacements, self.clean = runner.replacements, runner.clean
-        self.differences: list[tuple[int, Tensor]] = []
-        self.totals: dict[
-            int, Any
-        ] = {}  # number of sources -> the sum of their differences [variant, batch, position, d]
-        self.sum: Any = 0.0
+        self.runner, self.off, self.start, self.batch = runner, off, start, len(runner.question.inputs)
+        self.wiring, self.replacements = runner.wiring, runner.replacements
+        self.base = self.wiring.base
+        self.differences: list[tuple[int, Tensor]] = []  # [source, variant, batch, position, d]
+        self.totals: dict[tuple[int, int], Any] = {}  # sources from, up to -> the sum of their differences
+        self.streams: dict[Stage, Tensor] = {}  # before each norm, [variant, 1, batch, position, d]
         self.learnt = off.requires_grad and torch.is_grad_enabled()
-        self.cut = runner.wiring.graph.possible if self.learnt else off.any(0)  # [source, reader]
+        possible = self.base.possible[..., None] if self.learnt else off.any(0)
+        self.cut = possible.any(-1)  # [source, reader]
         self.needed = self.cut.any(1)
-        self.graph = runner.wiring.graph
+        self.first = {i: stage.first for stages in self.wiring.stages.values() for stage in stages
+                      for i in range(stage.first, stage.last)}  # fmt: skip
         if start:
-            assert self.clean is not None
-            first = next(r.feeds for r in self.graph.readers if r.layer == start)
-            clean = self.clean
-            self._add(0, first, lambda: clean[:first].repeat(1, len(off), 1, 1))
+            self._begin(len(off))
+
+    def _begin(self, n: int) -> None:
+        """What the blocks that are skipped would have written: the clean run's, the same for all variants."""
+        for stack, stages in self.wiring.stages.items():
+            length = self.wiring.length(self.runner.question.inputs, stack)
+            for stage in stages:
+                early = [i for i in range(stage.first, stage.last) if self.base.sources[i].depth < self.start]
+                if early and bool(self.needed[early].any()):
+                    difference = self.runner.differences[early[0] : early[-1] + 1, None, :, :length]
+                    self.differences.append((early[0], difference))
+                    self.totals[stage.first, early[-1] + 1] = difference.sum(0)
+        self.streams |= {s: x[None, None].expand(n, -1, -1, -1, -1) for s, x in self.runner.streams.items()}
 
     def _add(self, first: int, count: int, messages: Callable[[], Tensor]) -> None:
+        origin = self.first[first]
+        total = self.totals.get((origin, first), 0.0)
         if bool(self.needed[first : first + count].any()):
-            theirs = self.replacements[first : first + count, None]
-            difference = theirs - messages().unflatten(1, (-1, self.batch))
+            own = messages().unflatten(1, (-1, self.batch))
+            difference = self.replacements[first : first + count, None, :, : own.shape[3]] - own
             self.differences.append((first, difference))
-            self.sum = self.sum + difference.sum(0)
-        self.totals[first + count] = self.sum
+            total = total + difference.sum(0)
+        self.totals[origin, first + count] = total
 
     def wrote(self, first: int, count: int, messages: Callable[[], Tensor]) -> None:
-        if not (self.start and self.graph.sources[first].layer < self.start):
+        if not (self.start and self.base.sources[first].depth < self.start):
             self._add(first, count, messages)
 
+    def passes(self, stage: Stage, x: Tensor) -> None:
+        if stage.depth >= self.start:
+            self.streams[stage] = x.unflatten(0, (-1, 1, self.batch))
+
     def reads(self, reading: Reading, native: Tensor, resid: Tensor) -> Tensor | None:
-        if reading.layer < self.start:
+        if reading.depth < self.start:
             return None
-        cut = self.cut[: reading.feeds, reading.readers].any(0).tolist()
+        cut = self.cut[reading.first : reading.feeds, reading.readers].any(0).tolist()
         if not any(cut):
             return None
         reading = reading.only([i for i, c in enumerate(cut) if c])
-        off = self.off[:, : reading.feeds, reading.readers]
-        change = self._change(off, reading.feeds)
+        change = self.change(reading)
         return reading.value(resid + change.transpose(0, 1).flatten(1, 2), native)
 
-    def _change(self, off: Tensor, feeds: int) -> Tensor:
+    def change(self, reading: Reading) -> Tensor:
+        """[variant, reader, batch, position, d] how the stream is changed for each reader."""
+        found: Tensor | None = None
+        for stage in self.wiring.stages[reading.stack]:
+            last = min(stage.last, reading.feeds)
+            if stage.first >= last:
+                break
+            part = self._sum(stage.first, last, reading.readers)
+            found = part if found is None else found if part is None else found + part
+            if found is not None and stage.norm is not None and last == stage.last:
+                native = self.streams[stage]
+                found = stage.norm(native + found) - stage.norm(native)
+        assert found is not None
+        return found
+
+    def _sum(self, first: int, last: int, readers: list[int]) -> Tensor | None:
         """[variant, reader, batch, position, d] the sum of differences of the edges that are off, or, where
         those are the many, the sum of all differences minus those of the edges that are on."""
-        many = not self.learnt and float(off.mean()) > 0.5
+        off = self.off[:, first:last, readers]
+        total = self.totals.get((first, last), 0.0)
+        many = not self.learnt and float(off.mean()) > 0.5 and isinstance(total, Tensor)
         weight = off - 1 if many else off
-        change = self.totals[feeds][:, None] if many else None
-        for first, difference in self.differences:
-            here = weight[:, first : first + len(difference)]
-            if first >= feeds:
+        change = total[:, None].expand(len(off), len(readers), -1, -1, -1) if many else None
+        for at, difference in self.differences:
+            if not first <= at < last:
                 continue
-            rows = torch.ones(here.shape[1], dtype=torch.bool) if self.learnt else here.any(0).any(1)
+            here = weight[:, at - first : at - first + len(difference)]
+            difference = difference[: here.shape[1]]
+            rows = torch.ones(here.shape[1], dtype=torch.bool) if self.learnt else here.any(0).flatten(1).any(1)
             if not bool(rows.any()):
                 continue
             if not bool(rows.all()):
                 here, difference = here[:, rows], difference[rows]
-            part = (here.mT @ difference.flatten(2).transpose(0, 1)).unflatten(2, difference.shape[2:])
+            part = self._weighted(here, difference)
             change = part if change is None else change + part
-        assert change is not None
         return change
+
+    def _weighted(self, weight: Tensor, difference: Tensor) -> Tensor:
+        """[variant, reader, batch, position, d] from weights [variant, source, reader, place]."""
+        if weight.shape[-1] == 1 and difference.shape[1] == 1:
+            part = weight[..., 0].mT.flatten(0, 1) @ difference.flatten(1)
+            return part.unflatten(0, (len(weight), -1)).unflatten(2, difference.shape[2:])
+        if weight.shape[-1] == 1:
+            part = weight[..., 0].mT @ difference.flatten(2).transpose(0, 1)
+            return part.unflatten(2, difference.shape[2:])
+        tokens = weight[..., self.runner.places]  # [variant, source, reader, batch, position]
+        return torch.einsum("vsrbt,svbtd->vrbtd", tokens, difference.expand(-1, len(weight), -1, -1, -1))
+
+
+class _Kept(Recorder):
+    """Keeps every message, the stream before every norm, and what every reading was given."""
+
+    def __init__(self, wiring: Wiring, inputs: Inputs) -> None:
+        super().__init__(len(wiring.base.sources), wiring.width(inputs))
+        self.streams: dict[Stage, Tensor] = {}
+        self.heard: dict[Reading, tuple[Tensor, Tensor]] = {}
+
+    def passes(self, stage: Stage, x: Tensor) -> None:
+        self.streams[stage] = x
+
+    def reads(self, reading: Reading, native: Tensor, resid: Tensor) -> None:
+        self.heard[reading] = (native, resid)
 
 
 class Runner:
-    """Runs circuits on the prompts of a question. `forwards` counts what it cost, in full passes of those
-    prompts."""
+    """Runs circuits on the prompts of a question. `forwards` counts what it cost, in full passes of those prompts: a
+    run from block l of L on is (L - l) / L, edges into the logits are unembedded from what is known, and the passes
+    that record what replaces messages (1, for means and resampling) and the clean run (2) are counted too."""
 
     def __init__(self, wiring: Wiring, question: Question, replacements: Tensor) -> None:
         self.wiring, self.question, self.replacements = wiring, question, replacements
         self.score = Score(wiring, question.inputs, question.metric)
         self.forwards = 0.0
-        self.clean: Tensor | None = None
+        self.differences: Tensor = replacements  # of the clean messages, once they are needed
+        self.streams: dict[Stage, Tensor] = {}
+        self.heard: dict[Reading, tuple[Tensor, Tensor]] = {}
+        self.places = places(question.inputs, wiring.graph.split.positions)
         self._recording: Recording | None = None
 
     @classmethod
     def of(cls, wiring: Wiring, question: Question, ablation: How, seed: int = 0) -> Runner:
         made = alternatives(wiring, question.inputs, ablation, question.reference, seed)
-        return cls(wiring, question, made)
+        runner = cls(wiring, question, made)
+        runner.forwards = 0.0 if ablation == "zero" else 1.0
+        return runner
 
     def scores(self, on: Tensor) -> Tensor:
         """The metric [variant, batch] under each mask [variant, source, reader] (1 on, 0 off; booleans or
@@ -164,35 +245,82 @@ class Runner:
         """The last residual as the logits read it, and the logits, [variant * batch, ...]."""
         on = on if on.ndim == 3 else on[None]
         on = on.to(self.replacements)
-        off = (1 - on) * self.wiring.graph.possible.to(on.device)
-        start = 0 if torch.is_grad_enabled() and off.requires_grad else self._start(off)
-        blocks = len(self.wiring.entries)
-        self.forwards += len(off) * (blocks - start) / blocks
+        graph = self.wiring.graph
+        off = graph.fold((1 - on) * graph.possible.to(on.device))
+        grad = torch.is_grad_enabled() and off.requires_grad
+        start = 0 if grad else self._start(off)
+        self.forwards += len(off) * (graph.depth - start + (self._before if start else 0)) / graph.depth
         context = nullcontext()
         if start:
             self._prepare()
-            context = skipping(self.wiring.model.anatomy, self._recording, start, len(off), len(self.question.inputs))  # type: ignore[assignment]
-        grad = torch.is_grad_enabled() and off.requires_grad
+            anatomy, skipped = self.wiring.model.anatomy, start - self._before
+            context = skipping(anatomy, self._recording, skipped, len(off), len(self.question.inputs))  # type: ignore[assignment]
         with torch.set_grad_enabled(grad), context:
             return forward(self.wiring, self._grown(len(off)), Masked(self, off, start), whole=whole)
 
+    @property
+    def _before(self) -> int:
+        """How many blocks stand before the last stack; they are always run."""
+        return self.wiring.graph.depth - len(self.wiring.model.anatomy.stacks[-1].blocks)
+
     def _start(self, off: Tensor) -> int:
-        """The first layer with an edge off into it; layers before it are as in the clean run."""
-        cut = off.any(0).any(0).tolist()
-        layers = [r.layer for r, c in zip(self.wiring.graph.readers, cut, strict=True) if c]
-        return min([*layers, len(self.wiring.entries) - 1])
+        """The first block with an edge off into it; blocks before it are as in the clean run. 0 where that is in
+        the encoder."""
+        cut = off.any(0).any(-1).any(0).tolist()
+        readers = self.wiring.base.readers
+        depth = min([r.depth for r, c in zip(readers, cut, strict=True) if c], default=len(readers))
+        start = min(depth, self.wiring.graph.depth)
+        return start if start > self._before else 0
 
     def _prepare(self) -> None:
         if self._recording is None:
-            stack = self.wiring.model.anatomy.stacks[0]
+            stack = self.wiring.model.anatomy.stacks[-1]
             self._recording = record(self.wiring.model.anatomy, stack, self.question.inputs)
-            self.clean = messages_of(self.wiring, self.question.inputs)
+            kept = _Kept(self.wiring, self.question.inputs)
+            with torch.no_grad():
+                forward(self.wiring, self.question.inputs, kept, whole=False)
+            assert kept.messages is not None
+            self.differences = self.replacements - kept.messages
+            self.streams, self.heard = kept.streams, kept.heard
+            self.forwards += 2
+
+    def silent(self, on: Tensor, reader: int) -> list[int]:
+        """The sources whose message to a reader can be cut without changing what the reader computes by one bit,
+        while all earlier edges are on: nothing later can change then, and no run is needed to know it."""
+        self._prepare()
+        graph, n = self.wiring.graph, max(1, len(self.wiring.graph.split.places))
+        waiting = on[:, reader].nonzero().flatten().tolist()
+        reading = next(r for r in self.wiring.readings if reader // n in r.readers)
+        one = reading.only([reading.readers.index(reader // n)]) if reading.columns is not None else reading
+        native, resid = self.heard[reading]
+
+        def heard(off: Tensor) -> Tensor:
+            masked = Masked(self, graph.fold(off.to(self.replacements)), graph.depth)
+            masked.learnt = True  # sums message by message: subtracting from the total would round otherwise
+            x = resid[None]
+            if bool(off.any()):
+                x = (resid + masked.change(one).transpose(0, 1)).flatten(1, 2)
+            return one.value(x, native.repeat(len(off), *[1] * (native.ndim - 1))).unflatten(0, (len(off), -1))
+
+        def cut(sources: list[int]) -> Tensor:
+            off = ~on & graph.possible
+            off[:, [r for r in range(len(graph.readers)) if r != reader]] = False
+            off[sources, reader] = True
+            return off
+
+        found: list[int] = []
+        with torch.no_grad():
+            before = heard(cut([])[None])[0]
+            for some in chunks(waiting, capacity(self)):
+                made = heard(torch.stack([cut([s]) for s in some]))
+                found += [s for s, x in zip(some, made, strict=True) if torch.equal(x, before)]
+            return found if found and torch.equal(heard(cut(found)[None])[0], before) else []
 
     def _grown(self, n: int) -> Inputs:
         return chosen(self.question.inputs, list(range(len(self.question.inputs))) * n)
 
 
-def chunks(items: Sequence[int], size: int) -> list[Sequence[int]]:
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

@@ -1,118 +1,179 @@
 """Who can send what to whom inside a model, and which of these edges are in the circuit?
 
-Sources write messages into the residual stream: the embedding, every head, every MLP. Readers take the stream
-in: the query, key and value of every head, every MLP, and the logits. An edge is a source and a reader that
-comes after it:
+Sources write messages into the residual stream: the embedding, every head, every MLP (and every mixer that has
+no heads). Readers take the stream in: the query, key and value of every head, every MLP, and the logits. An
+edge is a source and a reader that comes after it:
 
-    layers.0.attn.heads.1 -> layers.5.attn.heads.7.q        layers.3.mlp -> logits        embed ->
-                                                            layers.0.mlp
+    layers.0.attn.heads.1 -> layers.5.attn.heads.7.q        layers.3.mlp -> logits        embed -> layers.0.mlp
 
 With grouped queries a key or value is read once for its group: `layers.5.attn.kv_heads.2.k`. Short names are
 understood: `5.7` or `a5.h7` is a head, `5.7.q` its query, `m3` an MLP. A graph is two axes, sources and
 readers, both in the order of the pass; a circuit is a matrix [source, reader] over them (as in Hanna et al.
 2024, EAP-IG).
+
+In an encoder-decoder the keys and values of cross-attention (`decoder.layers.0.cross.heads.1.k`) read what the
+encoder wrote, everything else what its own stack wrote. `Split` takes nodes further apart: the embedding into
+tables, some neurons off their MLP, and every node by position, so that `5.7@S2` is a node of its own (Haklay et
+al. 2025).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy, Block
-from pellucid.errors import InputError, Refused, nearest
+from pellucid.errors import InputError, nearest
 
-Embedding = Literal["whole", "parts"]
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How far nodes are taken apart.
+
+    embedding: "parts" makes one source of each embedding table.
+    neurons: sites such as "layers.3.mlp.neurons.17" that become sources of their own; they are heard apart,
+        while what they read is read by their MLP.
+    positions: addresses as after `@` in a site: "S2" (a span of the prompts), -1, "2:6"; nodes are parted by
+        these and the "rest", and an edge joins nodes of one position (attention is what moves between them).
+    """
+
+    embedding: Literal["whole", "parts"] = "whole"
+    neurons: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.embedding not in ("whole", "parts"):
+            raise InputError(f"cannot split the embedding by {self.embedding!r}: expected 'whole' or 'parts'")
+        for name in ("neurons", "positions"):
+            given = getattr(self, name)
+            values = (given,) if isinstance(given, (str, int)) else given
+            object.__setattr__(self, name, tuple(str(v).removeprefix("@") for v in values))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The positions nodes are parted by, with the rest; empty where they are not."""
+        return (*self.positions, REST) if self.positions else ()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that writes to the residual stream. `kind` is "embed", "head" or "mlp"."""
+    """Something that writes to the residual stream. `kind`: "embed", "head", "mlp", "neuron" or "mixer".
+
+    `unit` is the head (or neuron), `kv` the key-value head it attends with, `part` the attention ("attn" or
+    "cross"), `depth` the block counted through all stacks (-1: before the first).
+    """
 
     name: str
     kind: str
     layer: int = -1
     unit: int = -1
+    kv: int = -1
+    part: str = ""
+    stack: str = ""
+    depth: int = -1
+    position: str = ""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Something that reads the residual stream, from the first `feeds` sources. `kind`: "q", "k", "v", "mlp",
-    "logits"."""
+    """Something that reads the residual stream: what the sources from `first` up to `feeds` wrote. `kind`: "q",
+    "k", "v", "mlp", "mixer" or "logits"."""
 
     name: str
     kind: str
     feeds: int
     layer: int
     unit: int = -1
+    part: str = ""
+    stack: str = ""
+    first: int = 0
+    depth: int = -1
+    position: str = ""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """All sources and readers of a one-stack model. `groups`: query heads per key-value head, by layer."""
+    """All sources and readers of a model, split as `split` says."""
 
     sources: tuple[Source, ...]
     readers: tuple[Reader, ...]
-    groups: tuple[int, ...]
+    split: Split = field(default_factory=Split)
 
-    @classmethod
-    def of(cls, anatomy: Anatomy, embedding: Embedding = "whole", parts: Iterable[str] = ()) -> Graph:
-        """The graph of a model; with `embedding="parts"`, token and position embeddings (`parts`) are two
-        sources.
+    def parted(self) -> Graph:
+        """With every node once for each position of the split; [source, position] and [reader, position] in order."""
+        places = self.split.places
+        if not places or self.sources[0].position:
+            return self
+        n = len(places)
+        sources = tuple(replace(s, name=f"{s.name}@{p}", position=p) for s in self.sources for p in places)
+        readers = tuple(
+            replace(r, name=f"{r.name}@{p}", position=p, first=n * r.first, feeds=n * r.feeds)
+            for r in self.readers
+            for p in places
+        )
+        return Graph(sources, readers, self.split)
 
-        Refused where the residual stream is not a plain sum of heads and MLPs (post-norm, several streams,
-        mixers).
-        """
-        if len(anatomy.stacks) != 1:
-            raise Refused("circuits need a model of one stack; this one has an encoder and a decoder")
-        stack = anatomy.stacks[0]
-        embeds = [f"embed.{p}" for p in parts] if embedding == "parts" else ["embed"]
-        sources = [Source(name, "embed") for name in embeds]
-        readers: list[Reader] = []
-        groups = []
-        for block in stack.blocks:
-            check(block)
-            i, attention = block.index, block.attentions["attn"]
-            name = f"layers.{i}.attn"
-            groups.append(attention.heads // attention.kv_heads)
-            shared = "kv_heads" if groups[-1] > 1 else "heads"
-            for kind, units, where in (
-                ("q", attention.heads, "heads"),
-                *((p, attention.kv_heads, shared) for p in "kv"),
-            ):
-                readers += [Reader(f"{name}.{where}.{u}.{kind}", kind, len(sources), i, u) for u in range(units)]
-            before = len(sources)
-            sources += [Source(f"{name}.heads.{h}", "head", i, h) for h in range(attention.heads)]
-            if "mlp.out" in block.taps:
-                feeds = len(sources) if sequential(block) else before
-                readers.append(Reader(f"layers.{i}.mlp", "mlp", feeds, i))
-                sources.append(Source(f"layers.{i}.mlp", "mlp", i))
-        readers.append(Reader("logits", "logits", len(sources), len(stack.blocks)))
-        return cls(tuple(sources), tuple(readers), tuple(groups))
-
-    # ---- sizes and positions
+    # ---- sizes
 
     @cached_property
     def possible(self) -> Tensor:
-        """[source, reader] whether the source comes before the reader."""
-        feeds = torch.tensor([r.feeds for r in self.readers])
-        return torch.arange(len(self.sources))[:, None] < feeds[None]
+        """[source, reader] whether the source comes before the reader, at the same position.
 
-    def __len__(self) -> int:
-        """How many edges there are.
-
-        >>> Graph((Source("embed", "embed"),), (Reader("logits", "logits", 1, 0),), ()).possible
+        >>> Graph((Source("embed", "embed"),), (Reader("logits", "logits", 1, 0),)).possible
         tensor([[True]])
         """
+        index = torch.arange(len(self.sources))[:, None]
+        found = (index >= torch.tensor([r.first for r in self.readers])) & (
+            index < torch.tensor([r.feeds for r in self.readers])
+        )
+        if self.split.places and self.sources[0].position:
+            place = {p: i for i, p in enumerate(self.split.places)}
+            here, there = (torch.tensor([place[n.position] for n in nodes]) for nodes in (self.sources, self.readers))
+            found = found & (here[:, None] == there[None])
+        return found
+
+    def __len__(self) -> int:
+        """How many edges there are."""
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         return int(self.possible.sum())
 
     def __repr__(self) -> str:
         return f"<Graph of {len(self.sources)} sources, {len(self.readers)} readers, {len(self)} edges>"
+
+    @cached_property
+    def depth(self) -> int:
+        """How many blocks there are, through all stacks."""
+        return self.readers[-1].depth
+
+    # ---- masks by position
+
+    def fold(self, mask: Tensor) -> Tensor:
+        """[..., source, reader, position] over nodes without position, from [..., source, reader]."""
+        n = len(self.split.places)
+        if not n:
+            return mask[..., None]
+        s, r = len(self.sources) // n, len(self.readers) // n
+        return mask.reshape(*mask.shape[:-2], s, n, r, n).diagonal(dim1=-3, dim2=-1)
+
+    def unfold(self, mask: Tensor) -> Tensor:
+        """The inverse of `fold`, with zeros where there is no edge."""
+        n = len(self.split.places)
+        if not n:
+            return mask[..., 0]
+        wide = torch.diag_embed(mask, dim1=-3, dim2=-1)  # [..., source, position, reader, position]
+        return wide.flatten(-4, -3).flatten(-2)
+
+    # ---- names
 
     @cached_property
     def _source_index(self) -> dict[str, int]:
@@ -122,8 +183,6 @@ class Graph:
     def _reader_index(self) -> dict[str, int]:
         return {r.name: i for i, r in enumerate(self.readers)}
 
-    # ---- names
-
     def source(self, name: str) -> int:
         """The index of a source by its name, long or short. InputError names the nearest."""
         return _find(_long(name), self._source_index, "source", name)
@@ -131,10 +190,11 @@ class Graph:
     def reader(self, name: str) -> int:
         """The index of a reader; `5.7.k` of a grouped head is the key of its group."""
         full = _long(name)
-        match = re.fullmatch(r"layers\.(\d+)\.attn\.heads\.(\d+)\.([kv])", full)
-        if match and full not in self._reader_index and int(match[1]) < len(self.groups):
-            layer, head = int(match[1]), int(match[2])
-            full = f"layers.{layer}.attn.kv_heads.{head // self.groups[layer]}.{match[3]}"
+        match = re.fullmatch(r"(.*\.)(heads\.\d+)\.([kv])(@.+)?", full)
+        if match and full not in self._reader_index:
+            owner = self._source_index.get(f"{match[1]}{match[2]}{match[4] or ''}")
+            if owner is not None:
+                full = f"{match[1]}kv_heads.{self.sources[owner].kv}.{match[3]}{match[4] or ''}"
         return _find(full, self._reader_index, "reader", name)
 
     def edge(self, name: str) -> tuple[int, int]:
@@ -144,7 +204,10 @@ class Graph:
             raise InputError(f"{name!r} is no edge: expected 'source -> reader', such as 'embed -> logits'")
         source, reader = self.source(left.strip()), self.reader(right.strip())
         if not self.possible[source, reader]:
-            raise InputError(f"there is no edge {name!r}: {self.sources[source].name} comes after its reader")
+            s, r = self.sources[source], self.readers[reader]
+            why = "stands at another position than" if s.position != r.position else "comes after"
+            why = "is not in the stream of" if source < r.first else why
+            raise InputError(f"there is no edge {name!r}: {s.name} {why} its reader")
         return source, reader
 
     def name(self, source: int, reader: int) -> str:
@@ -153,67 +216,74 @@ class Graph:
     def edges(self) -> Iterator[tuple[int, int]]:
         yield from self.possible.nonzero().tolist()
 
+    def nodes(self, names: Iterable[str]) -> set[int]:
+        """Sources by name; `layers.3.attn` or `a3` means all heads of a layer, a name without position all
+        positions."""
+        found: set[int] = set()
+        for name in names:
+            full = re.sub(r"^a(\d+)$", r"layers.\1.attn", _long(name))
+            alike = self._named.get(full)
+            found |= alike if alike else {self.source(name)}
+        return found
+
+    @cached_property
+    def _named(self) -> dict[str, set[int]]:
+        """The names of several sources at once: an attention's heads, a node's positions."""
+        found: dict[str, set[int]] = {}
+        for i, s in enumerate(self.sources):
+            plain = s.name.partition("@")[0]
+            for name in {plain, plain.partition(".heads.")[0]}:
+                found.setdefault(name, set()).add(i)
+        return found
+
     # ---- which readers make which source
 
     def inputs_of(self, source: int) -> list[int]:
         """The readers a source's message is made from: a head's query and its group's key and value; an MLP's
-        own."""
+        own. At a position: the query there, keys and values anywhere."""
         return self._made[source]
+
+    def owners(self, reader: int) -> list[int]:
+        """The sources that are made from what this reader reads; none for the logits."""
+        return self._owned[reader]
 
     @cached_property
     def _made(self) -> list[list[int]]:
+        at: dict[tuple[int, str, str, int], list[int]] = {}
+        for i, r in enumerate(self.readers):
+            at.setdefault((r.depth, r.part, r.kind, r.unit), []).append(i)
         made = []
         for s in self.sources:
-            if s.kind == "head":
-                kv = s.unit // self.groups[s.layer]
-                wanted = {("q", s.unit), ("k", kv), ("v", kv)}
-            else:
-                wanted = {("mlp", -1)} if s.kind == "mlp" else set()
-            made.append([i for i, r in enumerate(self.readers) if r.layer == s.layer and (r.kind, r.unit) in wanted])
+            wanted = {
+                "head": (("q", s.unit), ("k", s.kv), ("v", s.kv)),
+                "mlp": (("mlp", -1),),
+                "neuron": (("mlp", -1),),
+                "mixer": (("mixer", -1),),
+            }.get(s.kind, ())
+            found = [i for kind, unit in wanted for i in at.get((s.depth, s.part, kind, unit), ())]
+            made.append([
+                i for i in found
+                if self.readers[i].position == s.position or self.readers[i].kind in ("k", "v", "mixer")
+            ])  # fmt: skip
         return made
 
-    def nodes(self, names: Iterable[str]) -> set[int]:
-        """Sources by name; `layers.3.attn` or `a3` means all heads of a layer."""
-        found: set[int] = set()
-        for name in names:
-            whole = re.fullmatch(r"(?:layers\.(\d+)\.attn|a(\d+))", name)
-            layer = whole and int(whole[1] or whole[2])
-            heads = {i for i, s in enumerate(self.sources) if s.kind == "head" and s.layer == layer} if whole else set()
-            found |= heads or {self.source(name)}
-        return found
-
-
-def sequential(block: Block) -> bool:
-    """Whether the MLP reads what the attention of its block wrote (and not, in parallel, what the block was
-    given)."""
-    return "resid_mid" in block.taps
-
-
-def check(block: Block) -> None:
-    """Refused unless the block adds its heads and its MLP to the stream, and nothing else."""
-    where = f"layer {block.index}"
-    for part in ("attn.out", "attn.z_out", "resid_pre", "resid_post"):
-        if part not in block.taps:
-            why = block.refused.get(part, block.refused.get("resid", "it is not on the map"))
-            raise Refused(f"circuits need {part!r} of {where}, which this model does not give: {why}")
-    if len(block.states) != 1 or block.states[0].norm_in is not None:
-        raise Refused(f"circuits need a residual stream that is a sum; {where} is {block.form}")
-    terms = {t.source: t for t in block.states[0].terms}
-    extra = set(terms) - {"in", "attn.out", "mlp.out"}
-    if extra or any(t.carried for t in terms.values()):
-        raise Refused(f"circuits know heads and MLPs; {where} also adds {', '.join(sorted(extra)) or 'mixed streams'}")
-    if isinstance(terms["in"].coefficient, Tensor) or terms["in"].coefficient != 1.0:
-        raise Refused(f"circuits need a residual stream that is carried unchanged; {where} scales it")
+    @cached_property
+    def _owned(self) -> list[list[int]]:
+        owned: list[list[int]] = [[] for _ in self.readers]
+        for i, readers in enumerate(self._made):
+            for r in readers:
+                owned[r].append(i)
+        return owned
 
 
 def _long(name: str) -> str:
     """Long names of the short ones.
 
-    >>> _long("5.7.q"), _long("a5.h7"), _long("m3"), _long("logits")
-    ('layers.5.attn.heads.7.q', 'layers.5.attn.heads.7', 'layers.3.mlp', 'logits')
+    >>> _long("5.7.q"), _long("a5.h7"), _long("m3@S2"), _long("logits")
+    ('layers.5.attn.heads.7.q', 'layers.5.attn.heads.7', 'layers.3.mlp@S2', 'logits')
     """
-    name = re.sub(r"^a?(\d+)\.h?(\d+)", r"layers.\1.attn.heads.\2", name)
-    return re.sub(r"^m(\d+)$", r"layers.\1.mlp", name)
+    name = re.sub(r"^((?:encoder|decoder)\.)?a?(\d+)\.h?(\d+)", r"\1layers.\2.attn.heads.\3", name)
+    return re.sub(r"^((?:encoder|decoder)\.)?m(\d+)(?=@|$)", r"\1layers.\2.mlp", name)
 
 
 def _find(full: str, known: dict[str, int], what: str, given: str) -> int:

@@ -7,7 +7,6 @@ package (recording messages, collecting gradients, running a circuit) are listen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Wiretap
-from pellucid.circuits.wiring import Reading, Wiring
+from pellucid.circuits.wiring import Reading, Stage, Wiring, Writing
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.reading import Reader
 from pellucid.metrics import BoundMetric
@@ -38,6 +37,9 @@ class Listener:
         instead."""
         return None
 
+    def passes(self, stage: Stage, x: Tensor) -> None:
+        """The stream of a post-norm model, before the norm at the end of a stage."""
+
     def reads(self, reading: Reading, native: Tensor, resid: Tensor) -> Tensor | None:
         """What some readers are about to read: `native` at their tap, from the residual `resid`."""
         return None
@@ -57,31 +59,32 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the inputs; returns the last residual as the logits read it and, if `whole`, the logits. `also`:
     more handlers."""
-    entering: dict[int, Tensor] = {}
+    met: dict[Tap, Tensor] = {}  # streams and neurons that are needed later in the pass
     seen: list[Tensor] = []
-    width = inputs.stream("").ids.shape[1]
 
-    def entry(layer: int) -> Callable[[Tensor], None]:
+    def keep(tap: Tap) -> Callable[[Tensor], None]:
         def meet(x: Tensor) -> None:
-            entering[layer] = x
+            met[tap] = x
 
         return meet
 
     def embed(i: int) -> Callable[[Tensor], Tensor | None]:
+        width = wiring.length(inputs, wiring.embeds[i][0])
+
         def meet(x: Tensor) -> Tensor | None:
             new = listener.embed(i, x)
             shown = x if new is None else new
-            listener.wrote(i, 1, lambda: shown.expand(len(inputs), width, -1)[None])
+            listener.wrote(wiring.embedding[i], 1, lambda: shown.expand(len(inputs), width, -1)[None])
             return new
 
         return meet
 
-    def writes(w: Any) -> Callable[[Tensor], None]:
-        return lambda x: listener.wrote(w.first, w.count, lambda: w.messages(x))
+    def writes(w: Writing) -> Callable[[Tensor], None]:
+        return lambda x: listener.wrote(w.first, w.count, lambda: w.messages(x, met.get(w.acts) if w.acts else None))
 
     def reads(r: Reading) -> Callable[[Tensor], Tensor | None]:
         def meet(x: Tensor) -> Tensor | None:
-            new = listener.reads(r, x, entering[r.layer] if r.early else x)
+            new = listener.reads(r, x, x if r.stream is None else met[r.stream])
             if r is wiring.final:
                 seen.append(x if new is None else new)
                 if not whole:
@@ -90,8 +93,13 @@ def forward(
 
         return meet
 
-    steps: list[tuple[Tap, Step]] = [(t, embed(i)) for i, t in enumerate(wiring.embeds)]
-    steps += [(t, entry(i)) for i, t in enumerate(wiring.entries)]
+    steps: list[tuple[Tap, Step]] = [(tap, embed(i)) for i, (_, tap) in enumerate(wiring.embeds)]
+    kept = {r.stream for r in wiring.readings} | {w.acts for w in wiring.writings}
+    steps += [(t, keep(t)) for t in kept if t is not None]
+    steps += [
+        (s.before, lambda x, s=s: listener.passes(s, x))  # type: ignore[misc]
+        for stages in wiring.stages.values() for s in stages if s.before is not None
+    ]  # fmt: skip
     steps += [(w.tap, writes(w)) for w in wiring.writings]
     steps += [(w.adds, lambda x, first=w.first: listener.adds(first, x)) for w in wiring.writings]  # type: ignore[misc]
     steps += [(r.tap, reads(r)) for r in wiring.readings]

@@ -31,7 +31,7 @@ from torch import Tensor
 from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import Runner, wire
-from pellucid.circuits.graph import Embedding
+from pellucid.circuits.graph import Split
 from pellucid.circuits.question import ask
 from pellucid.circuits.scores import provenance
 from pellucid.errors import InputError
@@ -74,11 +74,11 @@ class Pruning:
         *,
         ablation: How,
         reference: Any = None,
-        embedding: Embedding = "whole",
+        split: Split | None = None,
     ) -> Pruning:
         """Learn the masks on some prompts. The model's weights are not touched. Judge the circuit on other
         prompts."""
-        wiring = wire(model, embedding)
+        wiring = wire(model, split)
         question = ask(model, prompts, metric, reference)
         runner = Runner.of(wiring, question, ablation, self.seed)
         possible = wiring.graph.possible

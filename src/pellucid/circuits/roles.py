@@ -63,7 +63,9 @@ def head_roles(
     >>> head_roles(model, tasks.indirect_objects(model.tokenizer, 16)).copy.max()    # doctest: +SKIP
     """
     wiring = wire(model)
-    heads = {b.attentions["attn"].heads for b in model.anatomy.stacks[0].blocks}
+    if len(model.anatomy.stacks) > 1:
+        raise Refused("head roles are told by where a model of one stack looks; this one has an encoder and a decoder")
+    heads = {b.attentions["attn"].heads if "attn" in b.attentions else 0 for b in model.anatomy.stacks[0].blocks}
     if len(heads) > 1:
         raise Refused(f"head roles need the same number of heads in every layer, this model has {sorted(heads)}")
     scores, chance = repeated(model, length, samples, seed)
@@ -165,7 +167,7 @@ def copying(wiring: Wiring, words: Sequence[str], top: int) -> tuple[Tensor, Ten
     copied, anti = [], []
     for writing in (w for w in wiring.writings if w.attention is not None):
         assert writing.attention is not None
-        reading = next(r for r in wiring.readings if r.layer == writing.layer and _kind(wiring, r) == "v")
+        reading = next(r for r in wiring.readings if r.depth == writing.depth and _kind(wiring, r) == "v")
         with torch.no_grad():
             values = _values(wiring, reading, first)  # [kv_head, word, e]
             z = values.repeat_interleave(writing.attention.heads // len(values), 0)
@@ -185,6 +187,8 @@ def _kind(wiring: Wiring, reading: Any) -> str:
 
 
 def _values(wiring: Wiring, reading: Any, x: Tensor) -> Tensor:
+    if reading.chain:
+        raise Refused("copying needs values that are one projection of the residual; this model's take several steps")
     weight, bias = reading.weights()
     own = [i for i, r in enumerate(reading.readers) if wiring.graph.readers[r].kind == "v"]
     x = x if reading.prefix is None else reading.prefix(x)
@@ -233,7 +237,7 @@ def _preference(runner: Runner, off: Tensor, movers: list[list[int]], prompts: P
     blocks = anatomy.stacks[0].blocks
     taps = {blocks[layer].taps["attn.pattern"]: keep(layer) for layer, _ in movers}
     with torch.no_grad():
-        forward(runner.wiring, inputs, Masked(runner, off, 0), whole=False, also=taps)
+        forward(runner.wiring, inputs, Masked(runner, runner.wiring.graph.fold(off), 0), whole=False, also=taps)
     stream = inputs.stream("")
     total = 0.0
     for b in range(len(inputs)):
