@@ -173,7 +173,7 @@ def test_a_batch_is_refused_and_a_missing_padding_token_named():
         integrated_gradients(opened("gpt2"), [PROMPT, PROMPT], " Paris")
     module = build("gpt2")
     bare = tokenizer(module)
-    bare.pad_token = None
+    bare.pad_token = bare.mask_token = None
     model = pellucid.load(module, tokenizer=bare)
     with pytest.raises(InputError, match="has no pad token: choose baseline='mean'"):
         integrated_gradients(model, PROMPT, " Paris", baseline="pad")

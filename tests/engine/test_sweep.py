@@ -270,3 +270,15 @@ def test_a_sweep_of_smollm2_equals_plain_runs_on_a_sample(smollm2: Model) -> Non
     sample = random.Random(0).sample(range(len(variants)), 8)
     truth = one_by_one(smollm2, smollm2.inputs(corrupted), [[variants[i]] for i in sample], metric)
     assert torch.allclose(made.values[sample], truth, atol=1e-3)
+
+
+def test_a_classifier_has_no_vocabulary_to_make_room_for():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=30000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    model = pellucid.load(BertForSequenceClassification(config).eval(), tokenizer=tokenizer())
+    variants = [Ablate(f"layers.0.resid_pre@{i % 5}") for i in range(40)]
+    plan = model.plan("Mary went to the store", variants, metrics.class_logit(1), memory=4 << 20)
+    assert len(list(plan.chunks(plan.variants))) == 1

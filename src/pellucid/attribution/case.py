@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.sites import Site
 from pellucid.attribution.target import Continuation, Target, bind, pieces
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.metrics import Answers
@@ -86,6 +87,18 @@ class Case:
             return self.special
         return np.concatenate([~stream.mask[0].bool().cpu().numpy() for stream in self.streams.values()])
 
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """[output, position] False where a token comes too late to matter: in a continuation, behind what predicts."""
+        seen = np.ones((len(self.target.outputs), len(self.tokens)), bool)
+        bound = self.target.bound
+        if bound is not None and bound.outputs is not None and bound.positions is not None:
+            last = "" if "" in self.streams else "decoder"
+            if self.model.anatomy.stacks[-1].causal and last in self.streams and len(bound.positions) == bound.outputs:
+                for row, at in zip(seen, bound.positions, strict=True):
+                    row[len(row) + at + 1 :] = False
+        return seen
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Values [..., position, d] of all streams, stream by stream."""
         return list(values.split(self.lengths, dim=-2))
@@ -109,8 +122,9 @@ class Case:
         labels: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Result:
-        """A labelled result. `variables` are scalars, [player], [output] or [output, player] (arrays or tensors);
-        the players are the tokens, or what `labels` names. A single target has no dimension `output`."""
+        """A labelled result. `variables` are scalars, [output], [player] or [output, player] (arrays or tensors),
+        or (dimensions, array); the players are the tokens, or what `labels` names. A single target has no dimension
+        `output`; one row that could be of either is of the outputs."""
         dim = "position" if labels is None else "player"
         labels = self.tokens if labels is None else labels
         kept: dict[str, Any] = {dim: range(len(labels)), "token" if dim == "position" else "text": (dim, list(labels))}
@@ -145,6 +159,14 @@ class Case:
         outputs = len(self.target.outputs)
         if array.shape == (outputs, players):
             return (dim, array[0]) if self.target.single else (("output", dim), array)
-        if array.shape == (players,):
-            return (dim, array)
-        return array[0].item() if self.target.single else ("output", array)
+        if array.shape == (outputs,):
+            return array[0].item() if self.target.single else ("output", array)
+        return (dim, array)
+
+
+def stated(given: dict[str, Any]) -> dict[str, Any]:
+    """A method's options for its provenance, from its `locals()` at the start."""
+    apart = ("model", "prompt", "seed", "progress", "checkpoint")
+    return {
+        name: str(value) if isinstance(value, Site) else value for name, value in given.items() if name not in apart
+    }

@@ -10,11 +10,13 @@ distinct coalition is run once.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +27,8 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit, Patch
+from pellucid.errors import Refused
+from pellucid.results import Result
 
 ROOM = 1e-3  # how far a replaced first residual may be from that of the replaced token, relative to the largest logit
 
@@ -78,6 +82,12 @@ class Game:
         """[output] with every player absent."""
         return self(torch.zeros(1, len(self.players)))[0]
 
+    @cached_property
+    def seen(self) -> Tensor:
+        """[output, player] False for those who come too late to matter."""
+        visible = self.case.visible
+        return torch.tensor(np.stack([visible[:, list(group)].any(1) for group in self.players.members], 1))
+
     def absent(self, present: Tensor) -> list[int]:
         """Token positions absent in one coalition [player]."""
         return [
@@ -105,7 +115,10 @@ class Game:
         """In batches through the whole model, where the planner cannot read the target or place the edits."""
         rows, made = self.embedded.batches(len(present)), []
         fixed, own = self.baseline.values, self.embedded.values
-        with torch.no_grad(), tqdm(total=len(present), unit="run", disable=not self.progress) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=len(present), unit="run", disable=not (self.progress and sys.stderr.isatty())) as bar,
+        ):
             for part in present.split(rows):
                 here = torch.ones(len(part), own.shape[1], 1, device=own.device)
                 for row, coalition in enumerate(part):
@@ -113,6 +126,26 @@ class Game:
                 made.append(self.embedded.scores(torch.where(here.bool(), own, fixed)).double().cpu())
                 bar.update(len(part))
         return torch.cat(made)
+
+    # ---- results
+
+    def result(
+        self, method: str, title: str, variables: dict[str, Any], *, arguments: dict[str, Any], seed: int | None = None,
+        attrs: dict[str, Any] | None = None,
+    ) -> Result:  # fmt: skip
+        """A result of this game: `variables` are scalars, [output] or [output, player]; the scores with everybody and with
+        nobody, and what it cost, are added."""
+        labels = None
+        for name, value in variables.items():
+            if np.ndim(value) == 2:
+                seen = torch.where(self.seen, torch.as_tensor(value), 0.0)
+                variables[name], labels = self.players.labelled(self.case, seen)
+        return self.case.result(
+            method, title,
+            {**variables, "score": self.all, "baseline_score": self.none, "evaluations": self.evaluations},
+            arguments=arguments, labels=labels, seed=seed,
+            attrs={"baseline": self.baseline.name, "players": self.players.unit, **(attrs or {})},
+        )  # fmt: skip
 
     # ---- absence as an edit of the first residual
 
@@ -144,18 +177,22 @@ class Game:
         """Whether replacing what enters the first block is what replacing the tokens is: not where an embedding looks
         at its neighbours (or counts positions by the padding token). Tried on every second player."""
         bound = self.case.target.bound
-        if bound is None or self.case.inputs.stream("").padded or len(self._entered) < len(self.case.streams):
+        padded = any(stream.padded for stream in self.case.inputs.streams.values())
+        if bound is None or padded or len(self._entered) < len(self.case.streams):
             return False
         if any(len(e) != n for e, n in zip(self._entered.values(), self.case.lengths, strict=True)):
             return False
         half = torch.arange(len(self.players)) % 2 == 0
         if bool(half.all()):
             half[:] = False
-        swept = self.case.model.sweep(self.case.inputs, [self._edits(self.absent(half))], bound, progress=False).values[
-            0, 0
-        ]
+        try:
+            swept = self.case.model.sweep(self.case.inputs, [self._edits(self.absent(half))], bound, progress=False)
+        except Refused:  # what enters the first block is no output of a module of its own
+            return False
         truth = self._quiet(half)
-        return torch.allclose(swept.double().reshape(-1), truth, atol=ROOM * max(1.0, float(truth.abs().max())), rtol=0)
+        return torch.allclose(
+            swept.values[0, 0].double().reshape(-1), truth, atol=ROOM * max(1.0, float(truth.abs().max())), rtol=0
+        )
 
     def _quiet(self, present: Tensor) -> Tensor:
         progress, self.progress = self.progress, False

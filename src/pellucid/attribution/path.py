@@ -10,33 +10,42 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.layout import TOKENS, Layout
 from pellucid.anatomy.opening import main_output
+from pellucid.anatomy.sites import TOKENS as SITE_DIMS
+from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.attribution.case import Case
-from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run
-from pellucid.errors import Refused
+from pellucid.errors import InputError, Refused
+from pellucid.model import Model
 
 ROWS_OF_TOKENS = 1024  # tokens in one batch
+_tables: WeakKeyDictionary[Model, dict[tuple[str, ...], list[Tap]]] = WeakKeyDictionary()
+_blind: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # the module that stops gradients; "" where none does
 
 
 class Embedded:
     """Runs a case with its token embeddings [row, position, d] replaced, many versions in one batch."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.model = case, case.model
-        found = self._find()
-        self.taps = [Tap(name, "out", Layout(TOKENS, TOKENS), nth=nth) for name, nth, _ in found]
-        self.modules = [module for _, _, module in found]
+        self.case, self.model, self.lengths = case, case.model, case.lengths
+        known = _tables.setdefault(self.model, {})
+        found = known.get(tuple(case.streams)) or self._find()
+        if min(case.lengths) > 1:  # a single token looks the same in any layout
+            known[tuple(case.streams)] = found
+        self.taps = found
+        self.modules: list[Any] = [self.model.module.get_submodule(tap.module) for tap in found]
         parts = [self._look_up(m, s.ids) for m, s in zip(self.modules, case.streams.values(), strict=True)]
         if len({part.shape[-1] for part in parts}) > 1:
             raise Refused(
@@ -44,8 +53,8 @@ class Embedded:
             )
         self.values = torch.cat(parts, 1)  # [1, position, d] of the prompt itself
 
-    def _find(self) -> list[tuple[str, int, nn.Embedding]]:
-        """For each credited stream the embedding module that is given its tokens, and at which of its calls."""
+    def _find(self) -> list[Tap]:
+        """For each credited stream what the embedding module makes that is given its tokens, at which of its calls."""
         module: Any = self.model.module
         calls, given = Counter[str](), list[tuple[str, int, Tensor]]()
 
@@ -57,26 +66,24 @@ class Embedded:
 
             return hook
 
-        tables = {n: m for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
-        hooks = [m.register_forward_pre_hook(seen(n)) for n, m in tables.items()]
-        try:
-            with torch.no_grad():
-                self.output = module(**self.case.inputs.tensors)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [self._of_stream(stream, given, tables) for stream in self.case.streams.values()]
-
-    def _of_stream(
-        self, stream: Stream, given: list[tuple[str, int, Tensor]], tables: dict[str, nn.Embedding]
-    ) -> tuple[str, int, nn.Embedding]:
-        found = [(name, nth) for name, nth, ids in given if torch.equal(ids, stream.ids)]
-        if not found:
-            raise Refused(f"{self.model.name} does not look its input tokens up in an embedding")
-        module: Any = self.model.module
-        own = module.get_input_embeddings()
-        name, nth = next((f for f in found if tables[f[0]] is own), found[0])
-        return name, nth, tables[name]
+        with ExitStack() as hooks, torch.no_grad():
+            for name, each in module.named_modules():
+                if isinstance(each, nn.Embedding):
+                    hooks.callback(each.register_forward_pre_hook(seen(name)).remove)
+            module(**self.case.inputs.tensors, **uncached(module))
+        own, chosen = module.get_input_embeddings(), list[Tap]()
+        for stream in self.case.streams.values():
+            found = [
+                Tap(name, "out", Layout(native, TOKENS), nth=nth)
+                for name, nth, ids in given
+                for native, ours in ((TOKENS, stream.ids), ("p b d", stream.ids.T))
+                if torch.equal(ids, ours)
+            ]
+            found = [tap for tap in found if tap not in chosen]  # source and target may be the same text
+            if not found:
+                raise Refused(f"{self.model.name} does not look its input tokens up in an embedding")
+            chosen.append(next((tap for tap in found if module.get_submodule(tap.module) is own), found[0]))
+        return chosen
 
     def _look_up(self, module: nn.Embedding, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -103,14 +110,14 @@ class Embedded:
     def run(self, embeddings: Tensor, handlers: dict[Tap, Handler] | None = None, **forward: Any) -> Any:
         """The model's output for embeddings [row, position, d]."""
         rows = len(embeddings)
-        moved = dict(zip(self.taps, self.case.split(embeddings), strict=True))
+        moved = dict(zip(self.taps, embeddings.split(self.lengths, dim=1), strict=True))
         handlers = {**(handlers or {}), **{tap: partial(_instead, part) for tap, part in moved.items()}}
         tensors = {
             k: v.repeat_interleave(rows, 0) if isinstance(v, Tensor) and v.ndim and len(v) == 1 else v
             for k, v in self.case.inputs.tensors.items()
         }
         with Wiretap(self.model.module, handlers, rows):
-            return self.model.module(**tensors, **forward)
+            return self.model.module(**tensors, **{**uncached(self.model.module), **forward})
 
     def met(self, taps: list[Tap], embeddings: Tensor) -> dict[Tap, Tensor]:
         """What is met at taps when the model runs on these embeddings."""
@@ -131,16 +138,7 @@ class Embedded:
 
     @cached_property
     def _forward(self) -> tuple[dict[str, Any], int]:
-        """Arguments that spare the model work nobody reads, and how many positions are unembedded (0: all)."""
-        accepted = inspect.signature(self.model.module.forward).parameters
-        forward: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        bound = self.case.target.bound
-        assert bound is not None
-        last = "logits_to_keep" in accepted and bound.positions and max(bound.positions) < 0
-        if not last or self.case.inputs.stream("").padded:
-            return forward, 0
-        read = -min(bound.positions or (-1,))
-        return {**forward, "logits_to_keep": read}, read
+        return spared(self.case)
 
     def _at_site(self, embeddings: Tensor) -> Tensor:
         site = self.case.target.site
@@ -153,22 +151,97 @@ class Embedded:
         """How many rows to run at once."""
         return max(1, min(rows, ROWS_OF_TOKENS // self.values.shape[1]))
 
-    def gradients(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """The targets [row, output] and their gradients [row, output, position, d]. Refused without a gradient."""
-        with torch.enable_grad():
+    def gradients(
+        self, embeddings: Tensor, reduce: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    ) -> tuple[Tensor, Tensor]:
+        """The targets [row, output] and their gradients [row, output, position, d], all from one forward pass; `reduce`
+        is applied to that of each output, [row, position, d]. Refused without a gradient."""
+        with torch.enable_grad(), ExitStack() as hooks:
             embeddings = embeddings.detach().requires_grad_()
+            if self.model not in _blind:
+                self._watch(hooks)
             scores = self.scores(embeddings)
-            if not scores.requires_grad:
+            if _blind.setdefault(self.model, "") or not scores.requires_grad:
+                where = f" (it ends at {_blind[self.model]!r})" if _blind[self.model] else ""
                 raise Refused(
-                    f"no gradient reaches the embeddings of {self.model.name}: its weights are quantised, or the target "
-                    "counts; use a method that only runs the model (occlusion, shapley, lime)"
+                    f"no gradient reaches the embeddings of {self.model.name}{where}: its weights are quantised, or the "
+                    "target counts; use a method that only runs the model: occlusion, shapley, kernel_shap or lime"
                 )
-            found = [
-                torch.autograd.grad(scores[:, o].sum(), embeddings, retain_graph=o + 1 < scores.shape[1])[0]
-                for o in range(scores.shape[1])
-            ]
+            found = []
+            for o in range(scores.shape[1]):
+                more = o + 1 < scores.shape[1]
+                (gradient,) = torch.autograd.grad(scores[:, o].sum(), embeddings, retain_graph=more, allow_unused=True)
+                found.append(reduce(torch.zeros_like(embeddings) if gradient is None else gradient))
         return scores.detach(), torch.stack(found, 1)
+
+    def _watch(self, hooks: ExitStack) -> None:
+        """Quantised layers let no gradient through while residual connections around them do: look for such layers."""
+
+        def hook(name: str, module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+            if _cuts(module, args[0] if args else None, made):
+                _blind.setdefault(self.model, name)
+
+        for name, module in self.model.module.named_modules():
+            hooks.callback(module.register_forward_hook(partial(hook, name)).remove)
+
+
+class Inside(Embedded):
+    """The same from further up: the model as a function of what is met at one site, such as layers.3.resid_pre.
+
+    Only the stream of that site moves; `place` is where its positions are among the credited ones."""
+
+    def __init__(self, embedded: Embedded, site: Site | str) -> None:
+        self.case, self.model = embedded.case, embedded.model
+        sites = self.model.sites(site)
+        if len(sites) != 1 or sites[0].dims != SITE_DIMS or sites[0].at is not None or sites[0] != sites[0].whole:
+            raise InputError(
+                f"at={str(site)!r} must name one place where every position has a vector of the residual stream's width, "
+                "such as 'layers.3.resid_pre'"
+            )
+        spot, streams = locate(self.model.anatomy, sites[0]), list(self.case.streams)
+        if spot.stream not in streams:
+            raise InputError(
+                f"at={str(site)!r} is in the {spot.stream}, but credit goes to the {' and '.join(streams)}"
+            )
+        before = self.case.lengths[: streams.index(spot.stream)]
+        self.lengths = [self.case.lengths[len(before)]]
+        self.place = slice(sum(before), sum(before) + self.lengths[0])
+        self.taps = [spot.tap]
+        self.values = self.of(embedded, embedded.values)
+
+    def of(self, embedded: Embedded, embeddings: Tensor) -> Tensor:
+        """[1, position, d] what is met here when the model runs on these embeddings."""
+        return embedded.met(self.taps, embeddings)[self.taps[0]]
+
+
+def spared(case: Case) -> tuple[dict[str, Any], int]:
+    """Arguments that spare the model work nobody reads, and how many positions are unembedded (0: all)."""
+    accepted = inspect.signature(case.model.module.forward).parameters
+    forward: dict[str, Any] = uncached(case.model.module)
+    bound = case.target.bound
+    last = "logits_to_keep" in accepted and bound is not None and bound.positions and max(bound.positions) < 0
+    if bound is None or not last or case.inputs.stream("").padded:
+        return forward, 0
+    read = -min(bound.positions or (-1,))
+    return {**forward, "logits_to_keep": read}, read
+
+
+def uncached(module: Any) -> dict[str, Any]:
+    """What tells a model not to keep keys and values for later."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+
+
+def _cuts(module: nn.Module, x: Any, made: Any) -> bool:
+    """Whether a module's output, unlike its input, has lost the gradient: weights that are whole numbers, or packed."""
+    if not (isinstance(x, Tensor) and isinstance(made, Tensor) and x.requires_grad and made.is_floating_point()):
+        return False
+    if made.shape[:-1] != x.shape[:-1] or not torch.is_grad_enabled():
+        return False
+    if made.grad_fn is not None:
+        return "NotImplemented" in made.grad_fn.name()
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(t.ndim > 1 and not t.is_floating_point() for t in held)
 
 
 def _instead(new: Tensor, old: Tensor) -> Tensor:
-    return new
+    return new.clone()  # the model may work on it in place

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,8 @@ class Players:
                 f"unknown players {units!r}: expected {', '.join(UNITS)} or a list of spans{nearest(units, UNITS)}"
             )
         free = [i for i in range(len(case.tokens)) if not case.fixed[i]]
+        if not free:
+            raise InputError(f"the prompt has no tokens to give credit to, only special ones: {_shown(case)}")
         if units == "token":
             return cls("token", tuple(case.tokens[i] for i in free), tuple((i,) for i in free))
         if isinstance(units, str):
@@ -75,6 +78,21 @@ class Players:
             if not group or not free.issuperset(group):
                 raise InputError(f"the span {span!r} has no tokens of the text, which are {_shown(case)}")
         return cls("span", tuple("".join(case.tokens[i] for i in g).strip() for g in members), tuple(members))
+
+    def labelled(self, case: Case, values: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
+        """Values [..., player] and the players' labels as a result shows them: for tokens [..., position], with nothing
+        for those that are fixed, and no labels of their own."""
+        values = np.asarray(values)
+        if self.unit != "token":
+            return values, self.labels
+        spread = np.zeros((*values.shape[:-1], len(case.tokens)), values.dtype)
+        spread[..., [i for (i,) in self.members]] = values
+        return spread, None
+
+    def pooled(self, case: Case, values: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
+        """Additive values [..., position] summed over each player, and labels, as `labelled`; tokens stay as they are."""
+        values = np.asarray(values)
+        return (values, None) if self.unit == "token" else (self.pool(values), self.labels)
 
     def pool(self, values: np.ndarray) -> np.ndarray:
         """Sums over each player: [..., position] to [..., player]."""

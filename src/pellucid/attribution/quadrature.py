@@ -15,6 +15,7 @@ from torch import Tensor
 
 Rule = Literal["gauss-legendre", "riemann-left", "riemann-right", "riemann-middle", "trapezoid"]
 POINTS = 4  # gradients in one stretch of the path
+NARROW = 1e-7  # a rise within less of the path is a jump, which gradients do not see: experts switch, say
 
 
 def quadrature(rule: Rule, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,41 +37,46 @@ def quadrature(rule: Rule, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A stretch of the path: its attributions [position], and how far they miss the rise of the score."""
+    """A stretch of the path: its attributions [..., position], and how far they miss the rise of each score [...]."""
 
     start: float
     stop: float
     attribution: Tensor
-    gap: float
+    gap: Tensor
 
 
 def refine(
     slopes: Callable[[Tensor], Tensor], heights: Callable[[Tensor], Tensor], tolerance: float, limit: int
 ) -> tuple[Tensor, int]:
-    """The integral of slopes [point, position] over [0, 1], stretches halved where completeness is missed.
+    """The integral of slopes [point, ..., position] over [0, 1], stretches halved where completeness is missed.
 
-    Paths can be nearly flat and then jump (where an attention sink moves, say), so points are spent where the
-    gap is. Ends when the stretches' gaps, taken absolutely, add up to no more than `tolerance` of the
-    attributions' size, or after `limit` points; returns the attributions [position] and the number of points.
+    Paths can be nearly flat and then jump (where an attention sink moves, say), so points are spent where the gap is:
+    the difference between the sum over positions and the rise of heights [point, ...]. Ends when the stretches' gaps,
+    taken absolutely, add up to no more than `tolerance` of the attributions' size (for each score, if there are
+    several), or after `limit` points; returns the attributions [..., position] and the number of points.
     """
     points, weights = (torch.tensor(x) for x in quadrature("gauss-legendre", POINTS))
     todo, used = [(i / 4, (i + 1) / 4) for i in range(4)], 0
     done: list[Piece] = []
+    known: dict[float, Tensor] = {}
     while True:
+        new = sorted({end for ends in todo for end in ends} - known.keys())
+        known |= dict(zip(new, heights(torch.tensor(new, dtype=torch.float64)), strict=True))
         edges = torch.tensor(todo, dtype=torch.float64)
         width = edges[:, 1:] - edges[:, :1]
         parts = slopes((edges[:, :1] + points * width).flatten()).unflatten(0, (-1, len(points)))
-        made = torch.einsum("snp,n,s->sp", parts, weights.to(parts), width[:, 0].to(parts))
-        rise = heights(edges.flatten()).unflatten(0, (-1, 2)).diff(dim=1)[:, 0]
+        made = torch.einsum("sn...p,n,s->s...p", parts, weights.to(parts), width[:, 0].to(parts))
         used += len(points) * len(todo)
-        gaps = (made.sum(1) - rise).tolist()
-        done += [Piece(a, b, attribution, gap) for (a, b), attribution, gap in zip(todo, made, gaps, strict=True)]
+        done += [Piece(a, b, one, one.sum(-1) - (known[b] - known[a])) for (a, b), one in zip(todo, made, strict=True)]
         total = torch.stack([piece.attribution for piece in done]).sum(0)
-        allowed = tolerance * float(total.abs().sum())
-        done.sort(key=lambda piece: abs(piece.gap))
-        missed = np.cumsum([abs(piece.gap) for piece in done])
-        if missed[-1] <= allowed or used >= limit:
+        noise = 1e-6 * torch.stack(list(known.values())).abs().amax(0)
+        allowed = tolerance * total.abs().sum(-1) + noise
+        done.sort(key=lambda piece: float((piece.gap.abs() / allowed).max()))
+        missed = np.cumsum([float((piece.gap.abs() / allowed).max()) for piece in done])
+        enough = int(np.searchsorted(missed, 0.5))
+        jumps = [p for p in done[enough:] if p.stop - p.start < NARROW]
+        split = [p for p in done[enough:] if p.stop - p.start >= NARROW]
+        if missed[-1] <= 1 or used >= limit or not split:
             return total, used
-        enough = int(np.searchsorted(missed, allowed / 2))
-        done, split = done[:enough], done[enough:]
+        done = done[:enough] + jumps
         todo = [ends for p in split for m in [(p.start + p.stop) / 2] for ends in ((p.start, m), (m, p.stop))]

@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.opening import LOGITS
 from pellucid.anatomy.sites import Site
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
@@ -31,6 +33,7 @@ from pellucid.model import Model
 from pellucid.tasks.tokens import answer_ids
 
 Of = Literal["log_probability", "probability", "logit"]
+_answers: WeakKeyDictionary[Model, int | str] = WeakKeyDictionary()  # so many classes, or "tokens", or "vectors"
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,17 @@ def _is_answer(target: Any) -> bool:
 
 def _answer(model: Model, inputs: Inputs, target: Answers | None, against: Answers | None) -> Metric:
     """A token's or a class's logit, minus that of another; tokens are read after the last position, or at the mask."""
-    with torch.no_grad():
-        logits = model.run(inputs).logits
-    if logits.ndim == 2:
-        chosen = _class(model, int(logits[0].argmax()) if target is None else target, logits)
-        return class_logit(chosen) if against is None else _class_difference(chosen, _class(model, against, logits))
-    if model.anatomy.head is None:
+    if target is None or model not in _answers:
+        with torch.no_grad():
+            run = model.run(inputs)
+        logits = run.logits
+        known = any(getattr(run.output, name, None) is not None for name in LOGITS)
+        _answers[model] = logits.shape[1] if logits.ndim == 2 else "tokens" if known else "vectors"
+    classes = _answers[model]
+    if isinstance(classes, int):
+        chosen = _class(model, int(logits[0].argmax()) if target is None else target, classes)
+        return class_logit(chosen) if against is None else _class_difference(chosen, _class(model, against, classes))
+    if classes == "vectors":
         raise InputError(f"{model.name} gives vectors, not answers: name what is attributed, a metric or reading(site)")
     at = _position(model, inputs)
     if target is None:
@@ -152,12 +160,12 @@ def _position(model: Model, inputs: Inputs) -> int:
     return masks[0] if masks and not model.anatomy.stacks[-1].causal else -1
 
 
-def _class(model: Model, label: Answers, logits: Tensor) -> int:
+def _class(model: Model, label: Answers, classes: int) -> int:
     """A class by its number or its name."""
     names = {str(name): int(number) for number, name in (getattr(model.module.config, "id2label", None) or {}).items()}
     number = names.get(label) if isinstance(label, str) else label
-    if not isinstance(number, int) or not 0 <= number < logits.shape[1]:
-        known = ", ".join(f"{number} ({name})" for name, number in names.items()) or f"0 to {logits.shape[1] - 1}"
+    if not isinstance(number, int) or not 0 <= number < classes:
+        known = ", ".join(f"{number} ({name})" for name, number in names.items()) or f"0 to {classes - 1}"
         raise InputError(f"{label!r} is no class of this classifier: expected one of {known}")
     return number
 
@@ -229,9 +237,12 @@ def _reading(model: Model, inputs: Inputs, target: Reading) -> Target:
 
 
 def pieces(model: Model, ids: Tensor) -> tuple[str, ...]:
-    """The text each of the token ids [position] adds to those before it, spaces included."""
+    """The text each of the token ids [position] adds to those before it, spaces included; a letter of several tokens
+    belongs to the last of them."""
     tokenizer, row = model.tokenizer, ids.tolist()
     if tokenizer is None:
         return tuple(f"#{i}" for i in row)
     texts = [tokenizer.decode(row[:n], clean_up_tokenization_spaces=False) for n in range(len(row) + 1)]
+    whole = texts[-1]
+    texts = [text if whole.startswith(text) else text.rstrip("\ufffd") for text in texts]  # cut within a letter
     return tuple(after[len(before) :] for before, after in pairwise(texts))
