@@ -21,7 +21,14 @@ from pellucid.lenses import TunedLens, lens_quality, logit_lens, patchscope, pre
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.demo_model import smollm2
 
-CAPITALS = {"France": " Paris", "Italy": " Rome", "Japan": " Tokyo", "Germany": " Berlin", "Spain": " Madrid", "Russia": " Moscow"}
+CAPITALS = {
+    "France": " Paris",
+    "Italy": " Rome",
+    "Japan": " Tokyo",
+    "Germany": " Berlin",
+    "Spain": " Madrid",
+    "Russia": " Moscow",
+}
 
 
 def text(path: Path) -> list[str]:
@@ -63,7 +70,9 @@ def main() -> None:
         rows = [logit_lens(model, prompt, targets=[capital], positions=-1, through=through) for through in (None, lens)]
         first = [_first(r.data.target_rank.values[:, 0, 0]) for r in rows]
         depth = int(prediction_depth(rows[1]).values[0])
-        print(f"{prompt:28s}{capital:9s} logit lens row {first[0]}, tuned lens row {first[1]} of 30; settled at row {depth}")
+        print(
+            f"{prompt:28s}{capital:9s} logit lens row {first[0]}, tuned lens row {first[1]} of 30; settled at row {depth}"
+        )
 
     print("\na patchscope: what the state of the last word of a name says of itself, by layer")
     scope = patchscope(model, "The president of the country France", "France", layers="0:12", max_new_tokens=6)

@@ -162,7 +162,7 @@ def test_version_and_help_need_no_model(pellucid_says):
     assert "anatomy" in pellucid_says()[1]
 
 
-@pytest.mark.parametrize("verb", ["anatomy", "report"])
+@pytest.mark.parametrize("verb", ["anatomy", "benchmark", "report"])
 def test_every_verb_explains_itself(verb):
     shown = CliRunner().invoke(app, [verb, "--help"])
     assert shown.exit_code == 0

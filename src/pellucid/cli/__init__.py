@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import typer
 
 from pellucid.cli.anatomy import anatomy
+from pellucid.cli.benchmark import benchmark
 from pellucid.cli.report import report
 from pellucid.errors import PellucidError
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 app.command()(anatomy)
+app.command()(benchmark)
 app.command()(report)
 
 

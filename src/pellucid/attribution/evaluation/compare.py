@@ -1,0 +1,251 @@
+"""Which attribution method can be trusted on this model?
+
+Every method explains every prompt, and random scores stand among them as the control. All are measured alike: by what
+happens to the answer when the tokens they name are taken away or kept (`faithfulness` = area under insertion minus area
+under deletion, and the metrics of `pellucid.attribution.evaluation.faithfulness`), against known reasons where the data has
+them (`plausibility`), by how far they agree, and by their cost. Means come with 95 % bootstrap intervals over prompts;
+which method to prefer is decided by paired differences (`preference`) and said in one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from tqdm.auto import tqdm
+
+from pellucid.attribution.case import Case
+from pellucid.attribution.evaluation.absence import Absence, absence
+from pellucid.attribution.evaluation.agreement import agreement, mean_over_prompts
+from pellucid.attribution.evaluation.data import Example
+from pellucid.attribution.evaluation.faithfulness import METRICS, SOFT, Metric, curve, curves, measure, named
+from pellucid.attribution.evaluation.plausibility import PLAUSIBILITY, plausibility
+from pellucid.attribution.evaluation.preference import prefer
+from pellucid.attribution.evaluation.ranks import interval
+from pellucid.attribution.evaluation.rows import Row, Rows
+from pellucid.attribution.evaluation.scores import (
+    RANDOM,
+    Method,
+    Scores,
+    cost,
+    explain,
+    methods_named,
+    random_attribution,
+    read_scores,
+)
+from pellucid.attribution.evaluation.sensitivity import max_sensitivity
+from pellucid.attribution.evaluation.shift import FEWEST, distribution_shift
+from pellucid.attribution.evaluation.soft import soft
+from pellucid.attribution.players import Players
+from pellucid.errors import InputError, PellucidError, nearest
+from pellucid.model import Model
+from pellucid.results import Provenance, Result
+
+GRID = np.linspace(0, 1, 11)
+SENSITIVITY = "max-sensitivity"
+BETTER = {
+    "faithfulness": "more",
+    **{name: metric.better for name, metric in METRICS.items()},
+    **SOFT,
+    SENSITIVITY: "less",
+    **dict.fromkeys(PLAUSIBILITY, "more"),
+}
+
+
+def compare(
+    model: Model,
+    examples: Sequence[Any],
+    *,
+    methods: Mapping[str, Method] | Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    players: Any = "token",
+    replacement: Any = None,
+    reference: Any = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Compare methods (names of `pellucid.attribution.METHODS`, by default all; or functions by name) on examples: texts,
+    or mappings with a text and what else is known of it (see `pellucid.attribution.evaluation.data`).
+
+    `metrics` are those of faithfulness, by default all but the two soft ones and "max-sensitivity", which cost more;
+    `replacement` and `reference` say what an absent token is (see `absence`). `checkpoint` is a file of lines of JSON, one
+    per example and method, that the comparison goes on from if it is interrupted, or given more examples or methods.
+
+    Gives over the methods (dimension `technique`) `value` [technique, metric] with `low` and `high`; `each` [example,
+    technique, metric]; `cost` [technique], forward passes per prompt (a backward pass counts as two); the curves `deletion`
+    and `insertion` [technique, step] over `share`; `agreement` [measure, technique, other] and `concordance`, Kendall's W
+    without random scores, with intervals; `difference` [technique] of the best by faithfulness to each, with its paired
+    interval; and for ten examples or more `outside` [absent], the share of altered texts unlike all clean ones (see
+    `distribution_shift`, which warns where it is large). attrs: `sentence`, `preferred`, and `refused`, the methods that were
+    refused on an example and so are left out, with the reason. InputError where nothing can be compared.
+    """
+    read = [Example.of(each, f"example {i + 1}") for i, each in enumerate(examples)]
+    if not read:
+        raise InputError("there are no examples to compare methods on")
+    chosen = methods_named(methods)
+    wanted = [m for m in (METRICS if metrics is None else metrics) if m != "faithfulness"]
+    if unknown := [m for m in wanted if m not in BETTER or m in PLAUSIBILITY]:
+        raise InputError(
+            f"unknown metric {unknown[0]!r}{nearest(unknown[0], [m for m in BETTER if m not in PLAUSIBILITY])}"
+        )
+    asked = {
+        "model": model.digest, "metrics": wanted, "players": players if isinstance(players, str) else repr(players),
+        "replacement": str(replacement), "reference": getattr(reference, "name", _digest(reference)), "seed": seed,
+    }  # fmt: skip
+    rows = Rows(checkpoint, asked)
+    job = _Job(model, chosen, wanted, players, replacement, reference, seed, rows)
+    with tqdm(total=len(read) * (len(chosen) + 1), unit="run", disable=not (progress and sys.stderr.isatty())) as bar:
+        for i, example in enumerate(read):
+            bar.set_postfix_str(f"example {i + 1}")
+            job.run(example, bar)
+    found = _summary(model, job, read, asked)
+    if len(read) < FEWEST:
+        return found
+    strange = distribution_shift(
+        model, [e.text for e in read], players=players, replacement=replacement, reference=reference, seed=seed
+    )
+    return Result(
+        found.data.assign(outside=strange.outside), kind=found.kind, title=found.title, provenance=found.provenance
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+@dataclass(eq=False)
+class _Job:
+    model: Model
+    methods: dict[str, Method]
+    metrics: list[str]
+    players: Any
+    replacement: Any
+    reference: Any
+    seed: int
+    rows: Rows
+
+    def run(self, example: Example, bar: Any) -> None:
+        key = _digest(example)
+        todo = [name for name in (RANDOM, *self.methods) if (key, name) not in self.rows.found]
+        bar.update(len(self.methods) + 1 - len(todo))
+        if not todo:
+            return
+        case = Case.of(self.model, example.text, example.target, against=example.against)
+        parts = Players.of(case, self.players)
+        if len(parts) < 2:
+            raise InputError(f"{str(example.text)!r} has {len(parts)} players: expected two or more to rank")
+        world = absence(case, parts, self.replacement, reference=self.reference, seed=self.seed)
+        if example.target is None:  # what is asked stays, whatever else is run
+            example = replace(example, target=case.target.bound)
+        for name in todo:
+            seed = self.seed + int(key[:6], 16)  # of random scores: others for every example
+            self.rows.add({"example": key, "method": name, **self._row(name, example, case, parts, world, seed)})
+            bar.update()
+
+    def _row(self, name: str, example: Example, case: Case, parts: Players, world: Absence, seed: int) -> Row:
+        method, asked = self.methods.get(name), {"against": example.against, "players": self.players}
+        try:
+            result: Scores = (
+                random_attribution(self.model, example.text, example.target, seed=seed, **asked)
+                if method is None
+                else explain(method, self.model, example.text, example.target, **asked)
+            )
+            scores = read_scores(case, parts, result)
+        except PellucidError as error:
+            return {"refused": str(error)}
+        values = self._measured(world, scores)
+        if SENSITIVITY in self.metrics and method is not None:
+            values[SENSITIVITY] = max_sensitivity(
+                self.model, example.text, method, example.target, seed=self.seed, **asked
+            )
+        rationale = example.players(case, parts)
+        if rationale is not None:
+            values |= plausibility(scores, rationale)
+        ks = curve(len(parts)) / len(parts)
+        deletion, insertion = (np.interp(GRID, ks, v).tolist() for v in curves(world, scores))
+        return {
+            "cost": cost(result), "values": values, "scores": scores.tolist(), "deletion": deletion,
+            "insertion": insertion, "replacement": world.name,
+        }  # fmt: skip
+
+    def _measured(self, world: Absence, scores: np.ndarray) -> dict[str, float]:
+        plain: list[Metric] = named([m for m in self.metrics if m in METRICS])
+        areas = [METRICS[m] for m in ("deletion", "insertion") if m not in self.metrics]
+        values = measure(world, {"it": scores}, [*plain, *areas])["it"]
+        values["faithfulness"] = values["insertion"] - values["deletion"]
+        if any(m in SOFT for m in self.metrics):
+            values |= soft(world, {"it": scores}, seed=self.seed).get("it", ({}, {}))[0]
+        return {k: v for k, v in values.items() if k == "faithfulness" or k in self.metrics}
+
+
+def _summary(model: Model, job: _Job, examples: list[Example], asked: dict[str, Any]) -> Result:
+    names = [*job.methods, RANDOM]
+    table = {name: [job.rows.found[_digest(example), name] for example in examples] for name in names}
+    refused = {
+        name: next(r["refused"] for r in rows if "refused" in r)
+        for name, rows in table.items()
+        if any("refused" in r for r in rows)
+    }
+    left = [name for name in names if name not in refused]
+    if left == [RANDOM]:
+        raise InputError(f"every method was refused; {next(iter(refused))}: {next(iter(refused.values()))}")
+    metrics = [m for m in BETTER if any(m in row["values"] for name in left for row in table[name])]
+    each = np.array(
+        [[[table[m][i]["values"].get(k, np.nan) for k in metrics] for m in left] for i in range(len(examples))]
+    )
+    low, high = interval(each, job.seed)
+    spent = [float(np.mean([row["cost"] for row in table[m]])) for m in left]
+    preference = prefer(left, each[..., metrics.index("faithfulness")], spent, seed=job.seed)
+    agreed = agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left}, seed=job.seed)
+    ranked = (
+        agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left if m != RANDOM}, seed=job.seed)
+        if len(left) > 2
+        else agreed
+    )
+    data = xr.Dataset(
+        {
+            "value": (("technique", "metric"), mean_over_prompts(each)),
+            "low": (("technique", "metric"), low),
+            "high": (("technique", "metric"), high),
+            "each": (("example", "technique", "metric"), each),
+            "cost": ("technique", spent),
+            "deletion": (("technique", "step"), [np.mean([row["deletion"] for row in table[m]], 0) for m in left]),
+            "insertion": (("technique", "step"), [np.mean([row["insertion"] for row in table[m]], 0) for m in left]),
+            "agreement": (agreed.main.dims, agreed.values),
+            "agreement_low": (agreed.main.dims, agreed.low.values),
+            "agreement_high": (agreed.main.dims, agreed.high.values),
+            "concordance": float(ranked.concordance),
+            "concordance_low": float(ranked.concordance_low),
+            "concordance_high": float(ranked.concordance_high),
+            "difference": ("technique", preference.difference),
+            "difference_low": ("technique", preference.low),
+            "difference_high": ("technique", preference.high),
+        },
+        coords={
+            "technique": left, "metric": metrics, "better": ("metric", [BETTER[m] for m in metrics]), "other": left,
+            "measure": agreed.measure.values,
+            "share": ("step", GRID), "example": range(len(examples)),
+        },
+        attrs={
+            "sentence": preference.sentence, "preferred": preference.method, "best": preference.best,
+            "refused": json.dumps(refused), "replacement": table[left[-1]][0]["replacement"],
+        },
+    )  # fmt: skip
+    provenance = Provenance(
+        "compare",
+        model.name,
+        digest=model.digest,
+        inputs=[str(e.text) for e in examples],
+        arguments=asked,
+        seed=job.seed,
+    )
+    title = f"{len(left) - 1} attribution methods and random scores on {len(examples)} prompts of {model.name}"
+    return Result(data, kind="attribution comparison", title=title, provenance=provenance)
