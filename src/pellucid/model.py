@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
@@ -201,3 +204,20 @@ class Model:
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+
+
+def shuffled(model: Model, seed: int, keep: Iterable[Any] = ()) -> Model:
+    """A copy with the entries of every weight matrix in random order: the same distributions, nothing learned.
+
+    The placebo of probes and of causal abstraction. Parameters of the model in `keep` stay as they are.
+    """
+    kept = set(map(id, keep))
+    names = {name for name, parameter in model.module.named_parameters() if id(parameter) in kept}
+    module = copy.deepcopy(model.module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1 and name not in names:
+                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
+                parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return load(module, tokenizer=model.tokenizer, probe=model.anatomy.inputs)

@@ -34,17 +34,45 @@ ROOM = 1e-3  # how far a replaced first residual may be from that of the replace
 
 
 @dataclass(eq=False)
-class Game:
-    """`game(present)` gives v(S) [n, output] for coalitions [n, player]; `evaluations` counts the runs it took."""
+class Coalitions:
+    """v(S) [n, output] of coalitions [n, player], every distinct one asked for once; `evaluations` counts what it took."""
 
     case: Case
     players: Players
+    evaluations: int = field(default=0, init=False)
+    _known: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, present: Tensor) -> Tensor:
+        present = torch.as_tensor(present).bool().cpu()
+        keys = [row.numpy().tobytes() for row in present]
+        new = {key: row for key, row in zip(keys, present, strict=True) if key not in self._known}
+        if new:
+            self._known |= dict(zip(new, self._run(torch.stack(list(new.values()))), strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+    @cached_property
+    def all(self) -> Tensor:
+        """[output] of the prompt itself."""
+        return self(torch.ones(1, len(self.players)))[0]
+
+    @cached_property
+    def none(self) -> Tensor:
+        """[output] with every player absent."""
+        return self(torch.zeros(1, len(self.players)))[0]
+
+    def _run(self, present: Tensor) -> Tensor:
+        """v of distinct coalitions [n, player], as booleans; counts them."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Game(Coalitions):
+    """`game(present)` gives v(S) [n, output] for coalitions [n, player]; `evaluations` counts the runs it took."""
+
     baseline: Baseline
     embedded: Embedded
     progress: bool = True
     checkpoint: str | Path | None = None
-    evaluations: int = 0
-    _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
     _asked: int = 0
 
     @classmethod
@@ -62,26 +90,6 @@ class Game:
         embedded = Embedded(case)
         return cls(case, Players.of(case, players), Baseline.of(embedded, baseline), embedded, progress, checkpoint)
 
-    def __call__(self, present: Tensor) -> Tensor:
-        present = present.bool().cpu()
-        keys = [bytes(row.numpy().tobytes()) for row in present]
-        new = {key: row for key, row in zip(keys, present, strict=True) if key not in self._known}
-        if new:
-            made = self._run(torch.stack(list(new.values())))
-            self.evaluations += len(new)
-            self._known |= dict(zip(new, made, strict=True))
-        return torch.stack([self._known[key] for key in keys])
-
-    @cached_property
-    def all(self) -> Tensor:
-        """[output] of the prompt itself."""
-        return self(torch.ones(1, len(self.players)))[0]
-
-    @cached_property
-    def none(self) -> Tensor:
-        """[output] with every player absent."""
-        return self(torch.zeros(1, len(self.players)))[0]
-
     @cached_property
     def seen(self) -> Tensor:
         """[output, player] False for those who come too late to matter."""
@@ -95,6 +103,7 @@ class Game:
         ]
 
     def _run(self, present: Tensor) -> Tensor:
+        self.evaluations += len(present)
         if self._nothing_spared or not self._replaceable:
             return self._rows(present)
         path = self._checkpoint()

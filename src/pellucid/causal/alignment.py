@@ -17,7 +17,6 @@ expected answers dealt out at random). Both must stay near `chance`, the share o
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +32,7 @@ from pellucid.causal.contrast import aligned_values, bootstrap, numbers, rows
 from pellucid.engine.edits import Edit, Place
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
-from pellucid.model import Model, load
+from pellucid.model import Model, shuffled
 from pellucid.results import Provenance, Result
 
 
@@ -209,15 +208,3 @@ class DistributedAlignment:
             low, high = bootstrap(right, self.seed)
             columns |= {name: right.mean(), f"{name}_low": low, f"{name}_high": high}
         return columns
-
-
-def shuffled(model: Model, seed: int) -> Model:
-    """The model with the weights of every matrix in random order: the same distributions, nothing learned."""
-    module = copy.deepcopy(model.module)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1:
-                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return load(module, tokenizer=model.tokenizer, probe=model.anatomy.inputs)

@@ -8,17 +8,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.model import Model, load
+from pellucid.model import Model, shuffled
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
@@ -87,16 +85,8 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     `keep_embeddings` leaves the token embeddings (and an unembedding tied to them): what is then readable beyond them
     the random layers have mixed in from the context.
     """
-    module = copy.deepcopy(model.module)
-    embeddings: Any = module.get_input_embeddings
-    kept = set(map(id, embeddings().parameters())) if keep_embeddings else set()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.ndim > 1 and id(parameter) not in kept:
-                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return load(module, tokenizer=model.tokenizer)
+    embeddings: Any = model.module.get_input_embeddings
+    return shuffled(model, seed, keep=embeddings().parameters() if keep_embeddings else ())
 
 
 def beside_random(

@@ -24,7 +24,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from pellucid.anatomy.wiretap import Wiretap
 from pellucid.attribution.baseline import Baseline
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.filling import Filler, beginning
-from pellucid.attribution.game import Game
+from pellucid.attribution.game import Coalitions, Game
 from pellucid.attribution.path import ROWS_OF_TOKENS, Embedded
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError, Refused
@@ -82,33 +81,11 @@ def absence(
 
 
 @dataclass(eq=False)
-class Absence:
+class Absence(Coalitions):
     """`absent(present [n, player])` gives v(S) [n, output], every distinct coalition run once; `evaluations` counts the
     rows the model ran, `name` says how tokens were taken away."""
 
-    case: Case
-    players: Players
     name: str
-    evaluations: int = 0
-    _known: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
-
-    def __call__(self, present: Tensor) -> Tensor:
-        present = torch.as_tensor(present).bool().cpu()
-        keys = [row.numpy().tobytes() for row in present]
-        new = {key: row for key, row in zip(keys, present, strict=True) if key not in self._known}
-        if new:
-            self._known |= dict(zip(new, self._run(torch.stack(list(new.values()))), strict=True))
-        return torch.stack([self._known[key] for key in keys])
-
-    @cached_property
-    def all(self) -> Tensor:
-        """[output] of the prompt itself."""
-        return self(torch.ones(1, len(self.players)))[0]
-
-    @cached_property
-    def none(self) -> Tensor:
-        """[output] with every player absent."""
-        return self(torch.zeros(1, len(self.players)))[0]
 
     def vectors(self, present: Tensor) -> Tensor:
         """[n, d] what enters the middle block, its mean over the positions: where these prompts lie in the model."""
@@ -120,9 +97,6 @@ class Absence:
         for player, group in enumerate(self.players.members):
             gone[:, list(group)] = ~present[:, player, None]
         return gone
-
-    def _run(self, present: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def _vectors(self, present: Tensor, tap: Tap) -> Tensor:
         raise NotImplementedError
