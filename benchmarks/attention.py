@@ -1,6 +1,6 @@
 """How fast are the methods on attention, in plain forward passes of the same model in the same process?
 
-    python benchmarks/attention.py [--layers 12] [--tokens 32] [--published]
+    python -m benchmarks.attention [--layers 12] [--tokens 32] [--published]
 
 A random encoder of BERT base's width; CPU time, one thread, medians. Attention flow is also timed by the published
 route, networkx's Edmonds-Karp on the same graph, for one sink: its 32 problems take half a minute, so only with

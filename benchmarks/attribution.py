@@ -1,6 +1,6 @@
 """What does attribution cost, as a ratio to the passes of the plain module that it cannot do without?
 
-    python benchmarks/attribution.py [--repetitions 5] [--tokens 32] [--only integrated|games|sequence] [--peers]
+    python -m benchmarks.attribution [--repetitions 5] [--tokens 32] [--only integrated|games|sequence] [--peers]
 
 Shapes of GPT-2 small and BERT base (a classifier) with seeded random weights, one thread, process CPU time. The limit is
 measured just before and after every call, batched as well as it goes, with only the attributed logit unembedded:
@@ -18,8 +18,6 @@ where they are installed: run this file with the interpreter of an environment t
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -31,6 +29,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import pellucid as pl
+from benchmarks.clock import beside
 from pellucid.attribution import (
     continuation,
     integrated_gradients,
@@ -60,23 +59,6 @@ def score(name: str, **inputs: Any) -> torch.Tensor:
     if name == "BERT base":
         return module(**inputs).logits[:, ANSWER[name]]
     return module(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1, ANSWER[name]]
-
-
-def cpu(work: Work) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def ratio(limit: Work, work: Work, repetitions: int) -> str:
-    """Cost of `work` in units of `limit`, measured around it: median (lowest to highest)."""
-    limit(), work()
-    found = []
-    for _ in range(repetitions):
-        before = cpu(limit)
-        spent = cpu(work)
-        found.append(spent / ((before + cpu(limit)) / 2))
-    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def forwards(name: str, ids: torch.Tensor, n: int) -> Work:
@@ -114,9 +96,9 @@ def integrated(name: str, ids: torch.Tensor, repetitions: int, with_peers: bool)
     captum = partial(method.attribute, x, start, n_steps=50, internal_batch_size=BATCH, return_convergence_delta=True)
     ours = partial(integrated_gradients, model, ids, answer, baseline=baseline, steps=50, tolerance=1e9)
     limit = passes(name, ids, 50)
-    print(f"  pellucid, 50 steps        {ratio(limit, ours, repetitions)} of 50 forward-and-backward passes")
+    print(f"  pellucid, 50 steps        {beside(limit, ours, repetitions)} of 50 forward-and-backward passes")
     if with_peers:
-        print(f"  Captum, 50 steps          {ratio(limit, captum, repetitions)}")
+        print(f"  Captum, 50 steps          {beside(limit, captum, repetitions)}")
     theirs = abs(float(captum()[1]))
     change = abs(float(score(name, inputs_embeds=x) - score(name, inputs_embeds=start)))
     noise = 1e-6 * max(abs(float(score(name, inputs_embeds=x))), abs(float(score(name, inputs_embeds=start))))
@@ -125,7 +107,7 @@ def integrated(name: str, ids: torch.Tensor, repetitions: int, with_peers: bool)
         found = integrated_gradients(model, ids, answer, baseline=baseline, steps=steps, tolerance=1e9)
         if abs(float(found.gap)) <= max(theirs, noise):
             work = partial(integrated_gradients, model, ids, answer, baseline=baseline, steps=steps, tolerance=1e9)
-            print(f"  pellucid reaches it with {steps} steps: {ratio(limit, work, repetitions)} of the 50 passes")
+            print(f"  pellucid reaches it with {steps} steps: {beside(limit, work, repetitions)} of the 50 passes")
             break
     found = integrated_gradients(model, ids, answer, baseline=baseline)
     print(f"  pellucid's default: {int(found.steps)} steps, gap {abs(float(found.gap)):.1e}")
@@ -146,7 +128,7 @@ def games(name: str, ids: torch.Tensor, repetitions: int, with_peers: bool) -> N
     for title, method in cases.items():
         runs = int(method(model, ids, answer, **same).evaluations)
         work = partial(method, model, ids, answer, **same)
-        print(f"  {title:26s}{ratio(forwards(name, ids, runs), work, repetitions)} of {runs} batched forward passes")
+        print(f"  {title:26s}{beside(forwards(name, ids, runs), work, repetitions)} of {runs} batched forward passes")
     if with_peers:
         peers(name, ids, repetitions, permutations)
 
@@ -168,10 +150,10 @@ def peers(name: str, ids: torch.Tensor, repetitions: int, permutations: int) -> 
             "KernelShap": partial(KernelShap(f).attribute, ids, n_samples=200, **same),
         }.items():
             runs = 200 if title != "ShapleyValueSampling" else permutations * n
-            beside = limit if runs == 200 else forwards(name, ids, runs)
-            print(f"  Captum {title}, {batch} a call: {ratio(beside, work, few)} of {runs}")
+            as_many = limit if runs == 200 else forwards(name, ids, runs)
+            print(f"  Captum {title}, {batch} a call: {beside(as_many, work, few)} of {runs}")
     if find_spec("shap"):
-        print(f"  SHAP partition: {ratio(limit, partial(shap_partition, f, ids), few)} of 200")
+        print(f"  SHAP partition: {beside(limit, partial(shap_partition, f, ids), few)} of 200")
 
 
 def shap_partition(f: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> None:
@@ -219,11 +201,11 @@ def sequence(ids: torch.Tensor, repetitions: int, with_peers: bool, steps: int =
     baseline = torch.zeros(len(whole) - 1, dtype=torch.long)  # the unknown token, as in Inseq
     ours = partial(integrated_gradients, model, ids, target, baseline=baseline, steps=steps, tolerance=1e9)
     generate = partial(model.generate, ids, max_new_tokens=said)
-    print(f"  pellucid, generation included: {ratio(loop, ours, repetitions)} of {said} x {steps} passes")
-    print(f"  generation alone:              {ratio(loop, generate, repetitions)}")
+    print(f"  pellucid, generation included: {beside(loop, ours, repetitions)} of {said} x {steps} passes")
+    print(f"  generation alone:              {beside(loop, generate, repetitions)}")
     if with_peers and find_spec("inseq"):
         print(
-            f"  Inseq (tokens given):          {ratio(loop, inseq_work(model, ids, generated, steps), max(1, repetitions // 2))}"
+            f"  Inseq (tokens given):          {beside(loop, inseq_work(model, ids, generated, steps), max(1, repetitions // 2))}"
         )
 
 
@@ -257,7 +239,7 @@ def inseq_work(model: pl.Model, ids: torch.Tensor, generated: torch.Tensor, step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python benchmarks/attribution.py")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attribution")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--only", choices=["integrated", "games", "sequence"])

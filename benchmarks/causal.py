@@ -1,6 +1,6 @@
 """What does causal intervention on nodes cost, in forward passes of the same batch on the plain module?
 
-    PYTHONPATH=. python benchmarks/causal.py [--repetitions 5]
+    python -m benchmarks.causal [--repetitions 5]
 
 GPT-2-small's shape with random weights, one thread, process CPU time; the plain pass is measured between the
 pieces. "one by one" is what the same sweep costs with a plain forward for every edit.
@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from circuits import METRIC, beside, gpt2  # the same model and clock
 
+from benchmarks.circuits import METRIC, gpt2  # the same model
+from benchmarks.clock import beside
 from pellucid import causal
 
 HEADS, RESIDUALS = "layers.*.attn.heads.*", "layers.*.resid_pre@*"
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"{'':46s}{'median':>8s}  lowest, highest    one by one")
     for name, naive, plain, work in cases:
         cost = beside(plain, work, repetitions)
-        print(f"{name:46s}{cost[0]:8.2f}  [{cost[1]:.2f}, {cost[2]:.2f}]    {naive:>8s}", flush=True)
+        print(f"{name:46s}  {cost}    {naive:>8s}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What does finding a circuit cost, in forward-and-backward passes of the same batch on the plain module?
 
-    python benchmarks/circuits.py [--repetitions 5] [--skip-acdc]
+    python -m benchmarks.circuits [--repetitions 5] [--skip-acdc]
 
 GPT-2-small's shape with random weights, 8 prompts of 15 tokens, one thread, process CPU time; the plain pass
 is measured between the pieces. "naive" is the derivative of the metric by one mask per edge, every query, key
@@ -10,15 +10,13 @@ and value read apart.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import pellucid as pl
+from benchmarks.clock import beside, cpu
 from pellucid import circuits
 from pellucid.circuits.question import ask
 from tests.zoo.tokenizer import tokenizer
@@ -29,23 +27,6 @@ METRIC = pl.metrics.logit_difference(100, 200)
 def gpt2(**config: int) -> pl.Model:
     torch.manual_seed(0)
     return pl.load(GPT2LMHeadModel(GPT2Config(**config)).eval(), tokenizer=tokenizer())
-
-
-def cpu(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def beside(plain: Callable[[], Any], work: Callable[[], Any], repetitions: int) -> tuple[float, float, float]:
-    """(median, lowest, highest) cost of `work` in plain passes measured just before and after it."""
-    plain(), work()
-    ratios = []
-    for _ in range(repetitions):
-        before = cpu(plain)
-        spent = cpu(work)
-        ratios.append(spent / ((before + cpu(plain)) / 2))
-    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def attribution(repetitions: int) -> None:
@@ -65,7 +46,7 @@ def attribution(repetitions: int) -> None:
             lambda options=options: circuits.edge_attribution(model, ids, METRIC, **same, **options),
             repetitions,
         )
-        print(f"{name:20s} {cost[0]:6.2f} [{cost[1]:.2f}, {cost[2]:.2f}]", flush=True)
+        print(f"{name:20s} {cost}", flush=True)
     found = circuits.edge_attribution(model, ids, METRIC, **same)
     runner = circuits.Runner.of(circuits.wire(model), ask(model, ids, METRIC, other), "resample")
     mask = found.graph.possible.float().requires_grad_()

@@ -1,6 +1,6 @@
 """What does a training step of the tuned lens cost, in plain forward passes of the same batch?
 
-    PYTHONPATH=. python benchmarks/lenses.py [--repetitions 3] [--data FOLDER_OF_ud_ewt]
+    python -m benchmarks.lenses [--repetitions 3] [--data FOLDER_OF_ud_ewt]
 
 GPT-2-small's shape with random weights, 8 chunks of 128 tokens, one thread, process CPU time; the plain forward (all its
 logits) is measured between the steps. "every position" is what the paper's code computes. With --data both are trained on
@@ -10,14 +10,14 @@ SmolLM2 and the same text, and their divergence on held-out text is printed: wha
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
 import torch
-from circuits import cpu, gpt2  # the same model and clock
 
 import pellucid as pl
+from benchmarks.circuits import gpt2  # the same model
+from benchmarks.clock import beside
 from pellucid.lenses import TunedLens, lens_quality
 from pellucid.lenses.logit_lens import lens_sites
 from pellucid.lenses.tuned_lens import last_residual
@@ -39,14 +39,9 @@ def steps(repetitions: int) -> None:
     for name, share in SHARES.items():
         lens = TunedLens(share=share)
         lens._begin(model, names)
-        plain(), lens._step(model, inputs, names, 0)
-        ratios = []
-        for number in range(repetitions):
-            before = cpu(plain)
-            spent = cpu(lambda lens=lens, number=number: lens._step(model, inputs, names, number))
-            ratios.append(2 * spent / (before + cpu(plain)))
         print(
-            f"{name:28s}{statistics.median(ratios):6.2f} forwards ({min(ratios):.2f} to {max(ratios):.2f})", flush=True
+            f"{name:28s}{beside(plain, lambda lens=lens: lens._step(model, inputs, names, 0), repetitions)} forwards",
+            flush=True,
         )
 
 

@@ -1,6 +1,6 @@
 """What does fitting a probe on every layer cost, beside scikit-learn layer by layer?
 
-    python benchmarks/probing.py [--layers 13] [--examples 10000] [--width 768] [--classes 17] [--data FILE.conllu]
+    python -m benchmarks.probing [--layers 13] [--examples 10000] [--width 768] [--classes 17] [--data FILE.conllu]
 
 Without --data the features are drawn: classes of unequal size, variances falling from a few huge axes, an
 offset, as hidden states have them. With --data they are every tenth residual state of SmolLM2 (width 576) at the words of

@@ -1,6 +1,6 @@
 """What does relevance propagation cost, in forward-and-backward passes of the plain module to its embeddings?
 
-    python benchmarks/relevance.py [--repetitions 15] [--tokens 32]
+    python -m benchmarks.relevance [--repetitions 15] [--tokens 32]
 
 Shapes of GPT-2 small and of a Llama of the same size, random weights, one thread, process CPU time, each call between two
 plain passes: the logit of one token at the last position, only that position unembedded, and its gradient by the
@@ -11,9 +11,6 @@ residual streams and heads.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pellucid as pl
+from benchmarks.clock import beside
 from pellucid.attribution.relevance import relevance_propagation
 from tests.zoo.tokenizer import tokenizer
 
@@ -40,23 +38,6 @@ def llama() -> Any:
     )  # fmt: skip
 
 
-def cpu(work: Callable[[], Any]) -> float:
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def beside(plain: Callable[[], Any], work: Callable[[], Any], repetitions: int) -> tuple[float, float, float]:
-    """(median, lowest, highest) cost of `work` in plain passes measured just before and after it."""
-    plain(), work(), work()
-    ratios = []
-    for _ in range(repetitions):
-        before = cpu(plain)
-        spent = cpu(work)
-        ratios.append(spent / ((before + cpu(plain)) / 2))
-    return statistics.median(ratios), min(ratios), max(ratios)
-
-
 def plain(module: Any, ids: torch.Tensor) -> None:
     embedded = module.get_input_embeddings()(ids).detach().requires_grad_()
     logits = module(inputs_embeds=embedded, logits_to_keep=1, use_cache=False).logits
@@ -64,7 +45,7 @@ def plain(module: Any, ids: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python benchmarks/relevance.py")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.relevance")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
@@ -78,8 +59,8 @@ def main() -> None:
         layers = ["layers.*.resid_post", "layers.*.attn.z"]
         for title, extra in {"whole call": {}, "with every layer": {"at": layers}}.items():
             call = partial(relevance_propagation, model, ids, ANSWER, **extra)
-            median, low, high = beside(partial(plain, module, ids), call, options.repetitions)
-            print(f"{name:12s} {title:18s} {median:5.2f} [{low:.2f}, {high:.2f}]", flush=True)
+            call()  # the rules of a model are found once
+            print(f"{name:12s} {title:18s}{beside(partial(plain, module, ids), call, options.repetitions)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ import torch
 import pellucid as pl
 from pellucid.attribution import METHODS, continuation
 from pellucid.attribution.evaluation import compare
-from pellucid.attribution.evaluation.ranks import spearman
 from pellucid.results import Result
+from pellucid.statistics import spearman
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 NOMBRES = ["un", "deux", "trois", "quatre", "cinq", "six", "sept", "huit", "neuf", "dix", "onze", "douze"]

@@ -32,8 +32,8 @@ from pellucid.attribution.evaluation import (
 )
 from pellucid.attribution.evaluation.data import edited
 from pellucid.attribution.evaluation.page import page
-from pellucid.attribution.evaluation.ranks import spearman
 from pellucid.results import Result
+from pellucid.statistics import spearman
 
 TOKENS = 48  # of a review
 SHOWN = ("faithfulness", "comprehensiveness", "sufficiency", "infidelity", "token F1", "AUPRC", "average precision")

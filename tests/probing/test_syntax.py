@@ -13,7 +13,8 @@ from scipy.stats import spearmanr
 from pellucid.errors import InputError
 from pellucid.probing import Features, Training, Treebank, edge_probing, structural
 from pellucid.probing.edges import _expected
-from pellucid.probing.structural import spanning_tree, spearman, tree_distances
+from pellucid.probing.structural import spanning_tree, tree_distances
+from pellucid.statistics import spearman
 from tests.probing.trees import drawn
 
 FAST = Training(hidden=16, epochs=25, dropout=0.0, lr=1e-2)

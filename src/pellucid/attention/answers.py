@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,13 +137,3 @@ def _against(p: Tensor, m: Tensor) -> Tensor:
 def tv(p: Tensor, q: Tensor) -> Tensor:
     """Total variation distance over the last dimension."""
     return (p - q).abs().sum(-1) / 2
-
-
-def bootstrap(values: np.ndarray, seed: int, draws: int = 1000, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean of `values` [n] when prompts are drawn anew; NaN for fewer than two."""
-    values = values[~np.isnan(values)]
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    index = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(values[index].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

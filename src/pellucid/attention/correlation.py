@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.attention.answers import Output, bootstrap, last_residual, rows_read, scored, tv
+from pellucid.attention.answers import Output, last_residual, rows_read, scored, tv
 from pellucid.attention.flow import flow
 from pellucid.attention.norms import norm_weighted
 from pellucid.attention.patterns import attended, single, special
@@ -37,6 +37,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 MEASURES = ("last layer", "all layers", "rollout", "flow", "norms", "relevance")
 REFERENCES = ("gradient", "leave-one-out")
@@ -82,7 +83,7 @@ def attention_correlation(
             for j, other in enumerate(REFERENCES):
                 if name != other:
                     taus[i, j, b], chances[i, j, b] = kendalltau(scores[name][usable], references[other][usable])
-    intervals = np.array([[bootstrap(taus[i, j], seed) for j in range(len(REFERENCES))] for i in range(len(rows))])
+    intervals = np.array([[interval(taus[i, j], seed) for j in range(len(REFERENCES))] for i in range(len(rows))])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the gradient beside itself is empty
         mean = np.nanmean(taus, -1)

@@ -26,12 +26,12 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from pellucid.attention.answers import bootstrap
 from pellucid.attention.correlation import MEASURES, token_scores
 from pellucid.attention.patterns import single, special
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 GUIDES = ("attention", "uniform", "permuted", "learnt")
 
@@ -76,7 +76,7 @@ def attention_diagnostic(
             classifier.fit(x[:n], y[:n], None if w is None else w[:n], mask[:n])
             scores[i, s] = classifier.score(x[n:], y[n:], None if w is None else w[n:], mask[n:])
     uniform = scores[names.index("uniform")]
-    intervals = np.array([[bootstrap(row, seed), bootstrap(row - uniform, seed)] for row in scores])
+    intervals = np.array([[interval(row, seed), interval(row - uniform, seed)] for row in scores])
     data = xr.Dataset(
         {
             "accuracy": ("guide", scores.mean(1)), "low": ("guide", intervals[:, 0, 0]), "high": ("guide", intervals[:, 0, 1]),

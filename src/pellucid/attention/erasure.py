@@ -30,7 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import choose
-from pellucid.attention.answers import Output, bootstrap, distribution, last_residual, rows_read, scored
+from pellucid.attention.answers import Output, distribution, last_residual, rows_read, scored
 from pellucid.attention.patterns import attended, single, special
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
@@ -38,6 +38,7 @@ from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 ORDERS = ("attention", "gradient", "product", "random")
 
@@ -82,7 +83,7 @@ def attention_erasure(
         fractions[:, b] = [*fraction[:own], fraction[own:].mean()]
         never[:, b] = [*~flipped[:own], 1 - flipped[own:].mean()]
         margins[:, b, : len(counts)] = [*found[:own], found[own:].mean(0)]
-    intervals = np.array([bootstrap(row, seed) for row in fractions])
+    intervals = np.array([interval(row, seed) for row in fractions])
     data = xr.Dataset(
         {
             "fraction": ("order", fractions.mean(1)), "low": ("order", intervals[:, 0]), "high": ("order", intervals[:, 1]),

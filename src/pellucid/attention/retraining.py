@@ -33,13 +33,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pellucid.attention.adversarial import probe, reaching
-from pellucid.attention.answers import Output, bootstrap, distribution, js, tv
+from pellucid.attention.answers import Output, distribution, js, tv
 from pellucid.attention.patterns import attended, kinds, single
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 Trained = Callable[[str], bool]
 
@@ -71,7 +72,7 @@ def uniform_attention(
         twin = duplicate(model)
         _fit_labels(twin, texts, labels, edits, epochs, rate, batch, trained, seed, progress)
         right[i, 1] = _right(twin, test_texts, test_labels, edits, batch)
-    intervals = np.array([[bootstrap(right[i, j], seed) for j in range(2)] for i in range(2)])
+    intervals = np.array([[interval(right[i, j], seed) for j in range(2)] for i in range(2)])
     two = ("attention", "training")
     data = xr.Dataset(
         {"accuracy": (two, right.mean(-1)), "low": (two, intervals[..., 0]), "high": (two, intervals[..., 1]),
@@ -122,7 +123,7 @@ def adversarial_training(
             found[:, i] = np.array([[float(x) for x in base.compared(twin, text)] for text in test_texts]).T
     variables: dict[str, Any] = {}
     for name, values in (("js", found[1]), ("tv", found[0])):
-        low, high = np.array([bootstrap(row, seed) for row in values]).T
+        low, high = np.array([interval(row, seed) for row in values]).T
         variables |= {name: values.mean(1), f"{name}_low": low, f"{name}_high": high}
     data = xr.Dataset(
         {

@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import xarray as xr
 from torch import Tensor
@@ -51,6 +50,7 @@ from pellucid.engine.locate import block_of, locate
 from pellucid.engine.run import Run, stream_of
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.statistics import spearman
 
 
 def attribution_patching(
@@ -256,14 +256,7 @@ def _check(
         "exact": xr.DataArray(exact, {"checked": names}, "checked"),
         "estimated": ("checked", guess),
         "ranked_high": ("checked", np.arange(len(chosen)) < len(top)),
-        "spearman": _spearman(np.abs(guess), sizes),
+        "spearman": spearman(np.abs(guess), sizes),
         "sign_agreement": float(np.mean(np.sign(guess[: len(top)]) == np.sign(exact[: len(top)]))),
         "missed": float(sizes[len(top) :].max(initial=0.0) / max(sizes.max(), 1e-12)),
     }
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The rank correlation, ties sharing their mean rank; NaN for fewer than three values or where all are alike."""
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(pd.Series(a).rank().to_numpy(), pd.Series(b).rank().to_numpy())[0, 1])

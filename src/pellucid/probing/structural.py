@@ -32,6 +32,7 @@ from pellucid.probing.linear import standardised
 from pellucid.probing.probe import result
 from pellucid.probing.splits import DRAWS, held_out, interval
 from pellucid.results import Result
+from pellucid.statistics import spearman
 
 
 def tree_distances(heads: Sequence[int]) -> np.ndarray:
@@ -185,20 +186,3 @@ def _by_length(scores: list[np.ndarray], lengths: list[int]) -> np.ndarray:
             groups[length].append(score)
     means = [np.nanmean(group, 0) for group in groups.values()]
     return np.mean(means, 0) if means else np.full_like(scores[0], np.nan)
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of ranks, equal values sharing theirs; NaN where one is constant.
-
-    >>> spearman(np.array([1, 2, 3]), np.array([10, 20, 15]))
-    0.5
-    """
-    a, b = (_ranks(v) for v in (a, b))
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm > 0 else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[index]

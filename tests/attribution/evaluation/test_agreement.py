@@ -10,9 +10,9 @@ from scipy import stats
 
 from pellucid.attribution.evaluation import agreement
 from pellucid.attribution.evaluation.agreement import MEASURES, concordance
-from pellucid.attribution.evaluation.ranks import interval, kendall, ranks, spearman
 from pellucid.errors import InputError
 from pellucid.results import Result
+from pellucid.statistics import interval, kendall, ranks, spearman
 
 SCORES = st.lists(st.integers(-3, 3), min_size=3, max_size=8)
 

@@ -12,10 +12,10 @@ from pellucid.attribution import exact_shapley, gradient_x_input, occlusion
 from pellucid.attribution.evaluation import compare, faithfulness
 from pellucid.attribution.evaluation.page import page
 from pellucid.attribution.evaluation.preference import prefer
-from pellucid.attribution.evaluation.ranks import spearman
 from pellucid.attribution.evaluation.truth import answer, programmed, sentence
 from pellucid.errors import InputError, Refused
 from pellucid.results import Result
+from pellucid.statistics import spearman
 from tests.attribution.evaluation.models import PROMPT, TEXTS, opened
 
 METHODS = {"shapley": exact_shapley, "occlusion": occlusion}

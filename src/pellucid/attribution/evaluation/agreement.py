@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from pellucid.attribution.evaluation.ranks import interval, kendall, ranks, spearman
 from pellucid.errors import InputError
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval, kendall, ranks, spearman
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:

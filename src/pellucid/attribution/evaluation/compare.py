@@ -28,7 +28,6 @@ from pellucid.attribution.evaluation.data import Example
 from pellucid.attribution.evaluation.faithfulness import METRICS, SOFT, Metric, curve, curves, measure, named
 from pellucid.attribution.evaluation.plausibility import PLAUSIBILITY, plausibility
 from pellucid.attribution.evaluation.preference import prefer
-from pellucid.attribution.evaluation.ranks import interval
 from pellucid.attribution.evaluation.rows import Row, Rows
 from pellucid.attribution.evaluation.scores import (
     RANDOM,
@@ -47,6 +46,7 @@ from pellucid.attribution.players import Players
 from pellucid.errors import InputError, PellucidError, nearest
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 GRID = np.linspace(0, 1, 11)
 SENSITIVITY = "max-sensitivity"

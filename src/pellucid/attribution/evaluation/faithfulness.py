@@ -34,13 +34,13 @@ import xarray as xr
 
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.absence import Absence, absence
-from pellucid.attribution.evaluation.ranks import area, spearman
 from pellucid.attribution.evaluation.scores import Scores, read_scores
 from pellucid.attribution.evaluation.soft import soft
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import area, spearman
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 STEPS = 10  # of a curve

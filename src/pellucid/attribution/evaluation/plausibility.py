@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pellucid.attribution.evaluation.ranks import area
 from pellucid.errors import InputError
+from pellucid.statistics import area
 
 PLAUSIBILITY = ("token F1", "IOU F1", "AUPRC", "average precision", "mass")
 

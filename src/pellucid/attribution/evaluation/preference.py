@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pellucid.attribution.evaluation.ranks import interval
 from pellucid.attribution.evaluation.scores import RANDOM
+from pellucid.statistics import interval
 
 FEWEST = 5  # prompts, below which nothing is said
 

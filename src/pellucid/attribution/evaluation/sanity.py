@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.agreement import mean_over_prompts
-from pellucid.attribution.evaluation.ranks import interval, spearman
 from pellucid.attribution.evaluation.scores import Method, explain, methods_named, read_scores
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model, load
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval, spearman
 
 Methods = Mapping[str, Method] | Sequence[str] | None
 SAME = 1e-3  # how far the logits of two equal models may be apart, relative to the largest

@@ -27,7 +27,6 @@ from torch import nn
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.agreement import mean_over_prompts
 from pellucid.attribution.evaluation.plausibility import average_precision
-from pellucid.attribution.evaluation.ranks import interval
 from pellucid.attribution.evaluation.scores import (
     RANDOM,
     Method,
@@ -41,6 +40,7 @@ from pellucid.attribution.players import Players
 from pellucid.errors import Refused
 from pellucid.model import Model, load
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 RULES = ("marker", "conjunction", "disjunction", "exclusive")
 MARKERS = ("ruby", "jade")

@@ -1,4 +1,4 @@
-"""Ranks, their correlations, areas, and intervals by resampling: the few statistics the evaluation rests on.
+"""Ranks, their correlations, areas, and intervals by resampling: the few statistics the methods share.
 
 >>> spearman(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 9.0]))
 1.0
@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import kendalltau, rankdata
 
 DRAWS = 1000
 
@@ -17,28 +18,25 @@ def ranks(x: np.ndarray) -> np.ndarray:
     >>> ranks(np.array([3.0, 1.0, 3.0]))
     array([2.5, 1. , 2.5])
     """
-    smaller = (x[..., None, :] < x[..., :, None]).sum(-1)
-    equal = (x[..., None, :] == x[..., :, None]).sum(-1)
-    return smaller + (equal + 1) / 2
+    return rankdata(x, axis=-1)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's correlation of the ranks; NaN where one of them is constant."""
-    return _pearson(ranks(a), ranks(b))
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
+    """Pearson's correlation of the ranks, over what both have; NaN where that is one value, or all are alike."""
+    a, b = _both(a, b)
+    a, b = (r - r.mean() for r in (ranks(a), ranks(b)))
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size > 0 else float("nan")
 
 
 def kendall(a: np.ndarray, b: np.ndarray) -> float:
     """Tau-b: concordant minus discordant pairs, over the geometric mean of those that are not tied."""
-    upper = np.triu_indices(len(a), 1)
-    x, y = (np.sign(v[:, None] - v[None])[upper] for v in (a, b))
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size > 0 else float("nan")
+    return float(kendalltau(*_both(a, b)).statistic)
+
+
+def _both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    known = ~(np.isnan(a) | np.isnan(b))
+    return a[known], b[known]
 
 
 def area(y: np.ndarray, x: np.ndarray) -> float:
