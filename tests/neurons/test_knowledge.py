@@ -113,6 +113,18 @@ def test_what_most_wordings_share_is_kept_and_the_share_moves_until_a_few_are_le
         knowledge_neurons(found)
 
 
+def test_neurons_that_other_facts_have_too_are_not_this_facts_own():
+    own, noise = [1, 0.9, 0.8, 0, 0, 0], [0.0] * 6
+    others = made([[[1, 0, 0, 0, 0, 0], noise], [[1, 0.5, 0, 0, 0, 0], noise], [[0, 0, 0, 1, 0, 0], noise]])
+    found = knowledge_neurons(made([[own, noise]] * 3), against=others, common=0.5)
+    assert chosen(found) == [(4, 1), (4, 2)]  # the first passes in two of three wordings, the second in one
+    assert chosen(knowledge_neurons(made([[own, noise]] * 3), against=others, common=0.3)) == [(4, 2)]
+    with pytest.raises(InputError, match=r"`against` is of \(1, 6\) neurons"):
+        knowledge_neurons(
+            made([[own, noise]]), against=Result(others.data.isel(layer=[0]), kind="knowledge attribution")
+        )
+
+
 def test_the_effect_is_the_change_of_the_log_odds_under_plain_edits():
     model = opened("llama")
     neurons = [(0, 3), (1, 17)]

@@ -10,7 +10,9 @@ package takes GPT-2's before the activation. Layers are scaled one at a time, al
 
 Knowledge neurons of a fact are those which several wordings of it share ("refining"): of each wording the neurons above
 `threshold` times its largest attribution, of these the ones in at least `share` of the wordings; `share` is then moved by
-.05 until 2 to 5 are left, as the released code does. The paper tests them by suppressing (times 0) and amplifying
+.05 until 2 to 5 are left, as the released code does. Neurons that any fact would have ("an answer comes", "a city comes")
+pass this test as well; `against` takes attributions of other facts, and drops what more than `common` of their wordings
+have too (EleutherAI's package has such a filter, which does nothing there). The paper tests them by suppressing (times 0) and amplifying
 (times 2): `knowledge_effect`, which does the same to as many random neurons, and to as many of the most active ones.
 """
 
@@ -95,21 +97,31 @@ def knowledge_attribution(
 
 
 def knowledge_neurons(
-    attributions: Result, *, threshold: float = 0.2, share: float = 0.7, adjust: bool = True
+    attributions: Result,
+    *,
+    threshold: float = 0.2,
+    share: float = 0.7,
+    adjust: bool = True,
+    against: Result | None = None,
+    common: float = 0.3,
 ) -> Result:
     """The neurons that wordings of one fact share, from their `knowledge_attribution` (several prompts).
 
+    `against` is the attribution of prompts about other facts: neurons above the threshold in more than `common` of these
+    are not kept.
+
     Gives over `neuron` (the most shared first) `share` of the wordings and mean `attribution`, with coordinates `layer` and
     `unit`; `needed` is the share that was asked for in the end. With `adjust` it is moved until 2 to 5 neurons are left
-    (or it reaches 0 or 1). InputError for another result.
+    (or it reaches 0 or 1). InputError for another result, or attributions of another model.
     """
-    if "attribution" not in attributions.data or attributions.kind != "knowledge attribution":
-        raise InputError(f"knowledge neurons are refined from knowledge attributions, not from {attributions.kind!r}")
-    values = attributions.data["attribution"]
-    values = values if "prompt" in values.dims else values.expand_dims("prompt")
-    array = np.nan_to_num(values.transpose("prompt", "layer", "neuron").values)
-    above = array > threshold * array.max((1, 2), keepdims=True)
-    counts = above.mean(0)
+    values = _attributions(attributions)
+    array = np.nan_to_num(values.values)
+    counts = _passing(array, threshold)
+    if against is not None:
+        others = np.nan_to_num(_attributions(against).values)
+        if others.shape[1:] != array.shape[1:]:
+            raise InputError(f"`against` is of {others.shape[1:]} neurons (layers, width), these are {array.shape[1:]}")
+        counts = np.where(_passing(others, threshold) > common, 0.0, counts)
     needed = share
     while adjust and not FEW <= (found := int((counts >= needed - 1e-9).sum())) <= MANY:
         step = 0.05 if found > MANY else -0.05
@@ -130,9 +142,23 @@ def knowledge_neurons(
     about = attributions.provenance
     provenance = Provenance(
         "knowledge_neurons", about.model, digest=about.digest, inputs=about.inputs,
-        arguments={"threshold": threshold, "share": share, "adjust": adjust},
+        arguments={"threshold": threshold, "share": share, "adjust": adjust, "against": against is not None, "common": common},
     )  # fmt: skip
     return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons", provenance=provenance)
+
+
+def _attributions(result: Result) -> xr.DataArray:
+    """[prompt, layer, neuron]"""
+    if "attribution" not in result.data or result.kind != "knowledge attribution":
+        raise InputError(f"knowledge neurons are refined from knowledge attributions, not from {result.kind!r}")
+    values = result.data["attribution"]
+    values = values if "prompt" in values.dims else values.expand_dims("prompt")
+    return values.transpose("prompt", "layer", "neuron")
+
+
+def _passing(array: np.ndarray, threshold: float) -> np.ndarray:
+    """[layer, neuron] the share of prompts in which a neuron is above `threshold` times the largest."""
+    return (array > threshold * array.max((1, 2), keepdims=True)).mean(0)
 
 
 def chosen(found: Result) -> list[tuple[int, int]]:
