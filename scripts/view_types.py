@@ -1,4 +1,5 @@
-"""Write the schema of the views for those who read them: JSON Schema and TypeScript, both under web/src.
+"""Write the schema of the views, and the messages of the workbench, for those who read them: JSON Schema and TypeScript,
+under web/src.
 
 python scripts/view_types.py            write them
 python scripts/view_types.py --check    fail if they are not what the schema says
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 
 from pellucid.views.schema import Document
+from pellucid.workbench import messages
 
 WEB = Path(__file__).resolve().parents[1] / "web" / "src"
 
@@ -40,6 +42,35 @@ def typescript(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def messages_typescript() -> str:
+    """The messages between the workbench's page and its server; views in them are documents."""
+    kinds = [
+        k
+        for k in vars(messages).values()
+        if isinstance(k, type) and issubclass(k, messages.Message) and k is not messages.Message
+    ]
+    _, parts = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
+    lines = [
+        "// Made by scripts/view_types.py from src/pellucid/workbench/messages.py. Do not edit.", "",
+        'import type { Document } from "../schema";', "",
+    ]  # fmt: skip
+    sent = {k.__name__ for k in kinds if k.__name__.endswith("Request")} | {
+        "Edit",
+        "State",
+        "Pane",
+        "Selection",
+        "Workspace",
+    }
+    for kind in kinds:
+        entry = parts[kind.__name__]
+        needed = set(entry.get("required", ())) if kind.__name__ in sent else set(entry["properties"])
+        lines.append(f"/** {' '.join((entry.get('description') or '').split())} */")
+        lines.append(f"export interface {kind.__name__} {{")
+        lines += [f"  {key}{'' if key in needed else '?'}: {of(value)};" for key, value in entry["properties"].items()]
+        lines += ["}", ""]
+    return "\n".join(lines)
+
+
 def of(value: dict[str, Any]) -> str:
     """The TypeScript type of a piece of JSON Schema."""
     if "$ref" in value:
@@ -48,7 +79,11 @@ def of(value: dict[str, Any]) -> str:
         return " | ".join(json.dumps(v) for v in value["enum"])
     if "anyOf" in value:
         return " | ".join(of(v) for v in value["anyOf"])
+    if "type" not in value:
+        return "unknown"
     kind = value["type"]
+    if kind == "object":
+        return f"Record<string, {of(value.get('additionalProperties') or {})}>"
     if isinstance(kind, list):
         return " | ".join(of({"type": k}) for k in kind)
     if kind == "array":
@@ -62,6 +97,7 @@ def files() -> dict[Path, str]:
     return {
         WEB / "schema.json": json.dumps(found, indent=1, ensure_ascii=False) + "\n",
         WEB / "schema.ts": typescript(found),
+        WEB / "workbench" / "messages.ts": messages_typescript(),
     }
 
 
@@ -70,6 +106,7 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(f"stale: {', '.join(stale)}; run python scripts/view_types.py" if stale else 0)
     for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 

@@ -180,6 +180,13 @@ def test_the_terminal_view_has_title_strongest_cells_and_origin(result: Result) 
     assert "'<s>\\n'" in repr(result)
 
 
+def test_its_text_is_text_in_a_notebook_too(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_text = repr(result)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # where rich shows what is printed by itself
+    monkeypatch.setattr("rich.jupyter.display", lambda *_: pytest.fail("an output of its own"))
+    assert repr(result) == plain_text
+
+
 def test_the_notebook_view_is_escaped() -> None:
     result = Result(xr.DataArray([1.0], {"t": ["<script>"]}, name="v"), kind="k", title="<b>&")
     page = result._repr_html_()

@@ -246,7 +246,7 @@ class Result:
         return Group(Text(self.title, style="bold"), heading, table, source)
 
     def __repr__(self) -> str:
-        console = Console(file=io.StringIO(), width=110, color_system=None)
+        console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False)
         with console.capture() as captured:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -15,7 +15,8 @@ from tests.attribution.evaluation.models import TEXTS, opened
 @pytest.fixture
 def says(capsys, monkeypatch):
     """Runs the command on a tiny model; returns its exit code and what it wrote."""
-    monkeypatch.setitem(vars(pellucid), "load", lambda source, **how: opened("gpt2"))
+    model = opened("gpt2")  # which calls `load` itself
+    monkeypatch.setitem(vars(pellucid), "load", lambda source, **how: model)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as left:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import xarray as xr
 
 from pellucid.views import schema as s
 from pellucid.views.hosts import output, save_html
@@ -40,19 +41,14 @@ def attention(texts: tuple[str, ...] = TOKENS, layers: int = 6, heads: int = 8) 
     logits = np.where(np.tril(np.ones((n, n), bool)), logits, -np.inf)
     pattern = np.exp(logits - logits.max(-1, keepdims=True))
     pattern /= pattern.sum(-1, keepdims=True)
+    names = {(1, 3): "previous token", (2, 1): "induction", (4, 5): "induction"}
     listed = tuple(
-        s.Head(component=f"layers.{a}.attn.heads.{h}", layer=a, head=h, role="previous token" if (a, h) == (1, 3) else "")
+        s.Head(component=f"layers.{a}.attn.heads.{h}", layer=a, head=h, role=names.get((a, h), ""))
         for a in range(layers) for h in range(heads)
     )  # fmt: skip
     flow = s.Flow(name="rollout", values=Numbers.of(pattern.mean((0, 1))))
-    return s.Attention(
-        queries=texts,
-        keys=texts,
-        heads=listed,
-        pattern=Numbers.of(pattern.reshape(-1, n, n), "uint8"),
-        flows=(flow,),
-        first=heads + 3,
-    )
+    stack = s.Looking(queries=texts, keys=texts, heads=listed, pattern=Numbers.of(pattern.reshape(-1, n, n), "uint8"), flows=(flow,), first=heads + 3)  # fmt: skip
+    return s.Attention(stacks=(stack,))
 
 
 def lens(texts: tuple[str, ...] = TOKENS, layers: int = 12) -> s.Lens:
@@ -63,7 +59,12 @@ def lens(texts: tuple[str, ...] = TOKENS, layers: int = 12) -> s.Lens:
     top[layers // 2 :, -1, 0] = 0
     p = np.stack([sure, (1 - sure) / 3, (1 - sure) / 6], -1)
     rank = np.maximum(0, np.round(np.exp((1 - sure) * 8) - 6))
+    followed = tuple(
+        s.Followed(word=w, rank=Numbers.of(rank + i), log_probability=Numbers.of(np.log(sure / (1 + 4 * i))))
+        for i, w in enumerate((" Paris", " Rome"))
+    )
     reading = s.Reading(
+        followed=followed,
         name="logit",
         top=Numbers.of(top),
         probability=Numbers.of(p),
@@ -74,12 +75,8 @@ def lens(texts: tuple[str, ...] = TOKENS, layers: int = 12) -> s.Lens:
     tuned = s.Reading(
         name="tuned", top=Numbers.of(top), probability=Numbers.of(np.sqrt(p)), kl=Numbers.of(2 * (1 - sure))
     )
-    followed = tuple(
-        s.Followed(word=w, rank=Numbers.of(rank + i), log_probability=Numbers.of(np.log(sure / (1 + 4 * i))))
-        for i, w in enumerate((" Paris", " Rome"))
-    )
     return s.Lens(tokens=texts, positions=tuple(range(n)), layers=tuple(map(str, range(layers))), components=tuple(f"layers.{i}.resid_post" for i in range(layers)),
-                  words=words, readings=(reading, tuned), prediction=(*texts[1:], " Paris"), followed=followed)  # fmt: skip
+                  words=words, readings=(reading, tuned), prediction=(*texts[1:], " Paris"))  # fmt: skip
 
 
 def contributions(layers: int = 12) -> s.Contributions:
@@ -181,8 +178,19 @@ def traces(texts: tuple[str, ...] = TOKENS) -> s.Traces:
     draw = np.random.default_rng(8)
     values = draw.normal(size=(6, len(texts))) + np.linspace(-1, 2, len(texts))
     rate = np.linspace(0, 1, 30)
+    rocs = tuple(
+        s.Roc(
+            false_positive=Numbers.of(rate),
+            true_positive=Numbers.of(rate ** (1 / (1 + a))),
+            area=1 - 1 / (2 + a),
+            low=0.95 - 1 / (2 + a),
+            high=1.02 - 1 / (2 + a),
+            control=0.5,
+        )
+        for a in range(6)
+    )
     return s.Traces(tokens=texts, positions=tuple(range(len(texts))), rows=s.Axis(name="layer", labels=tuple(map(str, range(6))), components=tuple(f"layers.{i}.resid_post" for i in range(6))),
-                    values=Numbers.of(values), unit="log odds of being true", threshold=1.0, roc=s.Roc(false_positive=Numbers.of(rate), true_positive=Numbers.of(rate**0.25), area=0.8, low=0.75, high=0.85))  # fmt: skip
+                    values=Numbers.of(values), unit="log odds of being true", thresholds=Numbers.of(np.ones(6)), rocs=rocs)  # fmt: skip
 
 
 def anatomy() -> s.Anatomy:
@@ -256,6 +264,58 @@ def notebook() -> str:
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>notebook</title><body data-jp-theme-light=false style='background:#111'>{''.join(cells)}<script>{show}</script>"
 
 
+def saved_notebook() -> str:
+    """A notebook as nbconvert writes it to a page: outputs as they are, read by the browser's own parser."""
+    outputs = [
+        output(document(title, data))
+        for title, data in (("First", heads()), ("Second", attention()), ("Third", lens()))
+    ]
+    cells = "".join(
+        f'<div class="jp-RenderedHTMLCommon jp-RenderedHTML jp-OutputArea-output">{o}</div>' for o in outputs
+    )
+    return f"<!doctype html><html lang=en><head><meta charset=utf-8><title>saved</title></head><body class=jp-Notebook data-jp-theme-light=true><main>{cells}</main></body></html>"
+
+
+def spoken() -> s.Attention:
+    """An encoder-decoder's three attentions."""
+    stack = attention().stacks[0]
+    source, said = stack.queries, (" Das", " ist", " es")
+    draw = np.random.default_rng(11)
+    cross = draw.dirichlet(np.ones(len(source)), size=(4, len(said)))
+    own = draw.dirichlet(np.ones(len(said)), size=(4, len(said)))
+
+    def named(area: str, n: int) -> tuple[s.Head, ...]:
+        return tuple(s.Head(component=f"{area}.heads.{i}", layer=0, head=i) for i in range(n))
+
+    return s.Attention(stacks=(
+        s.Looking(name="decoder to encoder", queries=said, keys=source, heads=named("decoder.layers.0.cross", 4), pattern=Numbers.of(cross, "uint8")),
+        s.Looking(name="encoder", queries=source, keys=source, heads=tuple(s.Head(component=f"encoder.{h.component}", layer=h.layer, head=h.head) for h in stack.heads), pattern=stack.pattern),
+        s.Looking(name="decoder", queries=said, keys=said, heads=named("decoder.layers.0.attn", 4), pattern=Numbers.of(own, "uint8")),
+    ))  # fmt: skip
+
+
+def long_attention(texts: tuple[str, ...], layers: int = 30, heads: int = 9) -> s.Attention:
+    """All heads of a model on a long prompt, as `looking` keeps them; most rest on the first token, some look back."""
+    from pellucid.results import Result
+    from pellucid.views.looking import attention as kept
+
+    n, draw = len(texts), np.random.default_rng(12)
+    values = np.zeros((layers, heads, n, n), np.float32)
+    values[..., 0] = 0.6
+    for a in range(layers):
+        for h in range(heads):
+            back = 1 + int(draw.integers(40))
+            values[a, h, np.arange(back, n), np.arange(n - back)] += 0.3
+    values[..., np.arange(n), np.arange(n)] += 0.1
+    data = xr.DataArray(
+        values,
+        {"layer": range(layers), "head": range(heads), "query": range(n), "key": range(n)},
+        ("layer", "head", "query", "key"),
+        "pattern",
+    )
+    return kept(Result(data.assign_coords(query_token=("query", list(texts)), key_token=("key", list(texts))), kind="attention patterns"))  # fmt: skip
+
+
 def report() -> str:
     """The report of a tiny model on a prompt that tries to break out."""
     import pellucid as pl
@@ -278,8 +338,10 @@ def write(folder: Path) -> None:
     save_html(folder / "gallery.html", *gallery(), title="Every kind of view")
     save_html(folder / "nasty.html", *nasty(), title="</title><script>alert(4)</script>")
     long = tuple(f" w{i}" for i in range(512))
-    save_html(folder / "long.html", document("Tokens", tokens(long)), document("Lens", lens(long, 30)), document("Attention", attention(long, 2, 4)), document("Patching", patching(long, 30)), document("Traces", traces(long)), title="512 tokens")  # fmt: skip
+    save_html(folder / "long.html", document("Tokens", tokens(long)), document("Lens", lens(long, 30)), document("Attention", long_attention(long)), document("Patching", patching(long, 30)), document("Traces", traces(long)), title="512 tokens")  # fmt: skip
+    save_html(folder / "spoken.html", document("Attention of a translator", spoken()))
     (folder / "notebook.html").write_text(notebook(), encoding="utf-8")
+    (folder / "saved.html").write_text(saved_notebook(), encoding="utf-8")
     (folder / "report.html").write_text(report(), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import pellucid as pl
 from pellucid.errors import InputError
 from pellucid.results import Provenance, Result
 from pellucid.views import schema as s
-from pellucid.views.documents import document, lens, rank_correlation, tokens
+from pellucid.views.documents import document, rank_correlation
 from pellucid.views.hosts import bundle, output, page
 from tests.views import gallery
 from tests.zoo import build as tiny
@@ -84,10 +84,8 @@ def test_a_logit_lens_is_a_lens_with_its_words_and_targets(llama: pl.Model) -> N
     words = np.array(data.words)[reading.top.array()]
     np.testing.assert_array_equal(words, found["top_token"].values)
     np.testing.assert_allclose(reading.probability.array(), found["probability"].values, atol=1e-6)
-    np.testing.assert_allclose(data.followed[0].rank.array(), found["target_rank"].values[..., 0])
+    np.testing.assert_allclose(reading.followed[0].rank.array(), found["target_rank"].values[..., 0])
     assert data.components[0] == "embed" and data.components[1] == "layers.0.resid_post"
-    both = lens(found, tuned=found)
-    assert [r.name for r in both.readings] == ["logit", "tuned"]
 
 
 def test_direct_logit_attribution_is_a_waterfall_that_adds_up(llama: pl.Model) -> None:
@@ -107,6 +105,12 @@ def test_effects_of_heads_and_of_positions_are_grids_that_know_their_components(
     ).data
     assert isinstance(places, s.Grid) and places.planes[0].component == "layers.{row}.resid_pre"
     assert places.columns.positions == tuple(range(len(places.columns.labels)))
+    clean, corrupted = places.prompts
+    assert clean == places.columns.labels and [i for i, t in enumerate(clean) if corrupted[i] != t] == [3]
+    both = pl.causal.patching(llama, PROMPT, "The capital of Italy is", over="layers.*.attn.heads.*", metric=metric)
+    by_head = document(both).data
+    assert isinstance(by_head, s.Grid) and by_head.prompts == places.prompts
+    assert by_head.planes[0].component == "layers.{row}.attn.heads.{column}"
 
 
 def test_the_map_of_a_model_shows_every_layer_and_proof(llama: pl.Model) -> None:
@@ -114,18 +118,6 @@ def test_the_map_of_a_model_shows_every_layer_and_proof(llama: pl.Model) -> None
     assert isinstance(data, s.Anatomy)
     assert sum(len(b.layers) for b in data.stacks[0].blocks) == len(llama.anatomy.stacks[0].blocks)
     assert [p.name for p in data.proofs] == [p.name for p in llama.anatomy.proofs]
-
-
-def test_methods_on_one_prompt_stand_side_by_side_with_their_agreement() -> None:
-    def result(values: list[float], words: list[str]) -> Result:
-        data = xr.DataArray(values, {"position": range(3), "token": ("position", words)}, dims="position", name="a")
-        return Result(data, kind="k")
-
-    shown = pl.views.compare({"one": result([1, 2, 3], ["a", "b", "c"]), "two": result([3, 2, 1], ["a", "b", "c"])})
-    assert isinstance(shown.data, s.Tokens) and shown.data.comparison[0].value == "-1.00"
-    assert "data-pellucid" in shown._repr_html_()
-    with pytest.raises(InputError, match="other tokens"):
-        tokens({"one": result([1, 2, 3], ["a", "b", "c"]), "two": result([1, 2, 3], ["a", "b", "d"])})
 
 
 def test_rank_correlation_is_that_of_scipy() -> None:
@@ -183,20 +175,6 @@ def test_of_several_prompts_the_view_says_which_it_shows(llama: pl.Model) -> Non
     assert document(found.sel(prompt=1)).lead == ""
     mean = document(pl.lenses.direct_logit_attribution(llama, [PROMPT, "The capital of Italy is"], " the"))
     assert "mean over 2 prompts" in mean.lead
-
-
-def test_of_too_many_patterns_those_that_look_at_one_place_are_left_out() -> None:
-    n = 600
-    pattern = np.full((2, 4, n, n), 1 / n, np.float32)
-    pattern[0, :, :, :] = 0
-    pattern[0, :, :, 0] = 1.0
-    found = Result(
-        xr.DataArray(pattern, dims=("layer", "head", "query", "key"), name="pattern"), kind="attention patterns"
-    )
-    found = Result(found.data.assign_coords(layer=range(2), head=range(4)), kind="attention patterns")
-    data = document(found).data
-    assert isinstance(data, s.Attention)
-    assert {h.layer for h in data.heads} == {1} and data.left_out == 8 - len(data.heads)
 
 
 def test_the_public_names_stay_functions_however_often_they_are_asked_for() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import pellucid as pl
 from pellucid.errors import InputError
+from pellucid.views.evidence import Evidence, Foreign
+from pellucid.views.question import ask
 from pellucid.views.report import Report, build
-from pellucid.views.schema import Table
+from pellucid.views.schema import Attention, Table
+from pellucid.views.sections import trust
+from pellucid.views.unrelated import unrelated
 from tests.zoo import build as tiny
 from tests.zoo import tokenizer
 
@@ -63,6 +69,8 @@ def test_what_a_prompt_contains_is_shown_not_run(llama: pl.Model) -> None:
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_other_kinds_of_model_get_a_page_too(model_type: str) -> None:
     page = build(opened(model_type), PROMPT, progress=False)
+    lacking = [s.id for s in page.sections if "Not available" in str(s.lead)]
+    assert set(lacking) <= {"patches", "direct"}  # no counterfactual found; a head behind the last residual
     assert page.html.startswith("<!doctype html>") or page.html.startswith("<!DOCTYPE html>")
     assert page.findings
 
@@ -86,6 +94,7 @@ def test_every_finding_has_its_section_and_every_claim_its_control(report: Repor
     assert set(columns) == {"claim", "what speaks for it", "its control", "verdict"}
     assert set(columns["verdict"] or ()) <= {"solid", "likely", "a hint", "untested"}
     assert trust.rows >= 4
+    assert "untested" not in (columns["verdict"] or ())
     agree = next(s for s in report.sections if s.id == "agree")
     assert "Rank correlations" in str(agree.lead)
 
@@ -95,3 +104,35 @@ def test_input_that_does_not_fit_is_one_clear_error(llama: pl.Model) -> None:
         build(llama, " ", progress=False)
     with pytest.raises(InputError, match="token"):
         build(llama, PROMPT, counterfactual="The capital", progress=False)
+
+
+def test_unrelated_prompts_are_as_long_and_keep_special_tokens_in_their_places() -> None:
+    for model_type in ("llama", "bert", "t5"):
+        question = ask(opened(model_type), PROMPT, None, None, 5)
+        ids = question.source.ids[0]
+        special = torch.isin(ids, torch.tensor(question.model.tokenizer.all_special_ids))
+        for inputs in unrelated(question):
+            other = inputs.streams.get("encoder", inputs.stream("")).ids[0]
+            assert other.shape == ids.shape and bool((other[special] == ids[special]).all())
+            assert int((other == ids).sum()) <= int(special.sum()) + 1
+            assert set(inputs.streams) == set(question.inputs.streams)
+
+
+def test_an_encoder_decoder_is_shown_writing_with_all_three_attentions() -> None:
+    model = opened("t5")
+    found = build(model, PROMPT, progress=False)
+    data = next(s for s in found.sections if s.id == "looks").views[0].data
+    assert isinstance(data, Attention)
+    assert [stack.name for stack in data.stacks] == ["decoder to encoder", "encoder", "decoder"]
+    said = model.generate(PROMPT, max_new_tokens=12).text.strip()
+    assert len(data.stacks[2].queries) > 1 if said else len(data.stacks[2].queries) == 1
+
+
+def test_a_foreign_state_that_does_as_well_takes_the_trust_away() -> None:
+    own = Evidence(restored=1.0, foreign=Foreign(places=4, own=1.0, other=0.9, prompts=3))
+    question = SimpleNamespace(made="")
+    assert trust._patches(question, own).verdict == "a hint"  # type: ignore[arg-type,union-attr]
+    apart = Evidence(restored=1.0, foreign=Foreign(places=4, own=1.0, other=0.05, prompts=3))
+    assert trust._patches(question, apart).verdict == "solid"  # type: ignore[arg-type,union-attr]
+    read = Evidence(settled="3", leads={"a": [False, True], "b": [True, True]})
+    assert trust._layers(read).verdict == "a hint"  # type: ignore[union-attr]

@@ -94,6 +94,63 @@ const claims = {
     assert.match(await option.nth(5).innerText(), /(9\d(\.\d)?|100)%/);
     return page;
   },
+  async "of an encoder-decoder all three attentions can be chosen, and a head selected elsewhere brings its own"() {
+    const page = await open(browser, file("spoken.html"));
+    const shown = view(page, "attention");
+    await shown.getByRole("heading", { name: "decoder cross head 0." }).waitFor();
+    await shown.getByRole("button", { name: "encoder", exact: true }).click();
+    await shown.getByRole("heading", { name: /^encoder head/ }).waitFor();
+    assert.equal(await shown.getByRole("option").count(), 9);
+    await page.evaluate(() => pellucid.page.select("decoder.layers.0.attn.heads.2"));
+    await shown.getByRole("heading", { name: "decoder head 0.2" }).waitFor();
+    assert.equal(await shown.getByRole("button", { name: "decoder", exact: true }).getAttribute("aria-pressed"), "true");
+    assert.deepEqual(await serious(await open(browser, file("spoken.html"), { bypassCSP: true })), []);
+    await tool(shown, "Table").click();
+    assert.ok((await shown.locator("figure tbody tr").count()) > 20);
+    return page;
+  },
+  async "a role leads from one of its heads to the next"() {
+    const page = await open(browser, file("gallery.html"));
+    const shown = view(page, "attention"), role = shown.getByRole("button", { name: /^induction: 2 heads/ });
+    await role.click();
+    await shown.getByRole("heading", { name: "head 2.1, induction" }).waitFor();
+    await role.click();
+    await shown.getByRole("heading", { name: "head 4.5, induction" }).waitFor();
+    assert.equal(await page.evaluate(() => pellucid.page.component), "layers.4.attn.heads.5");
+    return page;
+  },
+  async "each layer of a trace has its threshold and its curve"() {
+    const page = await open(browser, file("gallery.html"));
+    const shown = view(page, "traces");
+    await shown.getByRole("heading", { name: /How well layer 5 tells apart: area 0\.857/ }).waitFor();
+    await page.evaluate(() => pellucid.page.select("layers.2.resid_post"));
+    await shown.getByRole("heading", { name: /How well layer 2 tells apart: area 0\.75/ }).waitFor();
+    await shown.getByLabel("Threshold of layer 2").fill("-9");
+    assert.match(await shown.locator("output").innerText(), /: 9 of 9 tokens/);
+    await shown.getByRole("button", { name: "as measured" }).click();
+    assert.match(await shown.locator("output").innerText(), /^\+1\.00/);
+    return page;
+  },
+  async "names given in a circuit are in the document that is saved"() {
+    const page = await open(browser, file("gallery.html"));
+    const shown = view(page, "circuit"), boxes = shown.getByRole("option");
+    await boxes.nth(1).click();
+    await boxes.nth(2).click({ modifiers: ["Shift"] });
+    await shown.getByLabel(/^Name for/).fill("movers");
+    await shown.getByRole("button", { name: "Group" }).click();
+    await tool(shown, "Save").click();
+    const [download] = await Promise.all([page.waitForEvent("download"), shown.getByRole("button", { name: "JSON", exact: true }).click()]);
+    const saved = JSON.parse(await readFile(await download.path()));
+    assert.equal(saved.data.nodes.filter((n) => n.group === "movers").length, 2);
+    const before = await boxes.count();
+    await page.evaluate((d) => { const place = document.createElement("div"); place.id = "again"; document.body.append(place); pellucid.mount(place, d); }, saved);
+    const again = page.locator("#again").getByRole("option");
+    await again.first().waitFor();
+    assert.equal(await again.count(), before);
+    await tool(shown, "Full screen").click();
+    await page.waitForFunction(() => document.fullscreenElement !== null);
+    return page;
+  },
   async "a word pinned in the lens is followed through the layers"() {
     const page = await open(browser, file("gallery.html"));
     const lens = view(page, "lens");
@@ -209,6 +266,20 @@ const claims = {
     await view(page, "attention").getByRole("heading", { name: "head 5.0" }).waitFor();
     return page;
   },
+  async "a notebook saved as a page shows every output offline and loads the views once"() {
+    const page = await open(browser, file("saved.html"), { offline: true });
+    await view(page, "lens").locator("h3").waitFor();
+    assert.equal(await page.locator("[data-pellucid='live']").count(), 3);
+    assert.equal(await page.locator("script[type='module']").count(), 1);
+    await page.evaluate(() => pellucid.page.select("layers.4.attn.heads.5"));
+    await view(page, "attention").getByRole("heading", { name: "head 4.5" }).waitFor();
+    const wrong = page.wrong;
+    const plain = await open(browser, file("saved.html"), { javaScriptEnabled: false });
+    assert.ok((await plain.getByRole("table").count()) >= 3);
+    assert.ok(await plain.getByText("Scripts are off here").first().isVisible());
+    plain.wrong.push(...wrong);
+    return plain;
+  },
   async "without scripts a view is a title and a note or a table, not a blank"() {
     const page = await open(browser, file("gallery.html"), { javaScriptEnabled: false });
     assert.ok(await page.getByText("When does the answer appear?").isVisible());
@@ -226,7 +297,11 @@ const claims = {
     }
     await view(page, "tokens").getByRole("option").nth(500).hover();
     assert.match(await tip(page).innerText(), /w500/);
-    await view(page, "attention").getByRole("button", { name: "next head" }).click();
+    const heads = view(page, "attention");
+    assert.match(await heads.getByRole("heading", { name: /heads$/ }).innerText(), /All heads$/); // none is left out
+    await heads.getByRole("button", { name: "next head" }).click();
+    await heads.getByRole("option").nth(500).hover();
+    assert.match(await heads.getByRole("option").nth(0).innerText(), /w0/);
     const nodes = await page.evaluate(() => { const count = (n) => [...n.querySelectorAll("*")].reduce((s, e) => s + 1 + (e.shadowRoot ? count(e.shadowRoot) : 0), 0); return count(document); });
     assert.ok(nodes < 20000, `${nodes} elements`);
     return page;
@@ -286,7 +361,10 @@ const claims = {
     const heard = await page.evaluate(async () => {
       const text = document.querySelector("script[type='module']").textContent;
       const { default: widget } = await import(URL.createObjectURL(new Blob([text], { type: "text/javascript" })));
-      const values = { document: document.querySelectorAll("[data-pellucid] > script")[4].textContent, component: "", position: -1 }, on = {};
+      const kept = Object.assign(document.createElement("div"), { innerHTML: "plain view" });
+      kept.dataset.pellucidInstead = "abc";
+      document.body.append(kept);
+      const values = { document: document.querySelectorAll("[data-pellucid] > script")[4].textContent, component: "", position: -1, instead: "abc" }, on = {};
       let saved = 0;
       const model = { get: (k) => values[k], set: (k, v) => { values[k] = v; }, save_changes: () => { saved++; }, on: (k, f) => { on[k] = f; } };
       const el = document.createElement("div");
@@ -299,11 +377,13 @@ const claims = {
       const clicked = values.component;
       values.component = "layers.3.attn.heads.4";
       on["change:component"]();
-      const follows = values.component;
+      const follows = values.component, hidden = kept.hidden, shared = pellucid.page.component;
+      pellucid.page.select("layers.1.attn.heads.1");
+      const told = values.component;
       remove();
-      return { clicked, follows, saved, left: el.shadowRoot.childElementCount };
+      return { clicked, follows, hidden, shared, told, back: !kept.hidden, saved, left: el.shadowRoot.childElementCount };
     });
-    assert.deepEqual(heard, { clicked: "layers.5.attn.heads.0", follows: "layers.3.attn.heads.4", saved: 2, left: 0 });
+    assert.deepEqual(heard, { clicked: "layers.5.attn.heads.0", follows: "layers.3.attn.heads.4", hidden: true, shared: "layers.3.attn.heads.4", told: "layers.1.attn.heads.1", back: true, saved: 3, left: 0 });
     return page;
   },
   async "paper gets no buttons, and nothing moves where motion is unwanted"() {

@@ -52,11 +52,26 @@ function check(document: Document): void {
   if (version !== VERSION) throw new Error(`this is a view of version ${version}, and this library reads version ${VERSION}`);
 }
 
+/** Views a notebook keeps for the time when there is no kernel, by the widget that shows the same as long as there is one. */
+const replaced = new Set<string>();
+
+/** Hide what the notebook keeps instead of a widget, now and whenever it is shown anew; the function brings it back. */
+function takeover(id: string): () => void {
+  const kept = () => document.querySelectorAll<HTMLElement>(`[data-pellucid-instead="${CSS.escape(id)}"]`);
+  replaced.add(id);
+  kept().forEach((each) => { each.hidden = true; });
+  return () => {
+    replaced.delete(id);
+    kept().forEach((each) => { each.hidden = false; });
+    scan();
+  };
+}
+
 /** Bring every view written into the page to life. */
 export function scan(within: ParentNode = document): void {
   for (const element of within.querySelectorAll<HTMLElement>("[data-pellucid]:not([data-pellucid='live'])")) {
     const text = element.querySelector(":scope > script[type='application/json']")?.textContent;
-    if (!text) continue;
+    if (!text || replaced.has(element.parentElement?.dataset.pellucidInstead ?? "")) continue;
     element.dataset.pellucid = "live";
     try {
       mount(element, JSON.parse(text));
@@ -75,7 +90,8 @@ function themeSwitch(button: HTMLElement): void {
 }
 
 if (typeof document !== "undefined") {
-  (globalThis as any).pellucid = { mount, scan, page, version: VERSION };
+  // a notebook may load this module several times (each widget brings it along): the first is the page's
+  (globalThis as any).pellucid ??= { mount, scan, page, takeover, version: VERSION };
   const start = () => {
     followTheme(page);
     document.querySelectorAll<HTMLElement>("[data-pellucid-theme]").forEach(themeSwitch);
@@ -88,19 +104,27 @@ if (typeof document !== "undefined") {
 /** The widget of a notebook: the document and the selection live in the kernel as well. */
 export default {
   render({ model, el }: { model: any; el: HTMLElement }) {
-    const own = new Page();
+    const own = new Page(), host = (globalThis as any).pellucid;
     followTheme(own);
     const view = mount(el, JSON.parse(model.get("document")), own);
-    const stop = own.onselect(() => {
-      model.set("component", own.component ?? "");
-      model.set("position", own.place?.position ?? -1);
-      model.save_changes();
+    const instead = model.get("instead"), back = instead ? host.takeover(instead) : () => {};
+    // the page's other views belong to another copy of this module: what is selected there is told from one to the other
+    const follow = (from: Page, to: Page) => from.onselect(() => {
+      if (from.component !== to.component || from.place?.position !== to.place?.position) to.select(from.component, from.place, false);
     });
+    const stops = [
+      own.onselect(() => {
+        model.set("component", own.component ?? "");
+        model.set("position", own.place?.position ?? -1);
+        model.save_changes();
+      }),
+      follow(own, host.page), follow(host.page, own),
+    ];
     model.on("change:document", () => view.update(JSON.parse(model.get("document"))));
     model.on("change:component", () => {
       const component = model.get("component") || null;
       if (component !== own.component) own.select(component, undefined, false);
     });
-    return () => { stop(); view.remove(); };
+    return () => { stops.forEach((stop) => stop()); view.remove(); back(); };
   },
 };

@@ -9,16 +9,10 @@ export interface Anatomy {
   refused?: Fact[];
 }
 
-/** Where heads look. */
+/** Where heads look, in one stack or by choice in one of several. */
 export interface Attention {
   kind: "attention";
-  queries: string[];
-  keys: string[];
-  heads: Head[];
-  pattern: Numbers;
-  flows?: Flow[];
-  first?: number;
-  left_out?: number;
+  stacks: Looking[];
 }
 
 export interface Axis {
@@ -153,7 +147,6 @@ export interface Lens {
   words: string[];
   readings: Reading[];
   prediction: string[];
-  followed?: Followed[];
 }
 
 export interface Level {
@@ -168,6 +161,18 @@ export interface Line {
   low?: Numbers | null;
   high?: Numbers | null;
   dashed?: boolean;
+}
+
+export interface Looking {
+  queries: string[];
+  keys: string[];
+  heads: Head[];
+  pattern?: Numbers | null;
+  rows?: Rows | null;
+  name?: string;
+  flows?: Flow[];
+  first?: number;
+  left_out?: number;
 }
 
 /** One neuron or feature: what excites it, how often, and what it writes. */
@@ -189,11 +194,12 @@ export interface Node {
   layer: number;
   unit?: number;
   position?: string;
+  group?: string;
 }
 
-/** An array of numbers; NaN where there is none. uint8 stands for 0 to 1 in steps of 1/255. */
+/** An array of numbers; NaN where there is none. uint16 are whole numbers, uint8 stands for 0 to 1 in steps of 1/255. */
 export interface Numbers {
-  dtype: "float32" | "int32" | "uint8";
+  dtype: "float32" | "int32" | "uint16" | "uint8";
   shape: number[];
   base64: string;
 }
@@ -226,6 +232,7 @@ export interface Reading {
   rank?: Numbers | null;
   kl?: Numbers | null;
   entropy?: Numbers | null;
+  followed?: Followed[];
 }
 
 export interface Roc {
@@ -234,6 +241,16 @@ export interface Roc {
   area: number;
   low?: number | null;
   high?: number | null;
+  control?: number | null;
+  control_low?: number | null;
+  control_high?: number | null;
+}
+
+export interface Rows {
+  counts: Numbers;
+  keys: Numbers;
+  weights: Numbers;
+  floor?: number;
 }
 
 export interface Ruler {
@@ -274,8 +291,8 @@ export interface Traces {
   rows: Axis;
   values: Numbers;
   unit?: string;
-  threshold?: number | null;
-  roc?: Roc | null;
+  thresholds?: Numbers | null;
+  rocs?: Roc[];
   signed?: boolean;
 }
 

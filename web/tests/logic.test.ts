@@ -2,14 +2,15 @@ import { describe, expect, test } from "vitest";
 import { fit, squeeze, svgBrush, xml } from "../src/lib/brush";
 import { amount, contrast, signed } from "../src/lib/colour";
 import { draw, type Heat, hit, layout, step } from "../src/lib/heat";
-import { extent, list, values } from "../src/lib/numbers";
+import { extent, list, steady, values } from "../src/lib/numbers";
+import { patterns } from "../src/lib/patterns";
 import { csv } from "../src/lib/saving";
 import { parse, related, spoken } from "../src/lib/site";
 import { pack, tableOf } from "../src/lib/tables";
 import { cell, number, percent, tick, visible } from "../src/lib/text";
 import { ticks } from "../src/lib/ticks";
 import { portAt, ranked, wiring } from "../src/lib/wiring";
-import type { Circuit, Lens, View } from "../src/schema";
+import type { Circuit, Lens, Looking, View } from "../src/schema";
 
 describe("numbers", () => {
   test("arrays come back as they were packed, missing ones as NaN", () => {
@@ -25,6 +26,9 @@ describe("numbers", () => {
     expect(extent([...Array(400).fill(1), 1000])).toBe(1);
     expect(extent([NaN, -3, 2])).toBe(3);
     expect(extent([])).toBe(1);
+    expect(steady([1, -1, 2, 1, 400, -390])).toBe(16);
+    expect(steady([1, -3, 2])).toBe(3);
+    expect(steady([0, 0, 0, 5])).toBe(5);
   });
 });
 
@@ -158,6 +162,23 @@ describe("circuit", () => {
   test("a query's wire ends left of a value's", () => {
     const { boxes } = wiring(circuit, ranked(circuit), new Map(), 400), head = boxes.find((b) => b.label === "0.0")!;
     expect(portAt(head, "q")).toBeLessThan(portAt(head, "v"));
+  });
+});
+
+describe("attention", () => {
+  // one head, three tokens: [1 0 0] [.5 .5 0] [0 .2 .8], whole and in rows
+  const tokens = { queries: ["a", "b", "c"], keys: ["a", "b", "c"], heads: [{ component: "layers.0.attn.heads.0", layer: 0, head: 0 }] };
+  const whole: Looking = { ...tokens, pattern: { dtype: "uint8", shape: [1, 3, 3], base64: btoa(String.fromCharCode(255, 0, 0, 128, 128, 0, 0, 51, 204)) } };
+  const short = (n: number[]) => btoa(n.map((x) => String.fromCharCode(x & 255, x >> 8)).join(""));
+  const rows: Looking = { ...tokens, rows: { floor: 0, counts: { dtype: "uint16", shape: [1, 3], base64: short([1, 2, 2]) }, keys: { dtype: "uint16", shape: [5], base64: short([0, 0, 1, 1, 2]) },
+    weights: { dtype: "uint8", shape: [5], base64: btoa(String.fromCharCode(255, 128, 128, 51, 204)) } } };
+  test("rows say what the whole pattern says", () => {
+    for (let q = 0; q < 3; q++) for (let k = 0; k < 3; k++) expect(patterns(rows).at(0, q, k)).toBeCloseTo(patterns(whole).at(0, q, k), 6);
+    expect(patterns(rows).at(0, 3, 0)).toBeNaN();
+    expect([...patterns(rows).small(0, 1, 3)]).toEqual([...patterns(whole).small(0, 1, 3)]);
+    const seen: number[] = [];
+    patterns(rows).each(0, 0.3, (q, k) => seen.push(10 * q + k));
+    expect(seen).toEqual([0, 10, 11, 22]);
   });
 });
 

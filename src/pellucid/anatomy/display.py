@@ -241,7 +241,7 @@ def _by_reason(refused: dict[str, str]) -> dict[str, list[str]]:
 
 def text(anatomy: Anatomy, width: int = 110) -> str:
     """The tree as plain text."""
-    console = Console(width=width, no_color=True, highlight=False, force_terminal=False)
+    console = Console(width=width, no_color=True, highlight=False, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(tree(anatomy))
     return captured.get().rstrip()

@@ -31,6 +31,7 @@ from pellucid.attribution.case import Case, stated
 from pellucid.attribution.path import Embedded, Inside
 from pellucid.attribution.players import Players
 from pellucid.attribution.quadrature import Rule, quadrature, refine
+from pellucid.engine.pausing import pause
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -147,8 +148,11 @@ class Path:
         def along(gradient: Tensor) -> Tensor:
             return ((self.stop - self.start) * gradient).double().sum(-1).cpu()
 
-        parts = at.split(self.model.batches(len(at)))
-        return torch.cat([self.model.gradients(self.between(part), along)[1] for part in parts])
+        def slope(part: Tensor) -> Tensor:
+            pause()
+            return self.model.gradients(self.between(part), along)[1]
+
+        return torch.cat([slope(part) for part in at.split(self.model.batches(len(at)))])
 
     def heights(self, at: Tensor) -> Tensor:
         """[point, output]: the score at points [n] of the path."""

@@ -76,8 +76,11 @@ def patching(
     variables["value"] = ((*grid.dims, "prompt"), grid.place(values))
     variables |= summary(good.numpy(), bad.numpy(), seed)
     data = dataset(grid, variables, pair[0])
+    tokens = [list(stream_of(each, grid.sites[0]).labels[0]) for each in pair]
     if "token" in grid.coords:
-        data = data.assign_coords({"token": ("position", list(stream_of(pair[0], grid.sites[0]).labels[0]))})
+        data = data.assign_coords({"token": ("position", tokens[0])})
+    if len(base) == 1:
+        data.attrs["prompts"] = tokens  # what a view shows aligned
     provenance = Provenance(
         "patching", model.name, digest=model.digest, seed=seed,
         inputs={"clean": list(pair[0].texts), "corrupted": list(pair[1].texts)},

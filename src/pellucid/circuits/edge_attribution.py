@@ -34,6 +34,7 @@ from pellucid.circuits.passing import Listener, Score, forward
 from pellucid.circuits.question import Question, ask, places
 from pellucid.circuits.scores import EdgeScores, provenance
 from pellucid.circuits.wiring import Reading, Stage, Wiring
+from pellucid.engine.pausing import pause
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
@@ -170,6 +171,7 @@ class Gradients(Listener):
 
 def gradients(wiring: Wiring, question: Question, listener: Gradients) -> Gradients:
     """The listener, with `pulled`: d(metric, summed over prompts) / d(what a reading is computed into)."""
+    pause()
     score = Score(wiring, question.inputs, question.metric)
     with torch.enable_grad():
         value = score(*forward(wiring, question.inputs, listener, whole=score.whole))

@@ -30,6 +30,7 @@ from pellucid.circuits.passing import Listener, Score, forward
 from pellucid.circuits.question import Question, chosen, places
 from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.engine.inputs import Inputs, read_inputs
+from pellucid.engine.pausing import pause
 from pellucid.engine.recording import Recording, record
 from pellucid.engine.rungs import told
 from pellucid.engine.stubbed import skipping
@@ -250,6 +251,7 @@ class Runner:
         grad = torch.is_grad_enabled() and off.requires_grad
         start = 0 if grad else self._start(off)
         self.forwards += len(off) * (graph.depth - start + (self._before if start else 0)) / graph.depth
+        pause()
         context = nullcontext()
         if start:
             self._prepare()

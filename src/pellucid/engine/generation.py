@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pellucid.anatomy.structure import Anatomy
 from pellucid.anatomy.wiretap import Wiretap
@@ -21,6 +21,7 @@ from pellucid.engine.applying import Window
 from pellucid.engine.edits import Edit, Step
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import Spot
+from pellucid.engine.pausing import pause
 from pellucid.engine.run import Session
 from pellucid.errors import InputError
 
@@ -87,6 +88,14 @@ class _Dice(LogitsProcessor):
         return scores / self.temperature - chance.log().to(scores.device)
 
 
+class _Pause(StoppingCriteria):
+    """Never stops by itself; after each token it asks whether anybody wants the generation to end."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        pause(busy=True)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def generate(
     anatomy: Anatomy,
     tokenizer: Any,
@@ -106,6 +115,7 @@ def generate(
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "use_cache": use_cache, "num_beams": 1, "do_sample": False,
         "temperature": None, "top_p": None, "top_k": None, "return_dict_in_generate": False,
+        "stopping_criteria": StoppingCriteriaList([_Pause()]),
     }  # fmt: skip
     if temperature > 0:
         options["logits_processor"] = LogitsProcessorList([_Dice(temperature, seed)])

@@ -22,6 +22,7 @@ from pellucid.engine.checkpoint import Checkpoint, fingerprint
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
+from pellucid.engine.pausing import pause, shared
 from pellucid.engine.reading import Reader
 from pellucid.engine.rungs import RUNGS, Executor, certified, deviation, own_hooks, prepare, told
 from pellucid.errors import InputError, PellucidError, Refused, nearest
@@ -29,11 +30,12 @@ from pellucid.errors import InputError, PellucidError, Refused, nearest
 # Bytes a batch of variants may take beyond the model. On a CPU small batches that stay in the cache are fastest.
 MEMORY = {"cpu": 40 << 20}
 MEMORY_ELSEWHERE = 2 << 30
+SHARED = 4  # times less where others wait for the model
 
 
 def default_memory(anatomy: Anatomy) -> int:
     device = next((p.device.type for p in anatomy.module.parameters()), "cpu")
-    return MEMORY.get(device, MEMORY_ELSEWHERE)
+    return MEMORY.get(device, MEMORY_ELSEWHERE) // (SHARED if shared() else 1)
 
 
 @dataclass(eq=False)
@@ -181,6 +183,7 @@ class Plan:
                 bar.update(int(self.done.sum()) - bar.n)
                 try:
                     for chunk in self.chunks([v for v in self.variants if not self.done[v.index]]):
+                        pause(int(self.done.sum()), len(self.variants))
                         self._execute(chunk)
                         bar.update(len(chunk))
                         if self.checkpoint is not None:

@@ -11,8 +11,10 @@ from pellucid.probing.features import Features, read
 from pellucid.probing.linear import LogisticProbe, RidgeProbe
 from pellucid.probing.probe import Protocol, balanced, probe
 from pellucid.probing.questions import questions, relation_statements, statements
+from pellucid.probing.roc import roc
 from pellucid.probing.solver import logistic, ridge
 from pellucid.probing.structural import structural
+from pellucid.probing.traces import ProbeTraces
 
 __all__ = [
     "Erase",
@@ -21,6 +23,7 @@ __all__ = [
     "Inlp",
     "Leace",
     "LogisticProbe",
+    "ProbeTraces",
     "Protocol",
     "RandomSubspace",
     "RidgeProbe",
@@ -40,6 +43,7 @@ __all__ = [
     "read",
     "relation_statements",
     "ridge",
+    "roc",
     "selectivity",
     "statements",
     "structural",

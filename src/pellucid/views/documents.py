@@ -8,7 +8,7 @@ of its own is a table, so every result has a document. The choice rests on the n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from pellucid.anatomy.structure import Anatomy as Map
 from pellucid.errors import InputError
 from pellucid.results import Result
 from pellucid.views import schema as s
+from pellucid.views.looking import attention, is_pattern
 from pellucid.views.maps import anatomy, circuit
+from pellucid.views.monitors import roc, traces
 from pellucid.views.naming import named, site_of
+from pellucid.views.pages import neuron, selective
 from pellucid.views.schema import Code, Document, Fact, Numbers
 from pellucid.views.source import code, origin
 
 ROWS = 2000  # of a table
-PATTERN = 1_500_000  # numbers of an attention view: beyond, the heads that say least are left out
 ASIDE = ("low", "high", "error", "value")  # told with the main numbers: their interval, the metric they are a change of
 EDGES = 400  # of a graph of scores
 PLANES = 12
+LINES = 7  # of a chart with one for each layer
 
 
 def document(thing: Any, **about: Any) -> Document:
@@ -66,7 +69,16 @@ def _document(thing: Any) -> Document:
     held = next((getattr(thing, n) for n in ("anatomy", "result_", "result") if hasattr(thing, n)), None)
     if isinstance(held, Map | Result):
         return _document(held)
+    if losses := getattr(thing, "losses_", None) or getattr(thing, "losses", None):
+        return Document(title=f"Training of {type(thing).__name__}", data=curves(_training(thing, np.asarray(losses))))
     raise InputError(f"a {type(thing).__name__} has no view: give a result, a circuit, an anatomy or a document")
+
+
+def _training(fitted: Any, losses: np.ndarray) -> Result:
+    """What a fit leaves behind: a loss [step], or several [step, site], as the tuned lens has one for each site."""
+    dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases", ()))
+    names = {"site": sites} if losses.ndim == 2 and len(sites) == losses.shape[1] else {}
+    return Result(xr.DataArray(losses, {"step": np.arange(len(losses)), **names}, dims, "loss"), kind="training curve")
 
 
 def _title(result: Result) -> str:
@@ -88,11 +100,15 @@ def _view(result: Result) -> s.View:
     data, main = result.data, result.main
     if hasattr(result, "__dict__") and "graph" in vars(result):  # scores of edges
         return circuit(result.circuit(min(EDGES, len(result.graph))))  # type: ignore[operator]
+    if result.kind in ("neuron page", "neuron selectivity"):
+        return neuron(result) if result.kind == "neuron page" else selective(result)
     if {"top_token", "probability", "prediction"} <= set(data.data_vars):
         return lens(result)
     if {"contribution", "total"} <= set(data.data_vars) and "component" in data.dims:
         return contributions(result)
-    if any(_is_pattern(v) for v in data.data_vars.values()):
+    if {"true_positive", "false_positive"} <= set(data.variables):
+        return traces(result) if "position" in main.dims else roc(result)
+    if any(is_pattern(v) for v in data.data_vars.values()):
         return attention(result)
     if main.dtype.kind in "iufb":
         dims = [d for d in main.dims if d != "prompt" or main.sizes[d] > 1]
@@ -103,20 +119,10 @@ def _view(result: Result) -> s.View:
             and "prompt" not in dims
             and (len(dims) == 2 or min(main.sizes[d] for d in dims) <= PLANES)
         ):
-            return curves(result) if "window" in dims else grid(result)
+            return curves(result) if {"window", "step"} & set(dims) and len(dims) == 2 else grid(result)
         if len(dims) == 1 and main.size > 2 and (_ordered(main) or "curve" in result.kind):
             return curves(result)
     return table(result)
-
-
-def compare(methods: Mapping[str, Result], title: str = "") -> Document:
-    """Several methods on one prompt, beneath one another, with the rank correlations of their orders.
-
-    InputError where they are not about the same tokens.
-
-    >>> compare({"gradients": shares, "occlusion": drops}).save_html("words.html")    # doctest: +SKIP
-    """
-    return Document(title=title or " and ".join(methods), data=tokens(methods))
 
 
 # ---- one kind after another
@@ -163,28 +169,28 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def lens(result: Result, **others: Result) -> s.Lens:
-    """A lens; `others` are further lenses on the same prompt (tuned=...), shown by choice."""
-    readings = {result.kind.replace(" lens", ""): _first(result.data), **{n: _first(r.data) for n, r in others.items()}}
-    data = next(iter(readings.values()))
-    words = sorted({str(t) for each in readings.values() for t in each["top_token"].values.ravel()})
+def lens(result: Result, others: Mapping[str, Result] | None = None, name: str = "") -> s.Lens:
+    """A lens; `others` are further lenses on the same tokens and layers by name, shown by choice."""
+    readings = {name or result.kind.replace(" lens", ""): result, **(others or {})}
+    each = {n: _first(r.data) for n, r in readings.items()}
+    data = next(iter(each.values()))
+    words = sorted({str(t) for d in each.values() for t in d["top_token"].values.ravel()})
     index = {word: i for i, word in enumerate(words)}
-    made = []
-    for name, each in readings.items():
-        top = np.vectorize(lambda t: index[str(t)], otypes=[np.int32])(each["top_token"].values)
-        more = {n: Numbers.of(each[n].values.astype(float)) for n in ("rank", "kl", "entropy") if n in each}
-        made.append(
-            s.Reading(name=name, top=Numbers.of(top), probability=Numbers.of(each["probability"].values), **more)
-        )
+    return s.Lens(
+        tokens=_texts(data["token"]), positions=_integers(data["position"]), layers=_texts(data["layer"]), words=tuple(words),
+        components=_texts(data["site"]) if "site" in data.coords else tuple(f"layers.{x}.resid_post" for x in _texts(data["layer"])),
+        readings=tuple(_reading(n, d, index) for n, d in each.items()), prediction=_texts(data["prediction"]),
+    )  # fmt: skip
+
+
+def _reading(name: str, data: xr.Dataset, index: Mapping[str, int]) -> s.Reading:
+    top = np.vectorize(lambda t: index[str(t)], otypes=[np.int32])(data["top_token"].values)
+    more = {n: Numbers.of(data[n].values.astype(float)) for n in ("rank", "kl", "entropy") if n in data}
     followed = tuple(
         s.Followed(word=str(w), rank=Numbers.of(data["target_rank"].values[..., i].astype(float)), log_probability=Numbers.of(data["target_log_probability"].values[..., i]))
         for i, w in enumerate(data["target"].values)
     ) if "target" in data.coords else ()  # fmt: skip
-    return s.Lens(
-        tokens=_texts(data["token"]), positions=_integers(data["position"]), layers=_texts(data["layer"]), words=tuple(words),
-        components=_texts(data["site"]) if "site" in data.coords else tuple(f"layers.{x}.resid_post" for x in _texts(data["layer"])),
-        readings=tuple(made), prediction=_texts(data["prediction"]), followed=followed,
-    )  # fmt: skip
+    return s.Reading(name=name, top=Numbers.of(top), probability=Numbers.of(data["probability"].values), followed=followed, **more)  # fmt: skip
 
 
 def contributions(result: Result) -> s.Contributions:
@@ -208,52 +214,6 @@ def _before(part: str) -> str:
 def _area(part: str) -> str:
     area = part.partition(".")[0]
     return {"attn": "attention", "mlp": "MLP", "cross": "cross-attention"}.get(area, _before(area))
-
-
-def _is_pattern(variable: xr.DataArray) -> bool:
-    """Of heads, [layer, head, query, key], or of all heads of a layer together, as rollout gives it."""
-    named = [str(d).split("_")[-1] for d in variable.dims]
-    return named in (["layer", "head", "query", "key"], ["layer", "query", "key"])
-
-
-def attention(result: Result, *, flows: Mapping[str, np.ndarray] | None = None, roles: Mapping[tuple[int, int], str] | None = None, first: tuple[int, int] | None = None) -> s.Attention:  # fmt: skip
-    """Patterns as heads to look through; `flows` are [query, key] over all layers, `first` the (layer, head) shown first.
-
-    Where they are too many for a page, the heads that look most at a single place (mostly the first token) are left out.
-    """
-    name, pattern = next((str(n), v) for n, v in result.data.data_vars.items() if _is_pattern(v))
-    together = pattern.ndim == 3
-    if together:
-        pattern = pattern.expand_dims({"head": [0]}, 1)
-    layer, head, query, key = map(str, pattern.dims)
-    stack = {"cross": "decoder.", "encoder": "encoder.", "decoder": "decoder."}.get(name, "")
-    area = "cross" if name == "cross" else "attn"
-    values, layers, heads = pattern.values, pattern[layer].values, pattern[head].values
-    flat = [(i, j) for i in range(values.shape[0]) for j in range(values.shape[1]) if np.isfinite(values[i, j]).any()]
-    room = max(1, PATTERN // (values.shape[2] * values.shape[3]))
-    chosen = flat
-    if len(flat) > room:
-        single = {(i, j): float(np.nanmax(np.nanmean(values[i, j], 0))) for i, j in flat}
-        asked = {at: (int(layers[at[0]]), int(heads[at[1]])) == first for at in flat}
-        chosen = sorted(sorted(flat, key=lambda at: (not asked[at], single[at]))[:room])
-    listed = tuple(
-        s.Head(component=f"{stack}layers.{layers[i]}" + ("" if together else f".{area}.heads.{heads[j]}"), layer=int(layers[i]), head=int(heads[j]), role=(roles or {}).get((int(layers[i]), int(heads[j])), ""))
-        for i, j in chosen
-    )  # fmt: skip
-    shown = next((n for n, h in enumerate(listed) if (h.layer, h.head) == first), _telling(values, chosen))
-    return s.Attention(
-        queries=_labels(pattern, query), keys=_labels(pattern, key), heads=listed, pattern=Numbers.of(np.stack([values[i, j] for i, j in chosen]), "uint8"),
-        flows=tuple(s.Flow(name=n, values=Numbers.of(v)) for n, v in (flows or {}).items()), first=shown, left_out=len(flat) - len(chosen),
-    )  # fmt: skip
-
-
-def _telling(values: np.ndarray, heads: Sequence[tuple[int, int]]) -> int:
-    """The head shown first: the one that puts most weight neither on the first token nor on the query itself."""
-    length = min(values.shape[2:])
-    away = np.eye(*values.shape[2:]) == 0
-    away[:, 0] = False
-    scores = [float(np.nansum(np.nanmax(np.where(away, values[i, j], 0), 1))) for i, j in heads]
-    return int(np.argmax(scores)) if length > 1 and scores else 0
 
 
 def grid(result: Result, unit: str = "") -> s.Grid:
@@ -281,7 +241,12 @@ def grid(result: Result, unit: str = "") -> s.Grid:
     )
     facts = tuple(Fact(name=n.replace("_", " "), value=f"{float(result.data[n].mean()):.3g}") for n in told)
     return s.Grid(rows=_axis(main, rows, over), columns=_axis(main, columns, over), planes=tuple(planes), unit=unit or str(main.name),
-                  signed=bool(np.nanmin(first, initial=0) < 0), facts=facts)  # fmt: skip
+                  signed=bool(np.nanmin(first, initial=0) < 0), prompts=_pair(data), facts=facts)  # fmt: skip
+
+
+def _pair(data: xr.Dataset) -> tuple[tuple[str, ...], ...]:
+    """The two aligned prompts a patch is taken between, token by token."""
+    return tuple(tuple(map(str, tokens)) for tokens in data.attrs.get("prompts", ()))
 
 
 def _template(over: str, rows: str, columns: str, third: str | None) -> str:
@@ -314,35 +279,45 @@ def _axis(main: xr.DataArray, dim: str, over: str) -> s.Axis:
 
 
 def curves(result: Result) -> s.Curves:
-    """Variables along the one dimension they share (or, for window x layer, one line per window), with intervals."""
+    """Variables along the one dimension they share, with intervals; of two dimensions one line for each label of the other."""
     data, main = _first(result.data), _first(result.data)[str(result.main.name)]
-    dims = [str(d) for d in main.dims]
-    along = dims[-1]
+    dims = [str(d) for d in main.dims if d != "prompt"]
+    along = "step" if "step" in dims else dims[-1]
     coordinate = main[along].values if along in main.coords else np.arange(main.sizes[along])
+    share = data["share"] if "share" in data.coords and data["share"].dims == (along,) else None
+    coordinate = coordinate if share is None else share.values
     ordinal = coordinate.dtype.kind not in "iuf"
     x = Numbers.of(np.arange(len(coordinate)) if ordinal else coordinate)
-    lines: list[s.Line] = []
-    if len(dims) == 2:
-        lines = [
-            s.Line(name=f"{dims[0]} {label}", x=x, y=Numbers.of(main.values[i].astype(float)))
-            for i, label in enumerate(main[dims[0]].values)
-        ]
-    else:
-        for name, variable in data.data_vars.items():
-            if (
-                variable.dims != main.dims
-                or variable.dtype.kind not in "iuf"
-                or (name != main.name and str(name).split("_")[-1] in ASIDE)
-            ):
-                continue
-            if lines and not _alike(main.values, variable.values):
-                continue  # on another scale: it is in the table
-            ends = [next((data[n] for n in (f"{name}_{e}", *([e] if name == main.name else [])) if n in data.data_vars), None) for e in ("low", "high")]  # fmt: skip
-            low, high = (None if e is None or e.dims != main.dims else Numbers.of(e.values) for e in ends)
-            lines.append(s.Line(name=str(name), x=x, y=Numbers.of(variable.values.astype(float)), low=low, high=high, dashed="random" in str(name) or "chance" in str(name) or "baseline" in str(name)))  # fmt: skip
+    lines = _family(main, along, x) if len(dims) == 2 else _variables(data, main, x)
     positive = not ordinal and coordinate.min() > 0 and coordinate.max() / coordinate.min() > 50
-    ruler = s.Ruler(name=along, log=bool(positive), labels=tuple(map(str, coordinate)) if ordinal else ())
-    return s.Curves(x=ruler, y=s.Ruler(name=str(main.name)), lines=tuple(lines))
+    ruler = s.Ruler(name=along if share is None else "share", log=bool(positive and along != "step"), labels=tuple(map(str, coordinate)) if ordinal else ())  # fmt: skip
+    unit = str(main.attrs.get("unit", ""))
+    return s.Curves(x=ruler, y=s.Ruler(name=f"{main.name} ({unit})" if unit else str(main.name)), lines=lines)
+
+
+def _family(main: xr.DataArray, along: str, x: Numbers) -> tuple[s.Line, ...]:
+    """One line for each label of the other dimension; of many, some from the first to the last."""
+    other = next(str(d) for d in main.dims if d != along)
+    n = main.sizes[other]
+    shown = range(n) if n <= LINES else sorted(set(np.linspace(0, n - 1, LINES).round().astype(int).tolist()))
+    labels = main[other].values if other in main.coords else np.arange(n)
+    values = main.transpose(other, along).values.astype(float)
+    return tuple(s.Line(name=f"{other} {labels[i]}" if labels.dtype.kind in "iuf" else str(labels[i]), x=x, y=Numbers.of(values[i])) for i in shown)  # fmt: skip
+
+
+def _variables(data: xr.Dataset, main: xr.DataArray, x: Numbers) -> tuple[s.Line, ...]:
+    """The main variable and those beside it that share its scale, each with its interval."""
+    lines: list[s.Line] = []
+    for name, variable in data.data_vars.items():
+        own = variable.dims == main.dims and variable.dtype.kind in "iuf"
+        if not own or (name != main.name and str(name).split("_")[-1] in ASIDE):
+            continue
+        if lines and not _alike(main.values, variable.values):
+            continue  # on another scale: it is in the table
+        ends = [next((data[n] for n in (f"{name}_{e}", *([e] if name == main.name else [])) if n in data.data_vars), None) for e in ("low", "high")]  # fmt: skip
+        low, high = (None if e is None or e.dims != main.dims else Numbers.of(e.values) for e in ends)
+        lines.append(s.Line(name=str(name), x=x, y=Numbers.of(variable.values.astype(float)), low=low, high=high, dashed="random" in str(name) or "chance" in str(name) or "baseline" in str(name)))  # fmt: skip
+    return tuple(lines)
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
@@ -388,11 +363,6 @@ def _texts(array: xr.DataArray) -> tuple[str, ...]:
 
 def _integers(array: xr.DataArray) -> tuple[int, ...]:
     return tuple(int(v) for v in array.values.ravel().tolist() if v == v)
-
-
-def _labels(pattern: xr.DataArray, dim: str) -> tuple[str, ...]:
-    token = f"{dim}_token"
-    return _texts(pattern[token]) if token in pattern.coords else tuple(map(str, range(pattern.sizes[dim])))
 
 
 def _ordered(main: xr.DataArray) -> bool:

@@ -23,6 +23,17 @@ class Fall:
     mean: float
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """Over the places that bring half of the answer back or more: what they bring back, and what states of unrelated
+    prompts put in the same places do, on average."""
+
+    places: int
+    own: float
+    other: float
+    prompts: int
+
+
 @dataclass
 class Evidence:
     """Filled in by the sections in their order; what a model cannot have stays empty."""
@@ -30,10 +41,15 @@ class Evidence:
     words: dict[str, Result] = field(default_factory=dict)  # by method: a number per token
     completeness: float | None = None  # of integrated gradients: the gap as a share of the shares' size
     settled: str = ""  # the layer after which the answer stays the top guess
+    leads: dict[str, list[bool]] = field(
+        default_factory=dict
+    )  # by control prompt: whether it leads there, from that layer on
     written: list[Part] = field(default_factory=list)  # heads and MLPs by what they write directly
     zero: list[Part] = field(default_factory=list)  # heads by what their absence changes
     mean: dict[str, float] = field(default_factory=dict)  # the same with heads at their mean, by site
     restored: float | None = None  # the largest share of the answer that one patched state brings back
+    foreign: Foreign | None = None  # the same places patched from prompts that have nothing to do with it
+    arrives: int | None = None  # the layer before which patching brings the answer back where it is read
     fell: Fall | None = None
 
     def heads(self) -> Mapping[str, Mapping[str, float]]:

@@ -21,10 +21,9 @@ from typing import Any
 
 from pellucid.errors import InputError
 from pellucid.views.documents import document
-from pellucid.views.markup import Child, Html, escaped, join, tag
-from pellucid.views.schema import Document, Table
-
-FALLBACK = 8  # rows of the plain table
+from pellucid.views.markup import Html, escaped, join, tag
+from pellucid.views.plain import plain
+from pellucid.views.schema import Document
 
 # Jupyter evaluates scripts of an output anew whenever it is shown; the module is loaded once, and asked to look again.
 LOADER = """(()=>{const g=globalThis;if(g.pellucid)return g.pellucid.scan();if(g.pellucidLoads)return;g.pellucidLoads=1;
@@ -47,25 +46,7 @@ def bundle() -> str:
 def element(shown: Document) -> Html:
     """The element a view lives in; without scripts it is a title and a short table."""
     body = shown.json()
-    return tag(
-        "div", Html(f'<script type="application/json">{body}</script>'), tag("strong", shown.title), _plain(shown),
-        data_pellucid=True,
-    )  # fmt: skip
-
-
-def _plain(shown: Document) -> Child:
-    data = shown.data
-    if not isinstance(data, Table):
-        return tag("p", shown.lead or "Scripts are off here: this view shows itself where they may run.")
-    columns = [
-        c.texts if c.numbers is None else [f"{x:.4g}" for x in c.numbers.array().ravel()[:FALLBACK]]
-        for c in data.columns
-    ]
-    rows = [[(c or ())[i] for c in columns] for i in range(min([FALLBACK, *(len(c or ()) for c in columns)]))]
-    head = tag("tr", [tag("th", c.name) for c in data.columns])
-    return tag(
-        "table", tag("thead", head), tag("tbody", [tag("tr", [tag("td", cell) for cell in row]) for row in rows])
-    )
+    return tag("div", Html(f'<script type="application/json">{body}</script>'), plain(shown), data_pellucid=True)
 
 
 # ---- notebooks

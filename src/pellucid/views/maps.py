@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ import numpy as np
 from pellucid.anatomy.display import CLAIMS, describe
 from pellucid.anatomy.structure import Anatomy as Map
 from pellucid.views import schema as s
+from pellucid.views.naming import site_of
 from pellucid.views.schema import Fact, Numbers
 
 
-def circuit(found: Any) -> s.Circuit:
-    """A circuit's edges between boxes; a key or value of several heads goes to those of them that say something."""
+def circuit(found: Any, groups: Mapping[str, str] | None = None) -> s.Circuit:
+    """A circuit's edges between boxes; a key or value of several heads goes to those of them that say something.
+
+    `groups` names parts by their site: those of one name stand as one box.
+    """
     graph, heard = found.graph, found.on.any(1).tolist()
-    nodes = [_node(each) for each in graph.sources]
+    nodes = [_node(each, groups or {}) for each in graph.sources]
     ends: dict[int, int] = {}  # readers that no part owns: the logits, perhaps once for each position
     deepest = max((n.layer for n in nodes), default=0)
     edges: list[tuple[int, int, str, float]] = []
@@ -42,7 +47,7 @@ def circuit(found: Any) -> s.Circuit:
                      scores=Numbers.of(np.array(scores, float)), about=about)  # fmt: skip
 
 
-def _node(source: Any) -> s.Node:
+def _node(source: Any, groups: Mapping[str, str]) -> s.Node:
     if source.kind == "embed":
         label = source.name.partition("@")[0].replace("embed.", "")
     else:
@@ -62,6 +67,7 @@ def _node(source: Any) -> s.Node:
         layer=source.depth,
         unit=source.unit,
         position=source.position,
+        group=groups.get(site_of(source.name.partition("@")[0]), ""),
     )
 
 

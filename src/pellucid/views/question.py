@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,13 @@ from torch import Tensor
 from pellucid import metrics
 from pellucid.causal.patching import check_aligned
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.errors import InputError
+from pellucid.errors import InputError, PellucidError
 from pellucid.model import Model
 
 Kind = Literal["next token", "masked token", "first token", "class", "embedding"]
 
 
+WRITTEN = 12  # tokens a decoder writes to be looked at
 WORK = 10_000  # tokens that one set of runs may read in all before a report takes less
 
 
@@ -78,6 +80,15 @@ class Question:
     def answered(self) -> tuple[str, ...]:
         """The tokens of the stack that answers: in an encoder-decoder its start token, else the prompt."""
         return self.inputs.stream("").labels[0]
+
+    @cached_property
+    def written(self) -> str | None:
+        """What the decoder of an encoder-decoder writes, so that it and its attention to the source have tokens to show."""
+        if self.kind != "first token":
+            return None
+        with suppress(PellucidError, RuntimeError, NotImplementedError):
+            return self.model.generate(self.prompt, max_new_tokens=WRITTEN).text.strip() or None
+        return None
 
     @property
     def prefix(self) -> str:
@@ -213,12 +224,12 @@ def _task(class_name: str) -> str | None:
 
 def ask(model: Model, prompt: str, target: str | None, counterfactual: str | None, top: int) -> Question:
     """Run the prompt (and the counterfactual) and settle what is measured. InputError where they do not fit."""
-    prompt, notes = _with_mask(model, prompt)
+    prompt, notes = with_mask(model, prompt)
     inputs = model.inputs(prompt)
     with torch.no_grad():
         run = model.run(inputs)
-    kind = _kind(model, run, inputs)
-    position = _position(model, inputs, kind)
+    kind = kind_of(model, run, inputs)
+    position = answer_position(model, inputs, kind)
     options = read(model, run.logits, kind, position, max(top, 2))
     question = Question(
         model, prompt, kind, inputs, position, run.logits, options, options[0] if options else None, notes=notes
@@ -235,14 +246,14 @@ def against(question: Question, counterfactual: str | None, top: int, made: str 
     other = []
     if counterfactual is not None:
         model = question.model
-        counterfactual, _ = _with_mask(model, counterfactual)
+        counterfactual, _ = with_mask(model, counterfactual)
         inputs = model.inputs(counterfactual)
         check_aligned(question.inputs, inputs)
         if counterfactual == question.prompt:
             raise InputError("the counterfactual is the prompt itself: give one on which another answer is right")
         with torch.no_grad():
             logits = model.run(inputs).logits
-        other = read(model, logits, question.kind, _position(model, inputs, question.kind), max(top, 2))
+        other = read(model, logits, question.kind, answer_position(model, inputs, question.kind), max(top, 2))
     else:
         logits = None
     rival = next((o for o in [*other[:1], *question.options] if question.target and o.id != question.target.id), None)
@@ -254,7 +265,7 @@ def against(question: Question, counterfactual: str | None, top: int, made: str 
     return replace(question, scores=tuple(float(metric.score(each, mask)[0]) for each in both))
 
 
-def _kind(model: Model, run: Any, inputs: Inputs) -> Kind:
+def kind_of(model: Model, run: Any, inputs: Inputs) -> Kind:
     if not hasattr(run.output, "logits") or run.output.logits is None:
         return "embedding"
     if run.logits.ndim == 2:
@@ -273,7 +284,7 @@ def _mask_at(model: Model, ids: Sequence[int]) -> int | None:
     )
 
 
-def _with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
+def with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
     """A masked model answers at its mask: a prompt without one gets it at the end."""
     mask = getattr(model.tokenizer, "mask_token", None)
     masked = _task(type(model.module).__name__) == "masked-lm" and model.anatomy.stacks[-1].causal is False
@@ -282,7 +293,7 @@ def _with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
     return f"{prompt.rstrip()} {mask}.", (f"This model fills in {mask}, so “ {mask}.” was added to the prompt.",)
 
 
-def _position(model: Model, inputs: Inputs, kind: Kind) -> int:
+def answer_position(model: Model, inputs: Inputs, kind: Kind) -> int:
     """Where the answer is read: the mask, or the last token that a text of this tokenizer does not end with anyway."""
     ids = inputs.stream("").ids[0].tolist()
     if kind == "masked token":

@@ -17,8 +17,8 @@ import msgspec
 import numpy as np
 
 VERSION = 1
-Dtype = Literal["float32", "int32", "uint8"]
-WIRE: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4"), "uint8": np.dtype("u1")}
+Dtype = Literal["float32", "int32", "uint16", "uint8"]
+WIRE: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4"), "uint16": np.dtype("<u2"), "uint8": np.dtype("u1")}  # fmt: skip
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +26,7 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Numbers(Struct, frozen=True):
-    """An array of numbers; NaN where there is none. uint8 stands for 0 to 1 in steps of 1/255."""
+    """An array of numbers; NaN where there is none. uint16 are whole numbers, uint8 stands for 0 to 1 in steps of 1/255."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -45,6 +45,9 @@ class Numbers(Struct, frozen=True):
             array = np.round(255 * np.clip(np.nan_to_num(array.astype(float)), 0, 1))
         data = np.ascontiguousarray(array, dtype=WIRE[kind])
         return cls(dtype=kind, shape=tuple(data.shape), base64=base64.b64encode(data.tobytes()).decode())
+
+    def __repr__(self) -> str:
+        return f"<{self.dtype}{list(self.shape)}>"
 
     def array(self) -> np.ndarray:
         data = np.frombuffer(base64.b64decode(self.base64), WIRE[self.dtype]).reshape(self.shape)
@@ -116,16 +119,41 @@ class Flow(Struct, frozen=True):
     values: Numbers  # [query, key]
 
 
-class Attention(Struct, frozen=True, tag_field="kind", tag="attention"):
-    """Where heads look."""
+class Rows(Struct, frozen=True):
+    """Of each row of a pattern the weights from `floor` on (0: all but what rounds to nothing), row after row."""
+
+    counts: Numbers  # [head, query] how many
+    keys: Numbers  # [entry] where
+    weights: Numbers  # [entry]
+    floor: float = 0.0
+
+
+class Looking(Struct, frozen=True):
+    """Where the heads of one stack look: its patterns whole, or in rows."""
 
     queries: tuple[str, ...]
     keys: tuple[str, ...]
     heads: tuple[Head, ...]
-    pattern: Numbers  # [head, query, key]
+    pattern: Numbers | None = None  # [head, query, key]
+    rows: Rows | None = None
+    name: str = ""  # "encoder", "decoder", "decoder to encoder"
     flows: tuple[Flow, ...] = ()
     first: int = 0  # of `heads`: the one shown at first
     left_out: int = 0  # heads of the model that are not here
+
+
+class Attention(Struct, frozen=True, tag_field="kind", tag="attention"):
+    """Where heads look, in one stack or by choice in one of several."""
+
+    stacks: tuple[Looking, ...]
+
+
+class Followed(Struct, frozen=True):
+    """A word known everywhere."""
+
+    word: str
+    rank: Numbers  # [layer, position]
+    log_probability: Numbers
 
 
 class Reading(Struct, frozen=True):
@@ -137,14 +165,7 @@ class Reading(Struct, frozen=True):
     rank: Numbers | None = None  # [layer, position] of the model's own prediction, 0 the first
     kl: Numbers | None = None  # [layer, position] KL(model || layer), nats
     entropy: Numbers | None = None
-
-
-class Followed(Struct, frozen=True):
-    """A word known everywhere."""
-
-    word: str
-    rank: Numbers  # [layer, position]
-    log_probability: Numbers
+    followed: tuple[Followed, ...] = ()
 
 
 class Lens(Struct, frozen=True, tag_field="kind", tag="lens"):
@@ -157,7 +178,6 @@ class Lens(Struct, frozen=True, tag_field="kind", tag="lens"):
     words: tuple[str, ...]
     readings: tuple[Reading, ...]
     prediction: tuple[str, ...]  # by position
-    followed: tuple[Followed, ...] = ()
 
 
 class Contributions(Struct, frozen=True, tag_field="kind", tag="contributions"):
@@ -201,6 +221,7 @@ class Node(Struct, frozen=True):
     layer: int  # how deep it stands, counted through all stacks
     unit: int = -1
     position: str = ""  # its name, where parts stand once for each position
+    group: str = ""  # nodes of one name stand as one
 
 
 class Circuit(Struct, frozen=True, tag_field="kind", tag="circuit"):
@@ -274,6 +295,9 @@ class Roc(Struct, frozen=True):
     area: float
     low: float | None = None
     high: float | None = None
+    control: float | None = None  # the mean area of the same probe on shuffled labels, and the range of it
+    control_low: float | None = None
+    control_high: float | None = None
 
 
 class Traces(Struct, frozen=True, tag_field="kind", tag="traces"):
@@ -284,8 +308,8 @@ class Traces(Struct, frozen=True, tag_field="kind", tag="traces"):
     rows: Axis
     values: Numbers  # [row, token]
     unit: str = ""
-    threshold: float | None = None
-    roc: Roc | None = None
+    thresholds: Numbers | None = None  # [row]
+    rocs: tuple[Roc, ...] = ()  # of each row, or one for all
     signed: bool = True
 
 
@@ -365,6 +389,9 @@ class Document(Struct, frozen=True):
         (False, '</script>')
         """
         return embeddable(msgspec.json.encode(self).decode())
+
+    def __repr__(self) -> str:
+        return f"<Document {self.title!r}: {type(self.data).__name__.lower()}>"
 
     def _repr_html_(self) -> str:
         from pellucid.views.hosts import output

@@ -58,13 +58,11 @@ def code(made: Provenance) -> Code:
             written.append(f"{name}={value!r}")
     if made.seed is not None:
         written.append(f"seed={made.seed}")
+    opened = ["import pellucid as pl", "", f"model = pl.load({made.model!r})"]
+    if made.method[0].isupper():  # what is fitted first
+        return Code(python="\n".join([*opened, f"fitted = pl.{home}.{made.method}({', '.join(written)}).fit(...)  # to what you gave"]))  # fmt: skip
     call = ", ".join(["model", *map(repr, texts), *written, *(["metric=metric"] if "metric" in made.arguments else [])])
-    lines = [
-        "import pellucid as pl",
-        "",
-        f"model = pl.load({made.model!r})",
-        *(f"# {each}: as you gave it" for each in left),
-    ]
+    lines = [*opened, *(f"# {each}: as you gave it" for each in left)]
     return Code(python="\n".join([*lines, f"result = pl.{home}.{made.method}({call})", "result.show()"]))
 
 

@@ -21,11 +21,12 @@ function decode(numbers: Numbers): Values {
   const bytes = Uint8Array.from(text, (c) => c.charCodeAt(0));
   const { shape } = numbers;
   const size = shape.reduce((a, b) => a * b, 1);
-  const width = numbers.dtype === "uint8" ? 1 : 4;
+  const width = numbers.dtype === "uint8" ? 1 : numbers.dtype === "uint16" ? 2 : 4;
   if (bytes.length !== size * width) throw new Error(`an array of shape [${shape}] does not have ${bytes.length} bytes`);
   const view = new DataView(bytes.buffer); // little-endian wherever this runs
   const read: (i: number) => number =
     numbers.dtype === "uint8" ? (i) => bytes[i] / 255
+    : numbers.dtype === "uint16" ? (i) => view.getUint16(2 * i, true)
     : numbers.dtype === "int32" ? (i) => view.getInt32(4 * i, true)
     : (i) => view.getFloat32(4 * i, true);
   return {
@@ -57,4 +58,11 @@ export function extent(numbers: Iterable<number>): number {
   if (!sizes.length) return 1;
   const at = sizes.length > 100 ? Math.floor(0.995 * (sizes.length - 1)) : sizes.length - 1;
   return sizes[at] || sizes[sizes.length - 1] || 1;
+}
+
+/** `extent`, unless a few numbers (the first token's, mostly) are so far out that they would bleach all others. */
+export function steady(numbers: number[]): number {
+  const sizes = numbers.filter(Number.isFinite).map(Math.abs).sort((a, b) => a - b);
+  const middle = sizes[sizes.length >> 1] || 0;
+  return middle ? Math.min(extent(numbers), 8 * middle) : extent(numbers);
 }

@@ -1,9 +1,11 @@
 // The same as a table: every kind of view as rows and columns, for reading aloud, sorting, and spreadsheets.
 import type { Column, Numbers, Table, View } from "../schema";
 import { list, values } from "./numbers";
+import { patterns } from "./patterns";
 import { ranked } from "./wiring";
 
 type Cell = string | number;
+const MANY = 20_000; // rows of a table of attention
 interface Row { cells: Cell[]; component?: string }
 
 export function tableOf(view: View): Table {
@@ -13,12 +15,16 @@ export function tableOf(view: View): Table {
     case "tokens":
       return build(["position", "token", ...view.tracks.map((t) => t.name)], view.tokens.map((t, i) => ({ cells: [view.positions[i], t, ...view.tracks.map((tr) => values(tr.values).at(i))] })), 1);
     case "attention": {
-      const rows: Row[] = [], at = values(view.pattern);
-      view.heads.forEach((h, n) => view.queries.forEach((q, i) => view.keys.forEach((k, j) => {
-        const w = at.at(n, i, j);
-        if (w >= 0.01 && rows.length < 100_000) rows.push({ cells: [h.layer, h.head, i, q, j, k, w], component: h.component });
-      })));
-      return build(["layer", "head", "from", "from token", "to", "to token", "attention (from 0.01)"], rows, 3, 5);
+      const many = view.stacks.length > 1;
+      for (const least of [0.01, 0.03, 0.1, 0.3]) {
+        const rows: Row[] = [];
+        for (const s of view.stacks) s.heads.forEach((h, n) => patterns(s).each(n, least, (i, j, w) => {
+          if (rows.length <= MANY) rows.push({ cells: [...(many ? [s.name ?? ""] : []), h.layer, h.head, i, s.queries[i], j, s.keys[j], w], component: h.component });
+        }));
+        if (rows.length > MANY && least < 0.3) continue; // too many to look through: the stronger ones only
+        return build([...(many ? ["who"] : []), "layer", "head", "from", "from token", "to", "to token", `attention (from ${least})`], rows.slice(0, MANY), many ? 4 : 3, many ? 6 : 5);
+      }
+      return build([], []);
     }
     case "lens": {
       const rows: Row[] = [];

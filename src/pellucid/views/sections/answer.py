@@ -21,7 +21,8 @@ def answer(question: Question, top: int) -> Section:
     shown = [_options(question.options[:top], f"After the prompt: {question.prompt}")]
     if question.counterfactual is not None:
         shown.append(_options(question.other_options[:top], f"After the counterfactual: {question.counterfactual}"))
-    figure = join(tag("div", shown, class_="pair"), tag("p", _measured(question), class_="note"))
+    writes = tag("p", "Written on from there, always taking the likeliest: ", quoted(question.written), class_="note") if question.written else None  # fmt: skip
+    figure = join(tag("div", shown, class_="pair"), writes, tag("p", _measured(question), class_="note"))
     lines = ["run = model.run(prompt)", f"print(run.logits[0{_place(question)}].softmax(-1).topk({top}))"]
     best, second = question.options[0], question.options[1]
     finding = f"The model answers {quoted(best.text)} with {percent(best.probability)}; next comes {quoted(second.text)} with {percent(second.probability)}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pellucid.lenses import logit_lens
@@ -11,6 +13,7 @@ from pellucid.views.markup import percent, quoted
 from pellucid.views.page import Section
 from pellucid.views.question import Question
 from pellucid.views.schema import Document
+from pellucid.views.unrelated import unrelated
 from pellucid.views.window import Window
 
 TITLE = "When does the answer appear?"
@@ -26,7 +29,8 @@ def layers(question: Question, top: int, evidence: Evidence) -> Section:
     at = window.positions.index(question.position)
     likely = np.exp(found["target_log_probability"].values[:, at])  # [layer, target]
     settled = _settled(rank[:, at, 0])
-    evidence.settled = names[settled] if settled is not None else ""
+    if settled is not None:
+        evidence.settled, evidence.leads = names[settled], _elsewhere(question, targets, settled)
     lead = (
         "The model’s state after every layer, read as if it were the last: through the final norm and the unembedding (logit lens). Each cell shows the "
         "best guess for what follows that token; outlined where it is what the model ends up with. Click a cell to pin its word and follow it."
@@ -35,9 +39,31 @@ def layers(question: Question, top: int, evidence: Evidence) -> Section:
     return Section(
         "layers", "The layers", TITLE, lead, window.note(len(question.answered)) or "", (Document(title="Logit lens", data=lens(found)),),
         care="early layers were never trained to be read this way, so a blank there is no proof that the answer is absent. "
-        "The last row was checked against the model’s own output.",
+        f"The last row was checked against the model’s own output. {_control(question, evidence)}",
         python=question.code(*code), shell=question.shell, finding=_finding(names, rank[:, at, 0], likely[:, 0], said_of(question)), results=(found,),
     )  # fmt: skip
+
+
+def _elsewhere(question: Question, targets: list[str | int], settled: int) -> dict[str, list[bool]]:
+    """Whether the answer is the top guess there from that layer on as well, on prompts that should not lead to it."""
+    prompts: dict[str, Any] = {f"unrelated prompt {i + 1}": p for i, p in enumerate(unrelated(question))}
+    if question.counterfactual is not None:
+        prompts["the counterfactual"] = question.counterfactual
+    found = {}
+    for name, prompt in prompts.items():
+        rank = logit_lens(question.model, prompt, top=1, targets=targets, positions=question.last_first)[
+            "target_rank"
+        ].values
+        found[name] = (rank[settled:, 0, 0] == 0).tolist()
+    return found
+
+
+def _control(question: Question, evidence: Evidence) -> str:
+    if not evidence.leads:
+        return ""
+    where = [name for name, leads in evidence.leads.items() if any(leads)]
+    said = f"on {', '.join(where)} too" if where else "on none of them"
+    return f"Control: the same lens on {len(evidence.leads)} other prompts of this length shows {said_of(question)} first {said}."
 
 
 def said_of(question: Question) -> str:

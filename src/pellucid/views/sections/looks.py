@@ -1,4 +1,4 @@
-"""Where do the heads look? Attention patterns, with rollout over all layers."""
+"""Where do the heads look, and what do they do anywhere? Attention patterns with roles, and rollout over all layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from contextlib import suppress
 
 import numpy as np
 
-from pellucid.attention import patterns, rollout
+from pellucid.attention import head_summaries, patterns, rollout
 from pellucid.errors import PellucidError
 from pellucid.results import Result
-from pellucid.views.documents import attention
 from pellucid.views.evidence import Evidence, top
+from pellucid.views.looking import Roles, attention, roles_of
 from pellucid.views.markup import percent, quoted
 from pellucid.views.page import Section, missing
 from pellucid.views.question import Question
@@ -18,6 +18,7 @@ from pellucid.views.schema import Document
 
 TITLE = "Where do the heads look?"
 LONG = 512  # tokens: beyond, the patterns of one prompt fill the page
+STACK = "encoder"  # of an encoder-decoder, whose heads are named
 
 
 def looks(question: Question, evidence: Evidence) -> Section:
@@ -28,32 +29,47 @@ def looks(question: Question, evidence: Evidence) -> Section:
             TITLE,
             f"the prompt has {len(question.tokens)} tokens, and patterns are kept up to {LONG}",
         )
-    target = None  # an encoder-decoder is read at its start token
-    found = patterns(question.model, question.prompt, target=target)
-    flows = _flows(question, found)
+    model, target = question.model, question.written
+    found = patterns(model, question.prompt, target=target)
+    more = [*_rolled(question, target), *_summed(question)]
     best = _best(evidence)
-    view = Document(title="Attention", data=attention(found, flows=flows, first=best))
+    roles = {at: role for result in more for at, role in roles_of(result, "pattern").items()}
+    view = Document(title="Attention", data=attention(found, *more, first=best))
     lead = (
         "Every head’s attention: rows look at columns. Choose a head on the left, then point at a token to see where it looks from there, or who looks at it. "
-        "Rollout multiplies the patterns of all layers, half of each kept in place; its control has every head look everywhere alike."
+        + (f"Beside the source it shows the decoder writing {quoted(target)}. " if target else "")
+        + "Rollout multiplies the patterns of all layers, half of each kept in place; its control has every head look everywhere alike. "
+        "Heads are named by what they do on random tokens said twice (induction, duplicate and previous token) and on this prompt."
     )
-    code = ["found = pl.attention.patterns(model, prompt)", "found.show()"]
+    given = f", target={target!r}" if target else ""
+    code = [
+        f"found = pl.attention.patterns(model, prompt{given})",
+        f"more = pl.attention.rollout(model, prompt{given}), pl.attention.head_summaries(model, prompt{_stack(question)})",
+        "page = pl.views.attention(found, *more)  # shows itself in a notebook; page.save_html('attention.html')",
+    ]
     return Section(
         "looks", "The attention", TITLE, lead, "", (view,),
         care="where a head looks is not what it says: much attention can carry nothing (many heads rest on the first token), and little can decide. "
         "Whether a head matters is asked below by switching it off.",
-        python=question.code(*code), shell=question.shell, finding=_finding(question, found, best), results=(found,),
+        python=question.code(*code), shell=question.shell, finding=_finding(question, found, best, roles), results=(found, *more),
     )  # fmt: skip
 
 
-def _flows(question: Question, found: Result) -> dict[str, np.ndarray]:
-    """Rollout, where the patterns are of one stack."""
-    if "pattern" not in found.data:
-        return {}
+def _rolled(question: Question, target: str | None) -> list[Result]:
     with suppress(PellucidError):
-        made = rollout(question.model, question.prompt)
-        return {"rollout": made["rollout"].values[-1], "rollout of even attention": made["null"].values[-1]}
-    return {}
+        return [rollout(question.model, question.prompt, target=target)]
+    return []
+
+
+def _summed(question: Question) -> list[Result]:
+    """What heads do on random tokens said twice and on this prompt; none where the model reads no plain text alone."""
+    with suppress(PellucidError, RuntimeError):
+        return [head_summaries(question.model, question.prompt, stack=STACK if _stack(question) else "")]
+    return []
+
+
+def _stack(question: Question) -> str:
+    return f", stack={STACK!r}" if len(question.inputs.streams) > 1 else ""
 
 
 def _best(evidence: Evidence) -> tuple[int, int] | None:
@@ -63,10 +79,11 @@ def _best(evidence: Evidence) -> tuple[int, int] | None:
     return (int(words[1]), int(words[-1])) if words[:1] == ["layers"] else None
 
 
-def _finding(question: Question, found: Result, best: tuple[int, int] | None) -> str:
+def _finding(question: Question, found: Result, best: tuple[int, int] | None, roles: Roles) -> str:
     if best is None or "pattern" not in found.data or question.position >= found["pattern"].sizes["query"]:
         return ""
     row = found["pattern"].sel(layer=best[0], head=best[1]).values[question.position]
     at = int(np.nanargmax(row))
     where = "itself" if at == question.position else quoted(question.tokens[at])
-    return f"Head {best[0]}.{best[1]}, which writes most of all heads towards the answer, looks from {quoted(question.tokens[question.position])} mostly at {where} ({percent(float(row[at]))})."
+    does = f", by its habit a head of the kind “{roles[best]}”," if best in roles else ","
+    return f"Head {best[0]}.{best[1]}, which writes most of all heads towards the answer{does} looks from {quoted(question.tokens[question.position])} mostly at {where} ({percent(float(row[at]))})."

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from pellucid.causal import patching
+from pellucid.engine.edits import Patch
 from pellucid.results import Result
-from pellucid.views.evidence import Evidence
+from pellucid.views.evidence import Evidence, Foreign
 from pellucid.views.markup import Html, join, number, percent, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import WORK, Question
 from pellucid.views.schema import Axis, Document, Grid, Numbers, Plane
+from pellucid.views.unrelated import unrelated
 
 TITLE = "Where does the fact travel?"
+HALF = 0.5  # of the answer: what a place must bring back to be said to carry the fact
+PLACES = 24  # that are patched from unrelated prompts as well
 
 
 def patches(question: Question, evidence: Evidence) -> Section:
@@ -22,6 +27,8 @@ def patches(question: Question, evidence: Evidence) -> Section:
     layers, positions = _places(question)
     effect, clean, corrupted, found = _patched(question, layers, positions)
     evidence.restored = float(np.nanmax(effect))
+    evidence.arrives = _arrives(question, effect, layers, positions)
+    evidence.foreign = _foreign(question, effect, layers, positions, clean, corrupted)
     lead = join(
         "The counterfactual is run (", _changed(question), f"; {question.metric_name} {number(corrupted, sign=True)} instead of {number(clean, sign=True)}), and before one layer, "
         "at one token, the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
@@ -30,7 +37,9 @@ def patches(question: Question, evidence: Evidence) -> Section:
     lines = [
         question.metric_code, f"effect = pl.causal.patching(model, prompt, other, over={_over(question)!r}, metric=metric)", "effect.show()",
     ]  # fmt: skip
-    care = "“enough to bring the answer back” is not “needed”: other places may carry the fact too."
+    care = (
+        f"{_control(evidence)}“Enough to bring the answer back” is not “needed”: other places may carry the fact too."
+    )
     if question.made:
         care += f" The counterfactual was made by pellucid ({question.made}); with another one the picture can differ."
     return Section(
@@ -126,6 +135,45 @@ def _patched(
     return effect, float(found[0]["clean"]), float(found[0]["corrupted"]), found
 
 
+def _foreign(
+    question: Question, effect: np.ndarray, layers: list[int], positions: list[int], clean: float, corrupted: float
+) -> Foreign | None:
+    """The strongest places once more, with states of unrelated prompts: what putting in anything else does there."""
+    strong = [(i, j) for i, j in np.argwhere(effect >= HALF).tolist()]
+    strong = strong[:: -(-len(strong) // PLACES)] if strong else []
+    if not strong:
+        return None
+    model, sites = question.model, [_over(question, str(layers[i]), positions[j]) for i, j in strong]
+    found = []
+    for prompt in unrelated(question):
+        with torch.no_grad():
+            run = model.run(prompt, keep=[_over(question).partition("@")[0]])
+        swept = model.sweep(
+            question.counterfactual, [Patch(site, run) for site in sites], question.metric, progress=False
+        )
+        found.append((swept.values[:, 0].double().cpu().numpy() - corrupted) / (clean - corrupted))
+    own = float(np.mean([effect[at] for at in strong]))
+    return Foreign(len(strong), own, float(np.mean(found)), len(found))
+
+
+def _control(evidence: Evidence) -> str:
+    found = evidence.foreign
+    if found is None:
+        return ""
+    return (
+        f"Control: states of {found.prompts} unrelated prompts of this length, put into {found.places} of the strongest places one at a time, bring back "
+        f"{number(found.other, sign=True)} on average, where those of the prompt bring back {number(found.own, sign=True)}. "
+    )
+
+
+def _arrives(question: Question, effect: np.ndarray, layers: list[int], positions: list[int]) -> int | None:
+    """The layer from which on the state where the answer is read brings half of it back or more."""
+    if len(question.inputs.streams) > 1 or question.position not in positions or question.position in question.changed:
+        return None
+    late = effect[:, positions.index(question.position)] >= HALF
+    return next((layers[i] for i in range(len(layers)) if late[i:].all()), None)
+
+
 def _fewer(question: Question, layers: list[int], positions: list[int]) -> Html | None:
     depth, length = len(question.model.anatomy.stacks[0].blocks), len(question.tokens)
     if (len(layers), len(positions)) == (depth, length):
@@ -137,22 +185,19 @@ def _fewer(question: Question, layers: list[int], positions: list[int]) -> Html 
 def _finding(question: Question, effect: np.ndarray, layers: list[int], positions: list[int]) -> str:
     """From where to where the fact moves: the changed tokens, then the place where the answer is read."""
     changed = [positions.index(p) for p in question.changed if p in positions]
-    end = question.position if "encoder" not in question.inputs.streams else None
     word = (
         quoted("".join(question.tokens[p] for p in question.changed))
         if len(question.changed) <= 4
         else "the tokens that differ"
     )
     early = np.nanmax(effect[:, changed], 1) if changed else np.zeros(len(layers))
-    held = [i for i, e in enumerate(early) if e >= 0.5]
+    held = [i for i, e in enumerate(early) if e >= HALF]
     text = f"The fact sits at {word} up to layer {layers[held[-1]]}" if held else ""
-    if end is not None and end in positions and held:
-        late = effect[:, positions.index(end)]
-        arrived = next((i for i in range(len(layers)) if (late[i:] >= 0.5).all()), None)
-        if arrived is not None and end not in question.changed:
-            text += (
-                f" and at {quoted(question.answered[end])}, where the answer is read, from layer {layers[arrived]} on"
-            )
+    arrived = _arrives(question, effect, layers, positions)
+    if held and arrived is not None:
+        text += (
+            f" and at {quoted(question.answered[question.position])}, where the answer is read, from layer {arrived} on"
+        )
     if text:
         return f"{text} (putting back that one state restores half of the answer or more)."
     i, j = np.unravel_index(int(np.nanargmax(effect)), effect.shape)

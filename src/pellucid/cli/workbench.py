@@ -1,0 +1,57 @@
+"""`pellucid workbench`: type a prompt, watch the model, change it, and see what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pellucid.cli import options
+from pellucid.errors import InputError
+
+Sources = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Hub ids, local directories or .gguf files, side by side.")
+]
+
+
+def workbench(
+    models: Sources,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="The address to listen on; others than loopback are open to the network.")] = "127.0.0.1",
+    name: Annotated[list[str] | None, typer.Option(help="A host name browsers may reach it by; may be repeated.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where workspaces are kept.")] = Path("workspaces"),
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    task: options.Task = "auto",
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    allow_pickle: options.AllowPickle = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:  # fmt: skip
+    """Serve the workbench on this machine and open it in a browser."""
+    try:
+        from pellucid.workbench.serving import is_loopback, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"the workbench needs {error.name}: pip install 'pellucid[workbench]'") from None
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"cannot keep workspaces in {str(folder)!r}: it is no directory")
+    if not is_loopback(host):
+        typer.echo(
+            f"warning: {host} is open to the network: whoever can reach it and learns the token can run these models and "
+            "read the workspaces, and the connection is not encrypted",
+            err=True,
+        )
+    opened = [
+        options.opened(
+            source,
+            task=task,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+        for source in models
+    ]
+    serve(opened, host, port, folder, name or [], browser, typer.echo)

@@ -1,0 +1,122 @@
+"""What does the model answer to this prompt? One pass, kept for a while, read as the report reads it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.engine.edits import Edit
+from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.run import Run
+from pellucid.errors import InputError
+from pellucid.model import Model
+from pellucid.views.question import Kind, answer_position, kind_of, read, with_mask
+from pellucid.workbench.messages import Answer, Choice
+
+TOP = 10
+KEPT = 1024  # tokens of the runs that are remembered: each holds its logits and perhaps the residual of every layer
+TEXTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """A prompt after its pass: where its answer is read, and what a masked model's prompt was completed with."""
+
+    run: Run
+    inputs: Inputs
+    kind: Kind
+    position: int
+    kept: frozenset[str]
+    note: str = ""
+
+    @property
+    def source(self) -> Stream:
+        """The tokens of the prompt (in an encoder-decoder: what the encoder reads)."""
+        return self.inputs.streams.get("encoder", self.inputs.stream(""))
+
+    @property
+    def logits(self) -> Tensor | None:
+        """[vocabulary] (or [class]) where the answer is read; None for a model that gives vectors."""
+        if self.kind == "embedding":
+            return None
+        return (self.run.logits[0] if self.kind == "class" else self.run.logits[0, self.position]).float()
+
+
+def passed(model: Model, prompt: str, keep: Iterable[str] = (), edits: Sequence[Edit] = ()) -> Passed:
+    """Run a prompt. InputError for one that is empty or too long."""
+    text, notes = with_mask(model, prompt)
+    inputs = model.inputs(text)
+    with torch.no_grad():
+        run = model.run(inputs, keep=list(keep), edits=edits)
+    kind = kind_of(model, run, inputs)
+    return Passed(run, inputs, kind, answer_position(model, inputs, kind), frozenset(keep), " ".join(notes))
+
+
+class Memory:
+    """The last few prompts that were run without edits: what a reader slides, steers or pages through asks again."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.question: tuple[Any, Any] = (None, None)  # what the last panel asked, see `panels`
+        self._runs: OrderedDict[str, Passed] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, int], str] = OrderedDict()
+
+    def of(self, prompt: str, keep: Iterable[str] = ()) -> Passed:
+        """The run, which kept these sites at least."""
+        old, wanted = self._runs.pop(prompt, None), frozenset(keep)
+        if old is None or not wanted <= old.kept:
+            old = passed(self.model, prompt, wanted | (old.kept if old is not None else frozenset()))
+        self._runs[prompt] = old
+        while len(self._runs) > 2 and sum(len(each.source.labels[0]) for each in self._runs.values()) > KEPT:
+            self._runs.popitem(last=False)
+        return old
+
+    def generated(self, prompt: str, tokens: int) -> str:
+        """What the model goes on with, greedily."""
+        key = (prompt, tokens)
+        if key not in self._texts:
+            self._texts[key] = generated(self.model, prompt, (), tokens)
+        self._texts.move_to_end(key)
+        while len(self._texts) > TEXTS:
+            self._texts.popitem(last=False)
+        return self._texts[key]
+
+
+def generates(model: Model) -> bool:
+    can = getattr(model.module, "can_generate", None)
+    return bool(can and can()) and model.anatomy.stacks[-1].causal is not False
+
+
+def generated(model: Model, prompt: str, edits: Sequence[Edit], tokens: int) -> str:
+    return model.generate(prompt, edits=edits, max_new_tokens=tokens).text if tokens and generates(model) else ""
+
+
+def answer(model: Model, asked: Passed, text: str = "", pair: tuple[int, int] | None = None) -> Answer:
+    """What a run says; `pair` are the answers (ids) of the prompt and of the other prompt."""
+    logits = asked.logits
+    if logits is None:
+        return Answer(top=[], entropy=0.0, generated=text, difference=None)
+    options = read(model, asked.run.logits, asked.kind, asked.position, TOP)
+    top = [Choice(token=o.text, probability=o.probability, logit=float(logits[o.id]), id=o.id) for o in options]
+    p = logits.softmax(-1)
+    entropy = float(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum())
+    difference = None if pair is None else float(logits[pair[0]] - logits[pair[1]])
+    return Answer(top=top, entropy=entropy, generated=text, difference=difference)
+
+
+def rivals(asked: Passed, other: Passed) -> tuple[int, int]:
+    """The likeliest answers to both prompts; where they are one, the runner-up is what the prompt's is compared with.
+
+    InputError where one of them has none.
+    """
+    first, second = asked.logits, other.logits
+    if first is None or second is None or len(first) < 2:
+        raise InputError("this model gives vectors, not answers, so two prompts have no answers to compare")
+    best = first.topk(2).indices.tolist()
+    theirs = int(second.argmax())
+    return best[0], theirs if theirs != best[0] else best[1]

@@ -1,0 +1,125 @@
+"""What a reader does to a part of the model, from the page's words to the engine's edits.
+
+    zero, mean       the part says nothing, or what it says on average over the prompt's tokens
+    scale            the part times `strength`
+    steer            plus strength * v, v = the part on the other prompt - the part on this one, both where the answer is
+                     read (or at `position`): at strength 1 there the part is what it is on the other prompt; the control
+                     is a random direction of the same norm
+    patch            the part's values on the other prompt, at the same positions
+
+A head is changed before its output projection; `layers.5` is all that the layer adds to the residual stream, and the
+residual stream after it where something is put in or added.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.causal.grid import CONTRIBUTIONS
+from pellucid.engine import edits as engine
+from pellucid.engine.locate import block_of
+from pellucid.errors import InputError
+from pellucid.model import Model
+from pellucid.views.naming import site_of
+from pellucid.workbench.answers import Memory, Passed
+from pellucid.workbench.messages import Edit
+
+LAYER = re.compile(r"((\w+\.)?layers\.-?\d+)")
+SITES = 2000  # one edit may name through a pattern
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An edit with the sites its component stands for."""
+
+    edit: Edit
+    sites: list[Site]
+
+    @property
+    def reads_prompt(self) -> bool:
+        return self.edit.kind in ("mean", "steer")
+
+    @property
+    def wholes(self) -> list[str]:
+        return list(dict.fromkeys(str(site.whole) for site in self.sites))
+
+
+def asked(model: Model, edits: Sequence[Edit]) -> list[Asked]:
+    """Those edits that are on. SiteError or Refused for a component the model does not have."""
+    return [Asked(edit, sites_of(model, edit)) for edit in edits if edit.on]
+
+
+def sites_of(model: Model, edit: Edit) -> list[Site]:
+    name = site_of(edit.component.strip())
+    if "@" in name:
+        raise InputError(f"{edit.component!r} names its position itself; give the position apart from the component")
+    if not LAYER.fullmatch(name):
+        found = model.sites(name)
+    elif edit.kind in ("steer", "patch"):
+        found = model.sites(f"{name}.resid_post")
+    else:
+        start = model.sites(f"{name}.resid_pre")[0]
+        taps = block_of(model.anatomy, start).taps
+        found = [site for part in CONTRIBUTIONS if part in taps for site in model.sites(f"{name}.{part}")]
+    if not 0 < len(found) <= SITES:
+        raise InputError(f"{edit.component!r} names {len(found)} parts of the model; name one, or at most {SITES}")
+    return found
+
+
+def ready(found: Sequence[Asked], memory: Memory, prompt: str, other: str | None) -> list[engine.Edit]:
+    """The engine's edits, the runs they read from taken from memory.
+
+    InputError where a direction or patch is wanted without a second prompt.
+    """
+    clean = memory.of(prompt, [site for each in found if each.reads_prompt for site in each.wholes])
+
+    def second() -> Passed:
+        if not other:
+            raise InputError("steering along a contrast and patching need a second prompt; give one")
+        return memory.of(other, [site for each in found for site in each.wholes])
+
+    return [_made(each.edit, site, clean, second) for each in found for site in each.sites]
+
+
+def _made(edit: Edit, site: Site, prompt: Passed, other: Callable[[], Passed]) -> engine.Edit:
+    at = site if edit.position is None else site.at_position(edit.position)
+    if edit.kind == "zero":
+        return engine.Ablate(at)
+    if edit.kind == "mean":
+        return engine.Ablate(at, "mean", reference=prompt.run)
+    if edit.kind == "scale":
+        return engine.Scale(at, edit.strength)
+    if edit.kind == "patch":
+        return engine.Patch(at, other().run, source_at=edit.position)
+    return engine.Steer(at, direction(edit, site, prompt, other), edit.strength)
+
+
+def direction(edit: Edit, site: Site, prompt: Passed, other: Callable[[], Passed]) -> Tensor:
+    """What a steered site is moved by at strength 1; the random one has the norm of the contrast, or without a second
+    prompt that of the site itself."""
+    own = _at(prompt, site, edit.position)
+    if edit.direction == "contrast":
+        return _at(other(), site, edit.position) - own
+    try:
+        norm = (_at(other(), site, edit.position) - own).norm()
+    except InputError:
+        norm = own.norm()
+    drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(edit.seed)).to(own)
+    return drawn * norm / drawn.norm().clamp_min(1e-12)
+
+
+def _at(passed: Passed, site: Site, position: int | None) -> Tensor:
+    """The site's value at a position of a run, by default where the answer is read."""
+    if site.dims[-1] == "key":
+        raise InputError(f"{str(site)!r} has no direction to steer in; steer what a head or layer says")
+    stream = passed.run.stream(site)
+    if position is None:
+        answered = stream is passed.inputs.stream("") and passed.kind != "class"
+        position = passed.position if answered else -1
+    return passed.run.tensor(site.at_position(position))[0].squeeze(0)

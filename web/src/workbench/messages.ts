@@ -1,0 +1,200 @@
+// Made by scripts/view_types.py from src/pellucid/workbench/messages.py. Do not edit.
+
+import type { Document } from "../schema";
+
+/** What the page knows of a model before it runs anything. */
+export interface ModelCard {
+  id: string;
+  name: string;
+  kind: "decoder" | "encoder" | "encoder-decoder";
+  layers: number;
+  heads: number;
+  neurons: number;
+  parameters: number;
+  limit: number | null;
+  generates: boolean;
+}
+
+/** Which models are open here. */
+export interface Models {
+  models: ModelCard[];
+  version: string;
+}
+
+/** What is done to a part of the model. `strength` is the factor of "scale", and of "steer" how many times the direction is added; `position` None is every position. */
+export interface Edit {
+  component: string;
+  kind: "mean" | "patch" | "scale" | "steer" | "zero";
+  strength?: number;
+  direction?: "contrast" | "random";
+  position?: number | null;
+  seed?: number;
+  on?: boolean;
+}
+
+/** A prompt as it is being typed; a newer one of the same tab and pane takes its place. */
+export interface LiveRequest {
+  tab: string;
+  pane: string;
+  model: string;
+  prompt: string;
+  other?: string | null;
+  edits?: Edit[];
+  lens?: boolean;
+  generate?: number;
+  serial?: number;
+}
+
+/** One possible answer. */
+export interface Choice {
+  token: string;
+  probability: number;
+  logit: number;
+  id: number;
+}
+
+/** What the model answers: its likeliest tokens (or classes), how sure it is (entropy in nats), how it goes on. */
+export interface Answer {
+  top: Choice[];
+  entropy: number;
+  generated: string;
+  difference: number | null;
+}
+
+/** Where the time went: waiting for the model, in its passes, and in all. */
+export interface Milliseconds {
+  queue: number;
+  forward: number;
+  total: number;
+}
+
+/** The answer without and with the edits. With `more`, columns of the lens are left to compute: ask again for them. */
+export interface LiveReply {
+  serial: number;
+  tokens: string[];
+  clean: Answer;
+  edited: Answer | null;
+  lens: Document | null;
+  milliseconds: Milliseconds;
+  more: boolean;
+  note: string;
+}
+
+/** A panel to be drawn. */
+export interface ViewRequest {
+  tab: string;
+  pane: string;
+  model: string;
+  view: "anatomy" | "attention" | "contributions" | "heads" | "neuron" | "neurons" | "patching" | "tokens";
+  prompt: string;
+  other?: string | null;
+  edits?: Edit[];
+  options?: Record<string, unknown>;
+}
+
+/** One neuron on one token: its activation, and its direct effect on the answer. */
+export interface NeuronRow {
+  component: string;
+  layer: number;
+  neuron: number;
+  position: number;
+  activation: number;
+  effect: number | null;
+}
+
+/** A panel; `note` is what a reader should know of it. `rows` come with "neurons" only. */
+export interface ViewReply {
+  document: Document;
+  note: string;
+  rows: NeuronRow[] | null;
+}
+
+/** Work that takes longer. */
+export interface JobRequest {
+  tab: string;
+  model: string;
+  kind: "circuit" | "head_ablation" | "neuron_ablation" | "patching";
+  prompt: string;
+  other?: string | null;
+  options?: Record<string, unknown>;
+}
+
+/** The job that was started. */
+export interface Started {
+  id: string;
+}
+
+/** How far a job is; `document` once it is done. */
+export interface Job {
+  id: string;
+  kind: "circuit" | "head_ablation" | "neuron_ablation" | "patching";
+  title: string;
+  model: string;
+  prompt: string;
+  state: "cancelled" | "done" | "failed" | "queued" | "running";
+  done: number;
+  total: number | null;
+  error: string;
+  seconds: number;
+  document: Document | null;
+}
+
+/** All jobs of this server, the newest first. */
+export interface Jobs {
+  jobs: Job[];
+}
+
+/** One prompt and what is looked at; `model` is a name. */
+export interface Pane {
+  pane: string;
+  model: string;
+  prompt: string;
+  other?: string | null;
+  edits?: Edit[];
+  views?: string[];
+  generate?: number;
+}
+
+/** What is selected in every view. */
+export interface Selection {
+  component?: string | null;
+  position?: number | null;
+}
+
+/** All that a workspace, a link or a notebook needs to come back to the same place. */
+export interface State {
+  panes: Pane[];
+  version?: 1;
+  selection?: Selection;
+  neurons?: Record<string, unknown>;
+}
+
+/** What a workspace file holds. */
+export interface Workspace {
+  state: State;
+  documents?: Document[];
+}
+
+/** A saved workspace; `modified` in seconds since 1970. */
+export interface WorkspaceEntry {
+  name: string;
+  modified: number;
+}
+
+/** The saved workspaces. */
+export interface Workspaces {
+  folder: string;
+  workspaces: WorkspaceEntry[];
+}
+
+/** Views to be written into one HTML file. */
+export interface PageRequest {
+  title?: string;
+  documents?: Document[];
+}
+
+/** What went wrong, in one sentence. */
+export interface Problem {
+  error: string;
+  superseded: boolean;
+}

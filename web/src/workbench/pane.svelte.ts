@@ -1,0 +1,180 @@
+// One prompt on one model: what is typed, what is done to the model, what it answers, and the views opened on it.
+import type { Document } from "../schema";
+import type { Api } from "./api";
+import { made, withEdit } from "./edits";
+import { Follow, type Pace } from "./follow";
+import { PanelStore } from "./panel.svelte";
+import type { Edit, Kind, LiveReply, LiveRequest, ModelCard, Neurons, PaneState, ViewRequest } from "./types";
+import { PANELS, type View } from "./views";
+
+export const FRESH: Omit<PaneState, "pane" | "model"> = { prompt: "", other: null, edits: [], views: ["lens"], generate: 0 };
+
+export class PaneStore {
+  readonly id: string;
+  model = $state.raw<ModelCard>() as ModelCard;
+  prompt = $state("");
+  other = $state<string | null>(null);
+  edits = $state.raw<Edit[]>([]);
+  views = $state.raw<View[]>(["lens"]);
+  generate = $state(0);
+  chosen = $state.raw<Partial<Record<View, string>>>({}); // how a view is drawn, where that can be chosen
+  neurons = $state.raw<Neurons>({ sort: "effect", layer: null });
+
+  reply = $state.raw<LiveReply | null>(null);
+  answered = $state(""); // the prompt that `reply` answers
+  error = $state("");
+  busy = $state(false);
+  readonly panels: Record<string, PanelStore>;
+  readonly neuron: PanelStore; // the page of the neuron that was opened
+
+  #api: Api;
+  #live: Follow<LiveRequest, [LiveReply, LiveRequest]>;
+  #changed: () => void;
+  #opened = ""; // the neuron whose page is open
+  #rests = new WeakSet<LiveRequest>(); // questions for the rest of what is shown
+  #written = false; // the text shown is that of the question that was answered
+
+  constructor(api: Api, model: ModelCard, given: PaneState, changed: () => void) {
+    this.#api = api;
+    this.#changed = changed;
+    this.id = given.pane;
+    this.model = model;
+    Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate });
+    this.views = PANELS.map((p) => p.view).filter((v) => given.views.includes(v));
+    const panel = () => new PanelStore(api.view);
+    this.panels = Object.fromEntries(PANELS.filter((p) => p.view !== "lens").map((p) => [p.view, panel()]));
+    this.neuron = panel();
+    this.#live = new Follow(
+      async (question, signal, serial) => [await api.live({ ...question, serial }, signal), question],
+      { answered: ([reply, question]) => this.#heard(reply, question), failed: (error) => { this.error = error.message; }, busy: (now) => { this.busy = now; } },
+    );
+  }
+
+  get state(): PaneState {
+    return { pane: this.id, model: this.model.name, prompt: this.prompt, other: this.other, edits: this.edits, views: this.views, generate: this.generate };
+  }
+
+  /** What this pane shows now. */
+  get documents(): Document[] {
+    const shown = this.views.map((v) => (v === "lens" ? this.reply?.lens : this.panels[v].document));
+    return [...shown, this.views.includes("neurons") ? this.neuron.document : null].filter((d): d is Document => !!d);
+  }
+
+  /** Ask for the answer, as it is typed or slid. While sliding, the text waits until the slider rests. */
+  ask(pace: Pace = "now"): void {
+    this.#changed();
+    if (!this.prompt.trim()) {
+      this.#live.stop();
+      this.reply = null;
+      this.error = "";
+      return;
+    }
+    this.#live.ask({
+      tab: this.#api.tab, pane: this.id, model: this.model.id, prompt: this.prompt, other: this.pair, edits: this.edits.filter((e) => e.on),
+      lens: this.views.includes("lens"), generate: pace === "sliding" ? 0 : this.generate,
+    }, pace);
+  }
+
+  get pair(): string | null {
+    return this.other?.trim() ? this.other : null;
+  }
+
+  #heard(reply: LiveReply, question: LiveRequest): void {
+    const rest = this.#rests.has(question);
+    if (!question.generate && this.answered === question.prompt && this.reply) {
+      reply.clean.generated = this.reply.clean.generated;
+      if (rest && reply.edited) reply.edited.generated = this.reply.edited?.generated ?? "";
+    }
+    this.#written = question.generate! > 0 || (rest && this.#written);
+    this.reply = reply;
+    this.answered = question.prompt;
+    this.error = "";
+    if (reply.more) this.#askRest({ ...question, generate: 0 });
+    else if (this.generate && !this.#written) this.#askRest({ ...question, generate: this.generate });
+    else this.#redraw();
+  }
+
+  /** What takes longer follows when nothing else is asked: the rest of a long prompt's lens, the text at a slider's place. */
+  #askRest(question: LiveRequest): void {
+    this.#rests.add(question);
+    this.#live.ask(question, "idle");
+  }
+
+  #redraw(): void {
+    for (const { view, costly } of PANELS) if (!costly && this.views.includes(view)) this.draw(view, "typing");
+    if (this.#opened && this.views.includes("neurons")) this.neuron.ask(this.question("neuron", { component: this.#opened }), "typing");
+  }
+
+  question(view: ViewRequest["view"], options: Record<string, unknown> = {}): ViewRequest {
+    const { fixed, choice } = PANELS.find((p) => p.view === view) ?? {};
+    const value = choice && (this.chosen[view as View] ?? choice.values[0][0]);
+    const own = choice ? { [choice.option]: value!.includes(" ") ? value!.split(" ") : value } : view === "neurons" ? { ...this.neurons, position: null, top: 50 } : {};
+    return {
+      tab: this.#api.tab, pane: this.id, model: this.model.id, view, prompt: fixed ? "" : this.prompt, other: fixed ? null : this.pair,
+      edits: fixed ? [] : this.edits.filter((e) => e.on), options: { ...own, ...options },
+    };
+  }
+
+  draw(view: View, pace: Pace = "now"): void {
+    if (view === "lens" || (!this.prompt.trim() && view !== "anatomy")) return;
+    if (PANELS.find((p) => p.view === view)?.pair && !this.pair) return;
+    this.panels[view].ask(this.question(view), pace);
+  }
+
+  choose(view: View, value: string): void {
+    this.chosen = { ...this.chosen, [view]: value };
+    this.draw(view);
+  }
+
+  openNeuron(component: string): void {
+    this.#opened = component;
+    this.neuron.ask(this.question("neuron", { component }));
+  }
+
+  toggle(view: View): void {
+    const open = this.views.includes(view);
+    this.views = PANELS.map((p) => p.view).filter((v) => (v === view ? !open : this.views.includes(v)));
+    if (open) this.panels[view]?.stop();
+    else if (view !== "lens") this.draw(view);
+    if (view === "lens" && !open) this.ask();
+    else this.#changed();
+  }
+
+  setModel(model: ModelCard): void {
+    this.model = model;
+    this.reply = null;
+    Object.values(this.panels).forEach((p) => { p.stop(); p.document = p.rows = null; });
+    this.#opened = "";
+    this.neuron.stop();
+    this.neuron.document = null;
+    this.ask();
+    if (this.views.includes("anatomy")) this.draw("anatomy");
+  }
+
+  act(component: string, kind: Kind, position: number | null): void {
+    this.edits = withEdit(this.edits, made(component, kind, position, !!this.pair));
+    this.ask();
+  }
+
+  change(i: number, more: Partial<Edit>, pace: Pace = "now"): void {
+    this.edits = this.edits.map((e, j) => (j === i ? { ...e, ...more } : e));
+    this.ask(pace);
+  }
+
+  remove(i: number): void {
+    this.edits = this.edits.filter((_, j) => j !== i);
+    this.ask();
+  }
+
+  /** All edits off, or all on. */
+  bypass(): void {
+    const on = !this.edits.some((e) => e.on);
+    this.edits = this.edits.map((e) => ({ ...e, on }));
+    this.ask();
+  }
+
+  stop(): void {
+    this.#live.stop();
+    [...Object.values(this.panels), this.neuron].forEach((p) => p.stop());
+  }
+}
