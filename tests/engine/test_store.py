@@ -81,3 +81,14 @@ def test_other_sites_other_folders_and_unknown_names_are_refused(model, tmp_path
         store["layers.0.mlp.out"]
     with pytest.raises(InputError, match="the store has"):
         store.rows(store.sites[0], [len(store)])
+
+
+def test_products_in_bfloat16_give_nearly_the_same_rows(model, tmp_path):
+    exact = harvest(model, PROMPTS, SITES[:1], tmp_path / "a", dtype=torch.float32, progress=False)
+    quick = harvest(
+        model, PROMPTS, SITES[:1], tmp_path / "b", dtype=torch.float32, compute=torch.bfloat16, progress=False
+    )
+    for site in exact.sites:
+        apart = (exact[site] - quick[site]).norm() / exact[site].norm()
+        assert 0 < apart < 0.02
+        assert torch.equal(exact.shards(site, [0]), exact[site])

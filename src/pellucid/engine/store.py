@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import Site
-from pellucid.engine.run import execute
+from pellucid.engine.early import run_until
 from pellucid.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from pellucid.engine.run import Run
     from pellucid.model import Model
 
 INDEX = "index.json"
@@ -112,6 +113,10 @@ class ActivationStore:
         if rest is not None and len(rest):
             yield rest
 
+    def shards(self, site: str | Site, numbers: Sequence[int]) -> Tensor:
+        """All rows of some shards, in the order asked for."""
+        return torch.cat([self._read(self.index.shards[n], self._name(site)) for n in numbers])
+
     def _shards(self, name: str) -> Iterator[Tensor]:
         return (self._read(s, name) for s in self.index.shards)
 
@@ -138,10 +143,12 @@ def harvest(
     batch: int = 16,
     shard_rows: int = 20_000,
     dtype: torch.dtype = torch.float16,
+    compute: torch.dtype | None = None,
     progress: bool = True,
 ) -> ActivationStore:
-    """Run the prompts and keep the activations of some sites (of one stack) for every real token.
+    """Run the prompts as far as the last of some sites (of one stack) and keep their activations for every real token.
 
+    They are stored as `dtype`; `compute` lets the model's products run in a smaller one (autocast), such as bfloat16.
     InputError if the folder holds activations of other sites or of another model.
     """
     names = [str(s) for pattern in sites for s in model.sites(pattern)]
@@ -151,7 +158,9 @@ def harvest(
     held, start = 0, first
     for at in tqdm(range(first, len(prompts), batch), unit="batch", disable=not progress):
         chunk = list(prompts[at : at + batch])
-        for name, values in _rows(model, chunk, names, at, dtype).items():
+        with torch.autocast(_device(model), compute, enabled=compute is not None):
+            run = run_until(model.anatomy, model.inputs(chunk), names)
+        for name, values in _rows(run, names, at, dtype).items():
             pending.setdefault(name, []).append(values)
         held += len(pending["tokens"][-1])
         done = at + len(chunk)
@@ -178,10 +187,11 @@ def _continue(path: Path, names: list[str], digest: str, dtype: str) -> Index:
     return index
 
 
-def _rows(model: Model, prompts: list[str], names: list[str], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    inputs = model.inputs(prompts)
-    with torch.no_grad():
-        run = execute(model.anatomy, inputs, names)
+def _device(model: Model) -> str:
+    return next((p.device.type for p in model.module.parameters()), "cpu")
+
+
+def _rows(run: Run, names: list[str], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
     stream = run.stream(Site.parse(names[0]))
     real = stream.mask.bool().cpu()
     prompt, position = real.nonzero(as_tuple=True)

@@ -1,0 +1,118 @@
+"""Which words does a unit make more or less likely, by what it writes?
+
+A direction w that is added to the last residual changes the logits, with the scale of the final norm held, by
+
+    (change of logits) = W_U (gain * centred(w)) * activation / rms(residual)
+
+so the tokens it raises and lowers most are the same in every text; only the size depends on it. Given here is
+W_U (gain * centred(w)): logits per unit of activation where the residual has the size 1. It is the direct effect (Geva et al.
+2021; the logit lens of weights): what later layers do with w is not in it. A soft cap is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.engine.locate import stack_of
+from pellucid.errors import InputError, Refused
+from pellucid.model import Model
+from pellucid.neurons.weights import output_weights, passed
+from pellucid.results import Provenance, Result
+
+CELLS = 1 << 24  # numbers of logits held at a time
+
+
+@torch.no_grad()
+def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor], *, top: int = 10) -> Result:
+    """The `top` tokens each unit raises and lowers most, by its output weights alone.
+
+    `units` are neurons or channels of the last stack's residual (`layers.3.mlp.neurons.*`, with selectors), or directions
+    [d_model] by name. Gives over `unit` x `rank`: `raised` with `raised_token`, `lowered` with `lowered_token`; over `unit`
+    `size`, the norm of the direction. InputError without units; Refused where the way from the unit to the logits is not
+    linear but for norms (masked models with a transform, blocks that norm the residual itself), or there is no head.
+
+    >>> logit_effects(model, "layers.20.mlp.neurons.*").sel(unit="layers.20.mlp.neurons.17").raised_token  # doctest: +SKIP
+    """
+    named = {k: v.flatten() for k, v in units.items()} if isinstance(units, Mapping) else _directions(model, units)
+    if not named:
+        raise InputError("no unit was given: name neurons, or give directions")
+    rows = torch.stack([v.float() for v in named.values()])
+    found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
+    vocabulary = effects(model, rows[:1]).shape[1]
+    for part in rows.split(max(1, CELLS // vocabulary)):
+        logits = effects(model, part)
+        for name, largest in (("raised", True), ("lowered", False)):
+            best = logits.topk(min(top, vocabulary), -1, largest=largest)
+            found[name].append(best.values)
+            found[f"{name}_token"].append(best.indices)
+    made: dict[str, Any] = {}
+    for name, parts in found.items():
+        values = torch.cat(parts).cpu().numpy()
+        made[name] = (("unit", "rank"), decoded(model, values) if name.endswith("token") else values)
+    made["size"] = ("unit", rows.norm(dim=1).cpu().numpy())
+    provenance = Provenance(
+        "logit_effects", model.name, digest=model.digest, arguments={"units": list(named)[:20], "top": top}
+    )
+    data = xr.Dataset(made, coords={"unit": list(named)}, attrs={"unit": "logits at a residual of size 1"})
+    return Result(data, kind="logit effects", title=f"What {len(named)} units write", provenance=provenance)
+
+
+@torch.no_grad()
+def effects(model: Model, directions: Tensor) -> Tensor:
+    """[unit, vocabulary] of directions [unit, d_model] added to the last residual; see the module. Refused as there."""
+    head = model.anatomy.head
+    if head is None or "head" in model.anatomy.refusals:
+        why = model.anatomy.refusals.get("head", "it has none")
+        raise Refused(f"what is written cannot be read through the head of {model.name}: {why}")
+    like = next(p for p in model.module.parameters() if p.is_floating_point())
+    return passed(head.steps[: head.after], head.names[: head.after], directions.to(like)).float()
+
+
+def _directions(model: Model, units: str | Sequence[str]) -> dict[str, Tensor]:
+    """What each unit writes into the last stack's residual."""
+    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for pattern in [units] if isinstance(units, str) else units:
+        for site in model.sites(pattern):
+            whole, n = _unit(site)
+            if whole not in weights:
+                _check(model, site)
+                weights[whole] = output_weights(model, whole)
+            if n >= len(weights[whole]):
+                raise InputError(f"there is no unit {n} in {whole!r}, which has {len(weights[whole])}")
+            found[str(site)] = weights[whole][n]
+    return found
+
+
+def _unit(site: Site) -> tuple[str, int]:
+    if not isinstance(site.unit, int) or site.dims != ("batch", "position"):
+        raise InputError(f"{str(site)!r} is no single unit: name one as {site.whole}.17, or all as {site.whole}.*")
+    return str(site.whole), site.unit
+
+
+def _check(model: Model, site: Site) -> None:
+    """Refused where what is written does not reach the head as it is."""
+    stack = stack_of(model.anatomy, site)
+    if stack is not model.anatomy.stacks[-1]:
+        raise Refused(f"{str(site)!r} is in the {stack.name}, whose residual the head does not read")
+    first = site.layer if isinstance(site.layer, int) else 0
+    if any(state.norm_in is not None for block in stack.blocks[first:] for state in block.states):
+        raise Refused(
+            f"the blocks of {model.name} norm the residual itself, so what {str(site)!r} writes is scaled anew"
+        )
+    terms = [term for block in stack.blocks for state in block.states for term in state.terms]
+    if any(t.carried is not None or (isinstance(t.coefficient, Tensor) and "." not in t.source) for t in terms):
+        raise Refused(f"the blocks of {model.name} mix or scale the residual itself: no direction has one effect")
+
+
+def decoded(model: Model, ids: np.ndarray) -> np.ndarray:
+    """Token ids as texts."""
+    text = {i: f"#{i}" if model.tokenizer is None else model.tokenizer.decode([i]) for i in np.unique(ids).tolist()}
+    return np.array([text[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)

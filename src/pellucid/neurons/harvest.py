@@ -1,0 +1,435 @@
+"""What excites each neuron, over a whole corpus?
+
+The texts stream through the model once. Of every unit (each neuron of the sites, each channel of a residual, each direction
+or feature read there) are kept its k largest activations with their places, mean, standard deviation and share of positive
+activations over all tokens, and its activations at one uniform sample of tokens, which all units share: from it come
+quantiles, a histogram, samples from quantile bins, and correlations between units. Contexts are cut from the tokens, which
+are kept, too. Memory does not grow with the corpus (the tokens go to disk where a `path` is given).
+
+With a path the harvest can be interrupted at any time and goes on after the last segment of about 32,000 tokens; what comes
+out is the same to the last bit. Texts are run in batches of like length; padding and special tokens are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pellucid.anatomy.sites import Site
+from pellucid.engine.checkpoint import fingerprint
+from pellucid.engine.pausing import pause
+from pellucid.engine.run import stream_of
+from pellucid.engine.watching import together, watch
+from pellucid.errors import InputError, nearest
+from pellucid.model import Model
+from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
+from pellucid.neurons.tally import Sampler, Tally
+
+INDEX = "harvest.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Functions of the values at a site, each a unit: directions [unit, d] (or one, [d]) that values are projected on, or a
+    callable from values [token, ...] (the site's dimensions) to activations [token, unit], a dictionary's encoder say.
+
+    >>> Units("layers.3.resid_post", torch.eye(4)[:2], name="axes").activations(torch.ones(1, 4))
+    tensor([[1., 1.]])
+    """
+
+    site: str
+    read: Tensor | Callable[[Tensor], Tensor] | None = None  # None: the site's own units
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.site
+
+    def activations(self, values: Tensor) -> Tensor:
+        """[token, unit] float32 on the CPU."""
+        if isinstance(self.read, Tensor):
+            directions = self.read.to(values)
+            values = values.flatten(1) @ (directions if directions.ndim == 2 else directions[None]).T
+        elif self.read is not None:
+            values = self.read(values)
+        return values.reshape(len(values), -1).float().cpu()
+
+
+Sites = str | Units | Sequence[str | Units]
+
+
+class Moment(NamedTuple):
+    """One token of the corpus, with a unit's activation there."""
+
+    value: float
+    prompt: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a harvest was made; one that continues must be made alike."""
+
+    digest: str
+    labels: tuple[str, ...]
+    sites: tuple[str, ...]
+    readers: str  # a fingerprint
+    top: int
+    sample: int
+    context: int
+    skip: int
+    seed: int
+    model: str = ""
+
+
+@dataclass(eq=False)
+class Harvest:
+    """What was kept, by site or by the name of `Units`: `tallies`, the `shelf` of tokens, and the `sampler`'s places.
+
+    A unit is named as neurons are: `layers.3.mlp.neurons.17`, or `NAME.17` for units of your own.
+    """
+
+    plan: Plan
+    tallies: dict[str, Tally]
+    sampler: Sampler
+    shelf: Shelf
+    readers: dict[str, Units]
+    count: int = 0  # tokens
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tallies)
+
+    def tally(self, name: str) -> Tally:
+        """InputError for a site that was not harvested."""
+        if name not in self.tallies:
+            raise InputError(f"{name!r} was not harvested{nearest(name, self.tallies)}")
+        return self.tallies[name]
+
+    def find(self, unit: str) -> tuple[str, int]:
+        """The site (or name) and the number of a unit. InputError if it was not harvested."""
+        if unit in self.tallies and len(self.tallies[unit].top) == 1:
+            return unit, 0
+        name, _, number = unit.rpartition(".")
+        tally = self.tally(name if number.isdigit() else unit)
+        if not number.isdigit() or int(number) >= len(tally.top):
+            raise InputError(
+                f"{unit!r} is no unit of this harvest: write {name or unit}.N, N from 0 to {len(tally.top) - 1}"
+            )
+        return name, int(number)
+
+    # ---- one unit
+
+    def top(self, unit: str) -> list[Moment]:
+        """The largest activations, largest first."""
+        name, n = self.find(unit)
+        tally = self.tallies[name]
+        found = tally.places[n] >= 0
+        return _moments(tally.top[n][found], tally.places[n][found])
+
+    def sampled(self, unit: str) -> list[Moment]:
+        """The activations at the uniform sample of tokens, in the order of the corpus."""
+        name, n = self.find(unit)
+        places, values = self.sample(name)
+        order = places.argsort()
+        return _moments(values[order, n], places[order])
+
+    def binned(self, unit: str, edges: Sequence[float] = (0, 0.5, 0.9, 0.99, 1), each: int = 4) -> list[list[Moment]]:
+        """At most `each` moments of the uniform sample from every bin between two quantiles, lowest bin first.
+
+        Within a bin they stand in the order in which they were drawn, so the first ones are a uniform sample of the bin.
+        """
+        name, n = self.find(unit)
+        places, values = self.sample(name)
+        x = values[:, n]
+        ranks = torch.empty(len(x), dtype=torch.float64)
+        ranks[x.argsort(stable=True)] = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
+        bins = [(ranks >= low) & (ranks < high) for low, high in pairwise(edges)]
+        return [_moments(x[inside][:each], places[inside][:each]) for inside in bins]
+
+    def histogram(self, unit: str, bins: int = 40) -> tuple[Tensor, Tensor]:
+        """Edges [bins + 1] and counts [bins] over all tokens: exact among the largest k, beneath them the sample's share."""
+        name, n = self.find(unit)
+        tally, (_, x) = self.tallies[name], self.sample(name)
+        x, top = x[:, n], tally.top[n][tally.places[n] >= 0]
+        edges = torch.linspace(float(min(x.min(), top.min())), float(top.max()), bins + 1)
+        below = x[x < top.min()]
+        scale = (self.count - len(top)) / max(1, len(below))
+        ends = edges.clone()
+        ends[-1] = torch.inf
+        counts = [
+            torch.bincount((torch.bucketize(y, ends, right=True) - 1).clamp(0, bins - 1), minlength=bins)
+            for y in (below, top)
+        ]
+        return edges, counts[0] * scale + counts[1]
+
+    # ---- all units of a site
+
+    def sample(self, name: str) -> tuple[Tensor, Tensor]:
+        """Places [sample] and activations [sample, unit] of the uniform sample, in the order in which they were drawn."""
+        order = self.sampler.keys.argsort(stable=True)[: min(self.count, len(self.sampler.keys))]
+        return self.sampler.places[order], self.tally(name).sample[order]
+
+    def mean(self, name: str) -> Tensor:
+        """[unit] over all tokens."""
+        return self.tally(name).mean(self.count)
+
+    def std(self, name: str) -> Tensor:
+        """[unit] over all tokens."""
+        return self.tally(name).std(self.count)
+
+    def positive(self, name: str) -> Tensor:
+        """[unit] the share of tokens with a positive activation."""
+        return self.tally(name).positive / self.count
+
+    def quantiles(self, name: str, q: Sequence[float]) -> Tensor:
+        """[quantile, unit] of the uniform sample, with linear interpolation."""
+        return self.sample(name)[1].quantile(torch.tensor(q, dtype=torch.float32), dim=0)
+
+    def coactivation(self, unit: str, name: str | None = None) -> Tensor:
+        """[unit] correlation of one unit with all units of its site (or of `name`) over the sample; NaN for constants."""
+        own, n = self.find(unit)
+        x, y = self.sample(own)[1][:, n].double(), self.sample(name or own)[1].double()
+        x, y = x - x.mean(), y - y.mean(0)
+        return ((x @ y) / (x.norm() * y.norm(dim=0))).float()
+
+    # ---- contexts
+
+    def tokens(self, prompt: int) -> list[int]:
+        """The token ids of a prompt."""
+        return self.shelf.row(prompt)
+
+    def check(self, model: Model) -> None:
+        """InputError if the harvest is of other weights."""
+        if model.digest != self.plan.digest:
+            raise InputError(
+                f"this harvest belongs to other weights ({self.plan.digest[:12]}) than {model.name} ({model.digest[:12]})"
+            )
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the folder `harvest(path=...)` writes, from a harvest in memory. InputError if it exists."""
+        folder = Path(path)
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{str(path)!r} is not empty: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        shelf = Shelf(folder)
+        for first, end in zip(self.shelf.firsts, [*self.shelf.firsts[1:], len(self.shelf)], strict=True):
+            rows = range(first, end)
+            shelf.append({name: [self.shelf.row(i, name) for i in rows] for name in ("given", "read")})
+        Harvest(self.plan, self.tallies, self.sampler, shelf, self.readers, self.count)._write()
+        return folder
+
+    def _write(self) -> None:
+        """The state counts once the index names it, and the index is replaced in one step."""
+        folder = self.shelf.folder
+        assert folder is not None
+        number = len(self.shelf.firsts)
+        state = {
+            f"{i}/{key}": value for i, tally in enumerate(self.tallies.values()) for key, value in vars(tally).items()
+        }
+        state |= {"keys": self.sampler.keys, "places": self.sampler.places}
+        save_file(state, str(folder / f"state-{number:05d}.safetensors"))
+        about = {
+            "pellucid-harvest": 1,
+            **asdict(self.plan),
+            "count": self.count,
+            "firsts": self.shelf.firsts,
+            "prompts": len(self.shelf),
+        }
+        part = folder / (INDEX + ".part")
+        part.write_text(json.dumps(about, indent=1))
+        part.replace(folder / INDEX)
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != f"state-{number:05d}.safetensors":
+                old.unlink()
+
+    @classmethod
+    def load(cls, path: str | Path, units: Sequence[Units] = ()) -> Harvest:
+        """What was harvested into a folder. `units` are those of your own, for activations to be computed again.
+
+        InputError if it is no harvest.
+        """
+        folder = Path(path)
+        try:
+            about = json.loads((folder / INDEX).read_text())
+            if about.pop("pellucid-harvest") != 1:
+                raise ValueError("another version")
+            count, firsts, prompts = (about.pop(key) for key in ("count", "firsts", "prompts"))
+            plan = Plan(**{**about, "labels": tuple(about["labels"]), "sites": tuple(about["sites"])})
+            state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{str(path)!r} is no harvest: expected a folder with a readable {INDEX}") from error
+        tallies = {
+            label: Tally(**{key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{i}/")})
+            for i, label in enumerate(plan.labels)
+        }
+        given = {u.label: u for u in units}
+        readers = {
+            label: given.get(label, Units(site, name=label))
+            for label, site in zip(plan.labels, plan.sites, strict=True)
+        }
+        return cls(
+            plan,
+            tallies,
+            Sampler(state["keys"], state["places"], plan.seed),
+            Shelf(folder, firsts, prompts),
+            readers,
+            count,
+        )
+
+
+def harvest(
+    model: Model,
+    texts: Iterable[Any],
+    sites: Sites = "layers.*.mlp.neurons",
+    *,
+    path: str | Path | None = None,
+    top: int = 20,
+    sample: int = 1024,
+    context: int = 256,
+    skip: int = 0,
+    batch: int = 2048,
+    seed: int = 0,
+    progress: bool = True,
+) -> Harvest:
+    """Run the texts once and keep of every unit what `Harvest` says.
+
+    `texts` are strings, token ids, or (source, target) pairs for the decoder of an encoder-decoder; each is cut off after
+    `context` tokens. `sites` are sites of one stack (with `*`), or `Units`: directions or features read at a site. `top` is
+    k, `sample` the size of the uniform sample, drawn by `seed`; the first `skip` tokens of each text do not count (a decoder's
+    first token is often a sink with activations of its own). `batch` is in tokens. With a `path` (a folder) the harvest is
+    kept on disk and an interrupted one continues. InputError for sites of several stacks or without positions, and for a
+    folder that holds another harvest.
+
+    >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
+    >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
+    """
+    readers = _readers(model, sites)
+    plan = Plan(
+        model.digest, tuple(readers), tuple(u.site for u in readers.values()),
+        fingerprint([u.read for u in readers.values()]), top, sample, context, skip, seed, model.name,
+    )  # fmt: skip
+    made = _begin(plan, readers, None if path is None else Path(path))
+    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    size = len(texts) if isinstance(texts, Sequence) else None
+    before, done = len(made.shelf), 0
+    with tqdm(total=size, unit="text", disable=not progress) as bar:
+        for segment in segments(read(model, texts, context)):
+            if segment[0].number < before:
+                _compare(made.shelf, segment)
+                done = segment[-1].number + 1
+                bar.update(len(segment))
+            else:
+                rows: dict[int, list[int]] = {}
+                for group in batches(segment, batch):
+                    rows |= _run(model, made, group, special)
+                    bar.update(len(group))
+                    pause(bar.n, size)
+                _put_away(made.shelf, segment, rows)
+                if path is not None:
+                    made._write()
+    if done < before:
+        raise InputError(f"this folder holds a harvest of {before} texts, not of the first {done}: use another folder")
+    if not made.count:
+        raise InputError("no token was counted: give texts of more tokens than are skipped")
+    return made
+
+
+def _readers(model: Model, sites: Sites) -> dict[str, Units]:
+    """Units by name, one for each concrete site."""
+    found: dict[str, Units] = {}
+    for given in [sites] if isinstance(sites, (str, Units)) else sites:
+        units = given if isinstance(given, Units) else Units(given)
+        concrete = model.sites(units.site)
+        for site in concrete:
+            if "position" not in site.dims or site.at is not None:
+                raise InputError(f"{str(site)!r} has no value at every token: name a site with positions, without '@'")
+            name = units.name if len(concrete) == 1 else f"{units.name}.{site}" if units.name else ""
+            one = Units(str(site), units.read, name)
+            if one.label in found:
+                raise InputError(f"{one.label!r} is named twice: give Units a name of their own")
+            found[one.label] = one
+    if len({Site.parse(u.site).stack for u in found.values()}) > 1:
+        raise InputError("these sites are of several stacks, which read different tokens: harvest them one by one")
+    return found
+
+
+def _begin(plan: Plan, readers: dict[str, Units], folder: Path | None) -> Harvest:
+    if folder is None or not (folder / INDEX).exists():
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return Harvest(plan, {}, Sampler.empty(plan.sample, plan.seed), Shelf(folder), readers)
+    made = Harvest.load(folder, list(readers.values()))
+    differ = [key for key, value in asdict(plan).items() if key != "model" and value != getattr(made.plan, key)]
+    if differ:
+        raise InputError(f"{str(folder)!r} holds another harvest (other {', '.join(differ)}): use another folder")
+    return made
+
+
+def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) -> dict[int, list[int]]:
+    """Count one batch in; returns the tokens each prompt was read as."""
+    inputs = inputs_of(model, group)
+    sites = {name: Site.parse(u.site) for name, u in made.readers.items()}
+    stream = stream_of(inputs, next(iter(sites.values())))
+    ids, real = stream.ids.cpu(), stream.mask.bool().cpu()
+    rows = {text.number: ids[i][real[i]].tolist() for i, text in enumerate(group)}
+    columns = torch.arange(ids.shape[1])
+    position = columns - stream.starts.cpu()[:, None]
+    counted = real & (position >= made.plan.skip)
+    if special:
+        counted &= ~torch.isin(ids, torch.tensor(sorted(special)))
+    chosen = counted.flatten().nonzero()[:, 0]
+    if not len(chosen):
+        return rows
+    number = torch.tensor([text.number for text in group])[:, None]
+    places = place(number.expand_as(position), position).flatten()[chosen]
+    drawn = torch.zeros(ids.shape, dtype=torch.float64)
+    for i, text in enumerate(group):
+        drawn[i, real[i]] = made.sampler.draws(text.number, len(rows[text.number]))
+    taken = made.sampler.offer(drawn.flatten()[chosen], places)
+    everything = bool(counted.all())
+
+    def counter(name: str) -> Callable[[Tensor], None]:
+        def count(values: Tensor) -> None:
+            flat = values.flatten(0, 1)
+            block = made.readers[name].activations(flat if everything else flat[chosen.to(flat.device)])
+            if name not in made.tallies:
+                made.tallies[name] = Tally.empty(block.shape[1], made.plan.top, made.plan.sample)
+            made.tallies[name].add(block, places, taken)
+
+        return count
+
+    watch(model.anatomy, inputs, together({name: counter(name) for name in sites}, sites))
+    made.tallies = {name: made.tallies[name] for name in made.readers}  # as asked for, not as the blocks came
+    made.count += len(chosen)
+    return rows
+
+
+def _put_away(shelf: Shelf, segment: Sequence[Text], rows: Mapping[int, list[int]]) -> None:
+    given = [text.ids for text in segment]
+    seen = [rows.get(text.number, []) for text in segment]
+    alike = all(list(a) == b for a, b in zip(given, seen, strict=True))
+    shelf.append({"given": given} if alike else {"given": given, "read": seen})
+
+
+def _compare(shelf: Shelf, segment: Sequence[Text]) -> None:
+    """A segment that was done before must hold the same texts."""
+    for text in segment:
+        if text.number >= len(shelf) or shelf.row(text.number, "given") != list(text.ids):
+            raise InputError(f"text {text.number} is not what this folder was begun with: use another folder")
+
+
+def _moments(values: Tensor, places: Tensor) -> list[Moment]:
+    prompts, positions = where(places)
+    return [Moment(*each) for each in zip(values.tolist(), prompts.tolist(), positions.tolist(), strict=True)]

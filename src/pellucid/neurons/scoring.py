@@ -1,0 +1,205 @@
+"""Is a description right? Three tests on contexts that nobody described anything from.
+
+    detection    which contexts activate the unit?            AUROC of the judge's answers, contexts with an active token
+                                                               against those without
+    fuzzing      are these the active tokens?                  AUROC, the active tokens marked against as many others of
+                                                               the same contexts
+    simulation   how active is the unit at each token?         Pearson correlation with the true activations (Bills et al.
+                                                               2023) over all tokens of the contexts
+
+Detection and fuzzing as in Paulo et al. 2024, who report accuracies. The contexts are those of `read_contexts`: half around
+large activations, half at random, so that the numbers say how well the unit's upper end is described ("top and random").
+Intervals are 95 %, by bootstrap over contexts.
+
+The control: the same judge is given the descriptions of other units on the same contexts. A description that says
+"common words" scores well on any unit; what counts is `gain`, own score minus the mean of `others` descriptions. Units made of
+random directions are a second baseline: harvest some (`random_directions`) and describe and score them alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from pellucid.errors import InputError
+from pellucid.model import Model
+from pellucid.neurons.excerpts import Context, UnitContexts
+from pellucid.neurons.harvest import Units
+from pellucid.neurons.judges import Judge, Simulate, as_judge
+from pellucid.neurons.statistical import Description
+from pellucid.results import Provenance, Result
+
+TESTS = ("detection", "fuzzing", "simulation")
+DRAWS = 500
+
+
+def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: str = "random") -> Units:
+    """`n` random directions of length 1 at a site with one vector per token, to be harvested beside its own units."""
+    (where,) = model.sites(site)
+    run = model.run(torch.zeros(1, 2, dtype=torch.long), keep=[where])
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(n, run.tensor(where).flatten(2).shape[2], generator=generator)
+    return Units(site, directions / directions.norm(dim=1, keepdim=True), name)
+
+
+def score_descriptions(
+    contexts: Sequence[UnitContexts],
+    descriptions: Sequence[Description | str],
+    judge: Judge | Simulate | None = None,
+    *,
+    tests: Sequence[str] = TESTS,
+    others: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """How well each unit's description predicts where it fires, beside descriptions of other units.
+
+    Gives over `unit` and `test` (those of `tests`): `gain` with its interval `gain_low` to `gain_high`, `score`
+    with `low` to `high`, `control` (the mean over the descriptions of `others` further units, drawn by `seed`); `description`
+    [unit]; `beats` [test], the share of units whose own description scores above the control, and `beats_surely`, the share
+    whose interval of the gain lies above 0. NaN where a unit's contexts leave nothing to tell apart. InputError for fewer
+    than two units, lists of unequal length, or an unknown test.
+
+    >>> score_descriptions(contexts, describe(contexts)).beats  # doctest: +SKIP
+    """
+    if len(contexts) != len(descriptions) or len(contexts) < 2 or others < 1:
+        raise InputError(
+            f"{len(contexts)} units, {len(descriptions)} descriptions, others={others}: expected one each, at least two "
+            "units, and at least one other"
+        )
+    unknown = [test for test in tests if test not in TESTS]
+    if unknown or not tests:
+        raise InputError(f"there is no test {', '.join(unknown) or 'asked for'}: expected some of {', '.join(TESTS)}")
+    judge = as_judge(judge)
+    said = [Description(d) if isinstance(d, str) else d for d in descriptions]
+    rng = np.random.default_rng(seed)
+    shape = len(contexts), len(tests)
+    score, control, bounds = np.full(shape, np.nan), np.full(shape, np.nan), np.full((4, *shape), np.nan)
+    for u, each in enumerate(tqdm(contexts, unit="unit", disable=not progress)):
+        rest = [i for i in range(len(said)) if i != u]
+        chosen = [said[u], *(said[i] for i in rng.permutation(rest)[:others])]
+        exams = dict(zip(TESTS, _exams(each, rng), strict=True))
+        for t, test in enumerate(tests):
+            exam = exams[test]
+            if exam is None:
+                continue
+            values = np.stack([exam.answered(judge, d) for d in chosen])  # [description, 1 + draw]
+            gain = values[0] - values[1:].mean(0)
+            score[u, t], control[u, t] = values[0, 0], values[1:, 0].mean()
+            bounds[:2, u, t] = np.nanquantile(values[0, 1:], [0.025, 0.975])
+            bounds[2:, u, t] = np.nanquantile(gain[1:], [0.025, 0.975])
+    gain = score - control
+    told = np.maximum((~np.isnan(gain)).sum(0), 1)
+    over = ("unit", "test")
+    data = xr.Dataset(
+        {
+            "gain": (over, gain), "gain_low": (over, bounds[2]), "gain_high": (over, bounds[3]),
+            "score": (over, score), "low": (over, bounds[0]), "high": (over, bounds[1]), "control": (over, control),
+            "beats": ("test", (gain > 0).sum(0) / told), "beats_surely": ("test", (bounds[2] > 0).sum(0) / told),
+            "description": ("unit", np.array([d.text for d in said], dtype=object)),
+        },
+        {"unit": [c.unit for c in contexts], "test": list(tests)},
+    )  # fmt: skip
+    about = Provenance(
+        "score_descriptions", inputs=f"{sum(len(c.held_out) for c in contexts)} held-out contexts", seed=seed,
+        arguments={"judge": type(judge).__name__, "others": others},
+    )  # fmt: skip
+    return Result(data, kind="description scores", title="Descriptions on held-out contexts", provenance=about)
+
+
+# ---- the tests
+
+
+@dataclass(frozen=True, eq=False)
+class Exam:
+    """One test of one unit: its contexts, and how often each of them is drawn, `weights` [1 + draw, context] (once first)."""
+
+    contexts: Sequence[Context]
+    weights: np.ndarray
+
+    def answered(self, judge: Judge, description: Description) -> np.ndarray:
+        """[1 + draw] the score, first of the contexts as they are."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Detection(Exam):
+    active: np.ndarray  # [context]
+
+    def answered(self, judge: Judge, description: Description) -> np.ndarray:
+        answers = judge.detect(description, self.contexts)
+        weights = self.weights
+        return auroc(answers[self.active], answers[~self.active], weights[:, self.active], weights[:, ~self.active])
+
+
+@dataclass(frozen=True, eq=False)
+class Fuzzing(Exam):
+    right: Sequence[np.ndarray]  # of each context the active tokens
+    wrong: Sequence[np.ndarray]  # and as many others
+
+    def answered(self, judge: Judge, description: Description) -> np.ndarray:
+        good, bad = (
+            judge.fuzz(description, list(zip(self.contexts, marks, strict=True))) for marks in (self.right, self.wrong)
+        )
+        return auroc(good, bad, self.weights, self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation(Exam):
+    def answered(self, judge: Judge, description: Description) -> np.ndarray:
+        sums = []
+        for context in self.contexts:
+            x = judge.simulate(description, context)[context.counted]
+            y = context.activations[context.counted]
+            sums.append([len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y])
+        n, x, y, xx, yy, xy = (self.weights @ np.array(sums)).T
+        spread = np.sqrt(np.clip(xx - x * x / n, 0, None) * np.clip(yy - y * y / n, 0, None))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(spread > 1e-9 * np.maximum(yy, 1e-30), (xy - x * y / n) / spread, 0.0)
+
+
+def _exams(unit: UnitContexts, rng: np.random.Generator) -> tuple[Detection | None, Fuzzing | None, Simulation | None]:
+    """The tests that a unit's held-out contexts allow."""
+    contexts = [c for c in unit.held_out if c.counted.any()]
+    above = [c.above(unit.level) for c in contexts]
+    active = np.array([a.any() for a in above], dtype=bool)
+    if not active.any():
+        return None, None, None
+    marks = [(c, a, _others(c, a, rng)) for c, a in zip(contexts, above, strict=True) if a.any()]
+    marks = [(c, a, w) for c, a, w in marks if w.any()]
+    fuzzing = None
+    if marks:
+        few, right, wrong = zip(*marks, strict=True)
+        fuzzing = Fuzzing(few, _weights(len(few), rng), right, wrong)
+    weights = _weights(len(contexts), rng)
+    detection = None if active.all() else Detection(contexts, weights, active)
+    return detection, fuzzing, Simulation(contexts, weights)
+
+
+def _others(context: Context, active: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many tokens that are not active, or all there are."""
+    rest = np.flatnonzero(context.counted & ~active)
+    made = np.zeros(len(active), dtype=bool)
+    made[rng.permutation(rest)[: active.sum()]] = True
+    return made
+
+
+def _weights(n: int, rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)])
+
+
+def auroc(good: np.ndarray, bad: np.ndarray, weigh_good: np.ndarray, weigh_bad: np.ndarray) -> np.ndarray:
+    """[draw] how often one of `good` is above one of `bad` (a tie is half), weighed [draw, n]; NaN where one side is not drawn.
+
+    >>> auroc(np.array([2.0, 1.0]), np.array([1.0, 0.0]), np.ones((1, 2)), np.ones((1, 2)))
+    array([0.875])
+    """
+    wins = (good[:, None] > bad[None]) + 0.5 * (good[:, None] == bad[None])
+    total = weigh_good.sum(1) * weigh_bad.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, ((weigh_good @ wins) * weigh_bad).sum(1) / total, np.nan)

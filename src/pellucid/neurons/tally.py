@@ -1,0 +1,102 @@
+"""What is kept of every unit while a corpus streams by: its largest activations, its moments, and a uniform sample.
+
+Three things in memory that does not grow with the corpus:
+
+* the k largest activations of each unit and where they were. A block of tokens is compared with each unit's k-th best so far;
+  only what is larger is merged, which soon is next to nothing (k tokens in all that were seen), so no block is sorted;
+* the number of tokens, and for each unit the sums of its activations, of their squares, and how many were positive;
+* one uniform sample of tokens, with the activations of *all* units there: each token draws a number by its place in the
+  corpus and the seed, and those with the smallest numbers are kept. Quantiles, histograms, samples from quantile bins and
+  correlations between any two units are read from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SLICE = 128  # tokens looked at together: a block this size stays in the processor's cache
+
+
+@dataclass(eq=False)
+class Sampler:
+    """Which tokens are in the uniform sample: a number `keys` drawn for each, and their `places` (-1: none yet)."""
+
+    keys: Tensor  # [sample] float64
+    places: Tensor  # [sample] int64
+    seed: int
+
+    @classmethod
+    def empty(cls, size: int, seed: int) -> Sampler:
+        return cls(torch.full((size,), torch.inf, dtype=torch.float64), torch.full((size,), -1), seed)
+
+    def draws(self, prompt: int, length: int) -> Tensor:
+        """[length] the numbers of a prompt's tokens, whatever batch it is in."""
+        return torch.from_numpy(np.random.default_rng((self.seed, prompt)).random(length))
+
+    def offer(self, keys: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Take tokens in; returns which of them are now in the sample, and the slots they were given."""
+        size = len(self.keys)
+        kept = torch.cat([self.keys, keys]).argsort(stable=True)[:size]
+        new = kept[kept >= size] - size
+        stays = torch.zeros(size, dtype=torch.bool)
+        stays[kept[kept < size]] = True
+        slots = (~stays).nonzero()[:, 0]
+        self.keys[slots], self.places[slots] = keys[new], places[new]
+        return new, slots
+
+
+@dataclass(eq=False)
+class Tally:
+    """What is kept of the units read at one site."""
+
+    top: Tensor  # [unit, k] float32, largest first; -inf where fewer tokens were seen
+    places: Tensor  # [unit, k] int64; -1 likewise
+    total: Tensor  # [unit] float64
+    squares: Tensor  # [unit] float64
+    positive: Tensor  # [unit] float64
+    sample: Tensor  # [sample, unit] float32
+
+    @classmethod
+    def empty(cls, units: int, k: int, sample: int) -> Tally:
+        total, squares, positive = torch.zeros(3, units, dtype=torch.float64).unbind()
+        top, places = torch.full((units, k), -torch.inf), torch.full((units, k), -1)
+        return cls(top, places, total, squares, positive, torch.full((sample, units), torch.nan))
+
+    def add(self, block: Tensor, places: Tensor, taken: tuple[Tensor, Tensor]) -> None:
+        """A block [token, unit] of float32 with the tokens' places; `taken` are the rows and slots of the sample."""
+        rows, slots = taken
+        self.sample[slots] = block[rows]
+        ones = torch.ones(SLICE)
+        for x, at in zip(block.split(SLICE), places.split(SLICE), strict=True):
+            one = ones[: len(x)]
+            self.total += one @ x
+            self.squares += one @ (x * x)
+            self.positive += one @ (x > 0).float()
+            self._merge(x, at)
+
+    def _merge(self, x: Tensor, places: Tensor) -> None:
+        """Of equal activations those met first are kept."""
+        threshold = self.top[:, -1]
+        units = (x.amax(0) > threshold).nonzero()[:, 0]
+        if not len(units):
+            return
+        unit, row = (x[:, units] > threshold[units]).T.nonzero().unbind(1)  # unit by unit, in the order of the text
+        counts = torch.bincount(unit, minlength=len(units))
+        column = torch.arange(len(unit)) - (counts.cumsum(0) - counts)[unit]
+        values = torch.full((len(units), int(counts.max())), -torch.inf)
+        where = torch.full(values.shape, -1)
+        values[unit, column], where[unit, column] = x[row, units[unit]], places[row]
+        values, where = torch.cat([self.top[units], values], 1), torch.cat([self.places[units], where], 1)
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        k = self.top.shape[1]
+        self.top[units], self.places[units] = values[:, :k], where.gather(1, order[:, :k])
+
+    def mean(self, count: int) -> Tensor:
+        return self.total / count
+
+    def std(self, count: int) -> Tensor:
+        return (self.squares / count - self.mean(count) ** 2).clamp_min(0).sqrt()
