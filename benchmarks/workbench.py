@@ -1,6 +1,6 @@
 """How soon does the workbench answer? Typing, sliding, a long prompt, and typing while a job runs, on SmolLM2-135M.
 
-    python benchmarks/workbench.py [--data TEXT]
+    python -m benchmarks.workbench [--data TEXT]
 
 Times are of the server, from the request as bytes to the reply as bytes, beside a plain forward pass of the same prompt
 in the same process just before, on one thread. `--data` is a text file for the long prompt; without one, words are repeated.

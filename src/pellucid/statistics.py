@@ -24,6 +24,8 @@ def ranks(x: np.ndarray) -> np.ndarray:
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson's correlation of the ranks, over what both have; NaN where that is one value, or all are alike."""
     a, b = _both(a, b)
+    if len(a) < 2:
+        return float("nan")
     a, b = (r - r.mean() for r in (ranks(a), ranks(b)))
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size > 0 else float("nan")

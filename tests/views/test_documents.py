@@ -16,7 +16,7 @@ import pellucid as pl
 from pellucid.errors import InputError
 from pellucid.results import Provenance, Result
 from pellucid.views import schema as s
-from pellucid.views.documents import document, rank_correlation
+from pellucid.views.documents import document
 from pellucid.views.hosts import bundle, output, page
 from tests.views import gallery
 from tests.zoo import build as tiny
@@ -118,15 +118,6 @@ def test_the_map_of_a_model_shows_every_layer_and_proof(llama: pl.Model) -> None
     assert isinstance(data, s.Anatomy)
     assert sum(len(b.layers) for b in data.stacks[0].blocks) == len(llama.anatomy.stacks[0].blocks)
     assert [p.name for p in data.proofs] == [p.name for p in llama.anatomy.proofs]
-
-
-def test_rank_correlation_is_that_of_scipy() -> None:
-    from scipy.stats import spearmanr
-
-    draw = np.random.default_rng(0)
-    for _ in range(5):
-        a, b = draw.integers(0, 5, 20).astype(float), draw.normal(size=20)
-        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
 # ---- results that have only the shape of others

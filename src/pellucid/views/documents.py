@@ -19,6 +19,7 @@ import xarray as xr
 from pellucid.anatomy.structure import Anatomy as Map
 from pellucid.errors import InputError
 from pellucid.results import Result
+from pellucid.statistics import spearman
 from pellucid.views import schema as s
 from pellucid.views.looking import attention, is_pattern
 from pellucid.views.maps import anatomy, circuit
@@ -148,25 +149,9 @@ def tokens(methods: Mapping[str, Result], unit: str = "") -> s.Tokens:
     )  # a token that every method leaves out says nothing about agreement
     pairs = [(a, b) for i, a in enumerate(arrays) for b in list(arrays)[i + 1 :]]
     agreement = tuple(
-        Fact(name=f"{a} and {b}", value=f"{rank_correlation(arrays[a][told], arrays[b][told]):.2f}") for a, b in pairs
+        Fact(name=f"{a} and {b}", value=f"{spearman(arrays[a][told], arrays[b][told]):.2f}") for a, b in pairs
     )
     return s.Tokens(tokens=texts, positions=positions, tracks=tracks, unit=unit or ("" if len(arrays) > 1 else next(iter(arrays))), comparison=agreement)  # fmt: skip
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, over what both have; equal values share their mean rank.
-
-    >>> rank_correlation(np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.2, 0.3]))
-    1.0
-    """
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 3:
-        return float("nan")
-    ranks = [np.array([(x < v).sum() + ((x == v).sum() - 1) / 2 for v in x]) for x in (a[both], b[both])]
-    spread = ranks[0].std() * ranks[1].std()
-    return (
-        float(np.mean((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())) / spread) if spread else float("nan")
-    )
 
 
 def lens(result: Result, others: Mapping[str, Result] | None = None, name: str = "") -> s.Lens:

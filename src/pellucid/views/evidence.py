@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pellucid.results import Result
-from pellucid.views.documents import rank_correlation
+from pellucid.statistics import spearman
 from pellucid.views.parts import Part
 
 
@@ -64,7 +64,7 @@ class Evidence:
 def agreement(a: Mapping[str, float], b: Mapping[str, float]) -> float:
     """Rank correlation over the parts that both know."""
     both = [site for site in a if site in b]
-    return rank_correlation(np.array([a[s] for s in both]), np.array([b[s] for s in both]))
+    return spearman(np.array([a[s] for s in both]), np.array([b[s] for s in both]))
 
 
 def top(found: Mapping[str, float], n: int) -> list[str]:

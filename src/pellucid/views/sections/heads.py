@@ -7,7 +7,7 @@ import numpy as np
 from pellucid.causal import ablation
 from pellucid.errors import PellucidError, Refused
 from pellucid.results import Result
-from pellucid.views.documents import rank_correlation
+from pellucid.statistics import spearman
 from pellucid.views.evidence import Evidence
 from pellucid.views.markup import number
 from pellucid.views.page import Section
@@ -94,7 +94,7 @@ def _care(evidence: Evidence) -> str:
     pairs = [(p.share, evidence.mean[p.site]) for p in evidence.zero if p.site in evidence.mean]
     if len(pairs) < 3:
         return f"{known}; the control with mean values was not possible here."
-    agreed = rank_correlation(*map(np.array, zip(*pairs, strict=True)))
+    agreed = spearman(*map(np.array, zip(*pairs, strict=True)))
     return (
         f"{known}. Against the control with mean values the heads’ order agrees to {number(agreed)} (rank correlation). "
         "Other heads can make up for one that is off, which does not show here."

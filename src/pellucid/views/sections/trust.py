@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pellucid.views.documents import column, rank_correlation
+from pellucid.statistics import spearman
+from pellucid.views.documents import column
 from pellucid.views.evidence import Evidence, agreement, top
 from pellucid.views.markup import number, percent
 from pellucid.views.page import Section
@@ -77,7 +78,7 @@ def _words(evidence: Evidence) -> Claim | None:
     if evidence.completeness is None:
         return None
     first, *others = (r["attribution"].values[1:] for r in evidence.words.values())
-    agreed = min((rank_correlation(first, x) for x in others), default=float("nan"))
+    agreed = min((spearman(first, x) for x in others), default=float("nan"))
     gap = f"the shares add up to within {percent(evidence.completeness)} of their size"
     control = f"the least agreement with another method or baseline is {number(agreed)}" if others else "none was run"
     return Claim(

@@ -11,8 +11,9 @@ from torch import Tensor
 from pellucid.attribution import integrated_gradients, occlusion
 from pellucid.errors import PellucidError
 from pellucid.results import Result
+from pellucid.statistics import spearman
 from pellucid.views.counterfactual import words_of
-from pellucid.views.documents import rank_correlation, tokens
+from pellucid.views.documents import tokens
 from pellucid.views.evidence import Evidence
 from pellucid.views.markup import number, quoted, tag
 from pellucid.views.page import Section, missing
@@ -137,9 +138,7 @@ def _control(question: Question, methods: dict[str, Result]) -> str:
             if then == word
             else f"{quoted(then)} comes first instead of {quoted(word)}"
         )
-        said.append(
-            f"{name}: the order of the tokens agrees to {number(rank_correlation(first[1:], values[1:]))}, and {same}"
-        )
+        said.append(f"{name}: the order of the tokens agrees to {number(spearman(first[1:], values[1:]))}, and {same}")
     return f"{known}, and so is the method. Beside integrated gradients ({'; '.join(said)}; rank correlation, 1 is full agreement). A share is no proof that the model needs the word."
 
 
