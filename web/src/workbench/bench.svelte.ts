@@ -21,6 +21,7 @@ export class Bench {
   failed = $state("");
   #saving: ReturnType<typeof setTimeout> | undefined;
   #polling: ReturnType<typeof setTimeout> | undefined;
+  #awaited = new Set<string>(); // jobs whose end is told and shown, however soon it comes
   #hash = "";
   #position: number | null = null; // a selection that waits for the tokens
 
@@ -146,7 +147,8 @@ export class Bench {
 
   async startJob(kind: Job["kind"], options: Record<string, unknown>, pane: PaneStore): Promise<void> {
     try {
-      await this.api.start({ tab: this.api.tab, model: pane.model.id, kind, prompt: pane.prompt, other: pane.pair, options });
+      const { id } = await this.api.start({ tab: this.api.tab, model: pane.model.id, kind, prompt: pane.prompt, other: pane.pair, options });
+      this.#awaited.add(id);
       this.message = "Started.";
     } catch (error) {
       this.message = (error as Error).message;
@@ -182,14 +184,15 @@ export class Bench {
     clearTimeout(this.#polling);
     let soon = false;
     try {
-      const before = new Map(this.jobs.map((j) => [j.id, j.state]));
       const { jobs } = await this.api.jobs();
       this.jobs = jobs;
       soon = jobs.some((j) => j.state === "running" || j.state === "queued");
-      const ended = jobs.find((j) => ["running", "queued"].includes(before.get(j.id) ?? "") && ["done", "failed"].includes(j.state));
-      if (ended) {
-        this.message = `${ended.title}: ${ended.state}.`;
-        if (ended.state === "done" && !this.results[ended.id]) await this.showJob(ended);
+      for (const job of jobs) {
+        if (job.state === "running" || job.state === "queued") this.#awaited.add(job.id);
+        else if (this.#awaited.delete(job.id) && job.state !== "cancelled") {
+          this.message = `${job.title}: ${job.state}.`;
+          if (job.state === "done" && !this.results[job.id]) await this.showJob(job);
+        }
       }
       this.results = Object.fromEntries(Object.entries(this.results).filter(([id]) => jobs.some((j) => j.id === id)));
     } catch { /* the next question of the user says that the server is gone */ }
