@@ -26,6 +26,7 @@ from pellucid.lenses.logit_lens import unembed
 from pellucid.lenses.tuned_lens import TunedLens, last_residual
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.tasks.tokens import texts
 
 ROWS = 64  # heads read at a time
 
@@ -82,7 +83,7 @@ def head_lens(
     for name, parts in found.items():
         if parts:
             values = torch.cat(parts).numpy()
-            values = _decoded(model, values) if name.endswith("token") else values
+            values = texts(model.tokenizer, values) if name.endswith("token") else values
             made[name] = (("layer", "head", "top"), _grid(values, written, shape))
     made = {name: made[name] for name in ("raised", "raised_token", "lowered", "lowered_token", "size") if name in made}
     provenance = Provenance(
@@ -130,8 +131,3 @@ def _grid(values: np.ndarray, sites: list[Any], shape: dict[str, list[int]]) -> 
     for row, site in zip(values, sites, strict=True):
         grid[shape["layer"].index(int(site.layer)), shape["head"].index(int(site.unit))] = row
     return grid
-
-
-def _decoded(model: Model, ids: np.ndarray) -> np.ndarray:
-    made = [f"#{i}" if model.tokenizer is None else model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
-    return np.array(made, dtype=object).reshape(ids.shape)

@@ -28,7 +28,7 @@ from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
-from pellucid.tasks.tokens import single_id
+from pellucid.tasks.tokens import single_id, texts
 
 if TYPE_CHECKING:
     from pellucid.lenses.tuned_lens import TunedLens
@@ -118,7 +118,7 @@ def logit_lens(
             "site": ("layer", names),
             "position": _position_labels(stream, columns, real),
             "token": (("prompt", "position"), _tokens(stream, columns, real)),
-            "target": [_text(model, i) for i in ids],
+            "target": texts(model.tokenizer, ids).tolist(),
         },
     )
     data = data if ids else data.drop_dims("target")
@@ -274,12 +274,7 @@ def _target_ids(model: Model, targets: Sequence[str | int] | str | None) -> list
 
 def _texts(model: Model, ids: np.ndarray, real: Tensor) -> np.ndarray:
     """Token ids [prompt, layer, position, ...] as text; empty where no token was read."""
-    text = {i: _text(model, i) for i in np.unique(ids).tolist()}
-    made = np.array([text[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)
+    made = texts(model.tokenizer, ids)
     missing = ~real.cpu().numpy().reshape(len(real), 1, -1, *[1] * (ids.ndim - 3))
     made[np.broadcast_to(missing, ids.shape)] = ""
     return made
-
-
-def _text(model: Model, token: int) -> str:
-    return f"#{token}" if model.tokenizer is None else str(model.tokenizer.decode([token]))

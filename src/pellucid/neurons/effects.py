@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -25,6 +24,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights, passed
 from pellucid.results import Provenance, Result
+from pellucid.tasks.tokens import texts
 
 CELLS = 1 << 24  # numbers of logits held at a time
 
@@ -55,7 +55,7 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
     made: dict[str, Any] = {}
     for name, parts in found.items():
         values = torch.cat(parts).cpu().numpy()
-        made[name] = (("unit", "rank"), decoded(model, values) if name.endswith("token") else values)
+        made[name] = (("unit", "rank"), texts(model.tokenizer, values) if name.endswith("token") else values)
     made["size"] = ("unit", rows.norm(dim=1).cpu().numpy())
     provenance = Provenance(
         "logit_effects", model.name, digest=model.digest, arguments={"units": list(named)[:20], "top": top}
@@ -110,9 +110,3 @@ def _check(model: Model, site: Site) -> None:
     terms = [term for block in stack.blocks for state in block.states for term in state.terms]
     if any(t.carried is not None or (isinstance(t.coefficient, Tensor) and "." not in t.source) for t in terms):
         raise Refused(f"the blocks of {model.name} mix or scale the residual itself: no direction has one effect")
-
-
-def decoded(model: Model, ids: np.ndarray) -> np.ndarray:
-    """Token ids as texts."""
-    text = {i: f"#{i}" if model.tokenizer is None else model.tokenizer.decode([i]) for i in np.unique(ids).tolist()}
-    return np.array([text[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)

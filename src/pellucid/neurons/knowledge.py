@@ -74,7 +74,7 @@ def knowledge_attribution(
             nothing[:, layer] = slope.score.float().cpu()
     with torch.no_grad():
         score = model.score(model.run(inputs), bound)
-    layers = [_layer(site) for site in sites]
+    layers = [layer_of(site) for site in sites]
     data = xr.Dataset(
         {
             "attribution": (
@@ -190,7 +190,7 @@ def knowledge_effect(
         raise InputError("there are no neurons to scale: refine with a lower share, or name some as (layer, neuron)")
     inputs, position = asked(model, prompt)
     bound = model.bind(log_odds(answer, position=position), len(inputs))
-    sites = {_layer(site): site for site in neuron_sites(model)}
+    sites = {layer_of(site): site for site in neuron_sites(model)}
     unknown = next(((layer, n) for layer, n in neurons if layer not in sites), None)
     if unknown is not None:
         raise InputError(f"layer {unknown[0]} of {model.name} has no neurons; those with neurons are {sorted(sites)}")
@@ -262,7 +262,7 @@ def neuron_sites(model: Model) -> list[str]:
     return sites
 
 
-def _layer(site: str) -> int:
+def layer_of(site: str) -> int:
     return int(site.partition("layers.")[2].partition(".")[0])
 
 

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.neurons.contexts import activations, apart
-from pellucid.neurons.effects import decoded, logit_effects
+from pellucid.neurons.effects import logit_effects
 from pellucid.neurons.harvest import Harvest, Moment
 from pellucid.neurons.weights import input_weights, output_weights
 from pellucid.results import Provenance, Result
+from pellucid.tasks.tokens import texts
 
 BINS = (0.0, 0.5, 0.9, 0.99, 1.0)
 
@@ -95,11 +96,11 @@ def _contexts(
         first, last = max(0, moment.position - window[0]), min(len(row), moment.position + window[1] + 1)
         at = first - moment.position + window[0]
         values[i, at : at + last - first], ids[i, at : at + last - first] = row[first:last], tokens[first:last]
-    texts = decoded(model, np.maximum(ids, 0))
-    texts[ids < 0] = ""
+    words = texts(model.tokenizer, np.maximum(ids, 0))
+    words[ids < 0] = ""
     return {
         "activation": (("context", "offset"), values),
-        "token": (("context", "offset"), texts),
+        "token": (("context", "offset"), words),
         "peak": ("context", np.array([m.value for m in moments], dtype=np.float32)),
         "prompt": ("context", np.array([m.prompt for m in moments])),
         "position": ("context", np.array([m.position for m in moments])),

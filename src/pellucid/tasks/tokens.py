@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pellucid.errors import InputError
 
 # What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
@@ -88,3 +90,14 @@ def single_id(tokenizer: Any, answer: str | int) -> int:
         f"{answer!r} is {len(ids)} tokens here ({cut}) where one is read: "
         f"use sequence_log_probability({answer!r}){other}"
     )
+
+
+def texts(tokenizer: Any, ids: Any) -> np.ndarray:
+    """What each id says by itself, in the shape of `ids`; its number where there is no tokenizer.
+
+    >>> texts(None, [[3, 17]]).tolist()
+    [['#3', '#17']]
+    """
+    ids = np.asarray(ids, dtype=int)
+    text = {i: f"#{i}" if tokenizer is None else str(tokenizer.decode([i])) for i in np.unique(ids).tolist()}
+    return np.array([text[i] for i in ids.ravel().tolist()], dtype=object).reshape(ids.shape)

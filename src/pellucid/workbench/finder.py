@@ -24,7 +24,8 @@ from pellucid.engine.locate import block_of
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.lenses.attribution import Shares
 from pellucid.model import Model
-from pellucid.neurons.knowledge import neuron_sites
+from pellucid.neurons.knowledge import layer_of, neuron_sites
+from pellucid.tasks.tokens import texts
 from pellucid.views import schema as s
 from pellucid.views.documents import column
 from pellucid.views.question import Question
@@ -51,12 +52,12 @@ def neurons(question: Question, wanted: Wanted) -> tuple[list[NeuronRow], Docume
         raise InputError(f"neurons can be sorted by 'activation' or 'effect', not by {wanted.sort!r}")
     model, note = question.model, ""
     sites = neuron_sites(model)
-    layers = [_layer(site) for site in sites]
+    layers = [layer_of(site) for site in sites]
     if wanted.layer is not None and wanted.layer not in layers:
         raise InputError(
             f"there are no neurons in layer {wanted.layer}; layers with neurons: {layers[0]} to {layers[-1]}"
         )
-    chosen = [site for site in sites if wanted.layer is None or _layer(site) == wanted.layer]
+    chosen = [site for site in sites if wanted.layer is None or layer_of(site) == wanted.layer]
     with torch.no_grad():
         run = model.run(question.inputs, keep=chosen)
     values = [run.tensor(site)[0].float().cpu() for site in chosen]  # [position, neuron] each
@@ -93,7 +94,7 @@ def _ranked(
         position = int(places[layer][n])
         effect = float(effects[layer][n]) if effects is not None and position == answered else None
         rows.append(
-            NeuronRow(component=f"{sites[layer]}.{n}", layer=_layer(sites[layer]), neuron=n, position=position,
+            NeuronRow(component=f"{sites[layer]}.{n}", layer=layer_of(sites[layer]), neuron=n, position=position,
                       activation=float(strengths[layer][n]), effect=effect)
         )  # fmt: skip
     return rows
@@ -192,15 +193,9 @@ def written(question: Question, site: Site) -> Tensor:
 
 def _effects(model: Model, words: Tensor, largest: bool) -> tuple[Effect, ...]:
     found = words.topk(min(WORDS, len(words)), largest=largest)
-    return tuple(
-        Effect(word=str(model.tokenizer.decode([i])) if model.tokenizer is not None else f"#{i}", value=v)
-        for i, v in zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    )
+    words = texts(model.tokenizer, found.indices).tolist()
+    return tuple(Effect(word=word, value=v) for word, v in zip(words, found.values.tolist(), strict=True))
 
 
 def _answered(question: Question) -> int:
     return question.position if question.kind not in ("class", "embedding") else len(question.answered) - 1
-
-
-def _layer(site: str) -> int:
-    return int(site.partition("layers.")[2].partition(".")[0])
