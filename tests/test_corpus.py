@@ -15,7 +15,13 @@ from pellucid.errors import InputError
 from tests.tasks.tokenizers import tokenizer as texts_with
 from tests.zoo import build, tokenizer
 
-TEXTS = ["the cat sat on the mat", "one two three", "", "a dog went to the city of Paris and gave a drink", "so it is"] * 3
+TEXTS = [
+    "the cat sat on the mat",
+    "one two three",
+    "",
+    "a dog went to the city of Paris and gave a drink",
+    "so it is",
+] * 3
 
 
 @cache
@@ -105,7 +111,13 @@ def test_lists_generators_files_and_data_sets_are_read_alike(tmp_path):
     file = tmp_path / "lines.txt"
     file.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
     want = ids(Corpus(TEXTS, context=8), model)
-    for source in (tuple(TEXTS), (t for t in TEXTS), file, Rows(), [model.tokenizer(t)["input_ids"] for t in TEXTS if t]):
+    for source in (
+        tuple(TEXTS),
+        (t for t in TEXTS),
+        file,
+        Rows(),
+        [model.tokenizer(t)["input_ids"] for t in TEXTS if t],
+    ):
         assert ids(Corpus(source, context=8), model) == want
     assert ids(Corpus([torch.tensor([1, 5, 6])], packed=False), model) == [[1, 5, 6]]  # ids are taken as they are
     pairs = Corpus([{"en": "the city", "fr": "Paris"}], column=("en", "fr"))

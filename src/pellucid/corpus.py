@@ -72,7 +72,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if isinstance(self.texts, str) or not isinstance(self.texts, Iterable | Path):
-            raise InputError("expected several texts: put the one text into a list, or give the Path of a file of lines")
+            raise InputError(
+                "expected several texts: put the one text into a list, or give the Path of a file of lines"
+            )
         if self.long is not None and self.long not in get_args(Long):
             raise InputError(f"unknown long={self.long!r}{nearest(self.long, get_args(Long))}")
 
@@ -98,7 +100,9 @@ class Corpus:
         """
         place, read, held, number = after or Place(), hashlib.sha256(), [], -1
         frame = _Frame.of(model)
-        packed = (model.anatomy.stacks[-1].causal and len(model.anatomy.stacks) == 1) if self.packed is None else self.packed
+        packed = (
+            (model.anatomy.stacks[-1].causal and len(model.anatomy.stacks) == 1) if self.packed is None else self.packed
+        )
         context = self._context(model, packed)
         for number, given in enumerate(self._texts()):
             value, decoder = self._parted(model, given, number)
@@ -128,7 +132,9 @@ class Corpus:
         limit = _limit(model)
         context = self.context or (min(CONTEXT, limit) if packed else limit)
         if context > limit:
-            raise InputError(f"a context of {context} tokens is more than {model.name} holds, {limit}: give a smaller one")
+            raise InputError(
+                f"a context of {context} tokens is more than {model.name} holds, {limit}: give a smaller one"
+            )
         return context
 
     def _texts(self) -> Iterator[Any]:
@@ -143,7 +149,9 @@ class Corpus:
         if isinstance(given, Mapping):
             names = [self.column] if isinstance(self.column, str) else list(self.column)
             if missing := [name for name in names if name not in given]:
-                raise InputError(f"row {number} of the corpus has no {missing[0]!r}{nearest(missing[0], given)}: say column=")
+                raise InputError(
+                    f"row {number} of the corpus has no {missing[0]!r}{nearest(missing[0], given)}: say column="
+                )
             given = given[names[0]] if len(names) == 1 else tuple(given[name] for name in names)
         decoder, pair = None, isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str)
         if pair:
@@ -152,17 +160,23 @@ class Corpus:
             raise InputError(f"text {number} of the corpus is a pair, which only an encoder-decoder reads: give texts")
         if isinstance(given, str):
             if model.tokenizer is None:
-                raise InputError("this model was opened without a tokenizer, which is needed to read text: give token ids")
+                raise InputError(
+                    "this model was opened without a tokenizer, which is needed to read text: give token ids"
+                )
             return given, decoder
         try:
             ids = torch.as_tensor(given)
             if ids.ndim != 1 or (ids.numel() and ids.is_floating_point()):
                 raise ValueError
         except (TypeError, ValueError, RuntimeError):
-            raise InputError(f"text {number} of the corpus is no text: expected a string or token ids, not {given!r:.60}") from None
+            raise InputError(
+                f"text {number} of the corpus is no text: expected a string or token ids, not {given!r:.60}"
+            ) from None
         return ids.long().tolist(), decoder
 
-    def _alone(self, frame: _Frame, value: str | list[int], context: int, number: int) -> Iterator[tuple[list[int], int]]:
+    def _alone(
+        self, frame: _Frame, value: str | list[int], context: int, number: int
+    ) -> Iterator[tuple[list[int], int]]:
         """Rows of one text, each with how far in the text it ends (1 for an empty text)."""
         front, back, body = ([], [], value) if isinstance(value, list) else (frame.front, frame.back, frame.body(value))
         size = len(front) + len(body) + len(back)
