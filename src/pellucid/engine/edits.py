@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.errors import InputError
-
-if TYPE_CHECKING:
-    from pellucid.engine.run import Run
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -32,6 +29,16 @@ class Step:
 
 
 Condition = Callable[[Step], "bool | Tensor"]
+
+
+class Source(Protocol):
+    """A run that kept the site an edit takes values from."""
+
+    def everywhere(self, site: Site, /) -> tuple[Tensor, Tensor]:
+        """The values of the site's unit, [batch, position, ...], and which positions are real, [batch, position]."""
+
+    def stream(self, site: Site, /) -> Stream:
+        """The tokens the site's positions are counted on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +141,7 @@ class Patch(Edit):
     [batch, n, ...]).
     """
 
-    source: Run | Tensor | str | Sequence[str]
+    source: Source | Tensor | str | Sequence[str]
     source_at: Position = None
 
     @property
