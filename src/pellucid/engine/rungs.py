@@ -13,7 +13,7 @@ gives the numbers of plain runs is not for it to say: see `pellucid.engine.trial
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Job:
     anatomy: Anatomy
     inputs: Inputs
     metric: Reads
-    shapes: Shapes | None = None  # of the blocks' arguments, where they have been learnt
+    shapes: Callable[[], Shapes]  # which axes of the blocks' arguments are what; learnt once per model
 
     @property
     def stack(self) -> Stack:
@@ -108,6 +108,9 @@ class Rung(Protocol):
     def batches(self, job: Job, variants: Sequence[Variant], memory: float) -> Iterator[list[Variant]]:
         """The variants, as they are run here, in batches of at most `memory` bytes."""
 
+    def room(self, job: Job, v: Variant) -> float:
+        """The bytes that a variant adds to its batch: tensors of a block, and the logits."""
+
     def clean(self, job: Job) -> Tensor:
         """The logits that the metric reads without any edit, [batch, n, k] (or [batch, classes])."""
 
@@ -170,7 +173,6 @@ class Single:
         return ""
 
     def room(self, job: Job, v: Variant) -> float:
-        """The bytes that a variant adds to its batch: tensors of a block, and the logits."""
         block, d = job.stack.blocks[0], job.stack.d_model
         heads = sum(a.heads for a in block.attentions.values())
         width = 12 * d + 3 * block.sizes.get("neuron", 4 * d) + 3 * heads * job.length
@@ -254,8 +256,7 @@ class Packed(Stubbed):
         return True
 
     def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
-        assert job.shapes is not None
-        done = dict(PackedPass(job.anatomy, job.inputs, job.recording, job.shapes).final(chunk))
+        done = dict(PackedPass(job.anatomy, job.inputs, job.recording, job.shapes()).final(chunk))
         picked = [job.reader.pick(done[v], v.start, job.recording.final) for v in chunk]
         return list(job.reader.unembed(torch.stack(picked)))
 

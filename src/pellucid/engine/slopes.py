@@ -45,15 +45,15 @@ def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterato
 
     Refused in training mode, InputError for a metric without a gradient.
     """
-    if plan.anatomy.module.training:
+    if plan.job.anatomy.module.training:
         raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
     with torch.no_grad():
         plan.settle()
-        plan.executor.clean(plan.rung)  # recorded without a graph
+        plan.rung.clean(plan.job)  # recorded without a graph
     with tqdm(total=len(leaves), unit="run", disable=not progress or not sys.stderr.isatty()) as bar:
         for chunk in plan.chunks(plan.variants):
             with torch.enable_grad():
-                scores = [plan.bound(read) for read in plan.logits(chunk)]
+                scores = [plan.metric(read) for read in plan.logits(chunk)]
                 whole = torch.stack(scores)
                 if not whole.requires_grad:
                     raise InputError(
@@ -64,4 +64,4 @@ def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterato
                 leaves[variant.index].put.clear()
                 yield Slope(variant.index, score.detach(), gradient)
             bar.update(len(chunk))
-    plan.executor.forget()
+    plan.job.forget()

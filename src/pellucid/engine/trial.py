@@ -20,7 +20,7 @@ from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.recording import Shapes, record
 from pellucid.engine.run import execute
-from pellucid.engine.rungs import LADDER, Job, Packed, Rung, prepare
+from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.errors import PellucidError, Refused
 
 Sizes = tuple[tuple[int, int, bool], ...]  # batch, length and whether it is padded, of each stream
@@ -86,13 +86,16 @@ class Trial:
     def _try(self, rung: Rung) -> str:
         inputs, variants, truth = self._truth
         prepared = [prepare(self.anatomy, inputs, i, v) for i, v in enumerate(variants)]
-        job = Job(self.anatomy, inputs, _AllLogits(), self.shapes if isinstance(rung, Packed) else None)
+        job = self._job(inputs)
         made = {
             v.index: logits
             for batch in rung.batches(job, prepared, inf)
             for v, logits in zip(batch, rung.run(job, batch), strict=True)
         }
         return deviation(torch.stack([made[i] for i in range(len(variants))]), truth)
+
+    def _job(self, inputs: Inputs) -> Job:
+        return Job(self.anatomy, inputs, _AllLogits(), lambda: self.shapes)
 
     @cached_property
     def _truth(self) -> tuple[Inputs, list[Edit], Tensor]:
@@ -117,7 +120,7 @@ class Trial:
             mask = torch.ones_like(tensors["input_ids"])
             mask[-1, -1] = 0
             tensors["attention_mask"] = mask
-            job = Job(self.anatomy, read_inputs(self.anatomy.module, None, tensors), _AllLogits())
+            job = self._job(read_inputs(self.anatomy.module, None, tensors))
             recordings.append(record(self.anatomy, job.stack, job.inputs, **job.forward))
         return Shapes(*recordings)
 
