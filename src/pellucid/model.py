@@ -14,7 +14,7 @@ from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
-from pellucid.engine.binding import bound
+from pellucid.engine.sources import resolved
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
@@ -144,7 +144,7 @@ class Model:
             self.anatomy,
             inputs,
             keep,
-            self.bound(edits),
+            self.resolved(edits),
             None if metric is None else lambda run: self.score(run, metric),
         )
 
@@ -166,7 +166,7 @@ class Model:
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
         inputs = self._padding.fit(left_padded(inputs))
         return generate(
-            self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
+            self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
 
     def plan(
@@ -184,11 +184,11 @@ class Model:
         """How a sweep would be run: `plan.explain()` gives its cost in forward passes, `plan.run()` runs it.
 
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
-        interrupted sweep continues; `executor` forces one of `pellucid.engine.sweep.RUNGS`.
+        interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
-        ready = iter(self.bound([e for v in flat for e in v]))
+        ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
 
@@ -207,9 +207,9 @@ class Model:
         """
         return self.plan(prompt, variants, metric, **options).run(progress)
 
-    def bound(self, edits: Sequence[Edit]) -> list[Edit]:
+    def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run."""
-        return bound(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+        return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics
 

@@ -102,9 +102,10 @@ class progress(Generic[T]):
                 self._moved(1)
 
     def step(self, n: int = 1, **said: float) -> None:
-        """`n` more are done; a pause follows. `said` are numbers to show beside the bar."""
+        """`n` more are done; a pause follows if that is not all. `said` are numbers to show beside the bar."""
         self._moved(n, **said)
-        pause(self.done, self.total)
+        if self.total is None or self.done < self.total:
+            pause(self.done, self.total)
 
     def say(self, **numbers: float) -> None:
         """Numbers to show beside the bar."""

@@ -7,21 +7,21 @@ it does not agree with a plain run after all.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.checkpoint import Checkpoint, fingerprint
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
-from pellucid.engine.pausing import pause, shared
+from pellucid.engine.pausing import progress as shown
+from pellucid.engine.pausing import quiet, shared
 from pellucid.engine.reading import Reads
 from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.engine.trial import certified, deviation, told
@@ -76,7 +76,11 @@ class Plan:
 
     def __post_init__(self) -> None:
         wide = any(p.dtype == torch.float64 for p in self.job.anatomy.module.parameters())
-        shape = (len(self.variants), len(self.job.inputs), *(() if self.metric.outputs is None else (self.metric.outputs,)))
+        shape = (
+            len(self.variants),
+            len(self.job.inputs),
+            *(() if self.metric.outputs is None else (self.metric.outputs,)),
+        )
         self.values = torch.full(shape, float("nan"), dtype=torch.float64 if wide else torch.float32)
         self.done = torch.zeros(shape[0], dtype=torch.bool)
         self._choose()
@@ -111,7 +115,8 @@ class Plan:
         n, prompts = len(self.variants), len(self.job.inputs)
         why = "; ".join(f"not {rung}: {reason}" for rung, reason in self.reasons.items() if reason)
         lines = [
-            f"{n} variants of {prompts} prompt{'s' * (prompts > 1)}, {self.job.length} tokens" + " each" * (prompts > 1),
+            f"{n} variants of {prompts} prompt{'s' * (prompts > 1)}, {self.job.length} tokens"
+            + " each" * (prompts > 1),
             f"executor: {self.rung.name} ({why or 'equal to plain runs on this model'})",
             f"batches: {len(list(self.chunks(self.variants)))} within {self.memory / 2**20:.0f} MiB",
             f"cost: at most {self.cost:.1f} plain forward passes instead of {n}, by tokens computed",
@@ -127,19 +132,19 @@ class Plan:
             raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
         with (
             torch.no_grad(),
-            tqdm(total=len(self.variants), unit="run", disable=not progress or not sys.stderr.isatty()) as bar,
+            nullcontext() if progress else quiet(),
+            shown(what="runs", total=len(self.variants)) as bar,
         ):
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
+            bar.step(int(self.done.sum()))
             while not bool(self.done.all()):
-                bar.update(int(self.done.sum()) - bar.n)
                 try:
                     for chunk in self.chunks([v for v in self.variants if not self.done[v.index]]):
-                        pause(int(self.done.sum()), len(self.variants))
                         self._execute(chunk)
-                        bar.update(len(chunk))
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)
+                        bar.step(len(chunk))
                 except _Wrong as error:
                     self.reasons[self.rung.name] = str(error)
                     self._choose()
