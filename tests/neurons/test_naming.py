@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
+from tokenizers.processors import TemplateProcessing
 
 import pellucid
 from pellucid.errors import InputError
-from pellucid.neurons.excerpts import Context, UnitContexts
+from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.judges import CallableJudge, Judge, ModelJudge, StatisticalJudge
-from pellucid.neurons.naming import ModelExplainer, describe
 from pellucid.neurons.scoring import auroc, random_directions, score_descriptions
-from pellucid.neurons.statistical import Description, StatisticalExplainer, features, wilson
+from pellucid.neurons.naming import Description, ModelExplainer, StatisticalExplainer, describe, features, wilson
 from tests.zoo import build, tokenizer
 
 WORDS = [
@@ -193,7 +194,7 @@ def test_units_without_active_contexts_are_nan_and_do_not_count():
 
 def test_a_model_is_shown_marked_contexts_and_its_first_line_is_the_description():
     model = opened("gpt2")
-    explainer = ModelExplainer(model, contexts=2, tokens=3)
+    explainer = ModelExplainer(model, contexts=2, max_new_tokens=3)
     texts = ("The cat", "he gave a drink", "in Paris", "to Rome")
     contexts = tuple(Context(tuple(f" {w}" for w in t.split()), np.arange(len(t.split())) * 1.0) for t in texts)
     unit = UnitContexts("u", 0.5, contexts, ())
@@ -209,10 +210,19 @@ def test_a_model_is_shown_marked_contexts_and_its_first_line_is_the_description(
 
 def test_a_model_with_a_chat_template_is_asked_in_a_turn():
     model = copy.copy(opened("gpt2"))
-    model.tokenizer = copy.copy(model.tokenizer)
-    model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
+    model.tokenizer = tokenizer = copy.deepcopy(model.tokenizer)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
+    )
     prompt = ModelExplainer(model).prompt(UNITS[0])
-    assert prompt.startswith("[user] In these lines") and prompt.endswith("cat [assistant]")
+    assert prompt.startswith(f"{begin[0]}[user] In these lines") and prompt.endswith("cat [assistant]")
+    asked = []
+    model.generate = lambda prompt, **_: asked.append(prompt) or SimpleNamespace(text=" cats\nand more")
+    assert ModelExplainer(model)(UNITS[0]).text == "cats"
+    assert tokenizer(prompt)["input_ids"].count(begin[1]) == 2  # the template's and the tokenizer's
+    assert asked[0][0].count(begin[1]) == 1 and asked[0][0][0] == begin[1]
 
 
 def test_a_model_judges_by_its_preference_for_yes_whatever_the_batch():

@@ -181,11 +181,11 @@ class Harvest:
 
     def mean(self, name: str) -> Tensor:
         """[unit] over all tokens."""
-        return self.tally(name).mean(self.count)
+        return self.tally(name).mean
 
     def std(self, name: str) -> Tensor:
         """[unit] over all tokens."""
-        return self.tally(name).std(self.count)
+        return self.tally(name).std
 
     def positive(self, name: str) -> Tensor:
         """[unit] the share of tokens with a positive activation."""

@@ -28,10 +28,10 @@ from tqdm.auto import tqdm
 
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.neurons.excerpts import Context, UnitContexts
+from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.harvest import Units
 from pellucid.neurons.judges import Judge, Simulate, as_judge
-from pellucid.neurons.statistical import Description
+from pellucid.neurons.naming import Description
 from pellucid.results import Provenance, Result
 
 TESTS = ("detection", "fuzzing", "simulation")

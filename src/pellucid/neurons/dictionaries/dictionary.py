@@ -26,7 +26,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
-from pellucid.neurons.dictionaries.activations import Activation
+from pellucid.neurons.dictionaries.functions import Activation
 from pellucid.results import Provenance, Result
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from pellucid.engine.inputs import Inputs, Stream
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.neurons.dictionaries.activations import TopK
+from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.editing import splice_edits
 from pellucid.neurons.dictionaries.rows import token_rows

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.errors import InputError, SiteError
-from pellucid.neurons.dictionaries.activations import Activation, Gated, JumpReLU, ReLU, TopK
+from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

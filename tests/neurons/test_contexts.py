@@ -11,7 +11,7 @@ import torch
 import pellucid
 from pellucid.errors import InputError
 from pellucid.neurons import Units, harvest
-from pellucid.neurons.excerpts import Context, read_contexts
+from pellucid.neurons.contexts import Context, read_contexts
 from tests.zoo import build, tokenizer
 
 TEXTS = [
