@@ -13,7 +13,7 @@ import pellucid
 from pellucid.engine.edits import Replace, Scale
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import log_odds, logit, probability
-from pellucid.neurons import chosen, knowledge_attribution, knowledge_effect, knowledge_neurons
+from pellucid.neurons import knowledge_attribution, knowledge_effect, knowledge_neurons
 from pellucid.results import Result
 from tests.zoo import build, tokenizer
 
@@ -89,9 +89,16 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
 def made(array):
     """An attribution [wording, layer, neuron] given by hand."""
     data = xr.Dataset(
-        {"attribution": (("prompt", "layer", "neuron"), np.array(array, dtype=float))}, coords={"layer": [4, 5]}
+        {"attribution": (("prompt", "layer", "neuron"), np.array(array, dtype=float))}, coords={"layer": [4, 5], "site": ("layer", ["layers.4.mlp.neurons", "layers.5.mlp.neurons"])},
     )
     return Result(data, kind="knowledge attribution")
+
+
+def chosen(found):
+    """(layer, neuron), and by name they are the same."""
+    pairs = list(zip(found.layer.values.tolist(), found.unit.values.tolist(), strict=True))
+    assert found.neurons.values.tolist() == [f"layers.{layer}.mlp.neurons.{n}" for layer, n in pairs]
+    return pairs
 
 
 def test_what_most_wordings_share_is_kept_and_the_share_moves_until_a_few_are_left():
@@ -106,7 +113,7 @@ def test_what_most_wordings_share_is_kept_and_the_share_moves_until_a_few_are_le
     moved = knowledge_neurons(made([[one, noise], [two, noise], [three, noise]]))
     assert chosen(moved) == [(4, 0), (4, 1), (4, 2)]
     assert float(moved.data.needed) == pytest.approx(0.65)
-    assert moved.data.share.values.tolist() == pytest.approx([1, 2 / 3, 2 / 3])
+    assert moved.shared.values.tolist() == pytest.approx([1, 2 / 3, 2 / 3])
     many = knowledge_neurons(made([[[1] * 6, noise]]))
     assert len(chosen(many)) == 6  # no share tells them apart
     with pytest.raises(InputError, match="refined from knowledge attributions"):
@@ -116,19 +123,19 @@ def test_what_most_wordings_share_is_kept_and_the_share_moves_until_a_few_are_le
 def test_neurons_that_other_facts_have_too_are_not_this_facts_own():
     own, noise = [1, 0.9, 0.8, 0, 0, 0], [0.0] * 6
     others = made([[[1, 0, 0, 0, 0, 0], noise], [[1, 0.5, 0, 0, 0, 0], noise], [[0, 0, 0, 1, 0, 0], noise]])
-    found = knowledge_neurons(made([[own, noise]] * 3), against=others, common=0.5)
+    found = knowledge_neurons(made([[own, noise]] * 3), others=others, common=0.5)
     assert chosen(found) == [(4, 1), (4, 2)]  # the first passes in two of three wordings, the second in one
-    assert chosen(knowledge_neurons(made([[own, noise]] * 3), against=others, common=0.3)) == [(4, 2)]
-    with pytest.raises(InputError, match=r"`against` is of \(1, 6\) neurons"):
+    assert chosen(knowledge_neurons(made([[own, noise]] * 3), others=others, common=0.3)) == [(4, 2)]
+    with pytest.raises(InputError, match=r"`others` are of \(1, 6\) neurons"):
         knowledge_neurons(
-            made([[own, noise]]), against=Result(others.data.isel(layer=[0]), kind="knowledge attribution")
+            made([[own, noise]]), others=Result(others.data.isel(layer=[0]), kind="knowledge attribution")
         )
 
 
 def test_the_effect_is_the_change_of_the_log_odds_under_plain_edits():
     model = opened("llama")
     neurons = [(0, 3), (1, 17)]
-    found = knowledge_effect(model, PROMPT, " Paris", neurons, controls=3, progress=False).data
+    found = knowledge_effect(model, PROMPT, " Paris", neurons, draws=3, progress=False).data
     clean = model.score(model.run(PROMPT), log_odds(" Paris"))
     for factor in (0.0, 2.0):
         edits = [Scale(f"layers.{layer}.mlp.neurons.{n}@-1", factor) for layer, n in neurons]
@@ -137,7 +144,8 @@ def test_the_effect_is_the_change_of_the_log_odds_under_plain_edits():
             float(change.detach()), abs=1e-5
         )
     assert found.group.values.tolist() == ["neurons", "random", "most active"]
-    again = knowledge_effect(model, PROMPT, " Paris", neurons, controls=3, progress=False).data
+    names = [f"layers.{layer}.mlp.neurons.{n}" for layer, n in neurons]
+    again = knowledge_effect(model, PROMPT, " Paris", names, draws=3, progress=False).data
     assert found.effect.equals(again.effect)
 
 
@@ -169,5 +177,12 @@ def test_models_without_neurons_are_refused_and_unknown_layers_named():
         knowledge_attribution(opened("mamba"), PROMPT, " Paris", progress=False)
     with pytest.raises(InputError, match="layer 7 of"):
         knowledge_effect(opened("gpt2"), PROMPT, " Paris", [(7, 0)], progress=False)
+    for neurons, message in (
+        ([(0, 10_000)], "no neuron 10000 in layer 0"),
+        ([(0, -1)], "no neuron -1"),
+        ([3], "3 is no neuron"),
+    ):
+        with pytest.raises(InputError, match=message):
+            knowledge_effect(opened("gpt2"), PROMPT, " Paris", neurons, progress=False)
     with pytest.raises(InputError, match="there are no neurons"):
         knowledge_effect(opened("gpt2"), PROMPT, " Paris", [], progress=False)

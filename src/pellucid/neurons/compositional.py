@@ -136,18 +136,11 @@ class Beam:
             raise InputError(f"{self}: expected a length and width of at least 1 and a penalty above 0 and at most 1")
 
 
-def fires(activations: Any, share: float = 0.01) -> np.ndarray:
-    """[token, unit] True on the `share` of tokens with a unit's largest activations [token, unit] (ties are left out)."""
-    if not 0 < share < 1:
-        raise InputError(f"share={share}: expected more than 0 and less than 1")
-    values = np.asarray(activations, dtype=np.float32)
-    return values > np.quantile(values, 1 - share, axis=0)
-
-
 def compositional(
-    firing: np.ndarray,
+    activations: Any,
     concepts: Concepts,
     *,
+    quantile: float = 0.99,
     groups: Any = None,
     beam: Beam | None = None,
     held_out: float = 0.5,
@@ -155,23 +148,23 @@ def compositional(
     units: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Result:
-    """The formula that describes each unit's firings `firing` [token, unit] best.
+    """The formula that describes best where each unit fires.
 
-    `groups` [token] are the texts, of which the share `held_out` is not searched on (by default each token is a text).
+    `activations` [token, unit]: a unit fires where it is above its `quantile` (so that ties are left out), or where it is
+    True. `groups` [token] are the texts, of which the share `held_out` is not searched on (by default each token is a text).
     Gives over `unit`: `formula` (text), `length`, `iou` and `score` where searched, `held_out` (IoU on the rest, with its
     95 % interval `low` to `high` by bootstrap over texts), `control` and `control_held_out`, the same for the shifted
-    firings with `control_formula`, and `share`, how often the unit fires. A unit that never fires has IoU 0. InputError
+    firings with `control_formula`, and `density`, how often the unit fires. A unit that never fires has IoU 0. InputError
     for masks that do not fit.
 
-    >>> compositional(fires(activations), Concepts.labels(tags), groups=texts).to_frame()  # doctest: +SKIP
+    >>> compositional(activations, Concepts.labels(tags), groups=texts).to_frame()  # doctest: +SKIP
     """
     beam = beam or Beam()
-    firing = np.asarray(firing)
-    if firing.dtype != bool or firing.ndim != 2 or len(firing) != len(concepts.masks):
-        raise InputError(
-            f"the firings are {list(firing.shape)} of {firing.dtype}: expected bool [token, unit] for "
-            f"{len(concepts.masks)} tokens (see fires)"
-        )
+    firing = firings(activations, quantile)
+    if len(firing) != len(concepts.masks):
+        raise InputError(f"there are {len(firing)} tokens with activations, but {len(concepts.masks)} with concepts")
+    if units is not None and len(units) != firing.shape[1]:
+        raise InputError(f"{len(units)} names for {firing.shape[1]} units: expected one each")
     _, text = np.unique(np.arange(len(firing)) if groups is None else np.asarray(groups), return_inverse=True)
     if len(text) != len(firing) or not 0 < held_out < 1 or text.max() < 1:
         raise InputError(
@@ -199,7 +192,7 @@ def compositional(
             "control": ("unit", [v for _, v in null]),
             "control_held_out": ("unit", placebo),
             "control_formula": ("unit", np.array([str(f) for f, _ in null], dtype=object)),
-            "share": ("unit", firing.mean(0)),
+            "density": ("unit", firing.mean(0)),
         },
         {"unit": list(units) if units is not None else range(firing.shape[1])},
     )
@@ -211,6 +204,21 @@ def compositional(
 
 
 # ---- the search
+
+
+def firings(activations: Any, quantile: float) -> np.ndarray:
+    """[token, unit] where each unit fires."""
+    values = np.asarray(activations)
+    if values.ndim != 2 or values.dtype.kind not in "biuf" or not len(values):
+        raise InputError(f"the activations are {list(values.shape)} of {values.dtype}: expected numbers or bool [token, unit]")
+    if values.dtype == bool:
+        return values
+    if not 0 < quantile < 1:
+        raise InputError(f"quantile={quantile}: expected more than 0 and less than 1")
+    if np.isnan(values).any():
+        token, unit = np.argwhere(np.isnan(values))[0].tolist()
+        raise InputError(f"the activation of unit {unit} at token {token} is NaN: leave such tokens out, here and in the concepts")
+    return values > np.quantile(values.astype(np.float32), quantile, axis=0)
 
 
 def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: tqdm | None = None) -> list[tuple[Formula, float]]:
