@@ -206,6 +206,10 @@ class AnswerMetric:
     def __post_init__(self) -> None:
         object.__setattr__(self, "answers", _frozen(self.answers))
 
+    def __repr__(self) -> str:
+        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position != -1 else [])]
+        return f"pl.metrics.{self.name}({', '.join(words)})"
+
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is not a single known token, or there is not one entry per prompt."""
         sets = [TokenSets.of(self._ids(each, tokenizer, batch)) for each in self.answers]
@@ -393,6 +397,9 @@ class SequenceMetric:
     name: str
     answer: Answers
     per_token: bool = False
+
+    def __repr__(self) -> str:
+        return f"pl.metrics.{self.name}({self.answer!r}{', per_token=True' if self.per_token else ''})"
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is empty or there is not one per prompt."""

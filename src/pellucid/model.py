@@ -34,7 +34,12 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     forward arguments to prove the map with, for models that take more than token ids. LoadError says what is missing
     and what to do.
     """
-    return Model(read(source, tokenizer=tokenizer, **options), probe)
+    model = Model(read(source, tokenizer=tokenizer, **options), probe)
+    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    if tokenizer is not None:
+        words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
+    model.opened = f"pl.load({', '.join(words)})"
+    return model
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,14 @@ class Model:
         self.loaded = loaded
         self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
         self.anatomy: Anatomy = open_module(self.module, probe)
+        self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
         self._padding = Padding(self.anatomy)
         self._stacks: dict[str, Components] = {}
+
+    @property
+    def named(self) -> bool:
+        """Whether it can be opened again by its name; a module in memory cannot."""
+        return self.name != type(self.module).__name__
 
     @property
     def digest(self) -> str:

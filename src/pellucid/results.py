@@ -14,11 +14,12 @@ import importlib
 import io
 import json
 import math
+import re
 import sys
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -74,7 +75,9 @@ def plain(value: Any) -> Any:
 class Provenance:
     """Where a result comes from: enough to run the method again and to see what differed.
 
-    `inputs` and `arguments` are kept as plain JSON values (see `plain`); `created` is UTC in ISO 8601.
+    `inputs` (prompts as given) and `arguments` are plain JSON values (see `plain`); `created` is UTC in ISO 8601. `call` is
+    the call as Python, `opened` what opens its model, `given` the arrays and long lists it was called with, and `free` the
+    names that only the caller can fill; `pellucid.technique` writes them, and `code()` makes a program of them.
 
     >>> Provenance("logit_lens", model="gpt2", arguments={"layers": (0, 1)}).arguments
     {'layers': [0, 1]}
@@ -89,13 +92,44 @@ class Provenance:
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    call: str = ""
+    opened: str = ""
+    free: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # `call` names them by content
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+            if each.name != "given":
+                object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values, without the arrays in `given`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "given"}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(self.as_dict(), allow_nan=False)
+
+    def code(self, file: str = "result.zip") -> str:
+        """A Python program that makes the result again; `file` is where it was saved. Empty where no call was recorded.
+
+        >>> print(Provenance("ablation", opened="pl.load('gpt2')", call="pl.causal.ablation(model, 'Hi')").code())
+        import pellucid as pl
+        <BLANKLINE>
+        model = pl.load('gpt2')
+        result = pl.causal.ablation(model, 'Hi')
+        """
+        if not self.call:
+            return ""
+        needed = [
+            n for n in ("functools", "importlib", "torch") if re.search(rf"(?<!\.)\b{n}\.", self.call + self.opened)
+        ]
+        lines = [*(f"import {name}" for name in needed), "import pellucid as pl", ""]
+        lines += [f"# {name}: {what}" for name, what in self.free.items()]
+        if self.given:
+            lines.append(f"given = pl.results.Result.load({file!r}).provenance.given  # arrays that were passed")
+        if self.opened:
+            lines.append(f"model = {self.opened}")
+        return "\n".join([*lines, f"result = {self.call}"])
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
@@ -279,7 +313,9 @@ class Result:
         data = self.data.to_dict(data=False)
         for name, entry in [*data["coords"].items(), *data["data_vars"].items()]:
             entry["data"] = _pack(name, self.data[name].values, arrays)
-        about = {**FORMAT, "kind": self.kind, "title": self.title, "provenance": asdict(self.provenance)}
+        given = {name: _pack_given(value, arrays) for name, value in self.provenance.given.items()}
+        made = {**self.provenance.as_dict(), "given": given}
+        about = {**FORMAT, "kind": self.kind, "title": self.title, "provenance": made}
         text = json.dumps({**about, "data": data}, allow_nan=False, indent=1)
         try:
             with zipfile.ZipFile(path, "w") as archive:
@@ -300,8 +336,10 @@ class Result:
                     raise ValueError(f"its format is not {FORMAT}")
                 for entry in [*about["data"]["coords"].values(), *about["data"]["data_vars"].values()]:
                     entry["data"] = _unpack(archive, entry)
+                given = about["provenance"].get("given", {})
+                given = {name: _unpack_given(archive, value) for name, value in given.items()}
             data = xr.Dataset.from_dict(about["data"])
-            provenance = Provenance(**about["provenance"])
+            provenance = Provenance(**{**about["provenance"], "given": given})
             return cls(data, kind=about["kind"], title=about["title"], provenance=provenance)
         except OSError as error:
             raise InputError(f"cannot read a result from {str(path)!r}: {error.strerror or error}") from None
@@ -333,6 +371,17 @@ def _pack(name: str, values: np.ndarray, arrays: dict[str, bytes]) -> list[Any] 
     file = f"arrays/{len(arrays)}.npy"
     arrays[file] = buffer.getvalue()
     return file
+
+
+def _pack_given(value: Any, arrays: dict[str, bytes]) -> Any:
+    """An array that was passed as the name of its file, a list as itself."""
+    return (
+        {"array": _pack("given", value, arrays)} if isinstance(value, np.ndarray) and value.dtype.kind != "U" else value
+    )
+
+
+def _unpack_given(archive: zipfile.ZipFile, value: Any) -> Any:
+    return _unpack(archive, {"data": value["array"]}) if isinstance(value, dict) else value
 
 
 def _unpack(archive: zipfile.ZipFile, entry: Mapping[str, Any]) -> np.ndarray:
