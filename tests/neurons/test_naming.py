@@ -19,8 +19,8 @@ import pellucid
 from pellucid.errors import InputError
 from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.judges import CallableJudge, Judge, ModelJudge, StatisticalJudge
-from pellucid.neurons.scoring import auroc, random_directions, score_descriptions
 from pellucid.neurons.naming import Description, ModelExplainer, StatisticalExplainer, describe, features, wilson
+from pellucid.neurons.scoring import auroc, random_directions, score_descriptions
 from tests.zoo import build, tokenizer
 
 WORDS = [

@@ -14,13 +14,13 @@ from pellucid.lenses import direct_logit_attribution
 from pellucid.neurons import (
     Harvest,
     Units,
-    activations,
     harvest,
     input_weights,
     logit_effects,
     neuron_page,
     output_weights,
 )  # fmt: skip
+from pellucid.neurons.contexts import activations
 from pellucid.neurons.effects import effects
 from pellucid.views import document
 from pellucid.views.schema import Document

@@ -135,7 +135,7 @@ def test_ids_that_are_no_text_are_searched_only_when_asked():
 
 def test_the_corpus_control_is_its_largest_context_and_that_context_cut():
     corpus = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary and John"]
-    model, found = searched("gpt2", corpus=corpus)
+    model, found = searched("gpt2", texts=corpus)
     values = [model.run(text, keep=[UNIT]).tensor(UNIT)[0].detach() for text in corpus]
     assert float(found.control_activation.sel(control="corpus")) == pytest.approx(
         max(float(v[1:].max()) for v in values), abs=1e-5
@@ -199,11 +199,11 @@ def test_on_a_trained_model_gradients_find_more_than_blind_exchanges_and_random_
 
 def test_with_a_corpus_the_search_begins_at_its_best_contexts_and_ends_no_lower():
     corpus = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary and John"]
-    _, found = searched("gpt2", corpus=corpus, restarts=3)
+    _, found = searched("gpt2", texts=corpus, restarts=3)
     assert float(found.objective[0]) >= float(found.control_objective.sel(control="corpus, same length"))
     assert float(found.path[:, 0].max()) >= float(found.control_objective.sel(control="corpus, same length")) - 1e-6
 
 
 def test_a_result_is_kept_and_read_again(tmp_path):
-    _, found = searched("gpt2", corpus=["The capital of France is Paris"], length=4)
+    _, found = searched("gpt2", texts=["The capital of France is Paris"], length=4)
     assert Result.load(found.save(tmp_path / "found.zip")) == found

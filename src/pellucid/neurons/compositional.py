@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pellucid.errors import InputError, nearest
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 OR, AND, NOT = "OR", "AND", "AND NOT"
 OPERATIONS = (OR, AND, NOT)
@@ -136,6 +137,7 @@ class Beam:
             raise InputError(f"{self}: expected a length and width of at least 1 and a penalty above 0 and at most 1")
 
 
+@technique
 def compositional(
     activations: Any,
     concepts: Concepts,
@@ -196,11 +198,7 @@ def compositional(
         },
         {"unit": list(units) if units is not None else range(firing.shape[1])},
     )
-    about = Provenance(
-        "compositional", inputs=f"{len(firing)} tokens of {len(order)} texts", seed=seed,
-        arguments={"concepts": len(concepts.names), "beam": asdict(beam), "held_out": held_out},
-    )  # fmt: skip
-    return Result(data, kind="compositional explanations", title="What units fire on", provenance=about)
+    return Result(data, kind="compositional explanations", title="What units fire on")
 
 
 # ---- the search

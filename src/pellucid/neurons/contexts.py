@@ -24,6 +24,7 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.corpus import Text, batches, where
 from pellucid.neurons.harvest import Harvest, Moment
+from pellucid.technique import technique
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class UnitContexts:
     held_out: tuple[Context, ...]
 
 
+@technique
 def read_contexts(
     model: Model,
     harvest: Harvest,

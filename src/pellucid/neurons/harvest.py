@@ -33,6 +33,7 @@ from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
 from pellucid.neurons.tally import Sampler, Tally
+from pellucid.technique import technique
 
 INDEX = "harvest.json"
 
@@ -255,6 +256,7 @@ class Harvest:
                 old.unlink()
 
     @classmethod
+    @technique
     def load(cls, path: str | Path, units: Sequence[Units] = ()) -> Harvest:
         """What was harvested into a folder. `units` are those of your own, for activations to be computed again.
 
@@ -289,6 +291,7 @@ class Harvest:
         )
 
 
+@technique
 def harvest(
     model: Model,
     texts: Iterable[Any],

@@ -32,12 +32,14 @@ from pellucid.engine.slopes import Leaf, slopes
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import Answers, log_odds, probability
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 FEW, MANY = 2, 5  # neurons a fact ends up with
 Neurons = Result | Sequence[str | tuple[int, int]]  # as `knowledge_neurons` gives them, by site, or (layer, neuron)
 
 
+@technique
 def knowledge_attribution(
     model: Model,
     prompt: Any,
@@ -88,13 +90,10 @@ def knowledge_attribution(
         attrs={"attributed": bound.name, "rule": "riemann-left"},
     )
     data = data.isel(prompt=0) if len(inputs) == 1 else data
-    provenance = Provenance(
-        "knowledge_attribution", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "steps": steps, "metric": bound.name},
-    )  # fmt: skip
-    return Result(data, kind="knowledge attribution", title=f"Neurons behind {target!r}", provenance=provenance)
+    return Result(data, kind="knowledge attribution", title=f"Neurons behind {target!r}")
 
 
+@technique
 def knowledge_neurons(
     attributions: Result,
     *,
@@ -147,12 +146,7 @@ def knowledge_neurons(
         },
         coords={"layer": ("neuron", values.layer.values[rows]), "unit": ("neuron", np.array(units, dtype=int))},
     )
-    about = attributions.provenance
-    provenance = Provenance(
-        "knowledge_neurons", about.model, digest=about.digest, inputs=about.inputs,
-        arguments={**parts, "adjust": adjust, "others": others is not None},
-    )  # fmt: skip
-    return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons", provenance=provenance)
+    return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons")
 
 
 def _attributions(result: Result) -> xr.DataArray:
@@ -169,6 +163,7 @@ def _passing(array: np.ndarray, threshold: float) -> np.ndarray:
     return (array > threshold * array.max((1, 2), keepdims=True)).mean(0)
 
 
+@technique
 def knowledge_effect(
     model: Model,
     prompt: Any,
@@ -216,11 +211,7 @@ def knowledge_effect(
         },
         coords={"group": list(of), "factor": list(factors)},
     )
-    provenance = Provenance(
-        "knowledge_effect", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"target": target, "neurons": [list(n) for n in chosen], "factors": factors, "draws": draws},
-    )  # fmt: skip
-    return Result(data, kind="knowledge effect", title=f"Scaling {len(chosen)} neurons", provenance=provenance)
+    return Result(data, kind="knowledge effect", title=f"Scaling {len(chosen)} neurons")
 
 
 # ---- where

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from pellucid.model import Model
 from pellucid.neurons.contexts import Context, UnitContexts
+from pellucid.technique import technique
 
 SAYS = {  # how a feature of each kind is put into words; of equally good ones the kind that stands first is taken
     "token": "on {}",
@@ -80,6 +81,7 @@ class Description:
 Explainer = Callable[[UnitContexts], Description | str]
 
 
+@technique
 def describe(
     contexts: Sequence[UnitContexts], explainer: Explainer | None = None, *, progress: bool = True
 ) -> list[Description]:

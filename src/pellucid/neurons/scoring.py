@@ -32,12 +32,14 @@ from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.harvest import Units
 from pellucid.neurons.judges import Judge, Simulate, as_judge
 from pellucid.neurons.naming import Description
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 TESTS = ("detection", "fuzzing", "simulation")
 DRAWS = 500
 
 
+@technique
 def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: str = "random") -> Units:
     """`n` random directions of length 1 at a site with one vector per token, to be harvested beside its own units."""
     (where,) = model.sites(site)
@@ -47,6 +49,7 @@ def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: s
     return Units(site, directions / directions.norm(dim=1, keepdim=True), name)
 
 
+@technique
 def score_descriptions(
     contexts: Sequence[UnitContexts],
     descriptions: Sequence[Description | str],
@@ -105,11 +108,7 @@ def score_descriptions(
         },
         {"unit": [c.unit for c in contexts], "test": list(tests)},
     )  # fmt: skip
-    about = Provenance(
-        "score_descriptions", inputs=f"{sum(len(c.held_out) for c in contexts)} held-out contexts", seed=seed,
-        arguments={"judge": type(judge).__name__, "others": others},
-    )  # fmt: skip
-    return Result(data, kind="description scores", title="Descriptions on held-out contexts", provenance=about)
+    return Result(data, kind="description scores", title="Descriptions on held-out contexts")
 
 
 # ---- the tests

@@ -28,8 +28,9 @@ from pellucid.engine.watching import watch
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.corpus import Text, batches
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import technique
 
 Place = tuple[int, int, int]  # text, first character, last character + 1
 UNITS = 1024  # ranked at a time
@@ -37,6 +38,7 @@ TOKENS = 2048  # run at a time
 DRAWS = 1000  # of texts, for an interval
 
 
+@technique
 def neuron_selectivity(
     model: Model,
     texts: Sequence[str],
@@ -103,11 +105,7 @@ def neuron_selectivity(
         },
         coords={"concept": concepts, "unit": names},
     )
-    provenance = Provenance(
-        "neuron_selectivity", model.name, digest=model.digest, inputs=f"{len(places)} places in {len(set(groups))} texts",
-        arguments={"sites": sites, "pool": pool, "shuffle": shuffle, "permutations": permutations}, seed=seed,
-    )  # fmt: skip
-    return Result(data, kind="neuron selectivity", title=f"Neurons of {model.name} by concept", provenance=provenance)
+    return Result(data, kind="neuron selectivity", title=f"Neurons of {model.name} by concept")
 
 
 class Leader(NamedTuple):

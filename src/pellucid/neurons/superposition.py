@@ -30,7 +30,8 @@ from tqdm.auto import trange
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 CHUNK = 1024  # rows of an interference matrix at once
 
@@ -56,6 +57,7 @@ def interference(vectors: Tensor) -> Tensor:
     return (torch.cat(rows, -1) - (units * vectors).sum(-1).pow(2)).clamp_min(0)
 
 
+@technique
 def toy_model(
     sparsity: float | Sequence[float],
     *,
@@ -103,12 +105,7 @@ def toy_model(
         },
         coords={"sparsity": given, "importance": ("feature", weights.numpy())},
     )
-    provenance = Provenance(
-        "toy_model", seed=seed, inputs=f"{features} features in {hidden} dimensions",
-        arguments={"sparsity": given, "importance": weights.tolist(), "copies": copies, "steps": steps, "batch": batch,
-                   "learning_rate": learning_rate},
-    )  # fmt: skip
-    return Result(data, kind="toy model", title="Features in superposition", provenance=provenance)
+    return Result(data, kind="toy model", title="Features in superposition")
 
 
 def _draw(absent: Tensor, rows: int, features: int, generator: torch.Generator) -> Tensor:
@@ -145,6 +142,7 @@ def _linear(absent: float, importance: Tensor, hidden: int) -> float:
     return float(importance.sort(descending=True).values[hidden:].sum() * (p / 3 - p * p / 4))
 
 
+@technique
 def crowding(
     model: Model, sites: str = "layers.*.mlp.neurons", *, directions: Mapping[str, Tensor] | None = None, seed: int = 0
 ) -> Result:
@@ -170,8 +168,7 @@ def crowding(
                 found.setdefault(kind + measure, []).append(value)
     data = xr.Dataset({k: ("site", np.array(v)) for k, v in found.items()},
                       coords={"site": names, "directions": ("site", [len(v) for v in rows.values()])})  # fmt: skip
-    provenance = Provenance("crowding", model.name, digest=model.digest, inputs=names, seed=seed)
-    return Result(data, kind="crowding", title=f"Directions written in {model.name}", provenance=provenance)
+    return Result(data, kind="crowding", title=f"Directions written in {model.name}")
 
 
 def _crowd(units: Tensor) -> dict[str, float]:

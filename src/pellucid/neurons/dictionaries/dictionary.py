@@ -27,7 +27,8 @@ from pellucid.engine.run import Run
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
 from pellucid.neurons.dictionaries.functions import Activation
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +97,7 @@ class Dictionary:
         """[...] whether each row is one the dictionary is for."""
         return x.float().norm(dim=-1) <= self.limit
 
+    @technique
     def features(self, model: Model, prompt: Any) -> Result:
         """Activations of prompts over `batch`, `position` and `feature`: those features that are on somewhere.
 
@@ -114,9 +116,7 @@ class Dictionary:
             values.numpy(), dims=("batch", "position", "feature"), name="activation",
             coords={"position": range(width), "feature": on.numpy(), "token": (("batch", "position"), tokens)},
         )  # fmt: skip
-        provenance = Provenance("features", model.name, digest=model.digest, inputs=list(run.inputs.texts),
-                                arguments={"site": self.site, "writes": self.writes, "features": len(self)})  # fmt: skip
-        return Result(data, kind="features", title=f"Features at {self.site}", provenance=provenance)
+        return Result(data, kind="features", title=f"Features at {self.site}")
 
     def check(self, model: Model) -> None:
         """InputError if it belongs to other weights; SiteError or Refused if the model lacks its sites."""
@@ -179,6 +179,7 @@ class Dictionary:
         return save(self, Path(path))
 
     @classmethod
+    @technique
     def load(cls, path: str | Path, *, site: str = "", writes: str = "") -> Dictionary:
         """A folder that `save` or SAELens wrote; `site` and `writes` where it does not say them, or in names not known here.
 

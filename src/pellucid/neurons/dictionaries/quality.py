@@ -32,16 +32,18 @@ from pellucid.engine.inputs import Inputs, Stream
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.editing import splice_edits
+from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.rows import token_rows
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 STATES = ("clean", "spliced", "mean", "zero", "untrained")
 DRAWS = 1000
 
 
+@technique
 def dictionary_quality(
     model: Model,
     dictionary: Dictionary,
@@ -88,13 +90,10 @@ def dictionary_quality(
          "dead": held.dead, "beyond": held.beyond},
         coords={"state": list(STATES)}, attrs={"unit": "nats", "tokens": sum(map(len, rows))},
     )  # fmt: skip
-    provenance = Provenance(
-        "dictionary_quality", model.name, digest=model.digest, inputs=f"{len(rows)} rows of held-out text", seed=seed,
-        arguments={"dictionary": repr(dictionary), "tokens": tokens, "context": context},
-    )  # fmt: skip
-    return Result(data, kind="dictionary quality", title=f"{dictionary!r} in {model.name}", provenance=provenance)
+    return Result(data, kind="dictionary quality", title=f"{dictionary!r} in {model.name}")
 
 
+@technique
 def untrained(dictionary: Dictionary, k: int, seed: int = 0) -> Dictionary:
     """A dictionary of as many random directions, the k that point most along a row being on: the control."""
     generator = torch.Generator().manual_seed(seed)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.errors import InputError, SiteError
-from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
+from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # of the format that is written

@@ -29,6 +29,7 @@ from pellucid.errors import InputError
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.objectives import Objective, Parameters, Step, TopKLoss
 from pellucid.neurons.dictionaries.rows import Stream, batches, blocks
+from pellucid.technique import technique
 
 COOLING = 0.2  # share of the steps over which the learning rate falls to 0
 SAMPLE = 100_000  # rows that scale and limit are taken from
@@ -63,6 +64,7 @@ class SparseAutoencoder:
     dictionary_: Dictionary = field(init=False, repr=False)
     history_: list[list[float]] = field(init=False, repr=False)
 
+    @technique
     def fit(
         self,
         data: Any,
