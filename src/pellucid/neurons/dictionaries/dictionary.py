@@ -12,9 +12,10 @@ Some tokens (the first one of many models) carry a residual a hundred times as l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 import xarray as xr
@@ -26,15 +27,19 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
+from pellucid.neurons.dictionaries import saelens
+from pellucid.neurons.dictionaries.editing import (
+    Change,
+    ChangeFeatures,
+    PatchFeatures,
+    Positions,
+    Splice,
+    placed,
+    values_of,
+)
 from pellucid.neurons.dictionaries.functions import Activation
 from pellucid.results import Result
 from pellucid.technique import technique
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-Change = Literal["ablate", "scale", "set", "steer"]
-
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
@@ -82,6 +87,8 @@ class Dictionary:
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [..., features] of what is met at the site, [..., d_in]; 0 on rows beyond the limit."""
+        if x.shape[-1] != len(self.encoder):
+            raise InputError(f"this dictionary reads {len(self.encoder)} numbers at {self.site!r}, not {x.shape[-1]}")
         x = x.to(self.encoder)
         return self.activation(x @ self.encoder + self.encoder_bias) * self.within(x)[..., None]
 
@@ -91,6 +98,8 @@ class Dictionary:
 
     def decode(self, f: Tensor) -> Tensor:
         """What the features write, [..., d_out], of activations [..., features]."""
+        if f.shape[-1] != len(self):
+            raise InputError(f"this dictionary has {len(self)} features, not {f.shape[-1]}")
         return f.to(self.decoder) @ self.decoder + self.decoder_bias
 
     def within(self, x: Tensor) -> Tensor:
@@ -139,33 +148,36 @@ class Dictionary:
         change: Change = "ablate",
         value: float | Sequence[float] | Tensor = 0.0,
         *,
-        at: int | str | None = None,
+        positions: Positions = None,
     ) -> list[Edit]:
         """Edits that change features and nothing else: what the dictionary does not explain stays.
 
         "ablate" sets them to 0, "scale" multiplies them by `value`, "set" puts `value`, "steer" adds `value` whether they
-        are on or not. `value` is one number, or one per feature; `at` are positions as in a site. For model.run, generate
-        and sweep.
+        are on or not. `value` is one number, or one per feature. For model.run, generate and sweep.
         """
-        from pellucid.neurons.dictionaries.editing import change_edits
+        chosen = self._known(feature)
+        numbers = values_of(change, value, chosen)
+        return placed(ChangeFeatures, self, positions, features=tuple(chosen), change=change, value=numbers)
 
-        return change_edits(self, self._known(feature), change, value, at)
-
-    def patch(self, feature: int | Sequence[int], source: Any, *, at: int | str | None = None) -> list[Edit]:
+    def patch(self, feature: int | Sequence[int], source: Any, *, positions: Positions = None) -> list[Edit]:
         """Edits that give features the activations they have in another run or prompt, at the same positions."""
-        from pellucid.neurons.dictionaries.editing import patch_edits
+        if self.writes != self.site:
+            raise InputError(
+                "features of a transcoder are read at another site than they write to: set them to a value instead of "
+                "patching them"
+            )
+        return placed(PatchFeatures, self, positions, features=tuple(self._known(feature)), source=source)
 
-        return patch_edits(self, self._known(feature), source, at)
+    def splice(self, *, constant: Tensor | None = None, positions: Positions = None) -> list[Edit]:
+        """Edits that put the reconstruction in place of the site: what the dictionary does not explain is lost.
 
-    def splice(self, *, at: int | str | None = None) -> list[Edit]:
-        """Edits that put the reconstruction in place of the site: what the dictionary does not explain is lost."""
-        from pellucid.neurons.dictionaries.editing import splice_edits
-
-        return splice_edits(self, at)
+        With `constant` [d_out], that instead, on the same rows: the control.
+        """
+        return placed(Splice, self, positions, constant=constant)
 
     def _known(self, feature: int | Sequence[int]) -> list[int]:
         chosen = [feature] if isinstance(feature, int) else list(feature)
-        wrong = [i for i in chosen if not 0 <= i < len(self)]
+        wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < len(self)]
         if wrong or not chosen:
             raise InputError(f"feature {wrong or chosen} is not in this dictionary: expected 0 to {len(self) - 1}")
         return chosen
@@ -174,9 +186,7 @@ class Dictionary:
 
     def save(self, path: str | Path) -> Path:
         """A folder with cfg.json and sae_weights.safetensors, as SAELens reads them."""
-        from pellucid.neurons.dictionaries.saelens import save
-
-        return save(self, Path(path))
+        return saelens.write(vars(self), Path(path))
 
     @classmethod
     @technique
@@ -185,6 +195,4 @@ class Dictionary:
 
         InputError says what is missing or not understood.
         """
-        from pellucid.neurons.dictionaries.saelens import load
-
-        return load(Path(path), site, writes)
+        return cls(**saelens.read(Path(path), site, writes))

@@ -33,7 +33,6 @@ from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.neurons.dictionaries.dictionary import Dictionary
-from pellucid.neurons.dictionaries.editing import splice_edits
 from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.rows import token_rows
 from pellucid.results import Result
@@ -72,8 +71,8 @@ def dictionary_quality(
     mean = held.mean.float()
     variants = [
         dictionary.splice(),
-        splice_edits(dictionary, None, mean),
-        splice_edits(dictionary, None, torch.zeros_like(mean)),
+        dictionary.splice(constant=mean),
+        dictionary.splice(constant=torch.zeros_like(mean)),
         untrained(dictionary, round(held.l0), seed).splice(),
     ]
     losses = []
