@@ -144,7 +144,7 @@ class Truth(Judge):
 
 
 def test_a_judge_that_knows_the_activations_has_full_marks_and_a_blind_one_none():
-    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), others=1, progress=False)
+    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), draws=1, progress=False)
     np.testing.assert_allclose(found.score[0], 1)
     np.testing.assert_allclose(found.score[1], [0.5, 0.5, 0])
     np.testing.assert_allclose(found.control[0], [0.5, 0.5, 0])
@@ -154,7 +154,7 @@ def test_simulation_is_the_correlation_over_all_tokens_that_count():
     unit = UNITS[1]
     unit.held_out[0].activations[2] = np.nan
     judge = CallableJudge(lambda text, tokens: [len(t) + 0.1 * i for i, t in enumerate(tokens)])
-    found = score_descriptions([unit, unit], ["a", "b"], judge, others=1, progress=False)
+    found = score_descriptions([unit, unit], ["a", "b"], judge, draws=1, progress=False)
     said = np.concatenate([judge.simulate(Description("a"), c)[c.counted] for c in unit.held_out])
     true = np.concatenate([c.activations[c.counted] for c in unit.held_out])
     assert float(found.score.sel(test="simulation")[0]) == pytest.approx(np.corrcoef(said, true)[0, 1])

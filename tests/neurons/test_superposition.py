@@ -64,7 +64,7 @@ def best(found, sparsity):
 
 
 def test_sparse_features_share_dimensions_as_a_pentagon_for_less_than_any_model_without_superposition():
-    found = toy_model(0.97, features=5, hidden=2, copies=3, steps=1500, learning_rate=1e-2, progress=False)
+    found = toy_model(0.97, features=5, hidden=2, restarts=3, steps=1500, learning_rate=1e-2, progress=False)
     np.testing.assert_allclose(best(found, 0.97), 2 / 5, atol=0.03)
     assert found.loss.values.min() < 0.5 * float(found.linear[0])
 
@@ -81,7 +81,7 @@ def test_dense_features_are_kept_by_importance_one_in_each_dimension():
     ("features", "hidden", "shares"), [(4, 2, [1 / 2] * 4), (6, 3, [1 / 2] * 6), (3, 2, [1 / 2, 1 / 2, 1])]
 )
 def test_sparse_features_form_digons_where_they_can(features, hidden, shares):
-    found = toy_model(0.95, features=features, hidden=hidden, copies=4, steps=1200, learning_rate=1e-2, progress=False)
+    found = toy_model(0.95, features=features, hidden=hidden, restarts=4, steps=1200, learning_rate=1e-2, progress=False)
     np.testing.assert_allclose(best(found, 0.95), shares, atol=0.05)
 
 
@@ -122,7 +122,7 @@ def test_random_directions_are_as_crowded_as_chance_and_copies_more():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"sparsity": 1.0}, "to below 1"), ({"sparsity": []}, "to below 1"), ({"sparsity": 0.5, "importance": [1.0]}, "20 numbers")],
+    [({"sparsity": 1.0}, "to below 1"), ({"sparsity": []}, "to below 1"), ({"sparsity": 0.5, "importance": [1.0]}, "20 numbers"), ({"sparsity": 0.5, "hidden": 0}, "hidden=0: expected at least 1")],
 )  # fmt: skip
 def test_what_is_no_toy_model_is_refused(given, message):
     with pytest.raises(InputError, match=message):

@@ -12,7 +12,7 @@ large activations, half at random, so that the numbers say how well the unit's u
 Intervals are 95 %, by bootstrap over contexts.
 
 The control: the same judge is given the descriptions of other units on the same contexts. A description that says
-"common words" scores well on any unit; what counts is `gain`, own score minus the mean of `others` descriptions. Units made of
+"common words" scores well on any unit; what counts is `gain`, own score minus the mean of the others'. Units made of
 random directions are a second baseline: harvest some (`random_directions`) and describe and score them alike.
 """
 
@@ -56,23 +56,23 @@ def score_descriptions(
     judge: Judge | Simulate | None = None,
     *,
     tests: Sequence[str] = TESTS,
-    others: int = 3,
+    draws: int = 3,
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
     """How well each unit's description predicts where it fires, beside descriptions of other units.
 
     Gives over `unit` and `test` (those of `tests`): `gain` with its interval `gain_low` to `gain_high`, `score`
-    with `low` to `high`, `control` (the mean over the descriptions of `others` further units, drawn by `seed`); `description`
+    with `low` to `high`, `control` (the mean over the descriptions of `draws` other units, drawn by `seed`); `description`
     [unit]; `beats` [test], the share of units whose own description scores above the control, and `beats_surely`, the share
     whose interval of the gain lies above 0. NaN where a unit's contexts leave nothing to tell apart. InputError for fewer
     than two units, lists of unequal length, or an unknown test.
 
     >>> score_descriptions(contexts, describe(contexts)).beats  # doctest: +SKIP
     """
-    if len(contexts) != len(descriptions) or len(contexts) < 2 or others < 1:
+    if len(contexts) != len(descriptions) or len(contexts) < 2 or draws < 1:
         raise InputError(
-            f"{len(contexts)} units, {len(descriptions)} descriptions, others={others}: expected one each, at least two "
+            f"{len(contexts)} units, {len(descriptions)} descriptions, draws={draws}: expected one each, at least two "
             "units, and at least one other"
         )
     unknown = [test for test in tests if test not in TESTS]
@@ -85,7 +85,7 @@ def score_descriptions(
     score, control, bounds = np.full(shape, np.nan), np.full(shape, np.nan), np.full((4, *shape), np.nan)
     for u, each in enumerate(tqdm(contexts, unit="unit", disable=not progress)):
         rest = [i for i in range(len(said)) if i != u]
-        chosen = [said[u], *(said[i] for i in rng.permutation(rest)[:others])]
+        chosen = [said[u], *(said[i] for i in rng.permutation(rest)[:draws])]
         exams = dict(zip(TESTS, _exams(each, rng), strict=True))
         for t, test in enumerate(tests):
             exam = exams[test]

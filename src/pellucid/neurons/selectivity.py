@@ -48,7 +48,7 @@ def neuron_selectivity(
     *,
     pool: Literal["last", "mean"] = "last",
     shuffle: Literal["all", "within texts"] = "all",
-    permutations: int = 100,
+    draws: int = 100,
     best: int = 5,
     seed: int = 0,
     memory: int = 1 << 30,
@@ -56,7 +56,7 @@ def neuron_selectivity(
     """How well every unit of `sites` tells each label from the others, at places (text, first character, last + 1).
 
     A place's activation is that of its last token, or the mean over its tokens. Over `concept` x `unit`, on the half of the
-    texts that `seed` chooses: `auroc`, `point_biserial`, `f1` and `p`, corrected for all units by `permutations`. Over
+    texts that `seed` chooses: `auroc`, `point_biserial`, `f1` and `p`, corrected for all units by `draws` shuffles. Over
     `concept`: `significant`, how many units have p < .05, `shuffled`, the AUROC of the best unit after a shuffle (mean), and
     `examples`. Over `concept` x `rank`: `found`, the `best` units by their distance from 1/2, and on the other half their
     `held_out` AUROC with its 95 % interval `low` to `high`. Activations are read in as many passes as `memory` bytes need.
@@ -68,8 +68,8 @@ def neuron_selectivity(
     marks, concepts = _marks(places, labels)
     groups = np.array([text for text, _, _ in places])
     first = _half(groups, marks, concepts, seed)
-    shuffles = _shuffles(groups[first], marks[first], shuffle, permutations, seed)
-    extremes = np.zeros((permutations, len(concepts)))  # distances from 1/2
+    shuffles = _shuffles(groups[first], marks[first], shuffle, draws, seed)
+    extremes = np.zeros((draws, len(concepts)))  # distances from 1/2
     parts: dict[str, list[np.ndarray]] = {"auroc": [], "point_biserial": [], "f1": []}
     names: list[str] = []
     leaders: list[list[Leader]] = [[] for _ in concepts]
@@ -197,6 +197,9 @@ def _marks(places: Sequence[Place], labels: Sequence[str]) -> tuple[np.ndarray, 
     """[place, concept] 1 where the place has that label."""
     if len(places) != len(labels) or not len(places):
         raise InputError(f"{len(places)} places but {len(labels)} labels: give one for each, and at least one")
+    missing = next((i for i, label in enumerate(labels) if label is None or label != label), None)  # NaN is not itself
+    if missing is not None:
+        raise InputError(f"place {missing} has no label ({labels[missing]!r}): leave it out")
     concepts, each = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     if len(concepts) < 2:
         raise InputError(f"all places are labelled {concepts[0]!r}: there is nothing to tell apart")
@@ -213,12 +216,12 @@ def _half(groups: np.ndarray, marks: np.ndarray, concepts: list[str], seed: int)
     return first
 
 
-def _shuffles(groups: np.ndarray, marks: np.ndarray, shuffle: str, permutations: int, seed: int) -> np.ndarray:
-    """[place, permutation * concept] the marks in random orders."""
+def _shuffles(groups: np.ndarray, marks: np.ndarray, shuffle: str, draws: int, seed: int) -> np.ndarray:
+    """[place, draw * concept] the marks in random orders."""
     rng = np.random.default_rng(seed)
     keys = np.zeros(len(groups)) if shuffle == "all" else groups
     home = np.argsort(keys, kind="stable")
-    made = np.empty((permutations, *marks.shape), dtype=np.float32)
+    made = np.empty((draws, *marks.shape), dtype=np.float32)
     for each in made:
         each[home] = marks[np.lexsort((rng.random(len(groups)), keys))]
     return made.transpose(1, 0, 2).reshape(len(groups), -1)

@@ -64,35 +64,39 @@ def toy_model(
     features: int = 20,
     hidden: int = 5,
     importance: Tensor | Sequence[float] | None = None,
-    copies: int = 1,
+    restarts: int = 1,
     steps: int = 5000,
     batch: int = 512,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Train the toy model once for every sparsity and copy, all in one batch.
+    """Train the toy model once for every sparsity and restart, all in one batch.
 
-    `importance` [features] weighs the features (default: all 1). Gives over `sparsity`, `copy` and `feature`
+    `importance` [features] weighs the features (default: all 1). Gives over `sparsity`, `restart` and `feature`
     `dimensionality`, `norm` and `interference`, `weights` with `hidden` besides and `bias`; `loss` over `sparsity` and
-    `copy`, and `linear`, the loss of the best model without superposition: the most important features kept, one per
-    dimension, all others answered by their mean. Copies differ by their random start.
+    `restart`, and `linear`, the loss of the best model without superposition: the most important features kept, one per
+    dimension, all others answered by their mean. Restarts differ by their random start.
 
     >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3, progress=False).dimensionality.shape
     (2, 1, 4)
     """
+    counts = {"features": features, "hidden": hidden, "restarts": restarts, "steps": steps, "batch": batch}
+    wrong = next((f"{name}={count}" for name, count in counts.items() if count < 1), None)
+    if wrong is not None:
+        raise InputError(f"{wrong}: expected at least 1")
     given = [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     if not given or not all(0 <= s < 1 for s in given):
         raise InputError(f"sparsity is the chance that a feature is absent, from 0 to below 1: got {given}")
     weights = torch.ones(features) if importance is None else torch.as_tensor(importance, dtype=torch.float32)
     if weights.shape != (features,) or bool((weights < 0).any()):
         raise InputError(f"importance= must be {features} numbers of at least 0, not {list(weights.shape)}")
-    absent = torch.tensor(given).repeat_interleave(copies)[:, None, None]
+    absent = torch.tensor(given).repeat_interleave(restarts)[:, None, None]
     w, b = _train(absent, weights, hidden, steps, batch, learning_rate, seed, progress)
     loss = _loss(w, b, _draw(absent, 20 * batch, features, torch.Generator().manual_seed(seed + 1)), weights)
-    shape = (len(given), copies)
+    shape = (len(given), restarts)
     vectors = w.mT.reshape(*shape, features, hidden)
-    over = ("sparsity", "copy", "feature")
+    over = ("sparsity", "restart", "feature")
     data = xr.Dataset(
         {
             "dimensionality": (over, dimensionality(vectors).numpy()),
