@@ -221,6 +221,28 @@ def test_quantile_bins_hold_what_belongs_there_and_the_sample_is_uniform():
     np.testing.assert_allclose(found.coactivation(f"{name}.3").numpy(), wanted[3], atol=1e-4)
 
 
+@pytest.mark.parametrize("mean", [0.0, -1e3, 1e6])
+@pytest.mark.parametrize("sizes", [(700,), (1, 2, 300, 397), (130,) * 5])
+def test_moments_hold_for_units_whose_mean_is_large(mean, sizes):
+    x = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3, 0.5, 0]) + mean
+    x[: sizes[0], 1] += 100 * sizes[0]  # a block that is unlike the others
+    tally, at, none = Tally.empty(4, 2, 2), 0, torch.arange(0)
+    for size in sizes:
+        tally.add(x[at : at + size], torch.arange(at, at + size), (none, none))
+        at += size
+    torch.testing.assert_close(tally.mean, x.double().mean(0), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(tally.std, x.double().std(0, unbiased=False), rtol=1e-5, atol=1e-6)
+    assert int(tally.count) == len(x) and float(tally.std[3]) == 0
+
+
+def test_what_is_kept_prints_short():
+    found = gathered(opened("llama"))
+    units = Units("layers.0.resid_post", torch.eye(32), "axes")
+    assert repr(units) == "Units('layers.0.resid_post', directions [32, 32], name='axes')"
+    assert "4 sites, 60 texts" in repr(found) and len(repr(found)) < 200
+    assert len(repr(found.shelf)) < 100
+
+
 def test_every_token_is_as_likely_to_be_sampled():
     hits = np.zeros(40)
     for seed in range(400):

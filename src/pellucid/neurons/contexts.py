@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.engine.checkpoint import fingerprint
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
@@ -144,12 +143,10 @@ def activations(
 ) -> dict[int, Tensor]:
     """[position, unit] float32 of some units at every token of some harvested prompts, by prompt; `batch` is in tokens.
 
-    InputError for another model's harvest, units that were not harvested, and units of your own after loading, where they
-    were not given to `Harvest.load`.
+    InputError for another model's harvest, units that were not harvested, and functions of your own after loading, where
+    they were not given to `Harvest.load`.
     """
     harvest.check(model)
-    if fingerprint([u.read for u in harvest.readers.values()]) != harvest.plan.readers:
-        raise InputError("this harvest has units of its own: give them to Harvest.load(path, units=[...])")
     found = [harvest.find(unit) for unit in units]
     sites = {name: Site.parse(harvest.readers[name].site) for name, _ in found}
     made: dict[int, Tensor] = {}

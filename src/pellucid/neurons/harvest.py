@@ -32,16 +32,18 @@ from pellucid.engine.watching import together, watch
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
+from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.tally import Sampler, Tally
 from pellucid.technique import technique
 
-INDEX = "harvest.json"
+INDEX, VERSION = "harvest.json", 2
+NONE = fingerprint(None)  # of a site's own units
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """Functions of the values at a site, each a unit: directions [unit, d] (or one, [d]) that values are projected on, or a
-    callable from values [token, ...] (the site's dimensions) to activations [token, unit], a dictionary's encoder say.
+    callable from values [token, ...] (the site's dimensions) to activations [token, unit], a `Dictionary` say.
 
     >>> Units("layers.3.resid_post", torch.eye(4)[:2], name="axes").activations(torch.ones(1, 4))
     tensor([[1., 1.]])
@@ -50,6 +52,11 @@ class Units:
     site: str
     read: Tensor | Callable[[Tensor], Tensor] | None = None  # None: the site's own units
     name: str = ""
+
+    def __repr__(self) -> str:
+        read = f"directions {list(self.read.shape)}" if isinstance(self.read, Tensor) else self.read
+        more = "".join(f", {part}" for part in (read, self.name and f"name={self.name!r}") if part)
+        return f"Units({self.site!r}{more})"
 
     @property
     def label(self) -> str:
@@ -83,7 +90,7 @@ class Plan:
     digest: str
     labels: tuple[str, ...]
     sites: tuple[str, ...]
-    readers: str  # a fingerprint
+    readers: tuple[str, ...]  # a fingerprint of each
     top: int
     sample: int
     context: int
@@ -105,6 +112,11 @@ class Harvest:
     shelf: Shelf
     readers: dict[str, Units]
     count: int = 0  # tokens
+
+    def __repr__(self) -> str:
+        units = sum(len(tally.top) for tally in self.tallies.values())
+        of = f" of {self.plan.model}" if self.plan.model else ""
+        return f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {len(self.shelf)} texts, {self.count} tokens>"
 
     @property
     def names(self) -> list[str]:
@@ -224,6 +236,7 @@ class Harvest:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{str(path)!r} is not empty: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        _write_units(folder, self.readers)
         shelf = Shelf(folder)
         for first, end in zip(self.shelf.firsts, [*self.shelf.firsts[1:], len(self.shelf)], strict=True):
             rows = range(first, end)
@@ -241,13 +254,8 @@ class Harvest:
         }
         state |= {"keys": self.sampler.keys, "places": self.sampler.places}
         save_file(state, str(folder / f"state-{number:05d}.safetensors"))
-        about = {
-            "pellucid-harvest": 1,
-            **asdict(self.plan),
-            "count": self.count,
-            "firsts": self.shelf.firsts,
-            "prompts": len(self.shelf),
-        }
+        about = {"pellucid-harvest": VERSION, **asdict(self.plan), "count": self.count}
+        about |= {"firsts": self.shelf.firsts, "prompts": len(self.shelf)}
         part = folder / (INDEX + ".part")
         part.write_text(json.dumps(about, indent=1))
         part.replace(folder / INDEX)
@@ -258,37 +266,40 @@ class Harvest:
     @classmethod
     @technique
     def load(cls, path: str | Path, units: Sequence[Units] = ()) -> Harvest:
-        """What was harvested into a folder. `units` are those of your own, for activations to be computed again.
+        """What was harvested into a folder; `check(model)` says whether it belongs to a model.
 
-        InputError if it is no harvest.
+        Directions and dictionaries come back with it. Other functions do not: where their activations are to be computed
+        again, give those `units` as they were. InputError if it is no harvest, or for other units.
         """
-        folder = Path(path)
+        made = cls._read(Path(path))
+        given = {u.label: u for u in units}
+        for i, (label, site) in enumerate(zip(made.plan.labels, made.plan.sites, strict=True)):
+            own = given.get(label)
+            if own is not None and fingerprint(own.read) != made.plan.readers[i]:
+                raise InputError(f"{label!r} was harvested with another function or other directions than those given")
+            made.readers[label] = own or Units(site, _read_units(Path(path), i, made.plan.readers[i]), label)
+        return made
+
+    @classmethod
+    def _read(cls, folder: Path) -> Harvest:
+        """Without its readers."""
         try:
             about = json.loads((folder / INDEX).read_text())
-            if about.pop("pellucid-harvest") != 1:
-                raise ValueError("another version")
+            if (version := about.pop("pellucid-harvest")) != VERSION:
+                raise InputError(f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again")
             count, firsts, prompts = (about.pop(key) for key in ("count", "firsts", "prompts"))
-            plan = Plan(**{**about, "labels": tuple(about["labels"]), "sites": tuple(about["sites"])})
+            plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
             state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{str(path)!r} is no harvest: expected a folder with a readable {INDEX}") from error
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{str(folder)!r} is no harvest: expected a folder with a readable {INDEX}") from error
         tallies = {
             label: Tally(**{key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{i}/")})
             for i, label in enumerate(plan.labels)
         }
-        given = {u.label: u for u in units}
-        readers = {
-            label: given.get(label, Units(site, name=label))
-            for label, site in zip(plan.labels, plan.sites, strict=True)
-        }
-        return cls(
-            plan,
-            tallies,
-            Sampler(state["keys"], state["places"], plan.seed),
-            Shelf(folder, firsts, prompts),
-            readers,
-            count,
-        )
+        sampler = Sampler(state["keys"], state["places"], plan.seed)
+        return cls(plan, tallies, sampler, Shelf(folder, firsts, prompts), {}, count)
 
 
 @technique
@@ -321,7 +332,7 @@ def harvest(
     readers = _readers(model, sites)
     plan = Plan(
         model.digest, tuple(readers), tuple(u.site for u in readers.values()),
-        fingerprint([u.read for u in readers.values()]), top, sample, context, skip, seed, model.name,
+        tuple(fingerprint(u.read) for u in readers.values()), top, sample, context, skip, seed, model.name,
     )  # fmt: skip
     made = _begin(plan, readers, None if path is None else Path(path))
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
@@ -372,12 +383,37 @@ def _begin(plan: Plan, readers: dict[str, Units], folder: Path | None) -> Harves
     if folder is None or not (folder / INDEX).exists():
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            _write_units(folder, readers)
         return Harvest(plan, {}, Sampler.empty(plan.sample, plan.seed), Shelf(folder), readers)
-    made = Harvest.load(folder, list(readers.values()))
+    made = Harvest._read(folder)
     differ = [key for key, value in asdict(plan).items() if key != "model" and value != getattr(made.plan, key)]
     if differ:
         raise InputError(f"{str(folder)!r} holds another harvest (other {', '.join(differ)}): use another folder")
+    made.readers = readers
     return made
+
+
+def _write_units(folder: Path, readers: Mapping[str, Units]) -> None:
+    """The readers that can be kept: directions and dictionaries."""
+    for i, units in enumerate(readers.values()):
+        if isinstance(units.read, Dictionary):
+            units.read.save(folder / f"units-{i}")
+        elif isinstance(units.read, Tensor):
+            save_file({"directions": units.read.detach().cpu().contiguous()}, str(folder / f"units-{i}.safetensors"))
+
+
+def _read_units(folder: Path, i: int, known: str) -> Tensor | Callable[[Tensor], Tensor] | None:
+    if known == NONE:
+        return None
+    if (folder / f"units-{i}").exists():
+        return Dictionary.load(folder / f"units-{i}")
+    if (file := folder / f"units-{i}.safetensors").exists():
+        return load_file(str(file))["directions"]
+    return _lost
+
+
+def _lost(values: Tensor) -> Tensor:
+    raise InputError("this harvest has units of its own: give their function to Harvest.load(path, units=[...])")
 
 
 def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) -> dict[int, list[int]]:
