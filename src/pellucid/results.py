@@ -36,6 +36,7 @@ from rich.text import Text
 from pellucid.errors import InputError, nearest
 
 FORMAT = {"format": "pellucid-result", "version": 1}
+SHOWN = 8  # rows of a printed table
 Data = xr.Dataset | xr.DataArray
 
 
@@ -206,11 +207,13 @@ class Result:
         return Result(chosen, kind=self.kind, title=self.title, provenance=self.provenance)
 
     def to_frame(self, *variables: str) -> pd.DataFrame:
-        """A tidy frame: one row per cell, one column per dimension and per variable (all, or those named).
+        """A tidy frame: one row per cell, one column per dimension, per coordinate along them, and per variable.
 
-        Variables with fewer dimensions are repeated along the others; InputError if no variable spans all.
+        By default the table of the main variable, with what else lies along its dimensions; name others (the values of
+        single prompts, say) to see them instead. Named variables with fewer dimensions are repeated along the others;
+        InputError if no variable spans all.
         """
-        data = self.data[[self[name].name for name in variables]] if variables else self.data
+        data = self.data[[self[name].name for name in variables] or self._beside()]
         if not any(set(data.dims) == set(variable.dims) for variable in data.data_vars.values()):
             shapes = ", ".join(f"{name} {variable.dims}" for name, variable in data.data_vars.items())
             raise InputError(f"these share no table, so name those you want in to_frame(...): {shapes}")
@@ -218,22 +221,31 @@ class Result:
             return pd.DataFrame([{name: value.values.item() for name, value in data.variables.items()}])
         return data.to_dataframe().reset_index()
 
+    def _beside(self) -> list[str]:
+        """The variables of the main one's table: those that lie along its dimensions."""
+        return [str(name) for name, v in self.data.data_vars.items() if set(v.dims) <= set(self.main.dims)]
+
     def top(self, n: int = 8) -> pd.DataFrame:
-        """The `n` cells of the main variable largest in size (or its first ones, where it is no number)."""
+        """The `n` cells of the main variable largest in size (or its first ones, where it is no number), as `to_frame`."""
         flat = self.values.ravel()
         order = np.arange(flat.size)[:n]
         if flat.dtype.kind in "iufc" and n > 0:
             size = np.nan_to_num(np.abs(flat).astype(float), nan=-1.0)
             order = np.argpartition(-size, n)[:n] if n < size.size else np.arange(size.size)
             order = order[np.argsort(-size[order], kind="stable")]
+        return self._rows(order)
+
+    def _rows(self, order: np.ndarray) -> pd.DataFrame:
+        """Cells of the main variable by their place in it, in this order."""
         index = np.unravel_index(order, self.main.shape) if self.main.ndim else ()
         cells = {dim: xr.DataArray(i, dims="_cell") for dim, i in zip(self.main.dims, index, strict=True)}
-        along = [name for name, v in self.data.data_vars.items() if set(v.dims) <= set(self.main.dims)]
+        along = self._beside()
         picked = Result(self.data[along].isel(cells), kind=self.kind).to_frame()
         for dim, i in cells.items():
             if dim not in picked:
                 picked.insert(0, dim, i)
-        return picked[[*self.main.dims, *along]]
+        labels = [str(name) for name, c in self.data[along].coords.items() if name not in self.main.dims and c.ndim]
+        return picked[[*self.main.dims, *labels, *along]]
 
     # -- comparing -------------------------------------------------------------------------------------
 
@@ -262,12 +274,25 @@ class Result:
 
     def _heading(self) -> str:
         sizes = ", ".join(f"{dim} {size}" for dim, size in self.data.sizes.items()) or "a single value"
-        return f"{self.kind}: {', '.join(map(str, self.data.data_vars))} over {sizes}"
+        shown = f"; the {SHOWN} largest of {self.main.size}" if self.main.size > SHOWN else ""
+        return f"{self.kind}: {', '.join(map(str, self.data.data_vars))} over {sizes}{shown}"
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        frame = self.top()
+        """A small table in its own order, of a large one what is largest; what is the same for all cells is left out."""
+        frame = self.top(SHOWN) if self.main.size > SHOWN else self._rows(np.arange(self.main.size))
+        if self.main.ndim:
+            frame = frame[[n for n in frame if n in self.main.dims or self.data[n].ndim]]
+            names_of_layers = [
+                n for n in frame if n != "layer" and n in self.data.coords and self.data[n].dims == ("layer",)
+            ]
+            frame = frame.drop(columns=names_of_layers)
         rows = [[_show(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
         return [str(column) for column in frame.columns], rows
+
+    def _constants(self) -> str:
+        """What has one value for the whole table."""
+        single = {k: v.values.item() for k, v in self.data.variables.items() if not v.ndim} if self.main.ndim else {}
+        return ", ".join(f"{name} {_show(value)}" for name, value in single.items())
 
     def __rich__(self) -> Group:
         columns, rows = self._cells()
@@ -277,7 +302,8 @@ class Result:
         for row in rows:
             table.add_row(*map(Text, row))
         heading, source = (Text(text, style="dim") for text in (self._heading(), self.provenance.line()))
-        return Group(Text(self.title, style="bold"), heading, table, source)
+        constants = [Text(text)] if (text := self._constants()) else []
+        return Group(Text(self.title, style="bold"), heading, table, *constants, source)
 
     def __repr__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False)

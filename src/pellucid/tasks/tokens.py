@@ -6,6 +6,7 @@ byte-level BPE, WordPiece, sentencepiece-like and word-level ones all answer. No
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,20 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
 
 
 def single_id(tokenizer: Any, answer: str | int) -> int:
-    """The id of `answer` (an id is its own). InputError if it is not one known token, with its pieces."""
+    """The id of `answer` (an id is its own). InputError if it is not one known token, with its pieces.
+
+    Warns where a word has another token after a space, which is what follows a prompt that ends in a word.
+    """
     if isinstance(answer, int):
         if answer < 0:
             raise InputError(f"token id {answer} is negative; ids count from 0")
         return answer
     ids = answer_ids(tokenizer, answer)
     if len(ids) == 1 and (ids != [tokenizer.unk_token_id] or answer == tokenizer.unk_token):
+        if answer[0].isalnum() and len(after := answer_ids(tokenizer, f" {answer}")) == 1 and after != ids:
+            warnings.warn(
+                f"{answer!r} and {' ' + answer!r} are different tokens: after a word it is the second", stacklevel=2
+            )
         return ids[0]
     if len(ids) == 1:
         raise InputError(f"{answer!r} is unknown to this tokenizer; choose a word of its vocabulary")
