@@ -58,6 +58,9 @@ class UnitVectors:
                 f"{len(self.names)} units have features {list(self.values.shape)}: expected [unit, feature]"
             )
 
+    def __repr__(self) -> str:
+        return f"<UnitVectors of {len(self.names)} units by {self.source}: {list(self.values.shape)}>"
+
     @classmethod
     @technique
     def activations(cls, harvest: Harvest, sites: Sequence[str] | None = None) -> UnitVectors:
@@ -118,7 +121,7 @@ class UnitClusters:
     limit: int = 4000
     seed: int = 0
 
-    labels_: np.ndarray | None = field(default=None, init=False)
+    labels_: np.ndarray | None = field(default=None, init=False, repr=False)
     n_: int = field(default=0, init=False)
     silhouette_: float = field(default=float("nan"), init=False)
     fitted_: int = field(default=0, init=False)
@@ -129,6 +132,8 @@ class UnitClusters:
         if self.method not in get_args(Method):
             raise InputError(f"there is no method {self.method!r}: expected one of {', '.join(get_args(Method))}")
         x = np.asarray(vectors, dtype=np.float32)
+        if x.ndim != 2 or not np.isfinite(x).all():
+            raise InputError(f"these vectors are {list(x.shape)}: expected finite numbers [unit, feature]")
         alive = np.abs(x).sum(1) > 0
         if alive.sum() < 3 or (self.n is not None and not 2 <= self.n < alive.sum()):
             wanted = "a number" if self.n is None else self.n
@@ -214,6 +219,8 @@ def unit_clusters(
     """
     from sklearn.metrics import adjusted_rand_score
 
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1")
     clusters = clusters or UnitClusters()
     vectors = features.normalised()
     clusters.fit(vectors)

@@ -63,6 +63,9 @@ class Concepts:
         if len(set(self.names)) < len(self.names):
             raise InputError("two concepts have one name")
 
+    def __repr__(self) -> str:
+        return f"<Concepts on {len(self.masks)} tokens: {len(self.names)} ({', '.join(self.names[:4])} ...)>"
+
     @classmethod
     def of(cls, masks: dict[str, Any]) -> Concepts:
         return cls(tuple(masks), np.stack([np.asarray(m, dtype=bool) for m in masks.values()], 1))

@@ -37,6 +37,9 @@ class Context:
         if len(self.tokens) != len(self.activations):
             raise InputError(f"{len(self.tokens)} tokens have {len(self.activations)} activations: expected one each")
 
+    def __repr__(self) -> str:
+        return f"<Context of {len(self.tokens)} tokens: {self.text[:60]!r}>"
+
     @property
     def counted(self) -> np.ndarray:
         """[token]"""
@@ -81,6 +84,9 @@ class UnitContexts:
     level: float
     shown: tuple[Context, ...]
     held_out: tuple[Context, ...]
+
+    def __repr__(self) -> str:
+        return f"<UnitContexts of {self.unit}: {len(self.shown)} shown, {len(self.held_out)} held out>"
 
 
 @technique

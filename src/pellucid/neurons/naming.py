@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -61,8 +61,8 @@ class Description:
     """What a unit fires on, in words; with `rules`, it also predicts. `rest` is predicted where no rule holds."""
 
     text: str
-    rules: tuple[Rule, ...] = ()
-    rest: float = 0.0
+    rules: tuple[Rule, ...] = field(default=(), repr=False)
+    rest: float = field(default=0.0, repr=False)
 
     def __str__(self) -> str:
         return self.text

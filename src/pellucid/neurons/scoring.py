@@ -42,7 +42,10 @@ DRAWS = 500
 @technique
 def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: str = "random") -> Units:
     """`n` random directions of length 1 at a site with one vector per token, to be harvested beside its own units."""
-    (where,) = model.sites(site)
+    found = model.sites(site)
+    if len(found) != 1 or n < 1 or found[0].dims[:2] != ("batch", "position"):
+        raise InputError(f"{n} directions at {site!r}: expected at least 1, at one site with a vector per token")
+    where = found[0]
     run = model.run(torch.zeros(1, 2, dtype=torch.long), keep=[where])
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(n, run.tensor(where).flatten(2).shape[2], generator=generator)

@@ -65,6 +65,8 @@ def neuron_selectivity(
     >>> words = bank.spans  # doctest: +SKIP
     >>> neuron_selectivity(model, words.texts, words.where, bank.tags().labels).found  # doctest: +SKIP
     """
+    if min(draws, best) < 1:
+        raise InputError(f"draws={draws}, best={best}: expected at least 1 of each")
     marks, concepts = _marks(places, labels)
     groups = np.array([text for text, _, _ in places])
     first = _half(groups, marks, concepts, seed)

@@ -60,6 +60,9 @@ class Stream:
     context: int = 128
     batch: int = 8
 
+    def __repr__(self) -> str:
+        return f"<Stream of {len(self.texts)} texts through {self.model.name} at {', '.join(self.sites)}>"
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         rows = token_rows(self.model, self.texts, self.context)
         for i in range(0, len(rows), self.batch):
