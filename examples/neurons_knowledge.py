@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 
 import pellucid as pl
 from pellucid.metrics import probability, rank
-from pellucid.neurons import chosen, knowledge_attribution, knowledge_effect, knowledge_neurons
+from pellucid.neurons import knowledge_attribution, knowledge_effect, knowledge_neurons
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks.tokens import answer_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -156,7 +157,7 @@ def main() -> None:
         far = far or [i for i in range(len(kept)) if i != number]
         unrelated, against = far[:UNRELATED], far[UNRELATED:] + near
         contrast = joined([attributions[i] for i in against]) if against else None
-        neurons = chosen(knowledge_neurons(attributions[number], against=contrast))
+        neurons = knowledge_neurons(attributions[number], others=contrast).neurons.values.tolist()
         if not neurons:
             print(
                 f"{fact.relation[:22]:22s} {wordings[0][-44:]:>44s}{fact.answer:12s} none that other facts do not have"
@@ -176,10 +177,9 @@ def main() -> None:
               f"random {float(off.sel(group='random')):+.2f} most active {float(off.sel(group='most active')):+.2f}", flush=True)  # fmt: skip
 
     print(f"\nchange of the log-odds (nats), mean over {len(rows)} facts with 95 % bootstrap intervals")
-    draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     for where in ("fact", "other wording", "unrelated"):
         values = np.stack([row[where] for row in rows])  # [fact, group, factor]
-        low, high = np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0)
+        low, high = interval(values)
         for f, factor in enumerate(("suppressed", "amplified")):
             shown = [
                 f"{g} {values[:, i, f].mean():+.2f} [{low[i, f]:+.2f}, {high[i, f]:+.2f}]"

@@ -38,13 +38,13 @@ from pellucid.neurons import (
     activating_inputs,
     compositional,
     describe,
-    fires,
     harvest,
     random_directions,
     read_contexts,
     score_descriptions,
     unit_clusters,
 )
+from pellucid.neurons.compositional import firings
 from pellucid.neurons.corpus import where
 from pellucid.probing import Treebank
 from pellucid.results import Result
@@ -103,7 +103,7 @@ def by_model(model: pl.Model, contexts: list[UnitContexts], judge: bool) -> None
         few = contexts[:6]
         counted: list[Description] = describe(few, progress=False)
         tests = ("detection", "fuzzing")
-        scores = score_descriptions(few, counted, ModelJudge(model), others=1, tests=tests, progress=False)
+        scores = score_descriptions(few, counted, ModelJudge(model), draws=1, tests=tests, progress=False)
         table("6 of them, described by counting, with SmolLM2 as judge", scores)
 
 
@@ -154,16 +154,16 @@ def explained(model: pl.Model, found: Harvest, bank: Treebank) -> None:
     )
     for layer in LAYERS:
         site, began = f"layers.{layer}.mlp.neurons", time.process_time()
-        firing = fires(found.sample(site)[1].numpy()[order], 0.05)
+        active = found.sample(site)[1].numpy()[order]
         made = compositional(
-            firing, concepts, groups=prompt, beam=beam, units=[f"{site}.{n}" for n in range(1536)], progress=False
+            active, concepts, quantile=0.95, groups=prompt, beam=beam, units=[f"{site}.{n}" for n in range(1536)], progress=False
         ).data
         spent = time.process_time() - began
         bound = float(made.control_held_out.quantile(0.99))
         print(f"  layer {layer:2d}: IoU {float(made.iou.mean()):.3f}, held out {float(made.held_out.mean()):.3f}; shifted "
               f"{float(made.control.mean()):.3f}, held out {float(made.control_held_out.mean()):.3f}; "
               f"{float((made.low > bound).mean()):.0%} of neurons surely above 99 % of the shifted ones "
-              f"({2 * firing.shape[1] * len(concepts.names) / spent:.0f} concepts x neurons a second)", flush=True)  # fmt: skip
+              f"({2 * active.shape[1] * len(concepts.names) / spent:.0f} concepts x neurons a second)", flush=True)  # fmt: skip
         for i in np.argsort(-made.held_out.values)[:3]:
             row = made.isel(unit=int(i))
             print(
@@ -172,7 +172,7 @@ def explained(model: pl.Model, found: Harvest, bank: Treebank) -> None:
     half = Concepts(concepts.names, concepts.masks[::2])  # as many tokens as are searched on above
     began = time.process_time()
     for n in range(3):
-        one_by_one(firing[::2, n], half, beam)
+        one_by_one(firings(active, 0.95)[::2, n], half, beam)
     speed = 3 * len(concepts.names) / (time.process_time() - began)
     print(f"  one neuron and one formula at a time: {speed:.0f} concepts x neurons a second")
 
@@ -191,7 +191,7 @@ def searched(model: pl.Model, units: list[str], texts: list[str]) -> None:
     print("\ninputs of 8 tokens: activation found, against blind exchanges, random texts (as many evaluations), corpus")
     for unit in units:
         for fluency in (0.0, 0.5):
-            made = activating_inputs(model, unit, length=8, steps=16, restarts=2, fluency=fluency, corpus=texts,
+            made = activating_inputs(model, unit, length=8, steps=16, restarts=2, fluency=fluency, texts=texts,
                                      exchanges=Exchanges(trials=24), progress=False)  # fmt: skip
             at = made.data.isel(restart=0)
             controls = ", ".join(
