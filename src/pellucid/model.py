@@ -70,7 +70,7 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the weights."""
+        """A fingerprint of the weights as they are now: also after a change in place (see `anatomy.fingerprint`)."""
         return self.loaded.digest
 
     def __repr__(self) -> str:
