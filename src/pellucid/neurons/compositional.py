@@ -35,12 +35,12 @@ from tqdm.auto import tqdm
 
 from pellucid.errors import InputError, nearest
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.technique import technique
 
 OR, AND, NOT = "OR", "AND", "AND NOT"
 OPERATIONS = (OR, AND, NOT)
 UNITS = 256  # that search together
-DRAWS = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ def compositional(
     `activations` [token, unit]: a unit fires where it is above its `quantile` (so that ties are left out), or where it is
     True. `groups` [token] are the texts, of which the share `held_out` is not searched on (by default each token is a text).
     Gives over `unit`: `formula` (text), `length`, `iou` and `score` where searched, `held_out` (IoU on the rest, with its
-    95 % interval `low` to `high` by bootstrap over texts), `control` and `control_held_out`, the same for the shifted
+    95 % interval `low` to `high` over texts), `control` and `control_held_out`, the same for the shifted
     firings with `control_formula`, and `density`, how often the unit fires. A unit that never fires has IoU 0. InputError
     for masks that do not fit.
 
@@ -183,19 +183,20 @@ def compositional(
     with tqdm(total=2 * firing.shape[1], unit="unit", disable=not progress or not sys.stderr.isatty()) as bar:
         found = search(firing[~tested], parts[0], beam, bar)
         null = search(shifted[0], parts[0], beam, bar)
-    overlap, low, high = held(firing[tested], [f for f, _ in found], parts[1], text[tested], rng)
-    placebo, _, _ = held(shifted[1], [f for f, _ in null], parts[1], text[tested], rng)
+    both, either = held(firing[tested], [f for f, _ in found], parts[1], text[tested])
+    low, high = interval(both, seed, over=either, within=(0, 1))
+    placebo = held(shifted[1], [f for f, _ in null], parts[1], text[tested])
     data = xr.Dataset(
         {
             "iou": ("unit", [v for _, v in found]),
             "score": ("unit", [v * beam.penalty ** (len(f) - 1) for f, v in found]),
             "formula": ("unit", np.array([str(f) for f, _ in found], dtype=object)),
             "length": ("unit", [len(f) for f, _ in found]),
-            "held_out": ("unit", overlap),
+            "held_out": ("unit", overlap(both, either)),
             "low": ("unit", low),
             "high": ("unit", high),
             "control": ("unit", [v for _, v in null]),
-            "control_held_out": ("unit", placebo),
+            "control_held_out": ("unit", overlap(*placebo)),
             "control_formula": ("unit", np.array([str(f) for f, _ in null], dtype=object)),
             "density": ("unit", firing.mean(0)),
         },
@@ -327,9 +328,9 @@ def _applied(holds: Tensor, source: Tensor, operation: Tensor, masks: Tensor) ->
 
 
 def held(
-    firing: np.ndarray, formulas: Sequence[Formula], concepts: Concepts, text: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """IoU of each unit's formula on other tokens, and its 95 % interval over texts."""
+    firing: np.ndarray, formulas: Sequence[Formula], concepts: Concepts, text: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[text, unit] on how many tokens both a unit and its formula hold, and on how many either does."""
     _, text = np.unique(text, return_inverse=True)
     texts = int(text.max()) + 1
     both, either = np.zeros((2, texts, len(formulas)))
@@ -337,9 +338,12 @@ def held(
         holds = formula.holds(concepts)
         both[:, i] = np.bincount(text, holds & firing[:, i], minlength=texts)
         either[:, i] = np.bincount(text, holds | firing[:, i], minlength=texts)
-    drawn = rng.multinomial(texts, np.full(texts, 1 / texts), size=DRAWS).astype(float)
-    low, high = np.quantile(drawn @ both / np.maximum(drawn @ either, 1), [0.025, 0.975], axis=0)
-    return both.sum(0) / np.maximum(either.sum(0), 1), low, high
+    return both, either
+
+
+def overlap(both: np.ndarray, either: np.ndarray) -> np.ndarray:
+    """[unit] the IoU over all texts."""
+    return np.asarray(both.sum(0) / np.maximum(either.sum(0), 1))
 
 
 def _shifted(firing: np.ndarray, rng: np.random.Generator) -> np.ndarray:

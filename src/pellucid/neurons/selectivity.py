@@ -29,13 +29,13 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.corpus import Text, batches
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks.tokens import covering, encode
 from pellucid.technique import technique
 
 Place = tuple[int, int, int]  # text, first character, last character + 1
 UNITS = 1024  # ranked at a time
 TOKENS = 2048  # run at a time
-DRAWS = 1000  # of texts, for an interval
 
 
 @technique
@@ -175,21 +175,20 @@ def best_f1(less: Tensor, marks: np.ndarray) -> np.ndarray:
 
 
 def _outside(leaders: list[Leader], marks: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """[leader, 3] the AUROC of units on texts they were not chosen on, and its interval over draws of texts."""
-    texts, inverse = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), DRAWS)[:, inverse]
-    weights = np.concatenate([np.ones((1, len(groups)), dtype=int), weights])
-    rows = np.empty((len(leaders), 3))
-    for i, (_, _, x) in enumerate(leaders):
-        order = np.argsort(x, kind="stable")
-        starts = np.flatnonzero(np.diff(x[order], prepend=-np.inf))
-        of, rest = (np.add.reduceat(weights[:, order] * y[order], starts, axis=1) for y in (marks, 1 - marks))
-        below = rest.cumsum(1) - rest / 2
-        with np.errstate(invalid="ignore"):  # a draw without the concept says nothing
-            drawn = (of * below).sum(1) / (of.sum(1) * rest.sum(1))
-        rows[i] = drawn[0], *np.nanquantile(drawn[1:], [0.025, 0.975])
-    return rows
+    """[leader, 3] the AUROC of units on texts they were not chosen on, and its interval over texts."""
+    orders = [np.argsort(x, kind="stable") for _, _, x in leaders]
+    starts = [np.flatnonzero(np.diff(x[o], prepend=-np.inf)) for o, (_, _, x) in zip(orders, leaders, strict=True)]
+
+    def weighed(weights: np.ndarray) -> np.ndarray:
+        """[draw, leader] with each place as often as `weights` [draw, place] say."""
+        found = []
+        for order, start in zip(orders, starts, strict=True):
+            of, rest = (np.add.reduceat((weights * y)[:, order], start, axis=1) for y in (marks, 1 - marks))
+            below = rest.cumsum(1) - rest / 2
+            found.append((of * below).sum(1) / (of.sum(1) * rest.sum(1)))
+        return np.stack(found, 1)
+
+    return np.stack([weighed(np.ones((1, len(groups))))[0], *interval(weighed, seed, groups=groups, within=(0, 1))], 1)
 
 
 # ---- labels

@@ -36,10 +36,10 @@ from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.rows import token_rows
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.technique import technique
 
 STATES = ("clean", "spliced", "mean", "zero", "untrained")
-DRAWS = 1000
 
 
 @technique
@@ -56,8 +56,8 @@ def dictionary_quality(
 ) -> Result:
     """Explained variance, L0, dead share and loss recovered of a dictionary, on the first `tokens` tokens of held-out text.
 
-    `loss` over `state` (clean, spliced, mean, zero, untrained) in nats per token; `recovered`, its 95 % bootstrap interval
-    `low` to `high` over rows of text and `recovered_from_zero`; `explained`, `l0`, `dead`, and `beyond`, the share of tokens
+    `loss` over `state` (clean, spliced, mean, zero, untrained) in nats per token; `recovered`, its 95 % interval `low` to
+    `high` over rows of text and `recovered_from_zero`; `explained`, `l0`, `dead`, and `beyond`, the share of tokens
     over the limit. InputError for a model that does not predict next tokens, or other weights than the dictionary's.
 
     >>> dictionary_quality(model, sae.dictionary_, held_out).recovered  # doctest: +SKIP
@@ -81,8 +81,7 @@ def dictionary_quality(
         losses.append(torch.cat([sweep.clean[None], sweep.values]).double().cpu().numpy())
     loss = np.concatenate(losses, 1)  # [state, row]
     clean, spliced, gone, zero, _ = loss.mean(1)
-    drawn = loss[:, np.random.default_rng(seed).integers(loss.shape[1], size=(DRAWS, loss.shape[1]))].mean(2)
-    low, high = np.quantile((drawn[2] - drawn[1]) / (drawn[2] - drawn[0]), [0.025, 0.975])
+    low, high = interval(loss[2] - loss[1], seed, over=loss[2] - loss[0])
     data = xr.Dataset(
         {"loss": ("state", loss.mean(1)), "recovered": (gone - spliced) / (gone - clean), "low": low, "high": high,
          "recovered_from_zero": (zero - spliced) / (zero - clean), "explained": held.explained, "l0": held.l0,
