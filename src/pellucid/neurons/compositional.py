@@ -55,6 +55,8 @@ class Concepts:
     masks: np.ndarray
 
     def __post_init__(self) -> None:
+        if not self.names:
+            raise InputError("there is no concept: give at least one")
         if self.masks.ndim != 2 or self.masks.shape[1] != len(self.names) or self.masks.dtype != bool:
             raise InputError(
                 f"the masks are {list(self.masks.shape)} of {self.masks.dtype}: expected bool, one row per token and a "
@@ -68,7 +70,10 @@ class Concepts:
 
     @classmethod
     def of(cls, masks: dict[str, Any]) -> Concepts:
-        return cls(tuple(masks), np.stack([np.asarray(m, dtype=bool) for m in masks.values()], 1))
+        columns = [np.asarray(m, dtype=bool) for m in masks.values()]
+        if len({column.shape for column in columns}) > 1:
+            raise InputError(f"the masks are of {', '.join(str(len(c)) for c in columns)} tokens: expected the same number")
+        return cls(tuple(masks), np.stack(columns, 1) if columns else np.zeros((0, 0), dtype=bool))
 
     @classmethod
     def labels(cls, labels: Sequence[str], least: int = 1, prefix: str = "") -> Concepts:
@@ -120,6 +125,9 @@ class Formula:
     def holds(self, concepts: Concepts) -> np.ndarray:
         """[token] where the formula is true."""
         column = {name: i for i, name in enumerate(concepts.names)}
+        for name in (self.first, *(concept for _, concept in self.steps)):
+            if name not in column:
+                raise InputError(f"there is no concept {name!r}{nearest(name, column)}")
         found = concepts.masks[:, column[self.first]].copy()
         for operation, concept in self.steps:
             mask = concepts.masks[:, column[concept]]

@@ -19,7 +19,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.corpus import Text, batches, where
 from pellucid.neurons.harvest import Harvest, Moment
@@ -107,8 +107,10 @@ def read_contexts(
     The level of a unit is the `quantile` of its activations at the sample. InputError without units or for a harvest of
     other weights.
     """
-    if not units:
-        raise InputError("no unit was named: give some, such as layers.3.mlp.neurons.17")
+    if isinstance(units, str) or not units:
+        raise InputError("expected a list of units, at least one, such as layers.3.mlp.neurons.17")
+    at_least(0, top=top, random=random, window=min(window))
+    at_least(1, contexts=top + random)
     found = [harvest.find(unit) for unit in units]
     levels = {name: harvest.quantiles(name, [quantile])[0] for name in dict.fromkeys(name for name, _ in found)}
     prompts, positions = where(harvest.sample(found[0][0])[0][:random])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.locate import stack_of
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights, passed
 from pellucid.results import Result
@@ -45,6 +45,11 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
     named = {k: v.flatten() for k, v in units.items()} if isinstance(units, Mapping) else _directions(model, units)
     if not named:
         raise InputError("no unit was given: name neurons, or give directions")
+    at_least(1, top=top)
+    wrong = next((k for k, v in named.items() if len(v) != model.anatomy.stacks[-1].d_model), None)
+    if wrong is not None:
+        width = model.anatomy.stacks[-1].d_model
+        raise InputError(f"{wrong!r} has {len(named[wrong])} numbers: a direction of {model.name} has {width}")
     rows = torch.stack([v.float() for v in named.values()])
     found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
     vocabulary = effects(model, rows[:1]).shape[1]

@@ -29,7 +29,7 @@ from pellucid.engine.checkpoint import fingerprint
 from pellucid.engine.pausing import pause
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
-from pellucid.errors import InputError, nearest
+from pellucid.errors import InputError, at_least, nearest
 from pellucid.model import Model
 from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
 from pellucid.neurons.dictionaries.dictionary import Dictionary
@@ -64,11 +64,16 @@ class Units:
 
     def activations(self, values: Tensor) -> Tensor:
         """[token, unit] float32 on the CPU."""
+        tokens = len(values)
         if isinstance(self.read, Tensor):
-            directions = self.read.to(values)
-            values = values.flatten(1) @ (directions if directions.ndim == 2 else directions[None]).T
+            directions, values = self.read.to(values).view(-1, self.read.shape[-1]), values.flatten(1)
+            if directions.shape[1] != values.shape[1]:
+                raise InputError(f"{self.label!r} has directions of {directions.shape[1]} numbers, {self.site!r} of {values.shape[1]}")
+            values = values @ directions.T
         elif self.read is not None:
             values = self.read(values)
+        if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != tokens:
+            raise InputError(f"{self.label!r} must give activations [token, unit] for {tokens} tokens, not {getattr(values, 'shape', values)}")
         return values.reshape(len(values), -1).float().cpu()
 
 
@@ -130,6 +135,7 @@ class Harvest:
 
     def find(self, unit: str) -> tuple[str, int]:
         """The site (or name) and the number of a unit. InputError if it was not harvested."""
+        unit = str(unit)
         if unit in self.tallies and len(self.tallies[unit].top) == 1:
             return unit, 0
         name, _, number = unit.rpartition(".")
@@ -206,6 +212,8 @@ class Harvest:
 
     def quantiles(self, name: str, q: Sequence[float]) -> Tensor:
         """[quantile, unit] of the uniform sample, with linear interpolation."""
+        if not all(0 <= each <= 1 for each in q):
+            raise InputError(f"quantiles {list(q)}: expected numbers from 0 to 1")
         return self.sample(name)[1].quantile(torch.tensor(q, dtype=torch.float32), dim=0)
 
     def coactivation(self, unit: str, name: str | None = None) -> Tensor:
@@ -329,6 +337,8 @@ def harvest(
     >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
     >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
     """
+    at_least(1, top=top, sample=sample, context=context, batch=batch)
+    at_least(0, skip=skip)
     readers = _readers(model, sites)
     plan = Plan(
         model.digest, tuple(readers), tuple(u.site for u in readers.values()),
@@ -374,6 +384,8 @@ def _readers(model: Model, sites: Sites) -> dict[str, Units]:
             if one.label in found:
                 raise InputError(f"{one.label!r} is named twice: give Units a name of their own")
             found[one.label] = one
+    if not found:
+        raise InputError("there are no sites to harvest: name some, such as layers.*.mlp.neurons")
     if len({Site.parse(u.site).stack for u in found.values()}) > 1:
         raise InputError("these sites are of several stacks, which read different tokens: harvest them one by one")
     return found
@@ -382,6 +394,8 @@ def _readers(model: Model, sites: Sites) -> dict[str, Units]:
 def _begin(plan: Plan, readers: dict[str, Units], folder: Path | None) -> Harvest:
     if folder is None or not (folder / INDEX).exists():
         if folder is not None:
+            if folder.is_file():
+                raise InputError(f"{str(folder)!r} is a file: a harvest is kept in a folder")
             folder.mkdir(parents=True, exist_ok=True)
             _write_units(folder, readers)
         return Harvest(plan, {}, Sampler.empty(plan.sample, plan.seed), Shelf(folder), readers)

@@ -29,7 +29,7 @@ from torch import Tensor
 from pellucid.engine.edits import Scale
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.slopes import Leaf, slopes
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.metrics import Answers, log_odds, probability
 from pellucid.model import Model
 from pellucid.results import Result
@@ -59,8 +59,7 @@ def knowledge_attribution(
 
     >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    if steps < 1:
-        raise InputError(f"steps={steps}: expected at least 1")
+    at_least(1, steps=steps)
     inputs, position = asked(model, prompt)
     bound = model.bind(probability(target, position=position) if metric is None else metric, len(inputs))
     sites = neuron_sites(model)
@@ -151,6 +150,8 @@ def knowledge_neurons(
 
 def _attributions(result: Result) -> xr.DataArray:
     """[prompt, layer, neuron]"""
+    if not isinstance(result, Result):
+        raise InputError(f"{result!r} is no result of knowledge_attribution")
     if "attribution" not in result.data or result.kind != "knowledge attribution":
         raise InputError(f"knowledge neurons are refined from knowledge attributions, not from {result.kind!r}")
     values = result.data["attribution"]
@@ -185,6 +186,7 @@ def knowledge_effect(
 
     >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 1234), (23, 77)])  # doctest: +SKIP
     """
+    at_least(1, draws=draws, factors=len(factors))
     inputs, position = asked(model, prompt)
     bound = model.bind(log_odds(target, position=position), len(inputs))
     sites = {layer_of(site): site for site in neuron_sites(model)}
@@ -266,7 +268,10 @@ def _numbered(model: Model, neurons: Neurons, widths: dict[int, int]) -> list[tu
     for each in given:
         if isinstance(each, str):
             sites = model.sites(each)
-            found += [(site.layer, site.unit) for site in sites if site.part == "mlp.neurons"]  # type: ignore[misc]
+            wrong = next((s for s in sites if s.part != "mlp.neurons" or s.unit is None), None)
+            if wrong is not None:
+                raise InputError(f"{str(wrong)!r} is no neuron: name one as layers.3.mlp.neurons.17")
+            found += [(site.layer, site.unit) for site in sites]  # type: ignore[misc]
         elif isinstance(each, tuple | list) and len(each) == 2 and all(isinstance(i, int | np.integer) for i in each):
             found.append((int(each[0]), int(each[1])))
         else:

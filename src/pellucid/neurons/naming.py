@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.technique import technique
@@ -89,9 +90,24 @@ def describe(
 
     >>> describe(read_contexts(model, found, units))  # doctest: +SKIP
     """
+    _check_contexts(contexts)
     explainer = explainer or StatisticalExplainer()
     made = [explainer(each) for each in tqdm(contexts, unit="unit", disable=not progress)]
-    return [Description(d) if isinstance(d, str) else d for d in made]
+    return as_descriptions(made)
+
+
+def as_descriptions(given: Sequence[Description | str]) -> list[Description]:
+    """Texts as descriptions; InputError for anything else."""
+    made = [Description(d) if isinstance(d, str) else d for d in given]
+    wrong = next((d for d in made if not isinstance(d, Description)), None)
+    if any(not isinstance(d, Description) for d in made):
+        raise InputError(f"{wrong!r} is no description: expected a text or a Description")
+    return made
+
+
+def _check_contexts(contexts: Sequence[UnitContexts]) -> None:
+    if isinstance(contexts, str) or not all(isinstance(each, UnitContexts) for each in contexts):
+        raise InputError("expected the contexts of units, as read_contexts gives them")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 from torch.nn import functional as F
 
-from pellucid.errors import PellucidError
+from pellucid.errors import PellucidError, at_least
 from pellucid.model import Model
 from pellucid.neurons.contexts import activations, apart
 from pellucid.neurons.effects import logit_effects
@@ -57,6 +57,8 @@ def neuron_page(
 
     >>> neuron_page(model, found, "layers.3.mlp.neurons.17").save_html("neuron.html")  # doctest: +SKIP
     """
+    at_least(0, each=each, window=min(window))
+    at_least(1, contexts=contexts, top=top, neighbours=neighbours)
     name, n = harvest.find(unit)
     groups = [("top", apart(harvest.top(unit))[:contexts])]
     bins = harvest.binned(unit, BINS, each)

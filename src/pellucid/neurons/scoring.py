@@ -31,7 +31,7 @@ from pellucid.model import Model
 from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.harvest import Units
 from pellucid.neurons.judges import Judge, Simulate, as_judge
-from pellucid.neurons.naming import Description
+from pellucid.neurons.naming import Description, as_descriptions
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
@@ -79,11 +79,12 @@ def score_descriptions(
             f"{len(contexts)} units, {len(descriptions)} descriptions, draws={draws}: expected one each, at least two "
             "units, and at least one other"
         )
+    tests = [tests] if isinstance(tests, str) else tests
     unknown = [test for test in tests if test not in TESTS]
     if unknown or not tests:
         raise InputError(f"there is no test {', '.join(unknown) or 'asked for'}: expected some of {', '.join(TESTS)}")
     judge = as_judge(judge)
-    said = [Description(d) if isinstance(d, str) else d for d in descriptions]
+    said = as_descriptions(descriptions)
     rng = np.random.default_rng(seed)
     shape = len(contexts), len(tests)
     (score, gain), ends = np.full((2, *shape), np.nan), np.full((2, 2, *shape), np.nan)  # low and high of both

@@ -34,7 +34,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.harvest import Units
 from pellucid.neurons.objective import ROWS_OF_TOKENS, Found, Objective, Unit
@@ -60,8 +60,7 @@ class Exchanges:
     readable: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.top, self.trials) < 1:
-            raise InputError(f"top={self.top}, trials={self.trials}: expected at least 1 of each")
+        at_least(1, top=self.top, trials=self.trials)
 
 
 @technique
@@ -94,8 +93,9 @@ def activating_inputs(
 
     >>> activating_inputs(model, "layers.12.mlp.neurons.7", fluency=0.5)  # doctest: +SKIP
     """
-    if min(length, restarts, steps) < 1:
-        raise InputError(f"length={length}, steps={steps}, restarts={restarts}: expected at least 1 of each")
+    at_least(1, length=length, steps=steps, restarts=restarts)
+    if isinstance(texts, str):
+        raise InputError("expected several texts: put the one text into a list")
     exchanges = exchanges or Exchanges()
     vocabulary, generator = Vocabulary.of(model, exchanges.readable), torch.Generator().manual_seed(seed)
     aim = Objective(model, unit, vocabulary, fluency)

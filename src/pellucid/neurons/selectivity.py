@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.watching import watch
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.corpus import Text, batches
 from pellucid.results import Result
@@ -65,8 +65,15 @@ def neuron_selectivity(
     >>> words = bank.spans  # doctest: +SKIP
     >>> neuron_selectivity(model, words.texts, words.where, bank.tags().labels).found  # doctest: +SKIP
     """
-    if min(draws, best) < 1:
-        raise InputError(f"draws={draws}, best={best}: expected at least 1 of each")
+    at_least(1, draws=draws, best=best)
+    for name, given, known in (("pool", pool, ("last", "mean")), ("shuffle", shuffle, ("all", "within texts"))):
+        if given not in known:
+            raise InputError(f"{name}={given!r}: expected {known[0]!r} or {known[1]!r}")
+    if isinstance(texts, str):
+        raise InputError("expected several texts: put the one text into a list")
+    wrong = next((place for place in places if len(place) != 3 or not 0 <= place[0] < len(texts)), None)
+    if wrong is not None:
+        raise InputError(f"{wrong!r} is no place in {len(texts)} texts: expected (text, first character, last + 1)")
     marks, concepts = _marks(places, labels)
     groups = np.array([text for text, _, _ in places])
     first = _half(groups, marks, concepts, seed)

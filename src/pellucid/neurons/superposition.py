@@ -27,7 +27,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm.auto import trange
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights
 from pellucid.results import Result
@@ -81,10 +81,8 @@ def toy_model(
     >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3, progress=False).dimensionality.shape
     (2, 1, 4)
     """
-    counts = {"features": features, "hidden": hidden, "restarts": restarts, "steps": steps, "batch": batch}
-    wrong = next((f"{name}={count}" for name, count in counts.items() if count < 1), None)
-    if wrong is not None:
-        raise InputError(f"{wrong}: expected at least 1")
+    at_least(1, features=features, hidden=hidden, restarts=restarts, steps=steps, batch=batch)
+    at_least(0, learning_rate=learning_rate)
     given = [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     if not given or not all(0 <= s < 1 for s in given):
         raise InputError(f"sparsity is the chance that a feature is absent, from 0 to below 1: got {given}")
@@ -161,6 +159,9 @@ def crowding(
     """
     rows = directions or {str(site): output_weights(model, str(site)) for site in model.sites(sites)}
     names = list(rows)
+    wrong = next((name for name in names if rows[name].ndim != 2 or not len(rows[name])), "" if names else "nothing")
+    if wrong:
+        raise InputError(f"{wrong!r} holds no directions: expected [n, d] for each of at least one name")
     found: dict[str, list[float]] = {}
     for kind in ("", "random_"):
         for number, name in enumerate(names):

@@ -12,10 +12,10 @@ Some tokens (the first one of many models) carry a residual a hundred times as l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import xarray as xr
@@ -65,6 +65,8 @@ class Dictionary:
     digest: str = ""
 
     def __post_init__(self) -> None:
+        if self.encoder.ndim != 2 or self.decoder.ndim != 2:
+            raise InputError("expected an encoder [d_in, features] and a decoder [features, d_out]")
         d_in, n = self.encoder.shape
         expected = ((n,), (n, self.decoder.shape[-1]), (self.decoder.shape[-1],))
         found = tuple(tuple(t.shape) for t in (self.encoder_bias, self.decoder, self.decoder_bias))
@@ -176,11 +178,11 @@ class Dictionary:
         return placed(Splice, self, positions, constant=constant)
 
     def _known(self, feature: int | Sequence[int]) -> list[int]:
-        chosen = [feature] if isinstance(feature, int) else list(feature)
-        wrong = [i for i in chosen if not isinstance(i, int) or not 0 <= i < len(self)]
+        chosen = list(feature) if isinstance(feature, Iterable) else [feature]
+        wrong = [i for i in chosen if not isinstance(i, SupportsIndex) or not 0 <= int(i) < len(self)]
         if wrong or not chosen:
             raise InputError(f"feature {wrong or chosen} is not in this dictionary: expected 0 to {len(self) - 1}")
-        return chosen
+        return [int(i) for i in chosen]
 
     # ---- files
 

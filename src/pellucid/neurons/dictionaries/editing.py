@@ -134,7 +134,10 @@ def values_of(change: Change, value: float | Sequence[float] | Tensor, features:
     """One number, or one for each feature; InputError for other shapes and unknown changes."""
     if change not in get_args(Change):
         raise InputError(f"a feature cannot be changed by {change!r}: expected 'ablate', 'scale', 'set' or 'steer'")
-    numbers = torch.as_tensor(0.0 if change == "ablate" else value, dtype=torch.float32)
+    try:
+        numbers = torch.as_tensor(0.0 if change == "ablate" else value, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"value={value!r}: expected a number, or one for each feature") from error
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(features)):
         raise InputError(
             f"value= has the shape {list(numbers.shape)}: expected one number, or one for each of {len(features)} features"

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from pellucid.anatomy.sites import Site
 from pellucid.engine.early import run_until
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.neurons.dictionaries.dictionary import Dictionary
@@ -63,6 +63,8 @@ def dictionary_quality(
     >>> dictionary_quality(model, sae.dictionary_, held_out).recovered  # doctest: +SKIP
     """
     dictionary.check(model)
+    at_least(1, tokens=tokens, batch=batch)
+    at_least(2, context=context)
     if not model.anatomy.stacks[-1].causal or model.anatomy.head is None or len(model.anatomy.stacks) > 1:
         raise InputError("loss recovered is measured on next tokens: give a causal language model")
     rows = token_rows(model, texts, context)[: max(1, tokens // context)]

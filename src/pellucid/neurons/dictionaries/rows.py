@@ -17,7 +17,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.engine.early import run_until
 from pellucid.engine.store import ActivationStore
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 
 WINDOW = 16  # shards in memory at once
@@ -32,6 +32,7 @@ def token_rows(model: Model, texts: Sequence[str], context: int = 128) -> list[l
     For a causal model they stand behind one another, each ended by the tokenizer's end token, and are cut into rows of
     equal length; for others each text is a row of its own. InputError without a tokenizer or text.
     """
+    at_least(1, context=context)
     if isinstance(texts, str) or model.tokenizer is None:
         raise InputError("expected several texts and a model with a tokenizer: give a list of texts")
     if not model.anatomy.stacks[-1].causal or len(model.anatomy.stacks) > 1:
@@ -64,6 +65,7 @@ class Stream:
         return f"<Stream of {len(self.texts)} texts through {self.model.name} at {', '.join(self.sites)}>"
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        at_least(1, batch=self.batch)
         rows = token_rows(self.model, self.texts, self.context)
         for i in range(0, len(rows), self.batch):
             run = run_until(self.model.anatomy, self.model.inputs(rows[i : i + self.batch]), self.sites)
