@@ -44,7 +44,7 @@ def main() -> None:
                 model.module(**inputs.tensors, **forward)
 
     def gather(*more: str) -> None:
-        harvest(model, texts, ["layers.*.mlp.neurons", *more], batch=BATCH, progress=False)
+        harvest(model, texts, ["layers.*.mlp.neurons", *more], batch=BATCH)
 
     works = {
         "without logits": lambda: plain(logits_to_keep=1),

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 import pellucid as pl
 from pellucid.engine.edits import Steer
-from pellucid.engine.store import ActivationStore, harvest
 from pellucid.metrics import log_probability
 from pellucid.neurons.dictionaries import Dictionary, SparseAutoencoder, TopKLoss, dictionary_quality, token_rows
 from pellucid.results import Result
+from pellucid.store import ActivationStore, store_activations
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.lenses_tuned import text
@@ -85,7 +85,7 @@ def texts(data: Path, part: str) -> list[str]:
 def trained(model: pl.Model, options: argparse.Namespace) -> tuple[Dictionary, ActivationStore]:
     began = time.process_time()
     rows = token_rows(model, texts(options.data, "train"))
-    store = harvest(model, rows, [SITE], options.keep / "store", compute=torch.bfloat16)
+    store = store_activations(model, rows, [SITE], options.keep / "store", compute=torch.bfloat16)
     print(f"{len(store)} tokens harvested, {time.process_time() - began:.0f} s of CPU", flush=True)
     began = time.process_time()
     sae = SparseAutoencoder(
@@ -159,7 +159,7 @@ def effects(
     variants = [Steer(SITE + "@1:", way, strength) for way in directions]  # the first token is beyond the limit
     rows = []
     for prompt in prompts:
-        sweep = model.sweep(prompt, variants, log_probability([ids]), progress=False)
+        sweep = model.sweep(prompt, variants, log_probability([ids]))
         rows.append((sweep.values - sweep.clean).numpy()[:, 0])
     return np.stack(rows, 1)
 
@@ -206,7 +206,7 @@ def main() -> None:
     held_out = [held_out[i] for i in order]
     began, path = time.process_time(), options.keep / "quality.zip"
     if not path.exists():
-        dictionary_quality(model, d, held_out, tokens=options.tokens, progress=False).save(path)
+        dictionary_quality(model, d, held_out, tokens=options.tokens).save(path)
     found = Result.load(path)
     losses = " ".join(f"{state} {float(found.loss.sel(state=state)):.3f}" for state in found.loss.state.values)
     print(f"held-out nats per token: {losses}")
@@ -224,7 +224,7 @@ def concepts(
     model: pl.Model, d: Dictionary, store: ActivationStore, held_out: list[str], options: argparse.Namespace
 ) -> None:
     began = time.process_time()
-    held = harvest(model, token_rows(model, held_out), [SITE], options.keep / "held", compute=torch.bfloat16)
+    held = store_activations(model, token_rows(model, held_out), [SITE], options.keep / "held", compute=torch.bfloat16)
     x = held[SITE].float()
     strength = options.strength * float(x.norm(dim=1).median())
     find, test = ({name: word_ids(model, c[i]) for name, c in CONCEPTS.items()} for i in (0, 1))

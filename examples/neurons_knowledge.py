@@ -127,7 +127,7 @@ def others(kept: list[tuple[Fact, list[str]]], number: int, every: Sequence[Fact
 
 
 def attributed(model: pl.Model, fact: Fact, wordings: Sequence[str]) -> Result:
-    return joined([knowledge_attribution(model, w, fact.answer, progress=False) for w in wordings])
+    return joined([knowledge_attribution(model, w, fact.answer) for w in wordings])
 
 
 def joined(each: Sequence[Result]) -> Result:
@@ -169,7 +169,7 @@ def main() -> None:
             "unrelated": ([kept[i][1][0] for i in unrelated], [kept[i][0].answer for i in unrelated]),
         }
         effects = {
-            w: knowledge_effect(model, p, a, neurons, seed=number, progress=False).data for w, (p, a) in asked.items()
+            w: knowledge_effect(model, p, a, neurons, seed=number).data for w, (p, a) in asked.items()
         }
         rows.append({w: e.effect.values for w, e in effects.items()})
         off = effects["fact"].effect.sel(factor=0.0)

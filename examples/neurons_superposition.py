@@ -30,7 +30,7 @@ def figures(steps: int) -> None:
     print("share of a dimension that each feature is given, sparsity .97, the best of 5 restarts")
     for features, hidden in FIGURES:
         found = toy_model(
-            0.97, features=features, hidden=hidden, restarts=5, steps=steps, learning_rate=5e-3, progress=False
+            0.97, features=features, hidden=hidden, restarts=5, steps=steps, learning_rate=5e-3
         )
         at = int(found.loss.values[0].argmin())
         shares = " ".join(f"{v:.2f}" for v in found.dimensionality.values[0, at])
@@ -45,7 +45,6 @@ def phases(steps: int) -> None:
     for importance in (0.1, 0.3, 0.7, 1.0, 1.5, 3.0):
         found = toy_model(
             sparsities, features=2, hidden=1, importance=[1.0, importance], restarts=6, steps=steps, learning_rate=5e-3,
-            progress=False,
         )  # fmt: skip
         marks = []
         for i in range(len(sparsities)):
@@ -57,7 +56,7 @@ def phases(steps: int) -> None:
 def plateau(steps: int) -> None:
     print("60 features in 10 dimensions: dimensions per feature kept (10 / sum of |W_i|^2), and the shares' quartiles")
     sparsities = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98]
-    found = toy_model(sparsities, features=60, hidden=10, steps=steps, learning_rate=5e-3, progress=False)
+    found = toy_model(sparsities, features=60, hidden=10, steps=steps, learning_rate=5e-3)
     for i, sparsity in enumerate(sparsities):
         kept = found.norm.values[i, 0] > 0.5
         quartiles = np.quantile(found.dimensionality.values[i, 0][kept], [0.25, 0.5, 0.75])

@@ -170,3 +170,20 @@ def test_any_one_number_of_any_shape_changes_the_hash(shape, place, dtype):
     y = x.clone()
     y.view(-1)[place % x.numel()] += 1
     assert fingerprint._hash(x) == fingerprint._hash(x.clone()) != fingerprint._hash(y)
+
+
+@pytest.mark.parametrize("scheme", ["tensor", "channel"])
+def test_numbers_and_scales_of_quantised_weights_count(scheme):
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+    def packed(x, scale):
+        module = nn.Module()
+        if scheme == "tensor":
+            q = torch.quantize_per_tensor(x, scale, 3, torch.qint8)
+        else:
+            q = torch.quantize_per_channel(x, torch.full((6,), scale), torch.zeros(6), 0, torch.qint8)
+        module.register_buffer("q", q)
+        return weight_digest(module)
+
+    assert packed(x, 0.1) == packed(x.clone(), 0.1)
+    assert len({packed(x, 0.1), packed(-x, 0.1), packed(2 * x, 0.2)}) == 3

@@ -75,7 +75,7 @@ def test_a_unit_that_is_a_formula_is_explained_by_it_and_its_shifted_twin_is_not
     concepts = Concepts(("noun", "name", "plural", "verb"), rng.random((4000, 4)) < 0.2)
     truth = Formula("noun").then("OR", "verb").then("AND NOT", "plural")
     firing = np.stack([truth.holds(concepts), rng.random(4000) < 0.1], 1)
-    found = compositional(firing, concepts, groups=np.arange(4000) // 20, progress=False)
+    found = compositional(firing, concepts, groups=np.arange(4000) // 20)
     assert (Formula.parse(str(found.formula[0].values), concepts).holds(concepts) == truth.holds(concepts)).all()
     assert float(found.iou[0]) == float(found.held_out[0]) == float(found.low[0]) == 1.0
     assert float(found.control_held_out[0]) < 0.4
@@ -108,7 +108,7 @@ def test_a_unit_fires_on_its_largest_activations():
     assert not firings(np.zeros((50, 1)), 0.9).any()
     concepts = Concepts.of({"even": np.arange(100) % 2 == 0, "late": np.arange(100) > 50})
     given, told = (
-        compositional(x, concepts, quantile=0.9, progress=False).data for x in (values, firings(values, 0.9))
+        compositional(x, concepts, quantile=0.9).data for x in (values, firings(values, 0.9))
     )
     assert given.identical(told) and given.density.values.tolist() == [0.1, 0.1]
 
@@ -121,7 +121,7 @@ def test_labels_make_one_concept_each():
 
 def test_units_that_never_fire_and_masks_that_do_not_fit():
     _, concepts = random_case(0)
-    silent = compositional(np.zeros((60, 1), dtype=bool), concepts, progress=False)
+    silent = compositional(np.zeros((60, 1), dtype=bool), concepts)
     assert float(silent.iou[0]) == float(silent.held_out[0]) == 0
     missing = np.zeros((60, 2))
     missing[7, 1] = np.nan

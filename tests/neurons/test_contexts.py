@@ -30,7 +30,7 @@ def opened(family):
 @cache
 def found(family, site, skip=0):
     texts = [(text, text) for text in TEXTS] if "decoder" in site else TEXTS
-    return harvest(opened(family), texts, site, top=8, sample=32, skip=skip, progress=False)
+    return harvest(opened(family), texts, site, top=8, sample=32, skip=skip)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_tokens_the_harvest_skipped_do_not_count():
 def test_directions_have_contexts_as_neurons_do():
     model, site = opened("gpt2"), "layers.0.mlp.neurons"
     axis = Units(site, torch.eye(model.anatomy.stacks[0].blocks[0].sizes["neuron"])[[4]], "axis")
-    made = harvest(model, TEXTS, [site, axis], top=8, sample=32, progress=False)
+    made = harvest(model, TEXTS, [site, axis], top=8, sample=32)
     one, other = read_contexts(model, made, [f"{site}.4", "axis.0"])
     assert one.level == pytest.approx(other.level) and len(one.shown) == len(other.shown)
     for a, b in zip(one.shown, other.shown, strict=True):

@@ -48,14 +48,14 @@ def slow(model, prompt, answer, position, steps, metric=probability):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gptj", "bloom"])
 def test_attributions_equal_one_full_backward_pass_for_each_layer_and_step(family):
     model = opened(family)
-    found = knowledge_attribution(model, PROMPT, " Paris", steps=4, progress=False)
+    found = knowledge_attribution(model, PROMPT, " Paris", steps=4)
     np.testing.assert_allclose(found.values, slow(model, PROMPT, " Paris", -1, 4), atol=1e-7, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert"])
 def test_masked_models_are_asked_at_their_mask(family):
     model = opened(family)
-    found = knowledge_attribution(model, MASKED, " Paris", steps=4, progress=False)
+    found = knowledge_attribution(model, MASKED, " Paris", steps=4)
     ids = model.inputs(MASKED).stream("").ids[0]
     position = int((ids == model.tokenizer.mask_token_id).nonzero()[0]) - len(ids)
     np.testing.assert_allclose(found.values, slow(model, MASKED, " Paris", position, 4), atol=1e-7, rtol=1e-4)
@@ -63,13 +63,13 @@ def test_masked_models_are_asked_at_their_mask(family):
 
 def test_decoders_of_encoder_decoders_have_neurons_too():
     model = opened("t5")
-    found = knowledge_attribution(model, PROMPT, " Paris", steps=3, progress=False)
+    found = knowledge_attribution(model, PROMPT, " Paris", steps=3)
     np.testing.assert_allclose(found.values, slow(model, PROMPT, " Paris", -1, 3), atol=1e-7, rtol=1e-4)
 
 
 def test_many_steps_add_up_to_what_a_layer_contributes():
     """Completeness of the path: the attributions of a layer sum to its score minus that with its neurons at zero."""
-    found = knowledge_attribution(opened("llama"), PROMPT, " Paris", steps=400, metric=logit(" Paris"), progress=False)
+    found = knowledge_attribution(opened("llama"), PROMPT, " Paris", steps=400, metric=logit(" Paris"))
     np.testing.assert_allclose(
         found.data.attribution.sum("neuron"), float(found.data.score) - found.data.nothing, atol=5e-3
     )
@@ -79,9 +79,9 @@ def test_many_steps_add_up_to_what_a_layer_contributes():
 def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
     model = opened(family)
     prompts = [MASKED, "Mary went to <mask> ."] if family == "bert" else [PROMPT, "Mary went to"]
-    together = knowledge_attribution(model, prompts, [" Paris", " Rome"], steps=3, progress=False).data
+    together = knowledge_attribution(model, prompts, [" Paris", " Rome"], steps=3).data
     for i, (prompt, answer) in enumerate(zip(prompts, [" Paris", " Rome"], strict=True)):
-        alone = knowledge_attribution(model, prompt, answer, steps=3, progress=False).data
+        alone = knowledge_attribution(model, prompt, answer, steps=3).data
         np.testing.assert_allclose(together.attribution[i], alone.attribution, atol=1e-6)
         np.testing.assert_allclose(together.score[i], alone.score, atol=1e-6)
 
@@ -135,7 +135,7 @@ def test_neurons_that_other_facts_have_too_are_not_this_facts_own():
 def test_the_effect_is_the_change_of_the_log_odds_under_plain_edits():
     model = opened("llama")
     neurons = [(0, 3), (1, 17)]
-    found = knowledge_effect(model, PROMPT, " Paris", neurons, draws=3, progress=False).data
+    found = knowledge_effect(model, PROMPT, " Paris", neurons, draws=3).data
     clean = model.score(model.run(PROMPT), log_odds(" Paris"))
     for factor in (0.0, 2.0):
         edits = [Scale(f"layers.{layer}.mlp.neurons.{n}@-1", factor) for layer, n in neurons]
@@ -145,16 +145,16 @@ def test_the_effect_is_the_change_of_the_log_odds_under_plain_edits():
         )
     assert found.group.values.tolist() == ["neurons", "random", "most active"]
     names = [f"layers.{layer}.mlp.neurons.{n}" for layer, n in neurons]
-    again = knowledge_effect(model, PROMPT, " Paris", names, draws=3, progress=False).data
+    again = knowledge_effect(model, PROMPT, " Paris", names, draws=3).data
     assert found.effect.equals(again.effect)
 
 
 def test_suppressing_the_neurons_with_the_largest_attribution_lowers_the_answer_more_than_random_ones():
     model = opened("gpt2")
-    found = knowledge_attribution(model, PROMPT, " Paris", metric=log_odds(" Paris"), progress=False)
+    found = knowledge_attribution(model, PROMPT, " Paris", metric=log_odds(" Paris"))
     top = np.argsort(-found.values, axis=None)[:4]
     neurons = [(int(i), int(n)) for i, n in zip(*np.unravel_index(top, found.values.shape), strict=True)]
-    effect = knowledge_effect(model, PROMPT, " Paris", neurons, progress=False).data.effect.sel(factor=0.0)
+    effect = knowledge_effect(model, PROMPT, " Paris", neurons).data.effect.sel(factor=0.0)
     assert float(effect.sel(group="neurons")) < 0
     assert float(effect.sel(group="neurons")) < float(effect.sel(group="random"))
 
@@ -169,20 +169,20 @@ def test_suppressing_the_neurons_with_the_largest_attribution_lowers_the_answer_
 )
 def test_bad_questions_are_one_clear_error(family, prompt, answer, message):
     with pytest.raises(InputError, match=message):
-        knowledge_attribution(opened(family), prompt, answer, progress=False)
+        knowledge_attribution(opened(family), prompt, answer)
 
 
 def test_models_without_neurons_are_refused_and_unknown_layers_named():
     with pytest.raises(Refused, match="no neurons to attribute to"):
-        knowledge_attribution(opened("mamba"), PROMPT, " Paris", progress=False)
+        knowledge_attribution(opened("mamba"), PROMPT, " Paris")
     with pytest.raises(InputError, match="layer 7 of"):
-        knowledge_effect(opened("gpt2"), PROMPT, " Paris", [(7, 0)], progress=False)
+        knowledge_effect(opened("gpt2"), PROMPT, " Paris", [(7, 0)])
     for neurons, message in (
         ([(0, 10_000)], "no neuron 10000 in layer 0"),
         ([(0, -1)], "no neuron -1"),
         ([3], "3 is no neuron"),
     ):
         with pytest.raises(InputError, match=message):
-            knowledge_effect(opened("gpt2"), PROMPT, " Paris", neurons, progress=False)
+            knowledge_effect(opened("gpt2"), PROMPT, " Paris", neurons)
     with pytest.raises(InputError, match="there are no neurons"):
-        knowledge_effect(opened("gpt2"), PROMPT, " Paris", [], progress=False)
+        knowledge_effect(opened("gpt2"), PROMPT, " Paris", [])

@@ -70,13 +70,13 @@ UNITS = [planted(meaning, seed=i, name=text) for i, (text, meaning) in enumerate
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.unit)
 def test_a_planted_meaning_is_the_description(unit):
-    (found,) = describe([unit], progress=False)
+    (found,) = describe([unit])
     assert str(found) == unit.unit
     assert found.rules[0].precision == pytest.approx(1) and found.rules[0].lift > 4
 
 
 def test_meanings_of_several_words_are_all_found():
-    (found,) = describe([planted(lambda t, i: t[i] in (" cat", " Paris", " red"), n=120)], progress=False)
+    (found,) = describe([planted(lambda t, i: t[i] in (" cat", " Paris", " red"), n=120)])
     assert {r.value for r in found.rules if r.kind == "token"} == {"cat", "paris", "red"}
 
 
@@ -115,17 +115,17 @@ def test_features_of_pieces_and_words():
 
 
 def test_right_descriptions_beat_those_of_other_units_in_every_test():
-    found = score_descriptions(UNITS, describe(UNITS, progress=False), progress=False)
+    found = score_descriptions(UNITS, describe(UNITS))
     assert (found.score > 0.9).all()
     assert (found.beats == 1).all() and (found.beats_surely == 1).all()
     assert ((found.low <= found.score + 1e-9) & (found.score <= found.high + 1e-9)).all()
     assert (found.control.sel(test="simulation") < 0.5).all()
-    again = score_descriptions(UNITS, describe(UNITS, progress=False), progress=False)
+    again = score_descriptions(UNITS, describe(UNITS))
     assert found.data.identical(again.data)
 
 
 def test_a_description_that_fits_all_units_gains_nothing():
-    found = score_descriptions(UNITS, ["common words"] * len(UNITS), progress=False)
+    found = score_descriptions(UNITS, ["common words"] * len(UNITS))
     np.testing.assert_allclose(found.gain, 0, atol=1e-12)
     assert (found.beats == 0).all() and (found.beats_surely == 0).all()
 
@@ -133,7 +133,7 @@ def test_a_description_that_fits_all_units_gains_nothing():
 def test_the_description_of_noise_gains_nothing_that_is_sure():
     rng = np.random.default_rng(0)
     noise = [planted(lambda t, i: rng.random() < 0.1, n=120, seed=s, name=str(s)) for s in range(12)]
-    found = score_descriptions(noise, describe(noise, progress=False), progress=False)
+    found = score_descriptions(noise, describe(noise))
     assert float(found.beats_surely.mean()) < 0.2
     assert abs(float(found.gain.mean())) < 0.05
 
@@ -144,7 +144,7 @@ class Truth(Judge):
 
 
 def test_a_judge_that_knows_the_activations_has_full_marks_and_a_blind_one_none():
-    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), draws=1, progress=False)
+    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), draws=1)
     np.testing.assert_allclose(found.score[0], 1)
     np.testing.assert_allclose(found.score[1], [0.5, 0.5, 0])
     np.testing.assert_allclose(found.control[0], [0.5, 0.5, 0])
@@ -154,7 +154,7 @@ def test_simulation_is_the_correlation_over_all_tokens_that_count():
     unit = UNITS[1]
     unit.held_out[0].activations[2] = np.nan
     judge = CallableJudge(lambda text, tokens: [len(t) + 0.1 * i for i, t in enumerate(tokens)])
-    found = score_descriptions([unit, unit], ["a", "b"], judge, draws=1, progress=False)
+    found = score_descriptions([unit, unit], ["a", "b"], judge, draws=1)
     said = np.concatenate([judge.simulate(Description("a"), c)[c.counted] for c in unit.held_out])
     true = np.concatenate([c.activations[c.counted] for c in unit.held_out])
     assert float(found.score.sel(test="simulation")[0]) == pytest.approx(np.corrcoef(said, true)[0, 1])
@@ -185,7 +185,7 @@ def test_a_description_in_words_is_taken_at_its_words():
 
 def test_units_without_active_contexts_are_nan_and_do_not_count():
     silent = planted(lambda t, i: False, noise=0, name="silent")
-    found = score_descriptions([*UNITS[:2], silent], [*describe(UNITS[:2], progress=False), "x"], progress=False)
+    found = score_descriptions([*UNITS[:2], silent], [*describe(UNITS[:2]), "x"])
     assert np.isnan(found.score[2]).all() and (found.beats == 1).all()
 
 
@@ -203,9 +203,9 @@ def test_a_model_is_shown_marked_contexts_and_its_first_line_is_the_description(
     assert prompt.endswith("words: gave, a, drink, cat, Paris, Rome\nAnswer:")
     assert "marked" not in ModelExplainer(model, contexts=0).prompt(unit)
     said = model.generate(prompt, max_new_tokens=3).text
-    (found,) = describe([unit], explainer, progress=False)
+    (found,) = describe([unit], explainer)
     assert found.rules == () and found.text == (said.strip().splitlines() or ["no answer"])[0].strip()
-    assert describe([unit], lambda contexts: f"about {contexts.unit}", progress=False)[0].text == "about u"
+    assert describe([unit], lambda contexts: f"about {contexts.unit}")[0].text == "about u"
 
 
 def test_a_model_with_a_chat_template_is_asked_in_a_turn():
@@ -255,6 +255,6 @@ def test_bad_questions_are_one_clear_error():
     with pytest.raises(InputError, match="there is no test recall"):
         score_descriptions(UNITS[:2], ["x", "y"], tests=["recall"])
     with pytest.raises(InputError, match="is no judge"):
-        score_descriptions(UNITS[:2], ["x", "y"], 3, progress=False)
+        score_descriptions(UNITS[:2], ["x", "y"], 3)
     with pytest.raises(InputError, match=r"the judge gave \[1\] numbers for 8 tokens"):
-        score_descriptions(UNITS[:2], ["x", "y"], lambda text, tokens: [0], progress=False)
+        score_descriptions(UNITS[:2], ["x", "y"], lambda text, tokens: [0])

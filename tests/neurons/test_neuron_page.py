@@ -42,7 +42,7 @@ def gathered(family):
     model = opened(family)
     stack = model.anatomy.stacks[-1].prefix
     texts = [(t, t) for t in TEXTS] if stack else TEXTS
-    return harvest(model, texts, [f"{stack}layers.*.mlp.neurons"], top=16, sample=64, progress=False)
+    return harvest(model, texts, [f"{stack}layers.*.mlp.neurons"], top=16, sample=64)
 
 
 # ---- weights
@@ -177,7 +177,7 @@ READS = {
 def test_units_of_ones_own_have_pages_and_come_back_from_disk_but_for_functions(kind, tmp_path):
     model = opened("llama")
     features = Units("layers.0.resid_post", READS[kind], "mine")
-    found = harvest(model, TEXTS, features, top=4, sample=32, path=tmp_path / "one", progress=False)
+    found = harvest(model, TEXTS, features, top=4, sample=32, path=tmp_path / "one")
     page = neuron_page(model, found, "mine.2")
     assert "raised" not in page.data and page.data.relation.values.tolist() == ["activation"]
     assert neuron_page(model, Harvest.load(tmp_path / "one", [features]), "mine.2").allclose(page)
@@ -204,7 +204,7 @@ def test_units_of_ones_own_have_pages_and_come_back_from_disk_but_for_functions(
 )
 def test_units_without_weights_of_their_own_have_pages_too(family, site, relations):
     model = opened(family)
-    found = harvest(model, TEXTS, site, top=4, sample=32, progress=False)
+    found = harvest(model, TEXTS, site, top=4, sample=32)
     page = neuron_page(model, found, f"{site}.30").data
     assert page.relation.values.tolist() == relations
     assert ("raised" in page) == ("output weights" in relations)

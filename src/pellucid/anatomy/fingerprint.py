@@ -92,6 +92,11 @@ def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _plain(f"{name}.settings", settings)
         for part in parts:
             yield from _plain(f"{name}.{part}", getattr(value, part))
+    elif isinstance(value, Tensor) and value.is_quantized:
+        per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        scale = (value.q_per_channel_scales(), value.q_per_channel_zero_points()) if per_channel else value.q_scale()
+        yield from _plain(f"{name}.scale", (scale, value.qscheme(), None if per_channel else value.q_zero_point()))
+        yield name, value.int_repr()
     elif isinstance(value, Tensor):
         yield name, value.to_dense() if value.layout is not torch.strided else value
     elif isinstance(value, (tuple, list)):

@@ -22,7 +22,6 @@ come as often and as bunched as before, on other words. Searching among many for
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,8 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, nearest
 from pellucid.results import Result
 from pellucid.statistics import interval
@@ -159,7 +158,6 @@ def compositional(
     held_out: float = 0.5,
     seed: int = 0,
     units: Sequence[str] | None = None,
-    progress: bool = True,
 ) -> Result:
     """The formula that describes best where each unit fires.
 
@@ -188,7 +186,7 @@ def compositional(
     tested = np.isin(text, order[: max(1, round(held_out * len(order)))])
     parts = [Concepts(concepts.names, concepts.masks[at]) for at in (~tested, tested)]
     shifted = [_shifted(firing[at], rng) for at in (~tested, tested)]
-    with tqdm(total=2 * firing.shape[1], unit="unit", disable=not progress or not sys.stderr.isatty()) as bar:
+    with progress(what="units explained", total=2 * firing.shape[1]) as bar:
         found = search(firing[~tested], parts[0], beam, bar)
         null = search(shifted[0], parts[0], beam, bar)
     both, either = held(firing[tested], [f for f, _ in found], parts[1], text[tested])
@@ -231,7 +229,7 @@ def firings(activations: Any, quantile: float) -> np.ndarray:
     return values > np.quantile(values.astype(np.float32), quantile, axis=0)
 
 
-def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: tqdm | None = None) -> list[tuple[Formula, float]]:
+def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: progress[Any] | None = None) -> list[tuple[Formula, float]]:
     """Each unit's best formula, and its IoU."""
     masks = torch.from_numpy(np.ascontiguousarray(concepts.masks.T)).float()  # [concept, token]
     found: list[tuple[Formula, float]] = []
@@ -239,7 +237,7 @@ def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: tqdm | None 
         part = torch.from_numpy(np.ascontiguousarray(firing[:, start : start + UNITS].T))
         found += _Block(part, masks, concepts.names).search(beam)
         if bar is not None:
-            bar.update(len(part))
+            bar.step(len(part))
     return found
 
 

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Row, by_length, inputs
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
-from pellucid.neurons.corpus import Text, batches, where
-from pellucid.neurons.harvest import Harvest, Moment
+from pellucid.neurons.harvest import TOKENS, Harvest, Moment
+from pellucid.neurons.shelf import where
 from pellucid.technique import technique
 
 
@@ -146,10 +147,8 @@ def _labels(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
 # ---- harvested texts, run again
 
 
-def activations(
-    model: Model, harvest: Harvest, units: Sequence[str], prompts: Iterable[int], *, batch: int = 2048
-) -> dict[int, Tensor]:
-    """[position, unit] float32 of some units at every token of some harvested prompts, by prompt; `batch` is in tokens.
+def activations(model: Model, harvest: Harvest, units: Sequence[str], prompts: Iterable[int]) -> dict[int, Tensor]:
+    """[position, unit] float32 of some units at every token of some harvested prompts, by prompt.
 
     InputError for another model's harvest, units that were not harvested, and functions of your own after loading, where
     they were not given to `Harvest.load`.
@@ -158,10 +157,10 @@ def activations(
     found = [harvest.find(unit) for unit in units]
     sites = {name: Site.parse(harvest.readers[name].site) for name, _ in found}
     made: dict[int, Tensor] = {}
-    for numbers, inputs in _runs(model, harvest, sorted(set(prompts)), batch):
-        real = stream_of(inputs, next(iter(sites.values()))).mask.bool()
+    for numbers, given in _runs(model, harvest, sorted(set(prompts))):
+        real = stream_of(given, next(iter(sites.values()))).mask.bool()
         seen: dict[str, Tensor] = {}
-        watch(model.anatomy, inputs, together({name: _seer(harvest, name, real, seen) for name in sites}, sites))
+        watch(model.anatomy, given, together({name: _seer(harvest, name, real, seen) for name in sites}, sites))
         rows = torch.stack([seen[name][:, n] for name, n in found], 1)
         made |= dict(zip(numbers, rows.split(real.sum(1).tolist()), strict=True))
     return made
@@ -174,16 +173,16 @@ def _seer(harvest: Harvest, name: str, real: Tensor, seen: dict[str, Tensor]) ->
     return see
 
 
-def _runs(model: Model, harvest: Harvest, prompts: Sequence[int], batch: int) -> Iterator[tuple[list[int], Inputs]]:
+def _runs(model: Model, harvest: Harvest, prompts: Sequence[int]) -> Iterator[tuple[list[int], Inputs]]:
     """Prompts in batches of like length; one by one where the decoder of an encoder-decoder was read."""
     shelf = harvest.shelf
     alone = [prompt for prompt in prompts if shelf.row(prompt) != shelf.row(prompt, "given")]
     for prompt in alone:
-        rows = {"input_ids": shelf.row(prompt, "given"), "decoder_input_ids": shelf.row(prompt)}
-        yield [prompt], model.inputs({key: torch.tensor([row]) for key, row in rows.items()})
-    texts = [Text(prompt, tuple(shelf.row(prompt))) for prompt in prompts if prompt not in alone]
-    for group in batches(texts, batch):
-        yield [text.number for text in group], model.inputs([list(text.ids) for text in group])
+        given = {"input_ids": shelf.row(prompt, "given"), "decoder_input_ids": shelf.row(prompt)}
+        yield [prompt], model.inputs({key: torch.tensor([row]) for key, row in given.items()})
+    rows = [Row(prompt, tuple(shelf.row(prompt)), prompt) for prompt in prompts if prompt not in alone]
+    for group in by_length(rows, TOKENS):
+        yield [row.number for row in group], inputs(model, group)
 
 
 def apart(moments: Iterable[Moment]) -> list[Moment]:

@@ -13,8 +13,8 @@ out is the same to the last bit. Texts are run in batches of like length; paddin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,21 +22,22 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import SEGMENT, Corpus, Place, Row, by_length, inputs, segments
 from pellucid.engine.checkpoint import fingerprint
-from pellucid.engine.pausing import pause
+from pellucid.engine.pausing import progress
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
 from pellucid.errors import InputError, at_least, nearest
 from pellucid.model import Model
-from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
 from pellucid.neurons.dictionaries.dictionary import Dictionary
+from pellucid.neurons.shelf import Shelf, place, where
 from pellucid.neurons.tally import Sampler, Tally
 from pellucid.technique import technique
 
 INDEX, VERSION = "harvest.json", 2
+TOKENS = 2048  # run at once
 NONE = fingerprint(None)  # of a site's own units
 
 
@@ -117,11 +118,12 @@ class Harvest:
     shelf: Shelf
     readers: dict[str, Units]
     count: int = 0  # tokens
+    read: Place = field(default_factory=Place)  # how far the corpus was read
 
     def __repr__(self) -> str:
         units = sum(len(tally.top) for tally in self.tallies.values())
         of = f" of {self.plan.model}" if self.plan.model else ""
-        return f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {len(self.shelf)} texts, {self.count} tokens>"
+        return f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {self.read.texts} texts, {self.count} tokens>"
 
     @property
     def names(self) -> list[str]:
@@ -249,7 +251,7 @@ class Harvest:
         for first, end in zip(self.shelf.firsts, [*self.shelf.firsts[1:], len(self.shelf)], strict=True):
             rows = range(first, end)
             shelf.append({name: [self.shelf.row(i, name) for i in rows] for name in ("given", "read")})
-        Harvest(self.plan, self.tallies, self.sampler, shelf, self.readers, self.count)._write()
+        replace(self, shelf=shelf)._write()
         return folder
 
     def _write(self) -> None:
@@ -263,7 +265,7 @@ class Harvest:
         state |= {"keys": self.sampler.keys, "places": self.sampler.places}
         save_file(state, str(folder / f"state-{number:05d}.safetensors"))
         about = {"pellucid-harvest": VERSION, **asdict(self.plan), "count": self.count}
-        about |= {"firsts": self.shelf.firsts, "prompts": len(self.shelf)}
+        about |= {"firsts": self.shelf.firsts, "prompts": len(self.shelf), "read": asdict(self.read)}
         part = folder / (INDEX + ".part")
         part.write_text(json.dumps(about, indent=1))
         part.replace(folder / INDEX)
@@ -295,7 +297,7 @@ class Harvest:
             about = json.loads((folder / INDEX).read_text())
             if (version := about.pop("pellucid-harvest")) != VERSION:
                 raise InputError(f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again")
-            count, firsts, prompts = (about.pop(key) for key in ("count", "firsts", "prompts"))
+            count, firsts, prompts, read = (about.pop(key) for key in ("count", "firsts", "prompts", "read"))
             plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
             state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -307,13 +309,13 @@ class Harvest:
             for i, label in enumerate(plan.labels)
         }
         sampler = Sampler(state["keys"], state["places"], plan.seed)
-        return cls(plan, tallies, sampler, Shelf(folder, firsts, prompts), {}, count)
+        return cls(plan, tallies, sampler, Shelf(folder, firsts, prompts), {}, count, Place(**read))
 
 
 @technique
 def harvest(
     model: Model,
-    texts: Iterable[Any],
+    texts: Any,
     sites: Sites = "layers.*.mlp.neurons",
     *,
     path: str | Path | None = None,
@@ -321,50 +323,44 @@ def harvest(
     sample: int = 1024,
     context: int = 256,
     skip: int = 0,
-    batch: int = 2048,
+    batch_tokens: int = TOKENS,
     seed: int = 0,
-    progress: bool = True,
 ) -> Harvest:
     """Run the texts once and keep of every unit what `Harvest` says.
 
-    `texts` are strings, token ids, or (source, target) pairs for the decoder of an encoder-decoder; each is cut off after
-    `context` tokens. `sites` are sites of one stack (with `*`), or `Units`: directions or features read at a site. `top` is
-    k, `sample` the size of the uniform sample, drawn by `seed`; the first `skip` tokens of each text do not count (a decoder's
-    first token is often a sink with activations of its own). `batch` is in tokens. With a `path` (a folder) the harvest is
-    kept on disk and an interrupted one continues. InputError for sites of several stacks or without positions, and for a
-    folder that holds another harvest.
+    `texts` are what `pl.Corpus` takes, or one: strings, token ids, pairs (source, target) for an encoder-decoder, rows of
+    `datasets`, a file of lines, in a list or as they come. One of more than `context` tokens is read in several rows
+    ("prompts" of the harvest) unless a Corpus says otherwise. `sites` are sites of one stack (with `*`), or `Units`:
+    directions or features read at a site. `top` is k, `sample` the size of the uniform sample, drawn by `seed`; the first
+    `skip` tokens of each row do not count (a decoder's first token is often a sink with activations of its own). Up to
+    `batch_tokens` tokens are run at once. With a `path` (a folder) the harvest is kept on disk and an interrupted one
+    continues. InputError for sites of several stacks or without positions, for a folder that holds another harvest, and for
+    texts that are none, by their number.
 
     >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
     >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
     """
-    at_least(1, top=top, sample=sample, context=context, batch=batch)
+    at_least(1, top=top, sample=sample, context=context, batch_tokens=batch_tokens)
     at_least(0, skip=skip)
+    corpus = Corpus.of(texts, context=context, packed=False, long="windows")
     readers = _readers(model, sites)
     plan = Plan(
         model.digest, tuple(readers), tuple(u.site for u in readers.values()),
-        tuple(fingerprint(u.read) for u in readers.values()), top, sample, context, skip, seed, model.name,
+        tuple(fingerprint(u.read) for u in readers.values()), top, sample, corpus.context or context, skip, seed, model.name,
     )  # fmt: skip
     made = _begin(plan, readers, None if path is None else Path(path))
     special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    size = len(texts) if isinstance(texts, Sequence) else None
-    before, done = len(made.shelf), 0
-    with tqdm(total=size, unit="text", disable=not progress) as bar:
-        for segment in segments(read(model, texts, context)):
-            if segment[0].number < before:
-                _compare(made.shelf, segment)
-                done = segment[-1].number + 1
-                bar.update(len(segment))
-            else:
-                rows: dict[int, list[int]] = {}
-                for group in batches(segment, batch):
-                    rows |= _run(model, made, group, special)
-                    bar.update(len(group))
-                    pause(bar.n, size)
-                _put_away(made.shelf, segment, rows)
-                if path is not None:
-                    made._write()
-    if done < before:
-        raise InputError(f"this folder holds a harvest of {before} texts, not of the first {done}: use another folder")
+    size = len(corpus.texts) if hasattr(corpus.texts, "__len__") else None
+    with progress(what="texts harvested", total=size, done=made.read.texts) as bar:
+        for segment in segments(corpus.rows(model, after=made.read), SEGMENT):
+            rows: dict[int, list[int]] = {}
+            for group in by_length(segment, batch_tokens):
+                rows |= _run(model, made, group, special)
+                bar.step(len(group))
+            _put_away(made.shelf, segment, rows)
+            made.read = segment[-1].place
+            if path is not None:
+                made._write()
     if not made.count:
         raise InputError("no token was counted: give texts of more tokens than are skipped")
     return made
@@ -430,13 +426,13 @@ def _lost(values: Tensor) -> Tensor:
     raise InputError("this harvest has units of its own: give their function to Harvest.load(path, units=[...])")
 
 
-def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) -> dict[int, list[int]]:
+def _run(model: Model, made: Harvest, group: Sequence[Row], special: set[int]) -> dict[int, list[int]]:
     """Count one batch in; returns the tokens each prompt was read as."""
-    inputs = inputs_of(model, group)
+    given = inputs(model, group)
     sites = {name: Site.parse(u.site) for name, u in made.readers.items()}
-    stream = stream_of(inputs, next(iter(sites.values())))
+    stream = stream_of(given, next(iter(sites.values())))
     ids, real = stream.ids.cpu(), stream.mask.bool().cpu()
-    rows = {text.number: ids[i][real[i]].tolist() for i, text in enumerate(group)}
+    rows = {row.number: ids[i][real[i]].tolist() for i, row in enumerate(group)}
     columns = torch.arange(ids.shape[1])
     position = columns - stream.starts.cpu()[:, None]
     counted = real & (position >= made.plan.skip)
@@ -445,11 +441,11 @@ def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) 
     chosen = counted.flatten().nonzero()[:, 0]
     if not len(chosen):
         return rows
-    number = torch.tensor([text.number for text in group])[:, None]
+    number = torch.tensor([row.number for row in group])[:, None]
     places = place(number.expand_as(position), position).flatten()[chosen]
     drawn = torch.zeros(ids.shape, dtype=torch.float64)
-    for i, text in enumerate(group):
-        drawn[i, real[i]] = made.sampler.draws(text.number, len(rows[text.number]))
+    for i, row in enumerate(group):
+        drawn[i, real[i]] = made.sampler.draws(row.number, len(rows[row.number]))
     taken = made.sampler.offer(drawn.flatten()[chosen], places)
     everything = bool(counted.all())
 
@@ -463,24 +459,17 @@ def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) 
 
         return count
 
-    watch(model.anatomy, inputs, together({name: counter(name) for name in sites}, sites))
+    watch(model.anatomy, given, together({name: counter(name) for name in sites}, sites))
     made.tallies = {name: made.tallies[name] for name in made.readers}  # as asked for, not as the blocks came
     made.count += len(chosen)
     return rows
 
 
-def _put_away(shelf: Shelf, segment: Sequence[Text], rows: Mapping[int, list[int]]) -> None:
-    given = [text.ids for text in segment]
-    seen = [rows.get(text.number, []) for text in segment]
+def _put_away(shelf: Shelf, segment: Sequence[Row], rows: Mapping[int, list[int]]) -> None:
+    given = [row.ids for row in segment]
+    seen = [rows.get(row.number, []) for row in segment]
     alike = all(list(a) == b for a, b in zip(given, seen, strict=True))
     shelf.append({"given": given} if alike else {"given": given, "read": seen})
-
-
-def _compare(shelf: Shelf, segment: Sequence[Text]) -> None:
-    """A segment that was done before must hold the same texts."""
-    for text in segment:
-        if text.number >= len(shelf) or shelf.row(text.number, "given") != list(text.ids):
-            raise InputError(f"text {text.number} is not what this folder was begun with: use another folder")
 
 
 def _moments(values: Tensor, places: Tensor) -> list[Moment]:

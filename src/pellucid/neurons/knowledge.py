@@ -47,7 +47,6 @@ def knowledge_attribution(
     *,
     steps: int = 20,
     metric: Any = None,
-    progress: bool = True,
 ) -> Result:
     """The share of every neuron of every layer of the last stack in the probability of `target`.
 
@@ -68,7 +67,7 @@ def knowledge_attribution(
     plan = model.plan(inputs, leaves, bound)
     total = [torch.zeros_like(w) for w in clean]
     nothing = torch.zeros(len(inputs), len(sites))
-    for slope in slopes(plan, leaves, progress):
+    for slope in slopes(plan, leaves):
         layer, k = divmod(slope.index, steps)
         total[layer] += slope.gradient[:, 0].to(total[layer]) / steps
         if k == 0:
@@ -174,7 +173,6 @@ def knowledge_effect(
     factors: Sequence[float] = (0.0, 2.0),
     draws: int = 10,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """What scaling these neurons at the answer's position does to the log-odds of `target`, beside two controls.
 
@@ -199,7 +197,7 @@ def knowledge_effect(
     variants = [
         [Scale(f"{sites[layer]}.{n}@{position}", f) for layer, n in group] for _, group in groups for f in factors
     ]
-    swept = model.sweep(inputs, variants, bound, progress=progress)
+    swept = model.sweep(inputs, variants, bound)
     change = (swept.values - swept.clean).mean(1).double().reshape(len(groups), len(factors)).numpy()
     of = {name: change[[g == name for g, _ in groups]] for name in ("neurons", "random", "most active")}
     data = xr.Dataset(

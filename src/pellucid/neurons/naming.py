@@ -24,8 +24,8 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.contexts import Context, UnitContexts
@@ -83,16 +83,14 @@ Explainer = Callable[[UnitContexts], Description | str]
 
 
 @technique
-def describe(
-    contexts: Sequence[UnitContexts], explainer: Explainer | None = None, *, progress: bool = True
-) -> list[Description]:
+def describe(contexts: Sequence[UnitContexts], explainer: Explainer | None = None) -> list[Description]:
     """What each unit stands for, from the contexts that are `shown`; by default by counting (`StatisticalExplainer`).
 
     >>> describe(read_contexts(model, found, units))  # doctest: +SKIP
     """
     _check_contexts(contexts)
     explainer = explainer or StatisticalExplainer()
-    made = [explainer(each) for each in tqdm(contexts, unit="unit", disable=not progress)]
+    made = [explainer(each) for each in progress(contexts, "units described")]
     return as_descriptions(made)
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.contexts import Context, UnitContexts
@@ -62,7 +62,6 @@ def score_descriptions(
     tests: Sequence[str] = TESTS,
     draws: int = 3,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """How well each unit's description predicts where it fires, beside descriptions of other units.
 
@@ -88,7 +87,7 @@ def score_descriptions(
     rng = np.random.default_rng(seed)
     shape = len(contexts), len(tests)
     (score, gain), ends = np.full((2, *shape), np.nan), np.full((2, 2, *shape), np.nan)  # low and high of both
-    for u, each in enumerate(tqdm(contexts, unit="unit", disable=not progress)):
+    for u, each in enumerate(progress(contexts, "units scored")):
         rest = [i for i in range(len(said)) if i != u]
         chosen = [said[u], *(said[i] for i in rng.permutation(rest)[:draws])]
         exams = dict(zip(TESTS, _exams(each, rng), strict=True))

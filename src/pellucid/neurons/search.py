@@ -23,7 +23,6 @@ exchanges drawn blindly (a gradient counts as three evaluations); the best conte
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +31,8 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.harvest import Units
@@ -75,7 +74,6 @@ def activating_inputs(
     texts: Sequence[str] = (),
     exchanges: Exchanges | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """Texts of `length` tokens that activate a unit, beside what blind search and a corpus (`texts`) give.
 
@@ -104,7 +102,7 @@ def activating_inputs(
     given, windows = from_corpus(aim, texts, length) if texts else ({}, None)
     known = [] if windows is None else [best(aim, windows, (restarts + 1) // 2)]
     start = Found.joined([*known, best(aim, drawn, restarts - sum(len(each.rows) for each in known))])
-    with tqdm(total=2 * steps, unit="step", disable=not progress or not sys.stderr.isatty()) as bar:
+    with progress(what="steps of the search", total=2 * steps) as bar:
         climb = Climb(aim, start, exchanges.trials, steps, bar)
         climb.run(_steepest(aim, exchanges.top, generator))
         controls = given
@@ -128,7 +126,7 @@ class Climb:
     found: Found
     trials: int
     steps: int
-    bar: tqdm
+    bar: progress[Any]
     interrupted: bool = False
 
     def __post_init__(self) -> None:
@@ -145,7 +143,7 @@ class Climb:
         try:
             for _ in range(self.steps):
                 self._step(propose)
-                self.bar.update()
+                self.bar.step()
         except KeyboardInterrupt:
             self.interrupted = True
 

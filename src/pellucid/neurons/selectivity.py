@@ -24,10 +24,10 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Row, by_length, inputs
 from pellucid.engine.watching import watch
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
-from pellucid.neurons.corpus import Text, batches
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks.tokens import covering, encode
@@ -251,7 +251,7 @@ def _read(
     of: dict[int, list[int]] = {}
     for i, (text, _, _) in enumerate(places):
         of.setdefault(text, []).append(i)
-    rows = [Text(number, tuple(cut[number][0])) for number in of]
+    rows = [Row(number, tuple(cut[number][0]), number) for number in of]
     widths = _widths(model, rows[0], sites)
     fitting = max(1, memory // (4 * len(places) * max(widths)))
     for at in range(0, len(sites), fitting):
@@ -259,15 +259,15 @@ def _read(
             site: torch.empty(len(places), width)
             for site, width in list(zip(sites, widths, strict=True))[at : at + fitting]
         }
-        for group in batches(rows, TOKENS):
-            inputs = model.inputs([list(text.ids) for text in group])
-            starts = inputs.stream(sites[0].stack).starts.tolist()
+        for group in by_length(rows, TOKENS):
+            given = inputs(model, group)
+            starts = given.stream(sites[0].stack).starts.tolist()
             where = [
                 (b, starts[b] + spans[i][0], starts[b] + spans[i][1], i)
-                for b, text in enumerate(group)
-                for i in of[text.number]
+                for b, row in enumerate(group)
+                for i in of[row.number]
             ]
-            watch(model.anatomy, inputs, {site: _pooler(rows, where) for site, rows in made.items()})
+            watch(model.anatomy, given, {site: _pooler(rows, where) for site, rows in made.items()})
         while made:
             site = next(iter(made))
             yield str(site), made.pop(site)
@@ -281,11 +281,11 @@ def _pooler(rows: Tensor, where: list[tuple[int, int, int, int]]) -> Callable[[T
     return pool
 
 
-def _widths(model: Model, text: Text, sites: Sequence[Site]) -> list[int]:
+def _widths(model: Model, row: Row, sites: Sequence[Site]) -> list[int]:
     found: dict[Site, int] = {}
     watch(
         model.anatomy,
-        model.inputs([list(text.ids)]),
+        inputs(model, [row]),
         {site: lambda x, site=site: found.__setitem__(site, x[0, 0].numel()) for site in sites},  # type: ignore[misc]
     )
     return [found[site] for site in sites]

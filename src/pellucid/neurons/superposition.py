@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import trange
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights
@@ -69,7 +69,6 @@ def toy_model(
     batch: int = 512,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """Train the toy model once for every sparsity and restart, all in one batch.
 
@@ -78,7 +77,7 @@ def toy_model(
     `restart`, and `linear`, the loss of the best model without superposition: the most important features kept, one per
     dimension, all others answered by their mean. Restarts differ by their random start.
 
-    >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3, progress=False).dimensionality.shape
+    >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3).dimensionality.shape
     (2, 1, 4)
     """
     at_least(1, features=features, hidden=hidden, restarts=restarts, steps=steps, batch=batch)
@@ -90,7 +89,7 @@ def toy_model(
     if weights.shape != (features,) or bool((weights < 0).any()):
         raise InputError(f"importance= must be {features} numbers of at least 0, not {list(weights.shape)}")
     absent = torch.tensor(given).repeat_interleave(restarts)[:, None, None]
-    w, b = _train(absent, weights, hidden, steps, batch, learning_rate, seed, progress)
+    w, b = _train(absent, weights, hidden, steps, batch, learning_rate, seed)
     loss = _loss(w, b, _draw(absent, 20 * batch, features, torch.Generator().manual_seed(seed + 1)), weights)
     shape = (len(given), restarts)
     vectors = w.mT.reshape(*shape, features, hidden)
@@ -123,14 +122,14 @@ def _loss(w: Tensor, b: Tensor, x: Tensor, importance: Tensor) -> Tensor:
 
 
 def _train(
-    absent: Tensor, importance: Tensor, hidden: int, steps: int, batch: int, rate: float, seed: int, progress: bool
+    absent: Tensor, importance: Tensor, hidden: int, steps: int, batch: int, rate: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     n, features = len(absent), len(importance)
     w = torch.randn(n, hidden, features, generator=generator) * (2 / (hidden + features)) ** 0.5
     w, b = w.requires_grad_(), torch.zeros(n, 1, features, requires_grad=True)
     adam = torch.optim.Adam([w, b], lr=rate, fused=True)
-    for _ in trange(steps, unit="step", disable=not progress):
+    for _ in progress(range(steps), "steps"):
         with torch.enable_grad():
             loss = _loss(w, b, _draw(absent, batch, features, generator), importance).sum()
         w.grad, b.grad = torch.autograd.grad(loss, [w, b])

@@ -108,7 +108,7 @@ def test_a_sweep_over_features_gives_what_runs_give(writes):
     d = dictionary(model, "layers.1.resid_mid", writes)
     variants = [d.edits(i, "ablate") for i in range(6)] + [d.splice(), d.edits([1, 2], "steer", 3.0)]
     variants += [d.edits([1, 2], "scale", 3.0, positions=-1), d.edits(3, "set", 3.0, positions="1:3")]
-    swept = model.sweep(PROMPTS[0], variants, logit(7), progress=False).values[:, 0]
+    swept = model.sweep(PROMPTS[0], variants, logit(7)).values[:, 0]
     one_by_one = [model.score(model.run(PROMPTS[0], edits=v), logit(7)).item() for v in variants]
     np.testing.assert_allclose(swept.numpy(), one_by_one, rtol=1e-4, atol=1e-5)
 

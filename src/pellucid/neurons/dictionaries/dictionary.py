@@ -41,6 +41,7 @@ from pellucid.neurons.dictionaries.functions import Activation
 from pellucid.results import Result
 from pellucid.technique import technique
 
+
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """A trained dictionary: encoder [d_in, features], decoder [features, d_out], and their biases.
