@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pellucid.neurons.corpus import where
+from pellucid.neurons.shelf import where
 
 import pellucid as pl
 from pellucid.neurons import Harvest, apart, harvest, neuron_page, neuron_selectivity
@@ -72,9 +72,7 @@ def three(model: pl.Model, found: Harvest, dev: Treebank) -> Iterator[Any]:
         taken.add(word)
         labels = [word if form.form.lower() == word else "other" for s in dev.sentences for form in s.words]
         spans = dev.spans
-        told = neuron_selectivity(model, spans.texts, spans.where, labels, unit, draws=200).data.sel(
-            concept=word
-        )
+        told = neuron_selectivity(model, spans.texts, spans.where, labels, unit, draws=200).data.sel(concept=word)
         print(
             f"\n{unit}: {100 * share:.0f} % of its {found.plan.top} largest activations are on {word!r}, which is {share_of(dev, word):.1f} % of words"
         )

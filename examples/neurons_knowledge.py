@@ -168,9 +168,7 @@ def main() -> None:
             "other wording": (wordings[-1], fact.answer),
             "unrelated": ([kept[i][1][0] for i in unrelated], [kept[i][0].answer for i in unrelated]),
         }
-        effects = {
-            w: knowledge_effect(model, p, a, neurons, seed=number).data for w, (p, a) in asked.items()
-        }
+        effects = {w: knowledge_effect(model, p, a, neurons, seed=number).data for w, (p, a) in asked.items()}
         rows.append({w: e.effect.values for w, e in effects.items()})
         off = effects["fact"].effect.sel(factor=0.0)
         print(f"{fact.relation[:22]:22s} {wordings[0][-44:]:>44s}{fact.answer:12s} {neurons}  off {float(off.sel(group='neurons')):+.2f} "

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pellucid.neurons.corpus import where
+from pellucid.neurons.shelf import where
 
 import pellucid as pl
 from pellucid.neurons import (

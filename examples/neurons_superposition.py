@@ -29,9 +29,7 @@ FIGURES = [(3, 2), (4, 2), (5, 2), (6, 3), (8, 3)]  # features, hidden
 def figures(steps: int) -> None:
     print("share of a dimension that each feature is given, sparsity .97, the best of 5 restarts")
     for features, hidden in FIGURES:
-        found = toy_model(
-            0.97, features=features, hidden=hidden, restarts=5, steps=steps, learning_rate=5e-3
-        )
+        found = toy_model(0.97, features=features, hidden=hidden, restarts=5, steps=steps, learning_rate=5e-3)
         at = int(found.loss.values[0].argmin())
         shares = " ".join(f"{v:.2f}" for v in found.dimensionality.values[0, at])
         print(f"  {features} features in {hidden} dimensions: {shares}; loss {float(found.loss[0, at]):.4f}, without "

@@ -107,9 +107,7 @@ def test_a_unit_fires_on_its_largest_activations():
     assert firings(values, 0.9)[-10:].all()
     assert not firings(np.zeros((50, 1)), 0.9).any()
     concepts = Concepts.of({"even": np.arange(100) % 2 == 0, "late": np.arange(100) > 50})
-    given, told = (
-        compositional(x, concepts, quantile=0.9).data for x in (values, firings(values, 0.9))
-    )
+    given, told = (compositional(x, concepts, quantile=0.9).data for x in (values, firings(values, 0.9)))
     assert given.identical(told) and given.density.values.tolist() == [0.1, 0.1]
 
 

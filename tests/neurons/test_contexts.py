@@ -103,7 +103,7 @@ def test_marks_stand_around_words_and_not_around_their_spaces():
 
 def test_other_weights_and_no_units_are_one_clear_error():
     made = found("gpt2", "layers.1.mlp.neurons")
-    with pytest.raises(InputError, match="no unit was named"):
+    with pytest.raises(InputError, match="expected a list of units, at least one"):
         read_contexts(opened("gpt2"), made, [])
     with pytest.raises(InputError, match="belongs to other weights"):
         read_contexts(opened("bert"), made, ["layers.1.mlp.neurons.0"])

@@ -141,7 +141,7 @@ def test_a_long_text_is_read_in_windows_and_generators_rows_and_files_are_read(t
     """B9: nothing is cut off silently, and what a data set gives is a corpus."""
     model = opened("llama")
     long = " ".join(TEXTS[:6])
-    ids = model.inputs(long).stream("").ids[0].tolist()
+    ids = model.tokenizer(long)["input_ids"]
     found = gathered(model, texts=["a cat", long, "a dog"], context=20)
     rows = [found.tokens(i) for i in range(len(found.shelf))]
     assert len(rows) == 2 + -(-len(ids) // 20) and sum(rows[1:-1], []) == ids
@@ -300,7 +300,10 @@ def test_what_cannot_be_harvested_says_why(tmp_path):
         gathered(opened("t5"), sites=["encoder.layers.0.mlp.neurons", "decoder.layers.0.mlp.neurons"])
     with pytest.raises(InputError, match="put the one text into a list"):
         harvest(model, "one text")
-    for texts, message in (([1, 2], "text 0 of the corpus is no text"), (["a", None], "text 1 of the corpus is no text")):
+    for texts, message in (
+        ([1, 2], "text 0 of the corpus is no text"),
+        (["a", None], "text 1 of the corpus is no text"),
+    ):
         with pytest.raises(InputError, match=message):
             gathered(model, texts=texts)
     for bad, message in (

@@ -89,7 +89,8 @@ def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
 def made(array):
     """An attribution [wording, layer, neuron] given by hand."""
     data = xr.Dataset(
-        {"attribution": (("prompt", "layer", "neuron"), np.array(array, dtype=float))}, coords={"layer": [4, 5], "site": ("layer", ["layers.4.mlp.neurons", "layers.5.mlp.neurons"])},
+        {"attribution": (("prompt", "layer", "neuron"), np.array(array, dtype=float))},
+        coords={"layer": [4, 5], "site": ("layer", ["layers.4.mlp.neurons", "layers.5.mlp.neurons"])},
     )
     return Result(data, kind="knowledge attribution")
 

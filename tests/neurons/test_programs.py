@@ -14,7 +14,12 @@ from tests.test_technique import again
 from tests.zoo import build, tokenizer
 
 SITE, NEURONS = "layers.0.resid_post", "layers.0.mlp.neurons"
-TEXTS = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary", "he is in Rome"] * 4
+TEXTS = [
+    "The capital of France is Paris",
+    "Mary and John went to the store",
+    "he gave a drink to Mary",
+    "he is in Rome",
+] * 4
 FACT = ["The capital of France is", "The city of"]
 
 

@@ -156,9 +156,7 @@ def test_an_interrupted_search_returns_what_it_has():
             raise KeyboardInterrupt
         return x[:, 5]
 
-    found = activating_inputs(
-        model, Units("layers.1.mlp.neurons", unit), length=5, steps=20, restarts=2, exchanges=FEW
-    )
+    found = activating_inputs(model, Units("layers.1.mlp.neurons", unit), length=5, steps=20, restarts=2, exchanges=FEW)
     assert found.data.attrs["interrupted"]
     assert 1 < found.data.sizes["step"] < 20
     assert found.data.sizes["control"] == 0
@@ -174,7 +172,7 @@ def test_bad_questions_are_one_clear_error():
         activating_inputs(opened("bert"), UNIT, fluency=1.0, **options)
     with pytest.raises(InputError, match="the text goes into the encoder"):
         activating_inputs(opened("t5"), "decoder.layers.0.mlp.neurons.3", **options)
-    with pytest.raises(InputError, match="at least 1 of each"):
+    with pytest.raises(InputError, match="length=0: expected at least 1"):
         activating_inputs(opened("gpt2"), UNIT, length=0)
     one = activating_inputs(opened("gpt2"), UNIT, length=1, steps=1, restarts=1, fluency=1.0)
     assert float(one.nats[0]) == 0  # nothing foretells the first token

@@ -259,5 +259,4 @@ def unit_clusters(
         {"unit": list(features.names), "cluster_number": range(clusters.n_)},
         {"method": clusters.method, "fitted": clusters.fitted_, "units": len(labels)},
     )
-    return Result(
-        data, kind="unit clusters", title=f"{clusters.n_} clusters of units by {features.source}")
+    return Result(data, kind="unit clusters", title=f"{clusters.n_} clusters of units by {features.source}")

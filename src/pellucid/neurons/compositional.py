@@ -71,7 +71,9 @@ class Concepts:
     def of(cls, masks: dict[str, Any]) -> Concepts:
         columns = [np.asarray(m, dtype=bool) for m in masks.values()]
         if len({column.shape for column in columns}) > 1:
-            raise InputError(f"the masks are of {', '.join(str(len(c)) for c in columns)} tokens: expected the same number")
+            raise InputError(
+                f"the masks are of {', '.join(str(len(c)) for c in columns)} tokens: expected the same number"
+            )
         return cls(tuple(masks), np.stack(columns, 1) if columns else np.zeros((0, 0), dtype=bool))
 
     @classmethod
@@ -218,18 +220,24 @@ def firings(activations: Any, quantile: float) -> np.ndarray:
     """[token, unit] where each unit fires."""
     values = np.asarray(activations)
     if values.ndim != 2 or values.dtype.kind not in "biuf" or not len(values):
-        raise InputError(f"the activations are {list(values.shape)} of {values.dtype}: expected numbers or bool [token, unit]")
+        raise InputError(
+            f"the activations are {list(values.shape)} of {values.dtype}: expected numbers or bool [token, unit]"
+        )
     if values.dtype == bool:
         return values
     if not 0 < quantile < 1:
         raise InputError(f"quantile={quantile}: expected more than 0 and less than 1")
     if np.isnan(values).any():
         token, unit = np.argwhere(np.isnan(values))[0].tolist()
-        raise InputError(f"the activation of unit {unit} at token {token} is NaN: leave such tokens out, here and in the concepts")
+        raise InputError(
+            f"the activation of unit {unit} at token {token} is NaN: leave such tokens out, here and in the concepts"
+        )
     return values > np.quantile(values.astype(np.float32), quantile, axis=0)
 
 
-def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: progress[Any] | None = None) -> list[tuple[Formula, float]]:
+def search(
+    firing: np.ndarray, concepts: Concepts, beam: Beam, bar: progress[Any] | None = None
+) -> list[tuple[Formula, float]]:
     """Each unit's best formula, and its IoU."""
     masks = torch.from_numpy(np.ascontiguousarray(concepts.masks.T)).float()  # [concept, token]
     found: list[tuple[Formula, float]] = []

@@ -18,6 +18,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.corpus import Row, by_length, inputs
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.marks import special_ids
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
 from pellucid.errors import InputError, at_least
@@ -119,7 +120,7 @@ def read_contexts(
     places = [apart([*harvest.top(unit)[:top], *drawn]) for unit in units]
     every = sorted({moment.prompt for each in places for moment in each})
     values = {p: x.numpy() for p, x in activations(model, harvest, units, every).items()}
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    special = special_ids(model.tokenizer)
     tokens, counted = {}, {}
     for p in every:
         ids = harvest.tokens(p)

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.corpus import SEGMENT, Corpus, Place, Row, by_length, inputs, segments
+from pellucid.corpus import CONTEXT, SEGMENT, Corpus, Place, Row, by_length, inputs, longest, segments
 from pellucid.engine.checkpoint import fingerprint
+from pellucid.engine.marks import special_ids
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
@@ -69,12 +70,16 @@ class Units:
         if isinstance(self.read, Tensor):
             directions, values = self.read.to(values).view(-1, self.read.shape[-1]), values.flatten(1)
             if directions.shape[1] != values.shape[1]:
-                raise InputError(f"{self.label!r} has directions of {directions.shape[1]} numbers, {self.site!r} of {values.shape[1]}")
+                raise InputError(
+                    f"{self.label!r} has directions of {directions.shape[1]} numbers, {self.site!r} of {values.shape[1]}"
+                )
             values = values @ directions.T
         elif self.read is not None:
             values = self.read(values)
         if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != tokens:
-            raise InputError(f"{self.label!r} must give activations [token, unit] for {tokens} tokens, not {getattr(values, 'shape', values)}")
+            raise InputError(
+                f"{self.label!r} must give activations [token, unit] for {tokens} tokens, not {getattr(values, 'shape', values)}"
+            )
         return values.reshape(len(values), -1).float().cpu()
 
 
@@ -123,7 +128,9 @@ class Harvest:
     def __repr__(self) -> str:
         units = sum(len(tally.top) for tally in self.tallies.values())
         of = f" of {self.plan.model}" if self.plan.model else ""
-        return f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {self.read.texts} texts, {self.count} tokens>"
+        return (
+            f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {self.read.texts} texts, {self.count} tokens>"
+        )
 
     @property
     def names(self) -> list[str]:
@@ -296,7 +303,9 @@ class Harvest:
         try:
             about = json.loads((folder / INDEX).read_text())
             if (version := about.pop("pellucid-harvest")) != VERSION:
-                raise InputError(f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again")
+                raise InputError(
+                    f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again"
+                )
             count, firsts, prompts, read = (about.pop(key) for key in ("count", "firsts", "prompts", "read"))
             plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
             state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
@@ -321,7 +330,7 @@ def harvest(
     path: str | Path | None = None,
     top: int = 20,
     sample: int = 1024,
-    context: int = 256,
+    context: int | None = None,
     skip: int = 0,
     batch_tokens: int = TOKENS,
     seed: int = 0,
@@ -329,8 +338,8 @@ def harvest(
     """Run the texts once and keep of every unit what `Harvest` says.
 
     `texts` are what `pl.Corpus` takes, or one: strings, token ids, pairs (source, target) for an encoder-decoder, rows of
-    `datasets`, a file of lines, in a list or as they come. One of more than `context` tokens is read in several rows
-    ("prompts" of the harvest) unless a Corpus says otherwise. `sites` are sites of one stack (with `*`), or `Units`:
+    `datasets`, a file of lines, in a list or as they come. One of more than `context` tokens (256, or what the model holds)
+    is read in several rows, "prompts" of the harvest, unless a Corpus says otherwise. `sites` are sites of one stack (with `*`), or `Units`:
     directions or features read at a site. `top` is k, `sample` the size of the uniform sample, drawn by `seed`; the first
     `skip` tokens of each row do not count (a decoder's first token is often a sink with activations of its own). Up to
     `batch_tokens` tokens are run at once. With a `path` (a folder) the harvest is kept on disk and an interrupted one
@@ -340,6 +349,7 @@ def harvest(
     >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
     >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
     """
+    context = min(CONTEXT, longest(model)) if context is None else context
     at_least(1, top=top, sample=sample, context=context, batch_tokens=batch_tokens)
     at_least(0, skip=skip)
     corpus = Corpus.of(texts, context=context, packed=False, long="windows")
@@ -349,7 +359,7 @@ def harvest(
         tuple(fingerprint(u.read) for u in readers.values()), top, sample, corpus.context or context, skip, seed, model.name,
     )  # fmt: skip
     made = _begin(plan, readers, None if path is None else Path(path))
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    special = special_ids(model.tokenizer)
     size = len(corpus.texts) if hasattr(corpus.texts, "__len__") else None
     with progress(what="texts harvested", total=size, done=made.read.texts) as bar:
         for segment in segments(corpus.rows(model, after=made.read), SEGMENT):
@@ -426,7 +436,7 @@ def _lost(values: Tensor) -> Tensor:
     raise InputError("this harvest has units of its own: give their function to Harvest.load(path, units=[...])")
 
 
-def _run(model: Model, made: Harvest, group: Sequence[Row], special: set[int]) -> dict[int, list[int]]:
+def _run(model: Model, made: Harvest, group: Sequence[Row], special: frozenset[int]) -> dict[int, list[int]]:
     """Count one batch in; returns the tokens each prompt was read as."""
     given = inputs(model, group)
     sites = {name: Site.parse(u.site) for name, u in made.readers.items()}

@@ -119,7 +119,10 @@ def knowledge_neurons(
     array = np.nan_to_num(values.values)
     counts = _passing(array, threshold)
     if others is not None:
-        rest, digests = np.nan_to_num(_attributions(others).values), [attributions.provenance.digest, others.provenance.digest]
+        rest, digests = (
+            np.nan_to_num(_attributions(others).values),
+            [attributions.provenance.digest, others.provenance.digest],
+        )
         if rest.shape[1:] != array.shape[1:] or digests[0] != digests[1]:
             raise InputError(
                 f"`others` are of {rest.shape[1:]} neurons (layers, width) of the weights {str(digests[1])[:12]}, "

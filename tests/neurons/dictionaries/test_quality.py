@@ -92,9 +92,7 @@ def test_models_that_predict_no_next_token_are_refused():
     with pytest.raises(InputError, match="give a causal language model"):
         quality(model, both_signs(32))
     with pytest.raises(InputError, match="not one row"):
-        dictionary_quality(
-            pellucid.load(m := build("gpt2"), tokenizer=tokenizer(m)), both_signs(32), ["a cat"]
-        )
+        dictionary_quality(pellucid.load(m := build("gpt2"), tokenizer=tokenizer(m)), both_signs(32), ["a cat"])
 
 
 def test_a_transcoder_is_measured_where_it_writes(model):

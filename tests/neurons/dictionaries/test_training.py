@@ -154,7 +154,7 @@ def test_rows_far_longer_than_the_others_are_left_out():
 def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
     module = build("gpt2")
     model = pellucid.load(module, tokenizer=tokenizer(module))
-    rows = pellucid.Corpus(TEXTS, context=16)
+    rows = pellucid.Corpus(TEXTS, context=16, packed=True)
     store = store_activations(model, rows, [SITE], tmp_path, dtype=torch.float32, shard_rows=40)
     stream = Stream(model, TEXTS, [SITE], context=16, batch=4)
     assert {len(r.ids) for r in rows.rows(model)} == {16}
@@ -174,7 +174,7 @@ def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
 def test_texts_of_an_encoder_are_rows_of_their_own():
     module = build("bert")
     model = pellucid.load(module, tokenizer=tokenizer(module))
-    pieces = list(Stream(model, TEXTS[:3], [SITE, "layers.0.mlp.out"], context=8, batch=2))
+    pieces = list(Stream(model, TEXTS[:3], [SITE, "layers.0.mlp.out"], context=48, batch=2))
     assert [len(p) for p in pieces] == [2, 2]
     assert pieces[0][0].shape == pieces[0][1].shape
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pellucid.anatomy.sites import Site
-from pellucid.corpus import Corpus, batches, inputs
+from pellucid.corpus import Corpus, batches, inputs, longest
 from pellucid.engine.early import run_until
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.pausing import progress, quiet
@@ -35,6 +35,7 @@ from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.functions import TopK
+from pellucid.neurons.dictionaries.rows import CONTEXT
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
@@ -49,7 +50,7 @@ def dictionary_quality(
     texts: Any,
     *,
     tokens: int = 20_000,
-    context: int = 128,
+    context: int | None = None,
     batch: int = 8,
     seed: int = 0,
 ) -> Result:
@@ -62,6 +63,7 @@ def dictionary_quality(
     >>> dictionary_quality(model, sae.dictionary_, held_out).recovered  # doctest: +SKIP
     """
     dictionary.check(model)
+    context = min(CONTEXT, longest(model)) if context is None else context
     at_least(1, tokens=tokens, batch=batch)
     at_least(2, context=context)
     if not model.anatomy.stacks[-1].causal or model.anatomy.head is None or len(model.anatomy.stacks) > 1:
@@ -69,7 +71,9 @@ def dictionary_quality(
     corpus = Corpus.of(texts, context=context, tokens=tokens, long="windows")
     groups = [inputs(model, rows) for rows in batches(corpus.rows(model), batch)]
     if not groups:
-        raise InputError(f"there is not one row of {corpus.context} tokens in these texts: give more text, or a smaller context=")
+        raise InputError(
+            f"there is not one row of {corpus.context} tokens in these texts: give more text, or a smaller context="
+        )
     held = _Sums.over(model, dictionary, groups)
     mean = held.mean.float()
     variants = [

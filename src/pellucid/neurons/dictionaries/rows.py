@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.corpus import Corpus, inputs
+from pellucid.corpus import Corpus, inputs, longest
 from pellucid.corpus import batches as row_batches
 from pellucid.engine.early import run_until
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.store import ActivationStore
 
+CONTEXT = 128  # tokens in a row
 WINDOW = 16  # shards in memory at once
 BLOCK = 65_536  # rows of a stream mixed at once
 
@@ -32,27 +33,30 @@ Block = tuple[Tensor, Tensor]  # what is read [rows, d_in] and what is to be wri
 class Stream:
     """Activations of texts at some sites (one to read, or one to read and one to write), as the model gives them.
 
-    `texts` are what `pl.Corpus` takes, or one, in rows of `context` tokens. They are run `batch` rows at a time, anew in every
+    `texts` are what `pl.Corpus` takes, or one, in rows of `context` tokens (128, or what
+    the model holds). They are run `batch` rows at a time, anew in every
     pass over them, so an iterator that ends is refused.
     """
 
     model: Model
     texts: Any
     sites: Sequence[str]
-    context: int = 128
+    context: int | None = None
     batch: int = 8
 
     def __post_init__(self) -> None:
         at_least(1, batch=self.batch)
         if isinstance(self.corpus.texts, Iterator):
-            raise InputError("these texts can be read only once, but training reads them many times: give a list or a Path")
+            raise InputError(
+                "these texts can be read only once, but training reads them many times: give a list or a Path"
+            )
 
     def __repr__(self) -> str:
         return f"<Stream of {self.corpus!r} through {self.model.name} at {', '.join(self.sites)}>"
 
     @property
     def corpus(self) -> Corpus:
-        return Corpus.of(self.texts, context=self.context, long="windows")
+        return Corpus.of(self.texts, context=self.context or min(CONTEXT, longest(self.model)), long="windows")
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for rows in row_batches(self.corpus.rows(self.model), self.batch):
