@@ -14,7 +14,6 @@ from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
-from pellucid.engine.sources import resolved
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
@@ -22,6 +21,7 @@ from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
+from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
