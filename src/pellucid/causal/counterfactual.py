@@ -24,15 +24,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.causal.contrast import bootstrap, repeated
+from pellucid.causal.contrast import repeated
 from pellucid.causal.embeddings import check_embeddings, first_stream, from_embeddings, vocabulary
+from pellucid.causal.grid import described
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import single_id
+from pellucid.technique import technique
 
 
+@technique
 def counterfactual(
     model: Model,
     prompt: str | Sequence[str],
@@ -60,14 +63,8 @@ def counterfactual(
     rows = [search.row(search.smallest(max_changes, candidates, beam), rng) for search in searches]
     data = xr.Dataset({name: ("prompt", [row[name] for row in rows]) for name in rows[0]}, {"prompt": prompts})
     change = data["corrupted"].values - data["clean"].values
-    low, high = bootstrap(change, seed)
-    data = data.assign(total_effect=change.mean(), total_low=low, total_high=high)
-    about = Provenance(
-        "counterfactual", model.name, digest=model.digest, inputs=prompts, seed=seed,
-        arguments={"target": target, "within": within, "position": position, "max_changes": max_changes,
-                   "candidates": candidates, "beam": beam},
-    )  # fmt: skip
-    return Result(data, kind="counterfactual", title="The smallest change that flips the prediction", provenance=about)
+    data = data.assign(described("total_effect", change, seed, "total_"))
+    return Result(data, kind="counterfactual", title="The smallest change that flips the prediction")
 
 
 @dataclass(eq=False)
