@@ -41,9 +41,7 @@ def test_an_edge_removed_equals_the_circuit_without_it(family: str, how: Any) ->
     }
     exact = circuits.exact_patching(model, ids(0), METRIC, ablation=how, reference=ids(1), edges=list(edges.values()))
     for (sender, receiver), name in edges.items():
-        found = edge_ablation(
-            model, ids(0), over=sender, receivers=receiver, how=how, reference=ids(1), metric=METRIC
-        )
+        found = edge_ablation(model, ids(0), over=sender, receivers=receiver, how=how, reference=ids(1), metric=METRIC)
         there = exact.each[(slice(None), *exact.graph.edge(name))]
         assert found.effect.item() == pytest.approx(-there.mean().item(), abs=2e-6), name
 
@@ -122,6 +120,4 @@ def test_what_cannot_send_is_refused_and_a_metric_is_asked_for() -> None:
     with pytest.raises(InputError, match="needs a metric"):
         edge_ablation(model, ids(0), over="embed", receivers="layers.1.mlp.out", how="zero")
     with pytest.raises(InputError, match="comes before"):
-        edge_ablation(
-            model, ids(0), over="layers.1.mlp.out", receivers="layers.0.mlp.out", how="zero", metric=METRIC
-        )
+        edge_ablation(model, ids(0), over="layers.1.mlp.out", receivers="layers.0.mlp.out", how="zero", metric=METRIC)

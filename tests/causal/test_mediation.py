@@ -102,9 +102,7 @@ def test_sets_of_heads_neurons_and_layers_act_together(gpt2: Model) -> None:
     sets = {"all": [*everything, "embed"], "neurons of 1": "layers.1.mlp.neurons.*", "mlp 1": "layers.1.mlp.out"}
     result = mediation(gpt2, prompts, over=sets)
     assert result.nie.sel(set="all").item() == pytest.approx(result["total_effect"].item(), abs=1e-5)
-    assert result.nie.sel(set="neurons of 1").item() == pytest.approx(
-        result.nie.sel(set="mlp 1").item(), abs=1e-5
-    )
+    assert result.nie.sel(set="neurons of 1").item() == pytest.approx(result.nie.sel(set="mlp 1").item(), abs=1e-5)
 
 
 def test_neurons_at_a_named_token_are_mediators_of_their_own(gpt2: Model) -> None:

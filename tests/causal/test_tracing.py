@@ -90,9 +90,7 @@ def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_prece
 
 def test_several_facts_are_gathered_by_role_with_an_interval_over_prompts(gpt2: Model) -> None:
     prompts = ["The capital of France is in the city", "The city of Paris is in Italy"]
-    result = tracing(
-        gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], draws=2, parts=("mlp.out",)
-    )
+    result = tracing(gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], draws=2, parts=("mlp.out",))
     assert result.effect.dims == ("part", "layer", "role")
     assert result["clean"].shape == (2,)
     one = [tracing(gpt2, p, a, subject=s, draws=2, parts=("mlp.out",), seed=i)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
-from pellucid.causal.contrast import numbers, rows
+from pellucid.causal.contrast import numbers
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
@@ -130,7 +130,7 @@ class DistributedAlignment:
             drawn = torch.randperm(len(base), generator=generator)[: self.batch].tolist()
             mask = self._mask(boundary, d, 0.1 ** (step / steps)) if self.size is None else None
             with torch.enable_grad():
-                logits = self._logits(model, rows(base, drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
+                logits = self._logits(model, base.rows(drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
                     :, answers
                 ]
                 loss = F.cross_entropy(logits, targets[drawn])

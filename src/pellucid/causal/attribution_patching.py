@@ -30,7 +30,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import Asked, contrast, numbers, repeated
+from pellucid.causal.contrast import Asked, contrast, numbers
 from pellucid.causal.grid import CONTRIBUTIONS, Grid, Over, described, over_prompts, totals
 from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned, swaps
 from pellucid.engine.inputs import Inputs
@@ -206,7 +206,7 @@ def _pattern_changes(model: Model, base: Run, other: Run, sites: Sequence[Site])
         for s in mine:
             edits.append(Swap(_z(s), aligned_values(base, _z(s)).repeat(times, 1, 1, 1)))
         with torch.no_grad():
-            run = model.run(repeated(base.inputs, times), keep=map(_pattern, mine), edits=edits)
+            run = model.run(base.inputs.repeated(times), keep=map(_pattern, mine), edits=edits)
         for s in mine:
             pattern = run.tensor(_pattern(s))
             yield s, (pattern.unflatten(0, (length, n)) if singly else pattern) - base.tensor(_pattern(s))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric, Metric
@@ -72,10 +72,10 @@ def ask(
             "this needs a metric, such as metric=pellucid.metrics.logit_difference(' Mary', ' John'), or a task "
             "(pellucid.tasks.Prompts), which brings one"
         )
-    inputs = model.inputs(prompts, target=decoder, spans=spans)
+    inputs = model.inputs(prompts, decoder=decoder, spans=spans)
     other = None
     if reference is not None:
-        other = model.inputs(reference, target=decoder, spans=spans if aligned else None)
+        other = model.inputs(reference, decoder=decoder, spans=spans if aligned else None)
     if not isinstance(metric, Mapping):
         return Asked(inputs, other, model.bind(metric, len(inputs)))
     if not several or not metric:
@@ -161,25 +161,6 @@ def _read(parts: Sequence[BoundMetric], positions: tuple[int, ...], whole: bool,
 
 
 # ---- small things
-
-
-def rows(inputs: Inputs, index: Sequence[int]) -> Inputs:
-    """Some of the prompts, any of them several times, as a batch of their own."""
-    n, index = len(inputs), list(index)
-
-    def cut(stream: Stream) -> Stream:
-        spans = {name: [span[i] for i in index] for name, span in stream.spans.items()}
-        return Stream(stream.ids[index], stream.mask[index], tuple(stream.labels[i] for i in index), spans)
-
-    tensors = {
-        k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in inputs.tensors.items()
-    }
-    return Inputs(tensors, {k: cut(s) for k, s in inputs.streams.items()}, tuple(inputs.texts[i] for i in index))
-
-
-def repeated(inputs: Inputs, times: int) -> Inputs:
-    """The same prompts several times over, in order, as one batch."""
-    return rows(inputs, list(range(len(inputs))) * times)
 
 
 def numbers(x: Tensor) -> np.ndarray:

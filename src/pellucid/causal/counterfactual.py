@@ -24,7 +24,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.causal.contrast import repeated
 from pellucid.causal.embeddings import check_embeddings, first_stream, from_embeddings, vocabulary
 from pellucid.causal.grid import described
 from pellucid.engine.inputs import Inputs
@@ -114,7 +113,7 @@ class Search:
 
     def logits(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """[row, answer] for tokens [row, position], or for embeddings in their place."""
-        inputs = repeated(self.inputs, len(ids))
+        inputs = self.inputs.repeated(len(ids))
         inputs = replace(inputs, tensors=inputs.tensors | {"input_ids": ids})
         logits = self.model.run(inputs if vectors is None else from_embeddings(inputs, vectors)).logits
         self.runs += len(ids)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import Metrics, contrast, numbers, repeated
+from pellucid.causal.contrast import Metrics, contrast, numbers
 from pellucid.causal.grid import Grid, Over, effects, named
 from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned
 from pellucid.engine.inputs import Inputs
@@ -161,7 +161,7 @@ class Paths:
 
     def _sent(self, senders: Senders, keep: list[Site], open_: Sequence[Site]) -> dict[Site, Tensor]:
         """What arrives at `keep`, [sender * prompt, position, ...], when all but the senders and `open_` is held."""
-        rows = repeated(self.base.inputs, len(senders))
+        rows = self.base.inputs.repeated(len(senders))
         places: dict[Site, list[tuple[int, Site]]] = {s: [] for s in self.held if s not in open_}
         for i, group in enumerate(senders):
             for sender in group:
@@ -202,7 +202,7 @@ class Paths:
         area = home.part.partition(".")[0]
         inputs = {p: replace(home, part=f"{area}.{p}") for p in wanted}
         arrived = self._sent(senders, list(inputs.values()), [])
-        rows = repeated(self.base.inputs, len(senders))
+        rows = self.base.inputs.repeated(len(senders))
         edits: list[Edit] = []
         for site in inputs.values():
             for receiver in sites:

@@ -28,7 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import beside, numbers, repeated
+from pellucid.causal.contrast import beside, numbers
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
@@ -232,7 +232,7 @@ class _Noised:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(draws, stop - start, vectors.shape[-1], generator=generator) * scale
         vectors[:, start:stop] += drawn.to(vectors.device, vectors.dtype)
-        rows = from_embeddings(repeated(inputs, draws), vectors)
+        rows = from_embeddings(inputs.repeated(draws), vectors)
         prefix = model.anatomy.stacks[0].prefix
         with torch.no_grad():
             run = model.run(inputs, keep=[f"{prefix}layers.*.{part}" for part in parts])
