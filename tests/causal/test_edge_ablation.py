@@ -39,11 +39,11 @@ def test_an_edge_removed_equals_the_circuit_without_it(family: str, how: Any) ->
         ("layers.0.mlp.out", "layers.2.attn.heads.3.q"): "layers.0.mlp -> layers.2.attn.heads.3.q",
         ("layers.1.attn.heads.0", "layers.2.resid_post"): "layers.1.attn.heads.0 -> logits",
     }
-    exact = circuits.exact_patching(model, ids(0), METRIC, ablation=how, reference=ids(1), edges=list(edges.values()))
+    exact = circuits.exact_patching(model, ids(0), METRIC, how=how, reference=ids(1), edges=list(edges.values()))
     for (sender, receiver), name in edges.items():
         found = edge_ablation(model, ids(0), over=sender, receivers=receiver, how=how, reference=ids(1), metric=METRIC)
         there = exact.each[(slice(None), *exact.graph.edge(name))]
-        assert found.effect.item() == pytest.approx(-there.mean().item(), abs=2e-6), name
+        assert found.effect.item() == pytest.approx(there.mean().item(), abs=2e-6), name
 
 
 def test_an_edge_resampled_from_the_other_prompts_is_a_patched_path() -> None:

