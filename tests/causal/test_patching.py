@@ -11,7 +11,7 @@ import pellucid
 from pellucid import Patch
 from pellucid.causal import patching
 from pellucid.errors import InputError, SiteError
-from pellucid.metrics import logit_difference
+from pellucid.metrics import logit, logit_difference, probability
 from pellucid.results import Result
 from pellucid.tasks import Prompts
 from tests.zoo import build, tokenizer
@@ -200,3 +200,59 @@ def test_in_smollm2_the_name_moves_from_its_token_to_the_last_position(smollm2):
     assert (effect.sel(position=last, layer=slice(26, None)) > 0.9).all()
     assert (effect.sel(position=name, layer=slice(26, None)) < 0.1).all()
     assert (abs(effect.drop_sel(position=[name, last])) < 0.15).all()
+
+
+def test_several_metrics_share_one_sweep_and_give_what_each_gives_alone(monkeypatch):
+    model = opened("gpt2")
+    task = pairs(model)
+    metrics = {
+        "difference": logit_difference([" Paris", " Rome", " Paris"], [" Rome", " Paris", " Rome"]),
+        "probability": probability([" Paris", " Rome", " Paris"]),
+        "earlier": logit_difference(" Paris", " Rome", position=-2),
+        "all logits": lambda logits: logits[:, -1].amax(-1),
+    }
+    options = {"over": "layers.*.attn.heads.*"}
+    swept = []
+    sweep = pellucid.Model.sweep
+    monkeypatch.setattr(pellucid.Model, "sweep", lambda *a, **o: swept.append(1) or sweep(*a, **o))
+    for names in (list(metrics), list(metrics)[:3], ["difference", "earlier"]):
+        swept.clear()
+        together = patching(model, task, metric={name: metrics[name] for name in names}, **options)
+        assert len(swept) == 1
+        assert together.effect.dims == ("layer", "head", "metric")
+        for name in names:
+            alone = patching(model, task, metric=metrics[name], **options)
+            for variable in ("effect", "share", "low", "share_high", "clean", "total_effect"):
+                np.testing.assert_allclose(together[variable].sel(metric=name), alone[variable], atol=2e-4)
+    one = patching(model, CLEAN, CORRUPTED, metric={"a": PARIS, "b": logit(" Paris")}, **options)
+    assert one.value.dims == ("layer", "head", "metric")
+
+
+def test_noising_ranks_the_heads_that_matter_first():
+    """An effect is patched minus unpatched in either direction, so `top` lists what matters, not what does nothing (A15)."""
+    model = opened("gpt2")
+    for denoise in (True, False):
+        result = patching(model, CLEAN, CORRUPTED, over="layers.*.attn.heads.*", metric=PARIS, denoise=denoise)
+        first = result.top(1).iloc[0]
+        assert abs(first["effect"]) == np.abs(result.effect).max()
+        assert abs(first["share"]) == np.abs(result.share).max()
+
+
+def test_a_masked_model_is_read_at_its_mask():
+    model = opened("bert")
+    mask = model.tokenizer.mask_token
+    clean, corrupted = f"The capital of France is {mask} city", f"The capital of Italy is {mask} city"
+    result = patching(model, clean, corrupted, over="layers.*.resid_pre@*", metric=PARIS)
+    at = model.inputs(clean).stream("").ids[0].tolist().index(model.tokenizer.mask_token_id)
+    placed = patching(
+        model, clean, corrupted, over="layers.*.resid_pre@*", metric=logit_difference(" Paris", " Rome", position=at)
+    )
+    np.testing.assert_allclose(result.value, placed.value, atol=1e-6)
+
+
+def test_a_results_program_gives_it_again():
+    model = opened("gpt2")
+    for over in ("layers.*.attn.heads.*", ["layers.0.mlp.out", "layers.1.mlp.out"], {"both": ["layers.*.mlp.out"]}):
+        result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS)
+        again = eval(result.provenance.call, {"pl": pellucid, "model": model})
+        assert again.allclose(result)

@@ -143,3 +143,19 @@ def test_the_same_seed_gives_the_same_trace_and_a_missing_subject_is_an_error(gp
     assert not tracing(gpt2, PROMPT, 7, seed=1, **options).allclose(tracing(gpt2, PROMPT, 7, seed=2, **options), 0)
     with pytest.raises(InputError, match="the subject 'Eiffel' is not in the prompt"):
         tracing(gpt2, PROMPT, 7, subject="Eiffel")
+
+
+def test_a_masked_model_is_asked_at_its_mask() -> None:
+    """Prediction, metric and what is restored are those of the mask, not of the mark at the end (A7)."""
+    module = build("bert")
+    model = load(module, tokenizer=tokenizer(module))
+    prompt = f"The capital of {model.tokenizer.mask_token} is in France"
+    inputs = model.inputs(prompt)
+    at = inputs.stream("").ids[0].tolist().index(model.tokenizer.mask_token_id)
+    logits = module(**inputs.tensors).logits[0].detach()
+    target = int(logits[at].argmax())
+    assert target != int(logits[-1].argmax())
+    result = tracing(model, prompt, subject="capital", draws=2, parts=("resid_post",))
+    assert result.provenance.arguments["target"] == [target]
+    assert result.clean.item() == pytest.approx(float(logits[at].softmax(-1)[target]), abs=1e-6)
+    assert float(result.share.sel(part="resid_post", layer=1, position=at)) == pytest.approx(1.0, abs=1e-4)

@@ -28,7 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import beside, numbers
+from pellucid.causal.contrast import beside, numbers, placed
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
@@ -37,6 +37,7 @@ from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.metrics import Answers, BoundMetric, Metric, probability
 from pellucid.model import Model
+from pellucid.question import answer_position
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
@@ -66,7 +67,8 @@ def tracing(
     """The indirect effect of every layer and position, for the residual and for windows of attention and MLP outputs.
 
     `prompt` is one prompt, several, or `tasks.Prompts`; `subject` its words (one text per prompt), its tokens (start, stop),
-    or the name of a span of the task. `target` is by default the model's own prediction. For one prompt gives `effect`
+    or the name of a span of the task. `target` is by default the model's own prediction (at the mask of a
+    masked model). For one prompt gives `effect`
     [part, layer, position] with its interval over `draws` of the noise; for several their average [part, layer, role],
     with the interval over prompts and `each` prompt's own [prompt, part, layer, role]. Also `share` of the total effect,
     `clean` and `corrupted` of every prompt, `total_effect` with its interval. With `checkpoint`, a path, what is done is
@@ -184,8 +186,10 @@ def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable
         inputs = model.inputs(text)
         span = about if isinstance(about, tuple) else _span(model, text, about)
         if right is None:
+            position = answer_position(model, inputs)
             with torch.no_grad():
-                right = int(model.run(inputs).logits[0, -1].argmax())
+                logits = model.run(inputs).logits[0]
+            right = int((logits if position is None else logits[position]).argmax())
         yield _Question(inputs, right, span)
 
 
@@ -236,8 +240,8 @@ class _Noised:
         prefix = model.anatomy.stacks[0].prefix
         with torch.no_grad():
             run = model.run(inputs, keep=[f"{prefix}layers.*.{part}" for part in parts])
-            clean = model.score(run, metric(question.target))
-            bound = model.bind(metric(question.target), draws)
+            asked = placed(model, inputs, metric(question.target))
+            clean, bound = model.score(run, asked), model.bind(asked, draws)
             corrupted = model.score(model.run(rows), bound)
         return cls(model, question, rows, run, bound, clean, corrupted)
 
