@@ -30,10 +30,11 @@ from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
 from pellucid.causal.contrast import numbers
 from pellucid.causal.grid import described
+from pellucid.controls import shuffled
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
-from pellucid.model import Model, shuffled
+from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
 
