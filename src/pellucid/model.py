@@ -24,7 +24,7 @@ from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
-from pellucid.metrics import BoundMetric, Metric, as_metric
+from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 
 def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None = None, **options: Any) -> Model:
@@ -214,8 +214,16 @@ class Model:
     # ---- metrics
 
     def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
-        """The metric with its answers as token ids of this model's vocabulary."""
-        return as_metric(metric).bind(self.tokenizer, batch)
+        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes.
+
+        InputError where the model's logits are not what the metric reads: a token of a model without a head, a class
+        of one that gives tokens.
+        """
+        answering = self.anatomy.answering
+        made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
+        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        answering.check(self.name, made.name, made.classes, made.positions is not None, size)
+        return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""

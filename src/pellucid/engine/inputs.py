@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position
+from pellucid.engine.marks import token_ids
 from pellucid.errors import InputError, nearest
 
 Spans = Mapping[str, Sequence[tuple[int, int]]]
@@ -214,7 +215,7 @@ def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
         if isinstance(each, str) and tokenizer is None:
             raise InputError("this model was opened without a tokenizer: give token ids, or open it with tokenizer=...")
         if isinstance(each, str):
-            ids = tokenizer(each)["input_ids"] if each.strip() else []
+            ids = token_ids(tokenizer, each) if each.strip() else []
         elif isinstance(each, (list, tuple)) and all(isinstance(i, int) for i in each):
             ids = list(each)
         else:
