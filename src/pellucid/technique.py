@@ -347,6 +347,10 @@ class _Call:
             return
         if isinstance(result, Result):
             result.provenance = self._provenance()
+        for name, part in list(getattr(result, "__dict__", {}).items()):  # what an estimator found while it was fitted
+            if name.endswith("_") and isinstance(part, Result):
+                replaced = dataclasses.replace(self.program, call=f"{self.program.call}.{name}")
+                dataclasses.replace(self, program=replaced).stamp(part)
         with suppress(AttributeError, TypeError):  # numbers, text and objects with slots remember nothing
             object.__setattr__(result, "_made", self.program)
 

@@ -22,6 +22,7 @@ from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
 from pellucid.probing.splits import Scores
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
 def control_task(examples: Examples, seed: int = 0) -> Examples:
@@ -39,6 +40,7 @@ def control_task(examples: Examples, seed: int = 0) -> Examples:
     return examples.relabelled(given[each], f"control of {examples.name}")
 
 
+@technique
 def selectivity(
     source: Model | Features,
     examples: Examples,
@@ -76,7 +78,7 @@ def selectivity(
             "majority": majority(examples, protocol),
         }
     )
-    return result(data, "selectivity", f"Selectivity for {examples.name}", features, examples, protocol)
+    return result(data, "selectivity", f"Selectivity for {examples.name}", features)
 
 
 def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -> Model:
@@ -89,6 +91,7 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     return shuffled(model, seed, keep=embeddings().parameters() if keep_embeddings else ())
 
 
+@technique
 def beside_random(
     model: Model,
     examples: Examples,
@@ -121,4 +124,4 @@ def beside_random(
         }
     )
     title = f"Probes of {examples.name} beside random weights"
-    return result(data, "beside random", title, features, examples, protocol, keep_embeddings=keep_embeddings)
+    return result(data, "beside random", title, features)
