@@ -55,8 +55,8 @@ def test_what_a_fit_leaves_behind_is_a_curve_of_its_training(llama: pl.Model) ->
     tuned = pl.lenses.TunedLens(share=1.0, tokens=200, context=16).fit(llama, [PROMPT] * 40)
     shown = document(tuned)
     assert isinstance(shown.data, s.Curves) and shown.data.x.name == "step"
-    assert [line.name for line in shown.data.lines] == list(tuned.biases)
-    np.testing.assert_allclose(shown.data.lines[0].y.array(), [step[0] for step in tuned.losses], rtol=1e-6)
+    assert [line.name for line in shown.data.lines] == list(tuned.biases_)
+    np.testing.assert_allclose(shown.data.lines[0].y.array(), [step[0] for step in tuned.losses_], rtol=1e-6)
 
 
 def along(name: str, values: list[float]) -> Result:
