@@ -17,7 +17,12 @@ from tests.test_vocabulary import PUBLIC
 from tests.zoo import build, tokenizer
 
 CLEAN, OTHER = "The city of Paris is in France", "The city of Rome is in Italy"
-TEXTS = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary", "he is in Rome"]
+TEXTS = [
+    "The capital of France is Paris",
+    "Mary and John went to the store",
+    "he gave a drink to Mary",
+    "he is in Rome",
+]
 FACT = "The capital of France is in the city of"
 DIFFERENCE = pl.metrics.logit_difference(" Paris", " Rome")
 
@@ -33,7 +38,9 @@ def gpt2() -> pl.Model:
 
 
 def pairs(model: pl.Model) -> Any:
-    return pl.tasks.Prompts.from_pairs([CLEAN] * 2, [CLEAN.replace("Paris", "Rome")] * 2, [" Paris"] * 2, [" Rome"] * 2, model.tokenizer)
+    return pl.tasks.Prompts.from_pairs(
+        [CLEAN] * 2, [CLEAN.replace("Paris", "Rome")] * 2, [" Paris"] * 2, [" Rome"] * 2, model.tokenizer
+    )
 
 
 @cache
@@ -49,9 +56,26 @@ def harvest() -> Any:
     return pl.neurons.harvest(gpt2(), TEXTS * 2, ["layers.0.mlp.neurons"], top=4, sample=16)
 
 
+@cache
+def tuned() -> Any:
+    return L.TunedLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
+
+
+@cache
+def future() -> Any:
+    return L.FutureLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
+
+
+@cache
+def scores() -> Any:
+    return R.edge_attribution(gpt2(), pairs(gpt2()), how="resample")
+
+
 def words() -> Any:
     spans = pl.probing.Spans.words([text.split() for text in TEXTS * 6])
-    return pl.probing.Examples(spans, ["upper" if spans.surface(i)[0].isupper() else "lower" for i in range(len(spans))])
+    return pl.probing.Examples(
+        spans, ["upper" if spans.surface(i)[0].isupper() else "lower" for i in range(len(spans))]
+    )
 
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
@@ -119,11 +143,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "circuits.edge_attribution": lambda: R.edge_attribution(gpt2(), pairs(gpt2()), how="resample"),
     "circuits.exact_patching": lambda: R.exact_patching(gpt2(), pairs(gpt2()), how="zero"),
     "circuits.faithfulness_curve": lambda: R.faithfulness_curve(
-        gpt2(), R.edge_attribution(gpt2(), pairs(gpt2()), how="resample"), pairs(gpt2()), how="resample", sizes=(0.1, 0.5)
+        gpt2(), scores(), pairs(gpt2()), how="resample", sizes=(0.1, 0.5)
     ),
     "circuits.judge": lambda: R.judge(
-        gpt2(), R.edge_attribution(gpt2(), pairs(gpt2()), how="resample").circuit(8), pairs(gpt2()), how="resample", draws=2, screen=2
+        gpt2(), scores().circuit(8), pairs(gpt2()), how="resample", draws=2, screen=2
     ),
+    "circuits.EdgeScores.tested": lambda: scores().tested(),
+    "circuits.stability": lambda: R.stability(scores(), 5, draws=5),
     "circuits.head_roles": lambda: R.head_roles(gpt2(), draws=2, length=8),
     "lenses.logit_lens": lambda: L.logit_lens(gpt2(), CLEAN, positions=[-1, -2]),
     "lenses.head_lens": lambda: L.head_lens(gpt2(), CLEAN, layers=[0]),
@@ -132,13 +158,23 @@ CALLS: dict[str, Callable[[], Any]] = {
     "lenses.patchscope": lambda: L.patchscope(gpt2(), CLEAN),
     "lenses.prediction_depth": lambda: L.prediction_depth(L.logit_lens(gpt2(), CLEAN)),
     "lenses.lens_quality": lambda: L.lens_quality(
-        gpt2(), TEXTS * 4, L.TunedLens(steps=3).fit(gpt2(), TEXTS * 4), tokens=60, context=8
+        gpt2(), TEXTS * 4, tuned(), tokens=60, context=8
     ),
+    "lenses.FutureLens.read": lambda: future().read(gpt2(), CLEAN),
+    "lenses.FutureLens.score": lambda: future().score(gpt2(), TEXTS * 4, tokens=40, context=8),
+    "lenses.logit_lens through a tuned one": lambda: L.logit_lens(gpt2(), CLEAN, through=tuned()),
     "lenses.causal_basis": lambda: L.causal_basis(gpt2(), TEXTS, "layers.0.resid_post", size=2, steps=3, states=8, restarts=1),
     "neurons.logit_effects": lambda: N.logit_effects(gpt2(), "layers.1.mlp.neurons.*", top=3),
     "neurons.crowding": lambda: N.crowding(gpt2()),
     "neurons.knowledge_attribution": lambda: N.knowledge_attribution(gpt2(), FACT, " Paris", steps=3),
     "neurons.knowledge_effect": lambda: N.knowledge_effect(gpt2(), FACT, " Paris", ["layers.0.mlp.neurons.3"], draws=2),
+    "neurons.knowledge_neurons": lambda: N.knowledge_neurons(N.knowledge_attribution(gpt2(), FACT, " Paris", steps=3)),
+    "neurons.neuron_selectivity": lambda: N.neuron_selectivity(
+        gpt2(), TEXTS * 4, [(i, 0, 2) for i in range(16)], ["a", "b"] * 8, draws=3
+    ),
+    "neurons.compositional": lambda: N.compositional(
+        np.random.default_rng(0).random((80, 3)), N.Concepts.labels(["A", "B", "C", "D"] * 20)
+    ),
     "neurons.neuron_page": lambda: N.neuron_page(gpt2(), harvest(), "layers.0.mlp.neurons.1", contexts=2),
     "neurons.activating_inputs": lambda: N.activating_inputs(gpt2(), "layers.0.mlp.neurons.1", length=3, steps=2, restarts=1),
     "neurons.toy_model": lambda: N.toy_model([0.5], features=4, hidden=2, steps=5, batch=8),
@@ -151,12 +187,18 @@ CALLS: dict[str, Callable[[], Any]] = {
     "probing.selectivity": lambda: P.selectivity(gpt2(), words()),
     "probing.beside_random": lambda: P.beside_random(gpt2(), words()),
     "probing.online_code": lambda: P.online_code(gpt2(), words(), fractions=(0.25, 0.5, 1.0), seeds=1),
+    "probing.variational_code": lambda: P.variational_code(gpt2(), words(), steps=3),
+    "probing.edge_probing": lambda: P.edge_probing(gpt2(), words(), seeds=1),
+    "probing.amnesic": lambda: P.amnesic(gpt2(), words(), "layers.0.resid_post", draws=1),
+    "probing.ProbeTraces.trace": lambda: P.ProbeTraces().fit(gpt2(), words()).trace(gpt2(), CLEAN),
     "probing.roc": lambda: P.roc(np.arange(12.0) % 5, np.arange(12) % 2),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_program_of_a_saved_result_gives_its_numbers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_of_a_saved_result_gives_its_numbers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pl.quiet():
         result = CALLS[name]()
         kept = getattr(result, "result", result)
