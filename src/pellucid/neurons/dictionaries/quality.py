@@ -103,7 +103,10 @@ def dictionary_quality(
 @technique
 def untrained(dictionary: Dictionary, k: int, seed: int = 0) -> Dictionary:
     """A dictionary of as many random directions, the k that point most along a row being on: the control."""
-    decoder, same = random_directions(len(dictionary), dictionary.decoder, seed=seed), dictionary.site == dictionary.writes
+    decoder, same = (
+        random_directions(len(dictionary), dictionary.decoder, seed=seed),
+        dictionary.site == dictionary.writes,
+    )
     encoder = decoder.T if same else random_directions(len(dictionary), dictionary.encoder.T, seed=seed + 1).T
     bias = -dictionary.decoder_bias @ encoder if same else torch.zeros_like(dictionary.encoder_bias)
     return replace(dictionary, encoder=encoder, encoder_bias=bias, decoder=decoder, activation=TopK(max(1, k)))
