@@ -95,9 +95,7 @@ class Executor:
 
 def certified(anatomy: Anatomy) -> Rungs:
     """What is known about the rungs on this model."""
-    if anatomy.rungs is None:
-        anatomy.rungs = Rungs(anatomy)
-    return anatomy.rungs
+    return anatomy.memo("rungs", lambda: Rungs(anatomy))
 
 
 def deviation(got: Tensor, truth: Tensor, slack: float = 1.0) -> str:
