@@ -12,7 +12,7 @@ from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
-from pellucid.changed import Change, applied, told
+from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
@@ -229,7 +229,10 @@ class Model:
         return self.plan(prompt, variants, metric, **options).run(progress)
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Edits whose sources are prompts, with those prompts run."""
+        """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
+        for edit in edits:
+            if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
+                check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
         return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics
