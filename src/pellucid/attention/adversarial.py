@@ -38,9 +38,11 @@ from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def adversarial_attention(
     model: Model,
     prompt: Any,
@@ -52,7 +54,6 @@ def adversarial_attention(
     rate: float = 0.1,
     strength: float = 50.0,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """The farthest attention found in `layers` of the only or last stack that moves the prediction at most `epsilon`.
 
@@ -97,12 +98,7 @@ def adversarial_attention(
         attrs={"stack": kind.stack},
     )
     data = labelled(data, search.found).assign_coords({layer: [kind.layers[r] for r in rows]})
-    about = Provenance(
-        "adversarial_attention", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"layers": layers, "epsilon": epsilon, "steps": steps, "starts": starts, "rate": rate,
-                   "strength": strength},
-    )  # fmt: skip
-    return Result(data, kind="adversarial attention", title="Other attention, same prediction", provenance=about)
+    return Result(data, kind="adversarial attention", title="Other attention, same prediction")
 
 
 def edits(result: Result) -> list[Edit]:

@@ -23,9 +23,11 @@ from pellucid.attention.answers import js
 from pellucid.attention.heads import chosen, distributions
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def head_clusters(
     model: Model, prompts: Sequence[Any] | str, n: int | None = None, *, stack: str = "", draws: int = 20, seed: int = 0
 ) -> Result:
@@ -65,11 +67,7 @@ def head_clusters(
          "silhouette": best, "silhouette_chance": float(chance)},
         {"layer": list(kind.layers), "head": range(shape[1]), "one_head": ("one", names), "other_head": ("other", names)},
     )  # fmt: skip
-    about = Provenance(
-        "head_clusters", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"n": n, "stack": stack, "draws": draws},
-    )  # fmt: skip
-    return Result(data, kind="head clusters", title=f"{count} groups of heads that look alike", provenance=about)
+    return Result(data, kind="head clusters", title=f"{count} groups of heads that look alike")
 
 
 def _stack(model: Model, name: str) -> int:

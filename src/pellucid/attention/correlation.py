@@ -36,14 +36,16 @@ from pellucid.attention.rollout import rollout
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 MEASURES = ("last layer", "all layers", "rollout", "flow", "norms", "relevance")
 REFERENCES = ("gradient", "leave-one-out")
 ROWS = 32  # shortened prompts run at a time
 
 
+@technique
 def attention_correlation(
     model: Model,
     prompts: Sequence[Any] | str,
@@ -96,11 +98,7 @@ def attention_correlation(
         },
         {"measure": rows, "reference": list(REFERENCES)},
     )  # fmt: skip
-    about = Provenance(
-        "attention_correlation", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"measures": list(measures)},
-    )  # fmt: skip
-    return Result(data, kind="attention correlation", title="Does attention agree with the model?", provenance=about)
+    return Result(data, kind="attention correlation", title="Does attention agree with the model?")
 
 
 def token_scores(

@@ -26,8 +26,9 @@ from pellucid.attention.heads import chosen
 from pellucid.attention.patterns import attended, stacked
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import technique
 
 DIRECTIONS = ("to head", "to dependent")
 OFFSETS = tuple(o for o in range(-10, 11) if o)
@@ -55,6 +56,7 @@ class Sentence(Protocol):
     def words(self) -> Sequence[Word]: ...
 
 
+@technique
 def head_relations(
     model: Model, sentences: Iterable[Sentence], *, stack: str = "", subtypes: bool = False, least: int = 10
 ) -> Result:
@@ -83,11 +85,7 @@ def head_relations(
     if not count:
         raise InputError("no sentence could be used: expected sentences of at least two words, each with its tokens")
     data = tally.table(least).assign_coords(layer=list(kind.layers))
-    about = Provenance(
-        "head_relations", model.name, digest=model.digest, inputs=f"{count} sentences",
-        arguments={"stack": stack, "subtypes": subtypes, "least": least},
-    )  # fmt: skip
-    return Result(data, kind="head relations", title="Heads that look along a relation", provenance=about)
+    return Result(data, kind="head relations", title="Heads that look along a relation")
 
 
 def between_words(patterns: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -37,12 +37,14 @@ from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 ORDERS = ("attention", "gradient", "product", "random")
 
 
+@technique
 def attention_erasure(
     model: Model, prompts: Sequence[Any] | str, *, layers: int | str = "*", points: int = 32, draws: int = 3,
     keep_special: bool = False, seed: int = 0, progress: bool = True,
@@ -92,11 +94,7 @@ def attention_erasure(
         },
         {"order": list(ORDERS)},
     )  # fmt: skip
-    about = Provenance(
-        "attention_erasure", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"layers": layers, "points": points, "draws": draws, "keep_special": keep_special},
-    )  # fmt: skip
-    return Result(data, kind="attention erasure", title="Tokens to zero before the decision flips", provenance=about)
+    return Result(data, kind="attention erasure", title="Tokens to zero before the decision flips")
 
 
 def rankings(
@@ -124,7 +122,7 @@ def _margins(
     """[order, count] the probability of the decision minus its strongest rival's, with so many keys zeroed."""
     site = f"layers.{layers}.attn.pattern"
     variants = [[Replace(site, without(order[:n]))] for order in orders for n in counts]
-    sweep = model.sweep(inputs, variants, decision(model, inputs), progress=progress)
+    sweep = model.sweep(inputs, variants, decision(model, inputs))
     return np.asarray(sweep.values)[:, 0].reshape(len(orders), len(counts))
 
 

@@ -25,35 +25,38 @@ from pellucid.attention.patterns import Attended, attended, labelled, single, st
 from pellucid.engine.edits import Edit
 from pellucid.metrics import Answers
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def attention_gradient(
     model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
-    forced: str | None = None, edits: Sequence[Edit] = (),
+    decoder: str | None = None, edits: Sequence[Edit] = (),
 ) -> Result:  # fmt: skip
     """Attention times its gradient, signed.
 
-    `target` is a token or class (minus `against`) or any metric; by default the prediction. `forced` is the decoder's
+    `target` is a token or class (minus `against`) or any metric; by default the prediction. `decoder` is the decoder's
     text in an encoder-decoder. Dimensions and names are those of `patterns` (`weighted` for `pattern`), in units of the
     score; `token` [key] is the mean received by each token, `source_token` that of source tokens. Raises as `patterns`
     does; InputError for targets that are not one token.
 
     >>> attention_gradient(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    return _weighted(model, prompt, target, against, forced, edits, lambda a, g: a * g, "attention_gradient")
+    return _weighted(model, prompt, target, against, decoder, edits, lambda a, g: a * g, "attention_gradient")
 
 
+@technique
 def gradient_weighted(
     model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
-    forced: str | None = None, edits: Sequence[Edit] = (),
+    decoder: str | None = None, edits: Sequence[Edit] = (),
 ) -> Result:  # fmt: skip
     """Attention times the positive part of its gradient (Grad-SAM). Arguments and results as in `attention_gradient`.
 
     >>> gradient_weighted(model, "The capital of France is", " Paris").token  # doctest: +SKIP
     """
     return _weighted(
-        model, prompt, target, against, forced, edits, lambda a, g: a * g.clamp_min(0), "gradient_weighted"
+        model, prompt, target, against, decoder, edits, lambda a, g: a * g.clamp_min(0), "gradient_weighted"
     )
 
 
@@ -67,10 +70,10 @@ def with_gradients(
 
 
 def _weighted(
-    model: Model, prompt: Any, target: Target | None, against: Answers | None, forced: str | None,
+    model: Model, prompt: Any, target: Target | None, against: Answers | None, decoder: str | None,
     edits: Sequence[Edit], product: Callable[[Tensor, Tensor], Tensor], method: str,
 ) -> Result:  # fmt: skip
-    inputs = single(model, prompt, forced)
+    inputs = single(model, prompt, decoder)
     found, name = with_gradients(model, inputs, target, against, edits)
     variables: dict[str, Any] = {}
     received: dict[str, list[np.ndarray]] = {}
@@ -83,11 +86,7 @@ def _weighted(
     data = labelled(xr.Dataset({**{n: variables[n] for n in order}, **tokens}), found)
     assert found.run.metric is not None
     data = data.assign(score=float(found.run.metric[0]))
-    about = Provenance(
-        method, model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "against": against, "forced": forced, "edits": edits},
-    )  # fmt: skip
     title = (
         f"{'Attention times gradient' if method == 'attention_gradient' else 'Gradient-weighted attention'} of {name}"
     )
-    return Result(data, kind="gradient-weighted attention", title=title, provenance=about)
+    return Result(data, kind="gradient-weighted attention", title=title)

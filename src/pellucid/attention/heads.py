@@ -32,11 +32,13 @@ from pellucid.attention.patterns import Attended, Kind, attended, kinds, single,
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Scores = dict[str, Tensor]  # name -> [head]
 
 
+@technique
 def head_summaries(
     model: Model,
     prompts: Sequence[Any] | str | None = None,
@@ -71,11 +73,7 @@ def head_summaries(
     dims = {True: ("layer",), False: ("layer", "head")}
     data = xr.Dataset({n: (dims[n.endswith("_chance")], v.numpy()) for n, v in means.items()})
     data = data.assign_coords(layer=list(kind.layers), head=range(data.sizes["head"]))
-    about = Provenance(
-        "head_summaries", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"stack": stack, "probes": probes, "length": length},
-    )  # fmt: skip
-    return Result(data, kind="head summaries", title="What each head habitually does", provenance=about)
+    return Result(data, kind="head summaries", title="What each head habitually does")
 
 
 def chosen(model: Model, stack: str) -> Kind:

@@ -27,9 +27,11 @@ from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def patterns(model: Model, prompt: Any, *, target: str | None = None, edits: Sequence[Edit] = ()) -> Result:
     """The attention of every head on one prompt.
 
@@ -44,11 +46,7 @@ def patterns(model: Model, prompt: Any, *, target: str | None = None, edits: Seq
     found = attended(model, inputs, edits)
     data = xr.Dataset({kind.variable: (kind.dims, found.stacked(kind).numpy()) for kind in found.kinds})
     data = labelled(data, found)
-    about = Provenance(
-        "patterns", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "edits": edits},
-    )  # fmt: skip
-    return Result(data, kind="attention patterns", title="Where each head looks", provenance=about)
+    return Result(data, kind="attention patterns", title="Where each head looks")
 
 
 # ---- what the rest of the package reads

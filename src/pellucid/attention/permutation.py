@@ -26,11 +26,13 @@ from pellucid.engine.edits import Edit, Patch
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Over = Literal["layers", "heads"]
 
 
+@technique
 def permuted_attention(
     model: Model, prompt: Any, *, over: Over = "layers", draws: int = 20, target: str | None = None, seed: int = 0,
     progress: bool = True, checkpoint: str | None = None,
@@ -59,7 +61,7 @@ def permuted_attention(
     variants = [[edit(kind, i, h, draw[i])] for i, h in units for draw in (*shuffled, even)]
     variants += [[edit(kind, i, None, draw[i]) for i in range(len(layers))] for draw in (*shuffled, even)]
     output = Output.of(model, inputs)
-    sweep = model.sweep(inputs, variants, moved(output, found.run), progress=progress, checkpoint=checkpoint)
+    sweep = model.sweep(inputs, variants, moved(output, found.run), checkpoint=checkpoint)
     values = np.asarray(sweep.values)[:, 0].reshape(len(units) + 1, draws + 1)
     low, change, high = np.quantile(values[:, :-1], (0.25, 0.5, 0.75), axis=1)
     largest = [float(layers[i].amax(-1).mean() if h is None else layers[i][h].amax(-1).mean()) for i, h in units]
@@ -72,13 +74,8 @@ def permuted_attention(
             grid[i if h is None else (i, h)] = value
         variables[name] = (kind.dims[: len(shape)], grid)
     data = labelled(xr.Dataset({**variables, "all": change[-1], "all_uniform": values[-1, -1]}), found)
-    about = Provenance(
-        "permuted_attention", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"over": over, "draws": draws, "target": target},
-    )  # fmt: skip
     return Result(
-        data, kind="permuted attention", title="Does the prediction notice shuffled attention?", provenance=about
-    )
+        data, kind="permuted attention", title="Does the prediction notice shuffled attention?")
 
 
 def shuffle(pattern: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from pellucid.attribution.relevance import relevance_propagation
 from pellucid.attribution.saliency import saliency
 from pellucid.attribution.shapley import exact_shapley, shapley
 from pellucid.attribution.smoothgrad import smoothgrad
-from pellucid.attribution.target import continuation, reading
+from pellucid.question import continuation, reading
 from pellucid.results import Result
 
 METHODS: dict[str, Callable[..., Result]] = {

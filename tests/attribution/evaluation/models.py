@@ -9,7 +9,7 @@ import torch
 
 import pellucid
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import Absence
+from pellucid.attribution.absence import Absence
 from pellucid.attribution.players import Players
 from tests.zoo import build, tokenizer
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import absence
-from pellucid.attribution.evaluation.filling import Filler
+from pellucid.attribution.absence import absence
+from pellucid.attribution.filling import Filler
 from pellucid.attribution.target import continuation, reading
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import class_logit, log_odds, logit

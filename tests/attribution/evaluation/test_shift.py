@@ -10,7 +10,7 @@ import torch
 
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation import distribution_shift
-from pellucid.attribution.evaluation.absence import absence
+from pellucid.attribution.absence import absence
 from pellucid.errors import InputError
 from tests.attribution.evaluation.models import TEXTS, opened
 

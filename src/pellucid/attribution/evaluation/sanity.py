@@ -159,7 +159,7 @@ class _Asked:
             raise InputError("give a list of prompts, one at least")
         self.model, self.prompts, self.against, self.players, self.methods = model, prompts, against, players, methods
         self.cases = [Case.of(model, prompt, target, against=against) for prompt in prompts]
-        self.targets = [case.target.bound if target is None else target for case in self.cases]
+        self.targets = [case.question.metric if target is None else target for case in self.cases]
         self.parts = [Players.of(case, players) for case in self.cases]
 
     def scores(self, model: Model, targets: Sequence[Any] | None = None) -> list[list[np.ndarray]]:

@@ -20,18 +20,20 @@ import numpy as np
 import torch
 import xarray as xr
 
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import absence
 from pellucid.attribution.evaluation.faithfulness import counts
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 ABSENT = (0.1, 0.2, 0.5, 1.0)
 FEWEST = 10  # prompts, below which there is no telling what is far
 WARN = 0.5
 
 
+@technique
 def distribution_shift(
     model: Model,
     prompts: Sequence[Any],
@@ -82,10 +84,4 @@ def distribution_shift(
         coords={"absent": list(absent)},
         attrs={"replacement": name, "prompts": len(prompts)},
     )
-    provenance = Provenance(
-        "distribution_shift", model.name, digest=model.digest, inputs=[str(p) for p in prompts], seed=seed,
-        arguments={"players": players, "replacement": replacement},
-    )  # fmt: skip
-    return Result(
-        data, kind="distribution shift", title=f"Prompts with tokens taken away by {name!r}", provenance=provenance
-    )
+    return Result(data, kind="distribution shift", title=f"Prompts with tokens taken away by {name!r}")
