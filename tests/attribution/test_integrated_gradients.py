@@ -126,7 +126,7 @@ def test_special_tokens_keep_their_place_and_receive_nothing():
 
 def test_encoder_decoders_are_attributed_to_their_source_tokens():
     model = opened("t5")
-    found = integrated_gradients(model, PROMPT, " Paris", baseline="pad", forced="is")
+    found = integrated_gradients(model, PROMPT, " Paris", baseline="pad", decoder="is")
     assert found.data.sizes["position"] == 6
     assert abs(float(found.gap)) < 0.01 * float(abs(found.attribution).sum())
 

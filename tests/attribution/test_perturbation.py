@@ -170,10 +170,10 @@ def test_sampled_orders_of_a_hierarchy_average_to_the_owen_value():
 @pytest.mark.parametrize("permutations", [6, 40])
 def test_shapleys_standard_error_covers_the_truth(permutations):
     model = opened("gpt2")
-    truth = exact_shapley(model, TEXT, " Paris", progress=False)
+    truth = exact_shapley(model, TEXT, " Paris")
     off = []
     for seed in range(12):
-        found = shapley(model, TEXT, " Paris", permutations=permutations, seed=seed, progress=False)
+        found = shapley(model, TEXT, " Paris", draws=permutations, seed=seed)
         assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-6)
         off.append((found.values - truth.values) / found.error.values)
     assert 0.3 < np.sqrt(np.nanmean(np.clip(off, -6, 6) ** 2)) < 2.5
@@ -183,9 +183,9 @@ def test_kernel_shaps_constraint_is_exact_and_its_error_covers_the_truth():
     model = opened("llama")
     prompt = TEXT + " is Rome"
     with pytest.raises(InputError, match="at least"):
-        kernel_shap(model, prompt, " Paris", samples=10)
-    truth = shapley(model, prompt, " Paris", permutations=200, progress=False)
-    found = kernel_shap(model, prompt, " Paris", samples=128, seed=1, progress=False)
+        kernel_shap(model, prompt, " Paris", draws=10)
+    truth = shapley(model, prompt, " Paris", draws=200)
+    found = kernel_shap(model, prompt, " Paris", draws=128, seed=1)
     assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-9)
     assert (np.abs(found.values - truth.values) < 5 * np.hypot(found.error.values, truth.error.values) + 1e-6).all()
 
@@ -237,7 +237,7 @@ def test_values_equal_captums(family, answer):
     torch.manual_seed(0)
     sampled = ShapleyValueSampling(f).attribute(ids, there, feature_mask=numbered, n_samples=60)[0]
     scale = np.abs(truth).max()
-    np.testing.assert_allclose(sampled, shapley(model, PROMPT, ours, permutations=60).values, atol=0.35 * scale)
+    np.testing.assert_allclose(sampled, shapley(model, PROMPT, ours, draws=60).values, atol=0.35 * scale)
     np.random.seed(0)
     theirs = KernelShap(f).attribute(ids, there, feature_mask=numbered, n_samples=300)[0]
     np.testing.assert_allclose(theirs, truth, atol=0.1 * scale + 1e-4)
@@ -264,7 +264,7 @@ def test_lime_equals_captums_on_the_same_masks_kernel_and_penalty(family):
         lambda original, **_: next(rows)[None], True, put, None,
     )  # fmt: skip
     theirs = base.attribute(ids, n_samples=40)[0]
-    ours = lime(model, PROMPT, " Paris", samples=40, seed=3)
+    ours = lime(model, PROMPT, " Paris", draws=40, seed=3)
     np.testing.assert_allclose(ours.values[~case.fixed], theirs, atol=1e-5)
     assert ours.values[case.fixed].sum() == 0
 
@@ -279,7 +279,7 @@ def test_limes_weights_on_a_linear_model_are_the_models_and_explain_everything()
 
 def test_limes_interval_holds_its_weight_and_narrows_with_samples():
     model = opened("llama")
-    few, many = (lime(model, PROMPT, " Paris", samples=n, seed=1) for n in (20, 300))
+    few, many = (lime(model, PROMPT, " Paris", draws=n, seed=1) for n in (20, 300))
     assert (few.low <= few.high).all() and (many.low <= many.attribution + 1e-9).all()
     assert float(many.error.mean()) < float(few.error.mean())
     assert float(many.r2) <= 1
@@ -324,7 +324,7 @@ def test_additive_methods_add_up_for_any_players(method, players):
 def test_the_planner_gives_what_running_each_variant_gives():
     model = opened("gpt2")
     case = Case.of(model, TEXT, " Paris")
-    quick, slow = Game.of(case, "word", progress=False), Game.of(case, "word", progress=False)
+    quick, slow = Game.of(case, "word"), Game.of(case, "word")
     assert quick._replaceable
     slow._replaceable = False
     present = lime_draw(len(quick.players), 30, 0)

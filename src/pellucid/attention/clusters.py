@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.attention.answers import js
+from pellucid.attention.comparing import js
 from pellucid.attention.heads import chosen, distributions
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
@@ -29,7 +30,14 @@ from pellucid.technique import technique
 
 @technique
 def head_clusters(
-    model: Model, prompts: Sequence[Any] | str, n: int | None = None, *, stack: str = "", draws: int = 20, seed: int = 0
+    model: Model,
+    prompts: Sequence[Any] | str,
+    n: int | None = None,
+    *,
+    stack: str = "",
+    draws: int = 20,
+    edits: Sequence[Edit] = (),
+    seed: int = 0,
 ) -> Result:
     """Groups of heads that look at the same places.
 
@@ -43,7 +51,7 @@ def head_clusters(
     if not texts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     kind = chosen(model, stack)
-    distance = distances(distributions(model, texts, kind))
+    distance = distances(distributions(model, texts, kind, edits))
     counts = [model.anatomy.stacks[_stack(model, kind.stack)].blocks[i].attentions["attn"].heads for i in kind.layers]
     heads = [(row, head) for row, count in enumerate(counts) for head in range(count)]
     if n is not None and not 2 <= n < len(heads):

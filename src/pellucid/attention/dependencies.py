@@ -24,6 +24,7 @@ import xarray as xr
 
 from pellucid.attention.heads import chosen
 from pellucid.attention.patterns import attended, stacked
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
@@ -58,7 +59,13 @@ class Sentence(Protocol):
 
 @technique
 def head_relations(
-    model: Model, sentences: Iterable[Sentence], *, stack: str = "", subtypes: bool = False, least: int = 10
+    model: Model,
+    sentences: Iterable[Sentence],
+    *,
+    stack: str = "",
+    subtypes: bool = False,
+    least: int = 10,
+    edits: Sequence[Edit] = (),
 ) -> Result:
     """How well each head finds dependency relations, beside the best fixed offset.
 
@@ -77,7 +84,7 @@ def head_relations(
         spans = [covering(offsets, word.start, word.stop) for word in sentence.words]
         if len(spans) < 2 or any(first == last for first, last in spans):
             continue
-        found = attended(model, model.inputs([ids]))
+        found = attended(model, model.inputs([ids]), edits)
         looked = between_words(stacked(found.values[kind]).numpy(), spans)
         names = [w.deprel if subtypes else w.deprel.partition(":")[0] for w in sentence.words]
         tally.add(looked, [w.head for w in sentence.words], names)

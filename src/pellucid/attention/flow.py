@@ -45,7 +45,7 @@ def flow(
     *,
     queries: Sequence[int] | int | None = None,
     residual: Residual = 0.5,
-    target: str | None = None,
+    decoder: str | None = None,
     edits: Sequence[Edit] = (),
 ) -> Result:
     """Maximum flow from every input token to positions of the last layer.
@@ -56,7 +56,7 @@ def flow(
 
     >>> flow(model, "The capital of France is", queries=-1).flow  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     found, steps = mixed(model, inputs, residual, edits)
     main = found.main
     n = len(next(s for s in steps if s.kind == main).stays)

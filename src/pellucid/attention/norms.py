@@ -31,7 +31,7 @@ from pellucid.technique import technique
 
 
 @technique
-def norm_weighted(model: Model, prompt: Any, *, target: str | None = None, edits: Sequence[Edit] = ()) -> Result:
+def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edits: Sequence[Edit] = ()) -> Result:
     """Norms of what every head carries from every key to every query, on one prompt.
 
     Dimensions and names are those of `patterns` (`pattern` is called `norm` here), in the units of the residual stream;
@@ -40,7 +40,7 @@ def norm_weighted(model: Model, prompt: Any, *, target: str | None = None, edits
 
     >>> norm_weighted(model, "The capital of France is").sel(layer=0).together  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     of = kinds(model.anatomy)
     values = [kind.site(layer, "v") for kind in of for layer in kind.layers]
     found = attended(model, inputs, edits, keep=values)

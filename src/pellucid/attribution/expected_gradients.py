@@ -20,7 +20,7 @@ from torch import Tensor
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
-from pellucid.engine.marks import special_ids
+from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -119,8 +119,7 @@ def _vocabulary(case: Case) -> list[int]:
     tokenizer, module = case.model.tokenizer, cast(Any, case.model.module)
     table = module.get_input_embeddings()
     size = int(table.num_embeddings) if hasattr(table, "num_embeddings") else int(case.ids.max()) + 1
-    special = special_ids(tokenizer)
-    return [i for i in range(min(size, len(tokenizer)) if tokenizer is not None else size) if i not in special]
+    return ordinary_ids(tokenizer, size)
 
 
 def _ids(case: Case, text: Any) -> list[int]:

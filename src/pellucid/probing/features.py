@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.run import execute
-from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans
+from pellucid.store import ActivationStore
 from pellucid.tasks.tokens import covering, encode
 
 Pool = Literal["first", "last", "mean"]

@@ -9,7 +9,7 @@ import torch
 from pellucid.attribution.case import Case
 from pellucid.attribution.absence import absence
 from pellucid.attribution.filling import Filler
-from pellucid.attribution.target import continuation, reading
+from pellucid.question import continuation, reading
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import class_logit, log_odds, logit
 from tests.attribution.evaluation.models import PROMPT, TEXTS, case_of, opened
@@ -56,7 +56,7 @@ def test_replacing_is_the_game_with_that_baseline(how):
 
     case = case_of("gpt2")
     embedded = Embedded(case)
-    game = Game(case, Players.of(case), Baseline.of(embedded, how), embedded, progress=False)
+    game = Game(case, Players.of(case), Baseline.of(embedded, how), embedded)
     world = absence(case, how=how)
     torch.testing.assert_close(world(HOLES), game(HOLES))
     assert world.name == how

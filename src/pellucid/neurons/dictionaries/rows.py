@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.early import run_until
-from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.store import ActivationStore
 
 WINDOW = 16  # shards in memory at once
 BLOCK = 65_536  # rows of a stream mixed at once

@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.objectives import Objective, Parameters, Step, TopKLoss
 from pellucid.neurons.dictionaries.rows import Stream, batches, blocks
+from pellucid.store import ActivationStore
 
 COOLING = 0.2  # share of the steps over which the learning rate falls to 0
 SAMPLE = 100_000  # rows that scale and limit are taken from

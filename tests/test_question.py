@@ -15,8 +15,8 @@ from tests.attribution.hand import PROMPT, classifier, opened, token
 
 def value(case):
     """The target of the prompt, [output]."""
-    run = case.model.run(case.inputs, keep=[case.target.site] if case.target.site else [])
-    found = run.tensor(case.target.site) if case.target.site else run.logits
+    run = case.model.run(case.inputs, keep=[case.question.site] if case.question.site else [])
+    found = run.tensor(case.question.site) if case.question.site else run.logits
     return case.read(found.detach())[0]
 
 
@@ -67,14 +67,14 @@ def test_a_continuation_is_every_token_after_those_before_it(family, of):
         expected.append(y[each])
         ids = torch.cat([ids, torch.tensor([[each]])], 1)
     torch.testing.assert_close(value(case), torch.stack(expected), atol=1e-5, rtol=1e-5)
-    assert [t.strip() for t in case.target.outputs] == ["Paris", "and", "Rome"]
+    assert [t.strip() for t in case.question.outputs] == ["Paris", "and", "Rome"]
 
 
 def test_what_the_model_says_itself_is_the_default_continuation():
     model = opened("gpt2")
     case = Case.of(model, PROMPT, continuation(max_new_tokens=4))
     said = model.generate(PROMPT, max_new_tokens=4).tokens[0]
-    assert len(case.target.outputs) == len(said)
+    assert len(case.question.outputs) == len(said)
     assert torch.equal(case.inputs.stream("").ids[0, -len(said) + 1 :], said[:-1])
 
 
@@ -100,7 +100,7 @@ def test_a_reading_is_a_neuron_or_a_direction_at_one_position():
         ({"target": " Paris", "prompt": ""}, "the prompt is empty"),
         ({"target": " Paris", "prompt": ["The", "of"]}, "one prompt at a time, got 2"),
         ({"target": " Paris", "prompt": "is " * 90}, "the model's context holds 64"),
-        ({"target": continuation(" Paris"), "forced": " Rome"}, "only encoder-decoder models take a target"),
+        ({"target": continuation(" Paris"), "decoder": " Rome"}, "only encoder-decoder models take decoder="),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_error(arguments, message):
