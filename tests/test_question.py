@@ -1,4 +1,4 @@
-"""A target is what the model's logits, or the values at a site, say it is."""
+"""What is asked is decided in one place: where an answer is read, what it is, its rival, and one number for it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from pellucid.attribution import continuation, reading
+import pellucid as pl
+from pellucid.attribution import continuation, reading, saliency
 from pellucid.attribution.case import Case
 from pellucid.errors import InputError
-from pellucid.metrics import log_odds
+from pellucid.metrics import class_logit, class_probability, kl_divergence, log_odds, logit
+from pellucid.question import Question, answer_position, label
 from tests.attribution.hand import PROMPT, classifier, opened, token
+from tests.zoo import build, tokenizer
+from tests.zoo.build import Entry
+
+MASKED = "The capital of <mask> is Paris"
+
+
+def bert(kind, **config):
+    """A tiny BERT with a head."""
+    module = build(Entry("bert", f"BertFor{kind}" if kind else "BertModel", "head"), **config)
+    return pl.load(module, tokenizer=tokenizer(module))
+
+
+def asked(question):
+    """The question's number for its prompts, [row]."""
+    run = question.model.run(question.inputs)
+    return question.read(run.logits.detach(), run.inputs.stream("").mask)[:, 0]
 
 
 def value(case):
@@ -120,3 +138,159 @@ def test_a_model_of_vectors_asks_for_a_metric(minilm):
         Case.of(minilm, PROMPT)
     found = value(Case.of(minilm, PROMPT, lambda hidden: hidden[:, 0, 5]))
     assert np.isfinite(float(found))
+
+
+# ---- every kind
+
+
+def test_several_prompts_have_an_answer_each_and_predicted_ones_are_recorded():
+    model, prompts = opened("gpt2"), [PROMPT, "The capital", "Mary gave"]
+    z = [model.run(p).logits[0, -1].detach() for p in prompts]
+    found = Question.of(model, prompts)
+    assert [a.id for a in found.answers] == [int(x.argmax()) for x in z]
+    torch.testing.assert_close(asked(found), torch.stack([x.max() for x in z]), atol=1e-5, rtol=1e-5)
+    said = Question.of(model, prompts, [" Paris", " Rome", " John"], against=" the")
+    words = [token(model, w) for w in ("Paris", "Rome", "John")]
+    expected = [x[w] - x[token(model, "the")] for x, w in zip(z, words, strict=True)]
+    torch.testing.assert_close(asked(said), torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert [a.id for a in said.against] == [token(model, "the")] * 3
+
+
+def test_an_encoder_decoder_is_asked_for_its_first_token_or_the_next_after_what_its_decoder_was_given():
+    model = opened("t5")
+    first, later = Question.of(model, PROMPT), Question.of(model, PROMPT, decoder="Rome is")
+    assert (first.kind, later.kind) == ("first token", "next token")
+    z = model.run(PROMPT, decoder="Rome is").logits[0, -1].detach()
+    assert later.answers[0].id == int(z.argmax())
+
+
+def test_a_masked_model_is_read_at_its_mask_alone():
+    model = opened("bert")
+    found = Question.of(model, MASKED)
+    z = model.run(MASKED).logits[0, 5].detach()  # <s> The capital of, a space of its own, <mask>
+    assert (found.kind, found.position, found.answers[0].id) == ("masked token", 5, int(z.argmax()))
+    assert answer_position(model, model.inputs(["The <mask>", "The capital of <mask>"])) == -2  # before </s> in both
+    with pytest.raises(InputError, match="no mask tokens"):
+        Question.of(model, PROMPT)
+    with pytest.raises(InputError, match="different places"):
+        Question.of(model, ["The <mask> of France", "The capital of <mask>"])
+    assert Question.of(model, PROMPT, logit(" Paris")).metric.positions == (-1,)  # a metric says itself where
+
+
+def test_independent_classes_each_have_a_probability_of_their_own():
+    model = bert("SequenceClassification", num_labels=3, problem_type="multi_label_classification")
+    run = model.run(PROMPT)
+    z = run.logits[0].detach()
+    question = Question.of(model, PROMPT)
+    torch.testing.assert_close(question.distribution(run)[0, :, 1].detach(), z.sigmoid())
+    assert float(model.score(run, class_probability(1))[0]) == pytest.approx(float(z[1].sigmoid()))
+    best = question.likeliest(run, 3)[0]
+    assert [a.id for a in best] == z.argsort(descending=True).tolist()
+    assert best[0].probability == pytest.approx(float(z.max().sigmoid()))
+
+
+def test_one_class_is_a_yes_or_no_and_has_a_gradient():
+    model = bert("SequenceClassification", num_labels=1)
+    run = model.run(PROMPT)
+    p = float(model.score(run, class_probability(0))[0])
+    assert p == pytest.approx(float(run.logits[0, 0].sigmoid()))
+    assert p < 0.999
+    assert (saliency(model, PROMPT, class_probability(0)).values[1:-1] > 0).all()
+
+
+def test_a_regression_is_a_number_without_rival_or_probability():
+    model = bert("SequenceClassification", num_labels=1, problem_type="regression")
+    found = Question.of(model, PROMPT)
+    assert (found.kind, float(asked(found))) == ("value", pytest.approx(float(model.run(PROMPT).logits[0, 0])))
+    with pytest.raises(InputError, match="has no rival"):
+        Question.of(model, PROMPT, against=0)
+    with pytest.raises(InputError, match="gives a number here, not a choice"):
+        found.distribution(model.run(PROMPT))
+    with pytest.raises(InputError, match="not the probability of a class"):
+        model.bind(class_probability(0))
+
+
+def test_a_token_classifier_is_asked_for_the_label_of_a_word():
+    names = {0: "O", 1: "B-LOC", 2: "I-LOC"}
+    model = bert("TokenClassification", num_labels=3, id2label=names, label2id={v: k for k, v in names.items()})
+    z = model.run(PROMPT).logits[0].detach()
+    row = model.inputs(PROMPT).stream("").ids[0].tolist()
+    at = row.index(token(model, "France"))
+    torch.testing.assert_close(asked(Question.of(model, PROMPT, label("B-LOC", position="France"))), z[[at], 1])
+    contrast = Question.of(model, PROMPT, label("B-LOC", position=at), against="O")
+    torch.testing.assert_close(asked(contrast), z[[at], 1] - z[[at], 0])
+    assert Question.of(model, PROMPT, label(position="France")).answers[0].text == names[int(z[at].argmax())]
+    given = Question.of(model, [row], label("B-LOC", position="France"))  # ids have no text of their own
+    assert given.position == at
+    with pytest.raises(InputError, match="labels every word: name one"):
+        Question.of(model, PROMPT, "B-LOC")
+    with pytest.raises(InputError, match="does not label words"):
+        Question.of(classifier(), PROMPT, label("good", position=1))
+    with pytest.raises(InputError, match="is no class"):
+        model.bind(logit(" Paris"))
+
+
+def test_a_reader_of_spans_is_asked_for_a_stretch_of_its_prompt():
+    model = bert("QuestionAnswering")
+    prompt = "The capital of France is Paris"
+    with torch.no_grad():
+        out = model.module(**model.inputs(prompt).tensors)
+    start, end = out.start_logits[0], out.end_logits[0]
+    row = model.inputs(prompt).stream("").ids[0].tolist()
+    a, b = row.index(token(model, "capital")), row.index(token(model, "France"))
+    torch.testing.assert_close(asked(Question.of(model, prompt, "capital of France")), (start[a] + end[b])[None])
+    found = Question.of(model, prompt)
+    pairs = [(float(start[i] + end[j]), (i, j)) for i in range(len(row)) for j in range(i, len(row))]
+    assert found.answers[0].ids == max(pairs)[1]
+    rival = Question.of(model, prompt, "capital of France", against="Paris")
+    n = row.index(token(model, "Paris"))
+    torch.testing.assert_close(asked(rival), (start[a] + end[b] - start[n] - end[n])[None])
+    p = found.distribution(model.run(prompt))
+    torch.testing.assert_close(p[0].detach(), torch.stack([start.softmax(0), end.softmax(0)]))
+    with pytest.raises(InputError, match="is not in the prompt"):
+        Question.of(model, prompt, "Berlin")
+
+
+# ---- what a model does not answer
+
+
+@pytest.mark.parametrize("metric", [logit(" Paris"), class_logit(0), kl_divergence(torch.zeros(97)), log_odds(5)])
+def test_a_headless_model_answers_to_no_metric_of_answers(metric):
+    model = bert("")
+    with pytest.raises(InputError, match="gives vectors"):
+        model.bind(metric)
+    with pytest.raises(InputError, match="gives vectors"):
+        model.sweep(PROMPT, [pl.Scale("layers.0.mlp.out", 0.0)], metric)
+
+
+@pytest.mark.parametrize("ask", [pl.attention.attention_gradient, pl.attribution.saliency, pl.attention.relevance])
+def test_attention_and_attribution_refuse_the_same_questions(ask):
+    with pytest.raises(InputError, match="gives vectors, not answers"):
+        ask(bert(""), PROMPT)
+    with pytest.raises(InputError, match="2 mask tokens"):
+        ask(opened("bert"), "The <mask> of <mask>")
+    with pytest.raises(InputError, match="5 is no class"):
+        ask(classifier(), PROMPT, 5)
+    with pytest.raises(InputError, match="unknown to this model"):
+        ask(opened("gpt2"), PROMPT, 10**6)
+    assert ask(classifier(), PROMPT, "good").data.equals(ask(classifier(), PROMPT, 2).data)
+
+
+@pytest.mark.parametrize("wrong", [class_logit(0), class_probability(0)])
+def test_tokens_and_classes_are_not_taken_for_one_another(wrong):
+    with pytest.raises(InputError, match="no classes of the whole text"):
+        opened("gpt2").bind(wrong)
+    with pytest.raises(InputError, match="use class_logit"):
+        classifier().bind(logit(1))
+    with pytest.raises(InputError, match="5 is no class"):
+        classifier().bind(class_logit(5))
+    assert classifier().bind(class_logit("good")).score(torch.eye(3)[[2]]).tolist() == [1.0]
+
+
+def test_a_predicted_answer_is_in_the_record():
+    model = opened("gpt2")
+    found = saliency(model, PROMPT)
+    said = Question.of(model, PROMPT).answers[0]
+    assert found.provenance.arguments["target"] in (said.text, said.id)
+    assert found.data.attrs["answer"] == said.text
+    assert saliency(classifier(), PROMPT).provenance.arguments["target"] in ("bad", "fair", "good")

@@ -70,9 +70,7 @@ def test_special_tokens_can_be_kept():
 
 
 def test_intervals_are_over_prompts_and_nonsense_is_refused():
-    found = attention_erasure(
-        classifier(), [PROMPT, "Mary went to Rome", "John is in the store"], points=4
-    )
+    found = attention_erasure(classifier(), [PROMPT, "Mary went to Rome", "John is in the store"], points=4)
     assert (found.low <= found.fraction).all()
     assert (found.fraction <= found.high).all()
     with pytest.raises(InputError, match="one stack"):

@@ -45,9 +45,7 @@ def test_the_users_model_stays_as_it_was():
 
 def test_attention_moves_farther_the_more_it_is_paid_for():
     model = classifier()
-    found = adversarial_training(
-        model, TEXTS, TEXTS, strengths=[0.0, 3.0], epochs=25, rate=1e-2, noise=0.05
-    )
+    found = adversarial_training(model, TEXTS, TEXTS, strengths=[0.0, 3.0], epochs=25, rate=1e-2, noise=0.05)
     assert float(found.js.sel(strength=3.0)) > 2 * float(found.js.sel(strength=0.0))
     assert (found.js_low <= found.js).all()
     assert found.tv_by_text.shape == (2, 4)

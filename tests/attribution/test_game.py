@@ -14,6 +14,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.game import Game
 from pellucid.attribution.path import Embedded
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.hand import PROMPT, classifier, opened, run_ids, token
 
 FAMILIES = ["gpt2", "llama", "bert", "gemma2", "gpt_neox", "opt", "mixtral", "deberta-v2", "distilbert", "xlnet"]
@@ -32,7 +33,7 @@ def changed(case, players, present, replacement):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_absent_token_is_a_replaced_token(family):
     model = opened(family)
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     game = Game.of(case, "token", "mask")
     present = torch.rand(6, len(game.players), generator=torch.Generator().manual_seed(1)) > 0.5
     logits = run_ids(model, changed(case, game.players, present, model.tokenizer.mask_token_id))
@@ -43,7 +44,7 @@ def test_an_absent_token_is_a_replaced_token(family):
 def test_in_roberta_positions_stay_though_it_counts_them_by_the_padding_token():
     """Padding ids in place of words would move the positions of all later words; an absent word does not."""
     model = opened("roberta")
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     game = Game.of(case, "token", "pad")
     present = torch.tensor([[True, False, True, True, True]])
     positions = torch.arange(len(case.ids))[None] + model.module.config.pad_token_id + 1
@@ -147,7 +148,7 @@ def test_an_interrupted_game_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 def test_a_baseline_keeps_special_tokens_and_replaces_all_others(name):
     model = opened("bert")
     ids = name if isinstance(name, str) else [1, *name, 2]
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     embedded = Embedded(case)
     made = Baseline.of(embedded, ids)
     assert torch.equal(made.values[0, case.fixed], embedded.values[0, case.fixed])

@@ -33,6 +33,7 @@ from pellucid.attribution.owen import _order, grouped, halved, leaves, split
 from pellucid.attribution.players import Players
 from pellucid.attribution.shapley import coalitions, exact, marginals
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.hand import PROMPT, classifier, opened, run_ids, token
 
 TEXT = "It is so. The capital of Italy"
@@ -215,7 +216,7 @@ def forward(model, answer):
 @pytest.mark.parametrize(("family", "answer"), [("gpt2", "Paris"), ("bert", "Paris"), ("classifier", "good")])
 def test_values_equal_captums(family, answer):
     model = classifier() if family == "classifier" else opened(family)
-    ours = "good" if answer == "good" else " " + answer
+    ours = "good" if answer == "good" else logit(" " + answer)
     ids = model.inputs(PROMPT).stream("").ids
     case = Case.of(model, PROMPT, ours)
     mask = model.tokenizer.mask_token_id
@@ -246,7 +247,7 @@ def test_values_equal_captums(family, answer):
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_lime_equals_captums_on_the_same_masks_kernel_and_penalty(family):
     model = opened(family)
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     present = lime_draw(5, 40, 3)
     rows = iter(present)
     ids = case.ids[None]
@@ -264,7 +265,7 @@ def test_lime_equals_captums_on_the_same_masks_kernel_and_penalty(family):
         lambda original, **_: next(rows)[None], True, put, None,
     )  # fmt: skip
     theirs = base.attribute(ids, n_samples=40)[0]
-    ours = lime(model, PROMPT, " Paris", draws=40, seed=3)
+    ours = lime(model, PROMPT, logit(" Paris"), draws=40, seed=3)
     np.testing.assert_allclose(ours.values[~case.fixed], theirs, atol=1e-5)
     assert ours.values[case.fixed].sum() == 0
 
@@ -300,7 +301,7 @@ def test_words_that_occur_twice_are_players_of_their_own():
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_tokens_said_later_get_nothing_and_each_output_is_attributed_as_alone(method, family):
     model, f = opened(family), METHODS[method]
-    options = {"samples": 400} if method in ("lime", "kernel_shap") else {}
+    options = {"draws": 400} if method in ("lime", "kernel_shap") else {}
     found = f(model, "of Italy", continuation(" Paris and Rome"), **options)
     outputs, length = found.values.shape
     assert outputs == 3
@@ -314,7 +315,7 @@ def test_tokens_said_later_get_nothing_and_each_output_is_attributed_as_alone(me
 @pytest.mark.parametrize("method", ["kernel_shap", "shapley", "exact_shapley", "owen", "partition"])
 @pytest.mark.parametrize("players", ["token", "word", "sentence", ["It is", "capital of Italy"]])
 def test_additive_methods_add_up_for_any_players(method, players):
-    found = METHODS[method](opened("bert"), TEXT, " Paris", players=players)
+    found = METHODS[method](opened("bert"), TEXT, logit(" Paris"), players=players)
     assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-6)
     assert int(found.evaluations) > 0
     if players == ["It is", "capital of Italy"]:
@@ -343,9 +344,9 @@ def test_hierarchies_are_words_in_sentences_or_given():
     ("method", "options", "message"),
     [
         (occlusion, {"window": 2, "stride": 3}, "expected a stride of 1 to the window's size"),
-        (lime, {"samples": 1}, "2 samples"),
-        (shapley, {"permutations": 3}, "an even number"),
-        (owen, {"permutations": 0}, "an even number"),
+        (lime, {"draws": 1}, "2 draws"),
+        (shapley, {"draws": 3}, "an even number"),
+        (owen, {"draws": 0}, "an even number"),
         (owen, {"hierarchy": "chapter"}, "unknown hierarchy 'chapter'"),
         (owen, {"hierarchy": [[0, 1], [1, 2]]}, "must name each of the players 0 to 4 once"),
         (partition, {"evaluations": 1}, "at least 2"),
@@ -359,7 +360,7 @@ def test_bad_options_are_one_clear_error(method, options, message):
 
 def test_seeds_repeat_and_differ():
     for method in (lime, shapley, owen, kernel_shap):
-        options = {"samples": 28} if method in (lime, kernel_shap) else {"permutations": 2}
+        options = {"draws": 28} if method in (lime, kernel_shap) else {"draws": 2}
         a, b, c = (method(opened("gpt2"), TEXT, " Paris", seed=s, **options) for s in (1, 1, 2))
         assert a.allclose(b, atol=0) and not a.allclose(c, atol=1e-9)
 

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import pellucid
 from pellucid.attribution import continuation, reading, relevance_propagation
 from pellucid.errors import InputError, Refused
+from pellucid.metrics import logit
 from tests.attribution import slow_relevance as slow
 from tests.attribution.hand import PROMPT, classifier, opened, token
 from tests.attribution.relevance_table import account
@@ -31,7 +32,7 @@ def test_relevance_equals_propagation_written_out(family):
     model = opened(family, **DOUBLE)
     answer, ids = token(model, "Paris"), model.inputs(PROMPT).stream("").ids[0]
     at = ["layers.*.attn.scores", "layers.*.attn.pattern", "layers.*.resid_post"]
-    found = relevance_propagation(model, PROMPT, answer, sites=at)
+    found = relevance_propagation(model, PROMPT, logit(answer), sites=at)
     with torch.no_grad():
         tokens, attentions, ends = SLOW[family](model.module, ids, answer)
     near(found.attribution, tokens)
@@ -44,7 +45,10 @@ def test_relevance_equals_propagation_written_out(family):
 def test_asking_for_sites_changes_nothing(family):
     model = opened(family)
     at = ["layers.*.attn.scores", "layers.*.attn.z", "layers.*.mlp.neurons", "layers.*.resid_pre", "layers.*.resid_mid"]
-    near(relevance_propagation(model, PROMPT, 30).values, relevance_propagation(model, PROMPT, 30, sites=at).values)
+    near(
+        relevance_propagation(model, PROMPT, logit(30)).values,
+        relevance_propagation(model, PROMPT, logit(30), sites=at).values,
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "bloom"])
@@ -164,10 +168,10 @@ def test_padding_changes_nothing(family, side):
     seen = [*mask, *[1] * len(ids)] if side == "left" else [*[1] * len(ids), *mask]
     given = {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([seen])}
     try:
-        found = relevance_propagation(model, given, 30).values
+        found = relevance_propagation(model, given, logit(30)).values
     except Refused:  # this family computes something else when padded there, and says so
         return
-    near(found[np.array(seen, bool)], relevance_propagation(model, PROMPT, 30).values, 1e-4)
+    near(found[np.array(seen, bool)], relevance_propagation(model, PROMPT, logit(30)).values, 1e-4)
     assert not found[~np.array(seen, bool)].any()
 
 

@@ -192,7 +192,7 @@ def _summary(model: Model, job: _Job, examples: list[Example]) -> Result:
         if any("refused" in r for r in rows)
     }
     left = [name for name in names if name not in refused]
-    if left == [RANDOM]:
+    if left in ([], [RANDOM]):
         raise InputError(f"every method was refused; {next(iter(refused))}: {next(iter(refused.values()))}")
     metrics = [m for m in BETTER if any(m in row["values"] for name in left for row in table[name])]
     each = np.array(
