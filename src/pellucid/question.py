@@ -248,12 +248,12 @@ class Question:
 
 def kind_of(model: Model, inputs: Inputs) -> Kind:
     """The kind of question these prompts ask, from what the model's logits mean."""
-    meaning = model.anatomy.answering.meaning
-    if meaning != "tokens":
-        return meaning
+    answering = model.anatomy.answering
+    if answering.meaning != "tokens":
+        return answering.meaning
     if "decoder" in inputs.streams:
         return "first token" if inputs.stream("").ids.shape[1] == 1 else "next token"
-    return "masked token" if model.anatomy.stacks[-1].causal is False else "next token"
+    return "masked token" if answering.masked and model.anatomy.stacks[-1].causal is False else "next token"
 
 
 def answer_position(model: Model, inputs: Inputs) -> int | None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.locate import locate
-from pellucid.engine.run import Run, shows_one_reader
+from pellucid.engine.run import Run
+from pellucid.engine.writing import shows_one_reader
 from pellucid.errors import Refused, SiteError
 from pellucid.model import Model
 
