@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pellucid.attribution.case import Case
+from pellucid.attribution.methods import METHODS
 from pellucid.attribution.players import Players
 from pellucid.engine.pausing import quiet
 from pellucid.errors import InputError, nearest
@@ -48,9 +49,7 @@ def methods_named(methods: Mapping[str, Method] | Sequence[str] | None) -> dict[
     """Methods by name: all of `pellucid.attribution.METHODS` for None. InputError for an unknown one."""
     if isinstance(methods, Mapping):
         return dict(methods)
-    import pellucid.attribution
-
-    known: dict[str, Method] = pellucid.attribution.METHODS
+    known: Mapping[str, Method] = METHODS
     for name in methods or ():
         if name not in known and name != RANDOM:
             raise InputError(f"unknown method {name!r}{nearest(name, known)}")
