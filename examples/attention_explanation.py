@@ -30,7 +30,7 @@ from pellucid.attention import (
 
 
 def permutation(model: pellucid.Model, data: Data) -> None:
-    each = [permuted_attention(model, text, draws=8, progress=False) for text in data.short[:10]]
+    each = [permuted_attention(model, text, draws=8) for text in data.short[:10]]
     print("permuted attention, median change of the prediction (total variation), mean of 10 reviews")
     print("  by layer " + " ".join(f"{x:.3f}" for x in np.mean([r.change.values for r in each], 0)))
     print("  uniform  " + " ".join(f"{x:.3f}" for x in np.mean([r.uniform.values for r in each], 0)))
@@ -39,7 +39,7 @@ def permutation(model: pellucid.Model, data: Data) -> None:
 
 
 def erasure(model: pellucid.Model, data: Data) -> None:
-    erased = attention_erasure(model, data.short, points=16, progress=False)
+    erased = attention_erasure(model, data.short, points=16)
     print(f"share of keys to zero before the decision flips, {len(data.short)} reviews")
     for row in erased.to_frame("fraction", "low", "high", "never").itertuples():
         print(f"  {row.order:10} {row.fraction:.2f} [{row.low:.2f}, {row.high:.2f}], never flips {row.never:.2f}")
@@ -65,7 +65,7 @@ def diagnostic(model: pellucid.Model, data: Data) -> None:
 
 
 def uniform(model: pellucid.Model, data: Data) -> None:
-    found = uniform_attention(model, *data.train, *data.test, epochs=3, rate=5e-5, progress=False)
+    found = uniform_attention(model, *data.train, *data.test, epochs=3, rate=5e-5)
     print("accuracy of the model with its own and with uniform attention, as it is and trained on")
     for row in found.to_frame("accuracy", "low", "high").itertuples():
         print(f"  {row.attention:7} {row.training:7} {row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
@@ -74,7 +74,7 @@ def uniform(model: pellucid.Model, data: Data) -> None:
 def training(model: pellucid.Model, data: Data) -> None:
     texts, held_out = data.train[0][:100], data.test[0][:50]
     found = adversarial_training(
-        model, texts, held_out, strengths=(0, 0.3, 1, 3), epochs=2, rate=1e-3, batch=4, progress=False,
+        model, texts, held_out, strengths=(0, 0.3, 1, 3), epochs=2, rate=1e-3, batch=4,
         trained=lambda name: ".query." in name or ".key." in name,
     )  # fmt: skip
     print(f"queries and keys trained to answer the same and attend elsewhere, {len(held_out)} held-out reviews")

@@ -153,9 +153,7 @@ def _patching(question: Question, asked: ViewRequest) -> ViewReply:
 
 def patched(question: Question, options: dict[str, Any]) -> Document:
     over = over_of(question, options)
-    found = patching(
-        question.model, question.prompt, question.counterfactual, over=over, metric=question.metric
-    )
+    found = patching(question.model, question.prompt, question.counterfactual, over=over, metric=question.metric)
     return document(found, title="Where the difference between the prompts is carried")
 
 
