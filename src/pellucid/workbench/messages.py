@@ -79,6 +79,17 @@ class LiveRequest(Message):
     serial: int = 0
 
 
+class EditRequest(Message):
+    """An edit that is about to be made: can it be, on this model and these prompts?"""
+
+    tab: Name
+    pane: Name
+    model: Name
+    edit: Edit
+    prompt: Text = ""
+    other: Text | None = None
+
+
 class Choice(Message):
     """One possible answer."""
 
