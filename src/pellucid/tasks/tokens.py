@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pellucid.engine.marks import once
 from pellucid.errors import InputError
 
 # What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
@@ -19,7 +20,7 @@ ANCHORS = {True: ("a", "."), False: (".", "\n", ":", "a")}
 
 
 def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and the [start, stop) characters of each; a special token has an empty range.
+    """Token ids and the [start, stop) characters of each; a mark that is not in the text has an empty range.
 
     InputError if the tokenizer gives no offsets (a slow one).
     """
@@ -27,7 +28,11 @@ def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[in
         name = type(tokenizer).__name__
         raise InputError(f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)")
     encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
-    return list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
+    ids, offsets = list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
+    if not specials:
+        return ids, offsets
+    kept = once(ids, tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[kept], offsets[kept]
 
 
 def pieces(tokenizer: Any, text: str, *, specials: bool = True) -> list[str]:
