@@ -178,7 +178,7 @@ def test_the_public_names_stay_functions_however_often_they_are_asked_for() -> N
 def test_a_kind_of_view_is_one_row_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up kind, added in one place, is chosen, sent, read back, told in plain words, and known by name."""
 
-    class Dial(s.View, frozen=True):
+    class Dial(s.Shown, frozen=True):
         amount: float
 
     row = kinds.Kind(

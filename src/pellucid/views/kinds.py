@@ -1,6 +1,6 @@
 """Which kinds of view are there, and which one shows a result?
 
-One row for each. To add a kind: write its schema (a `schema.View`), what makes it from a result and what it says without
+One row for each. To add a kind: write its schema (a `schema.Shown`), what makes it from a result and what it says without
 scripts, and add a row here; in web/src/kinds.ts a row says how it is drawn and what its table holds. Nothing else knows
 how many kinds there are.
 """
@@ -31,7 +31,7 @@ class Kind:
     compare   several results, by name, in one view; None where that shows nothing
     """
 
-    schema: type[s.View]
+    schema: type[s.Shown]
     plain: Callable[[Any], Cells]
     fits: Callable[[Result], bool] | None = None
     make: Callable[[Result], s.View] | None = None

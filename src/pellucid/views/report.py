@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
@@ -105,7 +105,7 @@ def _sections(question: Question, top: int, step: Callable[[str], None]) -> list
             made.append(missing(id, name, title, str(error).rstrip(".")))
         except RuntimeError as error:  # torch's own: a model whose code allows no gradient, or too little memory
             made.append(missing(id, name, title, f"torch refused ({str(error).splitlines()[0].rstrip('.')})"))
-    return [*made, origin.origin(question, made)]
+    return [replace(section, shell=question.shell) for section in (*made, origin.origin(question, made))]
 
 
 def _page(question: Question, sections: list[Section]) -> str:
