@@ -159,7 +159,7 @@ def effects(
     variants = [Steer(SITE + "@1:", way, strength) for way in directions]  # the first token is beyond the limit
     rows = []
     for prompt in prompts:
-        sweep = model.sweep(prompt, variants, log_probability([ids]), progress=False)
+        sweep = model.sweep(prompt, variants, log_probability([ids]))
         rows.append((sweep.values - sweep.clean).numpy()[:, 0])
     return np.stack(rows, 1)
 
@@ -206,7 +206,7 @@ def main() -> None:
     held_out = [held_out[i] for i in order]
     began, path = time.process_time(), options.keep / "quality.zip"
     if not path.exists():
-        dictionary_quality(model, d, held_out, tokens=options.tokens, progress=False).save(path)
+        dictionary_quality(model, d, held_out, tokens=options.tokens).save(path)
     found = Result.load(path)
     losses = " ".join(f"{state} {float(found.loss.sel(state=state)):.3f}" for state in found.loss.state.values)
     print(f"held-out nats per token: {losses}")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
+from pellucid.changed import Change, applied, told
 from pellucid.engine.binding import bound
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
@@ -55,10 +53,11 @@ class Model:
     The module is the user's own and is left as it was.
     """
 
-    def __init__(self, loaded: Loaded, probe: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, loaded: Loaded, probe: Mapping[str, Any] | None = None, known: Anatomy | None = None) -> None:
         self.loaded = loaded
-        self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
-        self.anatomy: Anatomy = open_module(self.module, probe)
+        self.module, self.tokenizer = loaded.module, loaded.tokenizer
+        self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
+        self.anatomy: Anatomy = open_module(self.module, probe, known)
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
         self._padding = Padding(self.anatomy)
         self._stacks: dict[str, Components] = {}
@@ -66,7 +65,7 @@ class Model:
     @property
     def named(self) -> bool:
         """Whether it can be opened again by its name; a module in memory cannot."""
-        return self.name != type(self.module).__name__
+        return self.loaded.name != type(self.module).__name__
 
     @property
     def digest(self) -> str:
@@ -78,6 +77,20 @@ class Model:
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
         return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+
+    # ---- changed weights
+
+    def changed(self, changes: Change | Iterable[Change]) -> Model:
+        """This model with changes (`pellucid.changed`), as a model of its own that shares every untouched tensor.
+
+        This one keeps every bit, so it is the undo. The map is found and proven anew where it was touched; a proof that
+        fails is named by the new model. InputError or Refused for a change that cannot be made. Of no changes: a twin.
+        """
+        changes = (changes,) if isinstance(changes, Change) else tuple(changes)
+        loaded = self.loaded.twin(applied(self.module, changes), changes)
+        model = Model(loaded, self.anatomy.inputs, self.anatomy)
+        model.opened = self.opened
+        return model
 
     # ---- components as sub-models
 
@@ -228,20 +241,3 @@ class Model:
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
-
-
-def shuffled(model: Model, seed: int, keep: Iterable[Any] = ()) -> Model:
-    """A copy with the entries of every weight matrix in random order: the same distributions, nothing learned.
-
-    The placebo of probes and of causal abstraction. Parameters of the model in `keep` stay as they are.
-    """
-    kept = set(map(id, keep))
-    names = {name for name, parameter in model.module.named_parameters() if id(parameter) in kept}
-    module = copy.deepcopy(model.module)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1 and name not in names:
-                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return load(module, tokenizer=model.tokenizer, probe=model.anatomy.inputs)

@@ -163,7 +163,7 @@ class Question:
         if isinstance(prompt, Prompts):
             target = prompt.metric() if target is None else target
             prompt, spans = prompt.clean, prompt.spans
-        inputs = model.inputs(prompt, target=decoder, spans=spans)
+        inputs = model.inputs(prompt, decoder=decoder, spans=spans)
         if against is not None and not (target is None or _is_answer(target) or isinstance(target, Label)):
             raise InputError("against= goes with a target token; a metric says itself what it compares")
         if isinstance(target, Continuation | Reading | Label) and len(inputs) != 1:

@@ -32,7 +32,8 @@ from pellucid.causal.contrast import aligned_values, bootstrap, numbers, rows
 from pellucid.engine.edits import Edit, Place
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
-from pellucid.model import Model, shuffled
+from pellucid.controls import shuffled
+from pellucid.model import Model
 from pellucid.results import Provenance, Result
 
 

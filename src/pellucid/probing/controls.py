@@ -16,7 +16,8 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.model import Model, shuffled
+from pellucid.controls import shuffled
+from pellucid.model import Model
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
@@ -85,8 +86,9 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     `keep_embeddings` leaves the token embeddings (and an unembedding tied to them): what is then readable beyond them
     the random layers have mixed in from the context.
     """
-    embeddings: Any = model.module.get_input_embeddings
-    return shuffled(model, seed, keep=embeddings().parameters() if keep_embeddings else ())
+    embeddings: Any = model.module.get_input_embeddings()
+    kept = set(map(id, embeddings.parameters())) if keep_embeddings else set()
+    return shuffled(model, seed, [name for name, p in model.module.named_parameters() if id(p) in kept])
 
 
 def beside_random(

@@ -22,13 +22,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from pellucid.store import ActivationStore
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.objectives import Objective, Parameters, Step, TopKLoss
 from pellucid.neurons.dictionaries.rows import Stream, batches, blocks
+from pellucid.store import ActivationStore
+from pellucid.technique import technique
 
 COOLING = 0.2  # share of the steps over which the learning rate falls to 0
 SAMPLE = 100_000  # rows that scale and limit are taken from
@@ -44,7 +45,7 @@ class SparseAutoencoder:
 
     >>> rows = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0))
     >>> sae = SparseAutoencoder("layers.0.resid_post", features=16, objective=TopKLoss(4), steps=20, batch=256)
-    >>> sae.fit(rows, progress=False).dictionary_
+    >>> sae.fit(rows).dictionary_
     <Dictionary of 16 features at layers.0.resid_post (sparse autoencoder, TopK)>
     """
 
@@ -63,6 +64,7 @@ class SparseAutoencoder:
     dictionary_: Dictionary = field(init=False, repr=False)
     history_: list[list[float]] = field(init=False, repr=False)
 
+    @technique
     def fit(
         self,
         data: Any,
@@ -70,7 +72,6 @@ class SparseAutoencoder:
         *,
         checkpoint: str | Path | None = None,
         every: int = 200,
-        progress: bool = True,
     ) -> SparseAutoencoder:
         """Train on rows: a tensor [rows, d] (or a pair of them), an ActivationStore that holds the sites, or a Stream.
 
@@ -82,16 +83,12 @@ class SparseAutoencoder:
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None and path.exists():
             state.resume(path, self._identity(data))
-        bar = tqdm(total=self.steps, initial=state.step, unit="step", disable=not progress)
-        for x, target in self._batches(data, state):
-            self._update(state, x, target)
-            bar.update()
-            bar.set_postfix(
-                unexplained=f"{state.history[-1][1]:.3f}", dead=f"{state.history[-1][3]:.2f}", refresh=False
-            )
-            if path is not None and (state.step % every == 0 or state.step == self.steps):
-                state.save(path, self._identity(data))
-        bar.close()
+        with progress(what="steps", total=self.steps, done=state.step) as bar:
+            for x, target in self._batches(data, state):
+                self._update(state, x, target)
+                if path is not None and (state.step % every == 0 or state.step == self.steps):
+                    state.save(path, self._identity(data))
+                bar.step(unexplained=state.history[-1][1], dead=state.history[-1][3])
         self.history_ = state.history
         self.dictionary_ = self._finished(state, data)
         return self
