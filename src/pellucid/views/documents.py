@@ -8,6 +8,7 @@ no view of its own is a table, so every result has a document.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from pellucid.anatomy.structure import Anatomy
 from pellucid.circuits import Circuit, EdgeScores
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Result
+from pellucid.results import Provenance, Result
 from pellucid.views import forms, kinds, looking, maps
 from pellucid.views import schema as s
 from pellucid.views.schema import Code, Document
@@ -84,17 +85,24 @@ def _model(thing: Model) -> Document:
 
 @_document.register
 def _circuit(thing: Circuit) -> Document:
-    return _made(f"A circuit of {len(thing)} edges", maps.circuit(thing), thing)
+    return _graph(f"A circuit of {len(thing)} edges", thing, thing.provenance)
 
 
 @_document.register
 def _scores(thing: EdgeScores) -> Document:
-    return _made(thing.title, maps.circuit(thing.circuit(min(EDGES, len(thing.graph)))), thing)
+    n = min(EDGES, len(thing.graph))
+    made = replace(thing.provenance, call=f"{thing.provenance.call}.circuit({n})" if thing.provenance.call else "")
+    return _graph(thing.title, thing.circuit(n), made)
 
 
-def _made(title: str, data: s.View, thing: Any) -> Document:
-    lead = _prompts(thing, data) if isinstance(thing, Result) else ""
-    return Document(title=title, data=data, lead=lead, code=code(thing.provenance), provenance=origin(thing.provenance))
+def _made(title: str, data: s.View, result: Result) -> Document:
+    lead, made = _prompts(result, data), result.provenance
+    return Document(title=title, data=data, lead=lead, code=code(made), provenance=origin(made))
+
+
+def _graph(title: str, found: Circuit, made: Provenance) -> Document:
+    program = code(made, show="pl.views.document(result)")
+    return Document(title=title, data=maps.circuit(found), code=program, provenance=origin(made))
 
 
 def _training(fitted: Any, losses: np.ndarray) -> Result:
@@ -134,10 +142,11 @@ def compare(methods: Mapping[str, Result], title: str = "") -> Document:
     """
     if not methods:
         raise InputError("there is nothing to compare: give results by name, {'one': result, 'other': result}")
-    sources = [origin(result.provenance) for result in methods.values()]
+    made = [result.provenance for result in methods.values()]
+    sources = [origin(each) for each in made]
     facts = tuple(s.Fact(name=name, value=source.line) for name, source in zip(methods, sources, strict=True))
     origins = s.Origin(line=sources[0].line, facts=facts)
-    return Document(title=title or " and ".join(methods), data=kinds.together(methods), provenance=origins)
+    return Document(title=title or " and ".join(methods), data=kinds.together(methods), code=code(*made), provenance=origins)
 
 
 def attention(patterns: Result, *more: Result, title: str = "") -> Document:

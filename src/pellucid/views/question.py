@@ -26,6 +26,7 @@ from pellucid.model import Model
 from pellucid.question import Answer, Kind, answer_position, kind_of, pieces
 from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
+from pellucid.views.markup import quoted
 
 KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what a report can be about
 WRITTEN = 12  # tokens a decoder writes to be looked at
@@ -129,6 +130,13 @@ class Question:
             return "similarity to the intact output"
         return "logit" if self.kind == "class" else "logit difference"
 
+    @property
+    def measured(self) -> str:
+        """What is measured, with the answer and its rival."""
+        if self.target is None or self.against is None or self.kind == "class":
+            return self.metric_name
+        return f"{self.metric_name} {quoted(self.target.text)} − {quoted(self.against.text)}"
+
     def word(self, answer: Answer | None) -> str | int:
         """The text of an answer where the metric finds its token by it, else its id."""
         assert answer is not None
@@ -198,7 +206,7 @@ def ask(model: Model, prompt: str, target: str | None, counterfactual: str | Non
     if target is not None:
         chosen, more = _chosen(asked, run, target)
         note = (*note, *more)
-    position = _place(asked)
+    position = place(asked)
     question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note)
     return against(question, counterfactual, top)
 
@@ -235,7 +243,13 @@ def likeliest(asked: Asked, run: Run, top: int) -> list[Answer]:
     return asked.likeliest(run, top)[0] if asked.kind in KINDS and asked.kind != "vectors" else []
 
 
-def _place(asked: Asked) -> int:
+def read_at(model: Model, prompt: str) -> int:
+    """Where the answer to a prompt is read, counted from its end."""
+    asked = asked_of(model, model.inputs(prompt))
+    return place(asked) - len(asked.inputs.stream("").labels[0])
+
+
+def place(asked: Asked) -> int:
     """Where the answer is read, counted from the front; what is said of a whole text counts as said at its end."""
     at = -1 if asked.position is None else asked.position
     return at % len(asked.inputs.stream("").labels[0])

@@ -26,7 +26,7 @@ def _written(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def code(*made: Provenance) -> Code:
+def code(*made: Provenance, show: str = "result.show()") -> Code:
     """The calls that were recorded, one after another in one program; nothing where none was.
 
     >>> two = [Provenance("f", opened="pl.load('a')", call=f"pl.lenses.f(model, {i})") for i in (1, 2)]
@@ -41,5 +41,5 @@ def code(*made: Provenance) -> Code:
     if not calls:
         return Code()
     free, given = ({**reduce(or_, (dict(getattr(each, name)) for each in made))} for name in ("free", "given"))
-    whole = replace(made[0], call="\nresult.show()\nresult = ".join(calls), free=free, given=given)
-    return Code(python=f"{whole.code()}\nresult.show()")
+    whole = replace(made[0], call=f"\n{show}\nresult = ".join(calls), free=free, given=given)
+    return Code(python=f"{whole.code()}\n{show}")

@@ -79,7 +79,7 @@ def check(model: Model, edit: Edit, prompt: str, other: str | None) -> None:
     for site in sites_of(model, edit):
         if edit.kind == "steer" and site.dims[-1] == "key":
             raise InputError(NO_DIRECTION.format(str(site)))
-    if not other and (edit.kind == "patch" or edit.kind == "steer" and edit.direction == "contrast"):
+    if not other and (edit.kind == "patch" or (edit.kind == "steer" and edit.direction == "contrast")):
         raise InputError(NO_OTHER)
     if edit.position is not None and prompt.strip():
         inputs = model.inputs(prompt)
