@@ -79,7 +79,7 @@ class Zero(nn.Module):
 def test_grad_drop_is_the_mean_size_over_layers_cut_by_hand() -> None:
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
-    result = attribution_patching(model, clean, corrupted, metric=METRIC, grad_drop=True, check=0)
+    result = attribution_patching(model, clean, corrupted, metric=METRIC, grad_drop=True, check=0, denoise=False)
     module = model.module
     with torch.no_grad():
         other = model.run(corrupted, keep="layers.*.attn.z_out")
@@ -154,8 +154,10 @@ def test_atp_star_of_queries_and_keys_equals_patterns_recomputed_and_layers_cut_
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
     slow, over = Slow(model, clean, corrupted), f"layers.0.attn.heads.*.{port}@*"
-    fixed = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=0)
-    star = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, grad_drop=True, check=0)
+    fixed = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=0, denoise=False)
+    star = attribution_patching(
+        model, clean, corrupted, over=over, metric=METRIC, grad_drop=True, check=0, denoise=False
+    )
     gradient, cut = slow.gradient(None), [slow.gradient(layer) for layer in (1, 2)]
     for position in range(6):
         change = slow.change(port, position)
@@ -180,7 +182,7 @@ def test_grad_drop_sees_what_cancels() -> None:
         block.mlp.c_proj.weight[0] = -reader
         module.transformer.ln_f = nn.Identity()
     model = load(module, tokenizer=model.tokenizer)
-    options: dict[str, Any] = {"over": "layers.0.attn.heads.*", "metric": METRIC, "check": 0}
+    options: dict[str, Any] = {"over": "layers.0.attn.heads.*", "metric": METRIC, "check": 0, "denoise": False}
     plain = attribution_patching(model, ids(0), ids(1), **options)
     dropped = attribution_patching(model, ids(0), ids(1), grad_drop=True, **options)
     assert np.abs(plain.estimate).max() < 1e-5
@@ -215,7 +217,7 @@ def test_a_task_brings_the_positions_it_names() -> None:
 @pytest.mark.slow
 def test_the_estimate_ranks_smollm2s_heads_as_exact_patching_does(smollm2: Model) -> None:
     prompts = indirect_objects(smollm2.tokenizer, 6)
-    found = attribution_patching(smollm2, prompts, check=20, progress=False)
+    found = attribution_patching(smollm2, prompts, check=20)
     assert found["spearman"].item() > 0.8
     assert found["sign_agreement"].item() >= 0.8
     assert found["missed"].item() < 0.5
@@ -224,7 +226,7 @@ def test_the_estimate_ranks_smollm2s_heads_as_exact_patching_does(smollm2: Model
 def test_the_check_patches_for_real_and_counts_random_nodes_too() -> None:
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
-    result = attribution_patching(model, clean, corrupted, metric=METRIC, check=4)
+    result = attribution_patching(model, clean, corrupted, metric=METRIC, check=4, denoise=False)
     assert result.exact.shape == (8,)
     assert result.ranked_high.values.sum() == 4
     for name, exact in zip(result.checked.values, result.exact.values, strict=True):

@@ -8,7 +8,6 @@ no view of its own is a table, so every result has a document.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pellucid.anatomy.structure import Anatomy
 from pellucid.circuits import Circuit, EdgeScores
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.views import forms, kinds, looking, maps
 from pellucid.views import schema as s
 from pellucid.views.schema import Code, Document
@@ -85,24 +84,20 @@ def _model(thing: Model) -> Document:
 
 @_document.register
 def _circuit(thing: Circuit) -> Document:
-    return _graph(f"A circuit of {len(thing)} edges", thing, thing.provenance)
+    made, program = thing.provenance, code(thing.provenance, show="pl.views.document(result)")
+    return Document(
+        title=f"A circuit of {len(thing)} edges", data=maps.circuit(thing), code=program, provenance=origin(made)
+    )
 
 
 @_document.register
 def _scores(thing: EdgeScores) -> Document:
-    n = min(EDGES, len(thing.graph))
-    made = replace(thing.provenance, call=f"{thing.provenance.call}.circuit({n})" if thing.provenance.call else "")
-    return _graph(thing.title, thing.circuit(n), made)
+    return msgspec.structs.replace(_circuit(thing.circuit(min(EDGES, len(thing.graph)))), title=thing.result.title)
 
 
 def _made(title: str, data: s.View, result: Result) -> Document:
     lead, made = _prompts(result, data), result.provenance
     return Document(title=title, data=data, lead=lead, code=code(made), provenance=origin(made))
-
-
-def _graph(title: str, found: Circuit, made: Provenance) -> Document:
-    program = code(made, show="pl.views.document(result)")
-    return Document(title=title, data=maps.circuit(found), code=program, provenance=origin(made))
 
 
 def _training(fitted: Any, losses: np.ndarray) -> Result:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,7 +23,6 @@ from pellucid.errors import InputError, PellucidError, nearest
 from pellucid.views.documents import document
 from pellucid.views.question import Question
 from pellucid.views.schema import Document
-from pellucid.views.source import code
 from pellucid.workbench import finder
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Job, JobKind, JobRequest, JobState
@@ -194,9 +193,7 @@ def circuit(question: Question, options: dict[str, Any]) -> Document:
         f"random ones {float(judged['random'][0]):.0%}. Found and judged on this one prompt, everything else switched off "
         + ("to zero." if other is None else "to the second prompt's values.")
     )
-    made = replace(scores.provenance, call=f"{scores.provenance.call}.circuit({n})")
-    program = code(made, show="pl.views.document(result)")
-    return document(scores.circuit(n), care=care, code=program)
+    return document(scores.circuit(n), care=care)
 
 
 WORK: dict[JobKind, Callable[[Question, dict[str, Any]], Document]] = {

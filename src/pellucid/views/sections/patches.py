@@ -107,7 +107,7 @@ def _places(question: Question) -> tuple[list[int], list[int]]:
 def _patched(
     question: Question, layers: list[int], positions: list[int]
 ) -> tuple[np.ndarray, float, float, tuple[Result, ...]]:
-    """Effects [layer, position], and the metric without patches on the prompt and on the counterfactual."""
+    """Shares of the total effect [layer, position], and the metric without patches on the prompt and on the counterfactual."""
     model, metric = question.model, question.metric
     depth, length = len(model.anatomy.stacks[0].blocks), len(question.tokens)
     chosen = "*" if len(layers) == depth else ",".join(map(str, layers))
