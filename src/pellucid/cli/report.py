@@ -40,7 +40,7 @@ def report(
     )
     from pellucid.views.report import build
 
-    found = build(subject, prompt, counterfactual=counterfactual, target=target, progress=True)
+    found = build(subject, prompt, counterfactual=counterfactual, target=target)
     output.write_text(found.html, encoding="utf-8")
     typer.echo(f"wrote {output.absolute()}")
     for finding in found.findings:
