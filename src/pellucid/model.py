@@ -12,7 +12,6 @@ from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.changed import Change, applied, told
-from pellucid.engine.binding import bound
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
@@ -20,6 +19,7 @@ from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
+from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
@@ -157,7 +157,7 @@ class Model:
             self.anatomy,
             inputs,
             keep,
-            self.bound(edits),
+            self.resolved(edits),
             None if metric is None else lambda run: self.score(run, metric),
         )
 
@@ -179,7 +179,7 @@ class Model:
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
         inputs = self._padding.fit(left_padded(inputs))
         return generate(
-            self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
+            self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
 
     def plan(
@@ -197,11 +197,11 @@ class Model:
         """How a sweep would be run: `plan.explain()` gives its cost in forward passes, `plan.run()` runs it.
 
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
-        interrupted sweep continues; `executor` forces one of `pellucid.engine.sweep.RUNGS`.
+        interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
-        ready = iter(self.bound([e for v in flat for e in v]))
+        ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
 
@@ -220,9 +220,9 @@ class Model:
         """
         return self.plan(prompt, variants, metric, **options).run(progress)
 
-    def bound(self, edits: Sequence[Edit]) -> list[Edit]:
+    def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run."""
-        return bound(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+        return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics
 

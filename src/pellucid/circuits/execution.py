@@ -32,8 +32,8 @@ from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.pausing import pause
 from pellucid.engine.recording import Recording, record
-from pellucid.engine.rungs import told
 from pellucid.engine.stubbed import skipping
+from pellucid.engine.trial import told
 from pellucid.errors import Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
+from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.errors import InputError
-
-if TYPE_CHECKING:
-    from pellucid.engine.run import Run
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -33,6 +31,18 @@ class Step:
 
 
 Condition = Callable[[Step], "bool | Tensor"]
+
+
+class Source(Protocol):
+    """A run that kept the site an edit takes values from."""
+
+    anatomy: Anatomy
+
+    def everywhere(self, site: Site, /) -> tuple[Tensor, Tensor]:
+        """The values of the site's unit, [batch, position, ...], and which positions are real, [batch, position]."""
+
+    def stream(self, site: Site, /) -> Stream:
+        """The tokens the site's positions are counted on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +145,7 @@ class Patch(Edit):
     [batch, n, ...]).
     """
 
-    source: Run | Tensor | str | Sequence[str]
+    source: Source | Tensor | str | Sequence[str]
     source_at: Position = None
 
     @property
@@ -320,7 +330,7 @@ class Swap(Edit):
     token.
     """
 
-    values: Tensor = None  # type: ignore[assignment]
+    values: Tensor
     units: tuple[int, ...] | None = None
 
     def new(self, x: Tensor, place: Place) -> Tensor:
@@ -333,7 +343,7 @@ class Swap(Edit):
         return x
 
 
-def swaps(sites: Sequence[Site], source: Run) -> list[Edit]:
+def swaps(sites: Sequence[Site], source: Source) -> list[Edit]:
     """Edits that give all `sites` together the values of a run that kept them (their `whole`)."""
     units: dict[Site, list[Site]] = {}
     for site in sites:
@@ -352,6 +362,6 @@ def swaps(sites: Sequence[Site], source: Run) -> list[Edit]:
     return made
 
 
-def aligned_values(run: Run, site: Site) -> Tensor:
+def aligned_values(run: Source, site: Site) -> Tensor:
     """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
     return left_aligned(*run.everywhere(site))[0]
