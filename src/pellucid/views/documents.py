@@ -49,8 +49,7 @@ def _document(thing: Any) -> Document:
     """Of what was fitted: its result, or how it was trained."""
     if isinstance(held := getattr(thing, "result_", None), Result):
         return _document(held)
-    losses = next((each for n in ("losses_", "losses") if (each := getattr(thing, n, None)) is not None), ())
-    if len(losses):
+    if (losses := getattr(thing, "losses_", None)) is not None and len(losses):
         return Document(
             title=f"Training of {type(thing).__name__}", data=forms.curves(_training(thing, np.asarray(losses)))
         )
@@ -102,7 +101,7 @@ def _made(title: str, data: s.View, result: Result) -> Document:
 
 def _training(fitted: Any, losses: np.ndarray) -> Result:
     """What a fit leaves behind: a loss [step], or several [step, site], as the tuned lens has one for each site."""
-    dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases_", getattr(fitted, "biases", ())))
+    dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases_", ()))
     names = {"site": sites} if losses.ndim == 2 and len(sites) == losses.shape[1] else {}
     return Result(xr.DataArray(losses, {"step": np.arange(len(losses)), **names}, dims, "loss"), kind="training curve")
 

@@ -140,7 +140,7 @@ def _shares(question: Question, by: Any) -> Result:
     rival = question.against if question.counterfactual is not None else None
     target, against = question.word(question.target), None if rival is None else question.word(rival)
     return direct_logit_attribution(
-        question.model, question.inputs, target, against=against, by=by, position=question.last_first
+        question.model, question.inputs, target, against=against, by=by, positions=question.last_first
     )
 
 

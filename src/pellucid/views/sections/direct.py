@@ -22,7 +22,7 @@ def direct(question: Question, evidence: Evidence) -> Section:
     assert question.target is not None and question.against is not None
     target, against = question.word(question.target), question.word(question.against)
     found = direct_logit_attribution(
-        question.model, question.inputs, target, against=against, by="head", position=question.position
+        question.model, question.inputs, target, against=against, by="head", positions=question.position
     )
     total, gap = float(found["total"]), float(found["gap"])
     part, share = (found[name].values for name in ("part", "contribution"))
