@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import msgspec
 
-from pellucid.views.kinds import schemas
+from pellucid.views.kinds import KINDS
 from pellucid.views.schema import Document
 from pellucid.workbench import messages
 
@@ -22,7 +22,9 @@ WEB = Path(__file__).resolve().parents[1] / "web" / "src"
 
 
 def schema() -> dict[str, Any]:
-    (top, data), parts = msgspec.json.schema_components([Document, schemas()], schema_hook=_any_view, ref_template="#/$defs/{name}")
+    (top, data), parts = msgspec.json.schema_components(
+        [Document, Union[tuple(kind.schema for kind in KINDS)]], schema_hook=_any_view, ref_template="#/$defs/{name}"
+    )
     parts["Document"]["properties"]["data"] = data  # any kind there is
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": dict(sorted(parts.items()))}
 

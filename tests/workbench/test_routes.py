@@ -127,7 +127,6 @@ def test_an_edit_that_can_be_made_is_let_in(page: TestClient) -> None:
         assert page.post("/api/live", json=live(other=OTHER, edits=[edit])).status_code == 200
 
 
-
 def test_edits_reach_the_attention_and_other_panels_say_that_they_do_not(page: TestClient) -> None:
     edits = [{"component": "layers.0.mlp.out", "kind": "scale", "strength": 9.0}]
     plain, edited = (

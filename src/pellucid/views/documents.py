@@ -140,7 +140,9 @@ def compare(methods: Mapping[str, Result], title: str = "") -> Document:
     sources = [origin(each) for each in made]
     facts = tuple(s.Fact(name=name, value=source.line) for name, source in zip(methods, sources, strict=True))
     origins = s.Origin(line=sources[0].line, facts=facts)
-    return Document(title=title or " and ".join(methods), data=kinds.together(methods), code=code(*made), provenance=origins)
+    return Document(
+        title=title or " and ".join(methods), data=kinds.together(methods), code=code(*made), provenance=origins
+    )
 
 
 def attention(patterns: Result, *more: Result, title: str = "") -> Document:

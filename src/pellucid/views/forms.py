@@ -26,7 +26,13 @@ from pellucid.views.pages import is_selective, selective
 from pellucid.views.schema import Fact, Numbers
 
 LISTED = 2000  # rows of a table
-ASIDE = ("low", "high", "error", "value", "p")  # told with the main numbers: interval, test, the metric they are a change of
+ASIDE = (
+    "low",
+    "high",
+    "error",
+    "value",
+    "p",
+)  # told with the main numbers: interval, test, the metric they are a change of
 PLANES = 12
 LINES = 7  # of a chart with one for each layer
 

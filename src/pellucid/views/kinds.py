@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from typing import Any
 
 from pellucid.errors import InputError
@@ -65,11 +63,6 @@ def view(result: Result) -> s.View:
 
 def of(shown: s.View) -> Kind:
     return next(kind for kind in KINDS if kind.schema is type(shown))
-
-
-def schemas() -> Any:
-    """The union of all schemas: what the data of a document may be."""
-    return reduce(or_, (kind.schema for kind in KINDS))
 
 
 def together(methods: Mapping[str, Result]) -> s.View:

@@ -145,9 +145,7 @@ class Question:
     def lacks(self, section: str) -> str:
         """Why a section cannot be asked for with this kind of answer; empty where it can."""
         if section in ("layers", "direct") and self.kind in ("vectors", "class"):
-            what = (
-                "gives vectors, not words" if self.kind == "vectors" else "chooses a class from one place, not words"
-            )
+            what = "gives vectors, not words" if self.kind == "vectors" else "chooses a class from one place, not words"
             return f"the method reads states as words, and this model {what}"
         return ""
 
@@ -155,7 +153,9 @@ class Question:
 
     def code(self, *lines: str) -> str:
         """A Python program of its own that opens the model and runs `lines`."""
-        return "\n".join(["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {self.prompt!r}", *lines])
+        return "\n".join(
+            ["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {self.prompt!r}", *lines]
+        )
 
     @property
     def shell(self) -> str | None:

@@ -10,11 +10,14 @@ as the TypeScript types the views are compiled against. A change that older view
 from __future__ import annotations
 
 import base64
+import importlib
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, Union
 
 import msgspec
 import numpy as np
+
+from pellucid.errors import InputError
 
 VERSION = 1
 T = TypeVar("T")
@@ -401,21 +404,15 @@ class Document(Struct, frozen=True):
         return f"<Document {self.title!r}: {type(self.data).__name__.lower()}>"
 
     def _repr_html_(self) -> str:
-        from pellucid.views.hosts import output
-
-        return output(self)
+        return str(_hosts().output(self))
 
     def save_html(self, path: str | Path, *more: Any) -> Path:
         """Write one file that shows this view (and `more`) anywhere, without a network."""
-        from pellucid.views.hosts import save_html
-
-        return save_html(path, self, *more)
+        return Path(_hosts().save_html(path, self, *more))
 
     @classmethod
     def read(cls, text: str | bytes) -> Document:
         """A document checked against the schema. InputError for anything else."""
-        from pellucid.errors import InputError
-
         try:
             return read(text, cls)
         except msgspec.MsgspecError as error:
@@ -429,9 +426,12 @@ def read(text: str | bytes, kind: type[T]) -> T:
 
 def _view(kind: type, found: Any) -> Any:
     """The data of a document, as the kind that it names."""
-    from pellucid.views.kinds import schemas  # the kinds know the schema; here it asks which there are
+    return msgspec.convert(found, Union[tuple(Shown.__subclasses__())])
 
-    return msgspec.convert(found, schemas())
+
+def _hosts() -> Any:
+    """Where documents live: it stands above them, so they only know it by name, as a result does."""
+    return importlib.import_module("pellucid.views.hosts")
 
 
 def embeddable(json: str) -> str:

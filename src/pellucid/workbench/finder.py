@@ -195,5 +195,3 @@ def _effects(model: Model, words: Tensor, largest: bool) -> tuple[Effect, ...]:
     found = words.topk(min(WORDS, len(words)), largest=largest)
     words = texts(model.tokenizer, found.indices).tolist()
     return tuple(Effect(word=word, value=v) for word, v in zip(words, found.values.tolist(), strict=True))
-
-

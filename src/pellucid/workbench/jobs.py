@@ -181,9 +181,7 @@ def circuit(question: Question, options: dict[str, Any]) -> Document:
     how: Any = "zero" if other is None else "resample"
     reference = None if other is None else [other]
     model, inputs, metric = question.model, question.inputs, question.metric
-    scores = edge_attribution(
-        model, inputs, metric, how=how, reference=reference, method="eap-ig-inputs", steps=steps
-    )
+    scores = edge_attribution(model, inputs, metric, how=how, reference=reference, method="eap-ig-inputs", steps=steps)
     n = min(edges, len(scores.graph))
     judged = faithfulness_curve(
         model, scores, inputs, metric, how=how, reference=reference, sizes=[n / len(scores.graph)]

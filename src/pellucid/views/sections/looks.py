@@ -58,7 +58,9 @@ def _rolled(question: Question, target: str | None) -> list[Result]:
 def _summed(question: Question) -> list[Result]:
     """What heads do on random tokens said twice and on this prompt; none where the model reads no plain text alone."""
     with suppress(PellucidError, RuntimeError):
-        return [head_summaries(question.model, question.prompt, stack=STACK if len(question.inputs.streams) > 1 else "")]
+        return [
+            head_summaries(question.model, question.prompt, stack=STACK if len(question.inputs.streams) > 1 else "")
+        ]
     return []
 
 
