@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import msgspec
 
@@ -23,7 +25,7 @@ WEB = Path(__file__).resolve().parents[1] / "web" / "src"
 
 def schema() -> dict[str, Any]:
     (top, data), parts = msgspec.json.schema_components(
-        [Document, Union[tuple(kind.schema for kind in KINDS)]], schema_hook=_any_view, ref_template="#/$defs/{name}"
+        [Document, reduce(or_, (kind.schema for kind in KINDS))], schema_hook=_any_view, ref_template="#/$defs/{name}"
     )
     parts["Document"]["properties"]["data"] = data  # any kind there is
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": dict(sorted(parts.items()))}

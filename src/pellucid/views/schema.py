@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import base64
 import importlib
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -426,7 +428,7 @@ def read(text: str | bytes, kind: type[T]) -> T:
 
 def _view(kind: type, found: Any) -> Any:
     """The data of a document, as the kind that it names."""
-    return msgspec.convert(found, Union[tuple(Shown.__subclasses__())])
+    return msgspec.convert(found, reduce(or_, Shown.__subclasses__()))
 
 
 def _hosts() -> Any:
