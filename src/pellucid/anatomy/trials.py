@@ -107,7 +107,7 @@ def position_wise(prover: Prover) -> Check:
         for m in b.mlps.values()
         if m.linear is not None or m in mixtures(b)
     }
-    reads = {tap for _, b in prover.blocks for m in b.mlps.values() for tap in m.reads}
+    taken = {r.tap for _, b in prover.blocks for m in b.mlps for r in b.reads.get(m, ())}
     kept: dict[Tap, Tensor] = {}
 
     def other(tap: Tap) -> Handler:  # the residual as it was, with another token's in the last place
@@ -115,7 +115,7 @@ def position_wise(prover: Prover) -> Check:
         return lambda x: torch.cat([value[:, :-1], value[:, :1]], 1).to(x.device)
 
     if watched:
-        passing(prover, {t: other(t) for t in reads} | {t: keeper(kept, t) for t in watched.values()})
+        passing(prover, {t: other(t) for t in taken} | {t: keeper(kept, t) for t in watched.values()})
 
     def check(stack: Stack, block: Block) -> Verdicts:
         for part in block.mlps:
@@ -127,6 +127,50 @@ def position_wise(prover: Prover) -> Check:
                 yield part, float(change[:, :-1].max())
             else:
                 yield part, "where it reads the residual was not found"
+
+    return check
+
+
+def reads(prover: Prover) -> Check:
+    """Changed columns of a projection change the head or neuron they belong to, and no other.
+
+    One unit in every row of the batch, in all blocks at once: what the projections of a block read is put back first.
+    """
+    kept: dict[Tap, Tensor] = {}
+    changes: dict[Tap, list[Tensor]] = {}
+    every = [(b, part, r) for _, b in prover.blocks for part, found in b.reads.items() for r in found if part in b.taps]
+    every = [(b, part, r) for b, part, r in every if r.columns is not None]
+    for b, _, r in every:
+        assert r.columns is not None
+        rows = [r.columns[(b.index + row) % len(r.columns)] for row in range(prover.batch)]
+        changes.setdefault(r.tap, []).append(torch.stack(rows))
+
+    def back(tap: Tap) -> Handler:
+        return lambda x: prover.values[tap].to(x)
+
+    def damage(owned: list[Tensor]) -> Handler:
+        def handler(x: Tensor) -> Tensor:
+            changed, large = x.clone(), 3 * max(size(x), 1.0)
+            for row, columns in ((row, own[row]) for own in owned for row in range(len(x))):
+                changed[row][..., columns.to(x.device)] += large if row % 2 == 0 else -large
+            return changed
+
+        return handler
+
+    met = {b.taps[part] for b, part, _ in every}
+    handlers = {r.given: back(r.given) for _, _, r in every if r.given is not None}
+    handlers |= {tap: damage(owned) for tap, owned in changes.items()} | {tap: keeper(kept, tap) for tap in met}
+    if handlers:
+        passing(prover, handlers)
+
+    def check(_: Stack, block: Block) -> Verdicts:
+        for part in (p for p in block.reads if p in block.taps):
+            now, before = kept[block.taps[part]], prover.values[block.taps[part]]
+            change = ((now - before).abs() / size(now)).flatten(3).amax((1, 3)) if now.ndim > 3 else (now - before).abs().amax(1) / size(now)
+            rows, units = torch.arange(len(change)), (block.index + torch.arange(len(change))) % change.shape[1]
+            own = change[rows, units].clone()
+            change[rows, units] = 0.0
+            yield part, float(change.max()) if float(own.max()) > prover.tolerance else "changed columns change nothing"
 
     return check
 
