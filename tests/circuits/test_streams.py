@@ -259,7 +259,7 @@ def test_a_mixer_without_heads_is_one_node() -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("deepseek_v3", "shared by heads"),
+        ("deepseek_v3", "another projection or step before"),
         ("albert", "share columns"),
         ("gpt_neox_japanese", "trial run"),
         ("cpmant", "44 positions where the prompt has 12"),

@@ -54,7 +54,9 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
     for name, blocks, spans in zip([*further, *names], stacks, [*beside, *main], strict=True):
         blocks = [replace(b, unmapped=unmapped(t, span, reached)) for b, span in zip(blocks, spans, strict=True)]
         found.append((Stack(name, tuple(blocks), blocks[0].sizes["d_model"]), spans))
-    ends = {id(spans[-1].made): s.blocks[-1].taps["resid_post"] for s, spans in found if "resid_post" in s.blocks[-1].taps}
+    ends = {
+        id(spans[-1].made): s.blocks[-1].taps["resid_post"] for s, spans in found if "resid_post" in s.blocks[-1].taps
+    }
     for i, (stack, spans) in enumerate(found):
         others = {k: tap for k, tap in ends.items() if k != id(spans[-1].made)}
         blocks = [reader.with_readers(b, others) for reader, b in zip(readers[i], stack.blocks, strict=True)]

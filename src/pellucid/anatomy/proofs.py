@@ -179,8 +179,8 @@ class Prover:
         yield from (a.linear.made for a in block.attentions.values() if a.linear is not None)
         yield from (m.linear.made for m in block.mlps.values() if m.linear is not None)
         yield from (experts_output(block, mlp) for mlp in mixtures(block))
-        for reads in (r for part in block.reads.values() for r in part):
-            yield from (tap for tap in (reads.given, None if reads.columns is not None else reads.tap) if tap is not None)
+        found = [r for part in block.reads.values() for r in part]
+        yield from (r.given if r.given is not None else r.tap for r in found)
 
     # ---- the residual stream
 

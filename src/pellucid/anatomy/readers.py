@@ -54,16 +54,18 @@ class Readers:
 
     # ---- the stream
 
-    def state(self, value: Value) -> tuple[Value, Call | None] | None:
-        """The state of the stream that a value is, and the norm it has passed since."""
+    def state(self, value: Value) -> tuple[Value, Call | None, flow.Coefficient] | None:
+        """The state of the stream that a value is, the norm it has passed since, and a factor after that."""
         for v in flow.sources(value):
             if self.is_state(v):
-                return v, None
+                return v, None, 1.0
             norm = flow.norm_of(v)
             if norm is not None and norm.input is not None:
                 found = next((u for u in flow.sources(norm.input) if self.is_state(u)), None)
-                return None if found is None else (found, norm)
-        return None
+                return None if found is None else (found, norm, 1.0)
+        scaled = flow.factor(v.producer) if v.producer is not None else None
+        behind = self.state(scaled[0]) if scaled is not None else None
+        return None if behind is None or scaled is None else (*behind[:2], behind[2] * scaled[1])
 
     def is_state(self, value: Value) -> bool:
         return value is self.r.resid or id(value) in self.r.stream or id(value) in self.ends
@@ -107,7 +109,8 @@ class Readers:
         if single:
             if len(pieces) > 2:
                 raise Unread("a neuron is made from more than two features of what reads the stream")
-            pieces.sort(key=lambda each: found.linear(chains.index(each[0]), each[1]))
+            if len(pieces) == 2 and found.linear(chains.index(pieces[0][0]), pieces[0][1]):
+                pieces.reverse()
         for chain, columns in pieces:
             yield self.reader(chain, columns)
 
@@ -151,11 +154,14 @@ class Readers:
         assert made is not None
         found = self.state(given)
         assert found is not None
-        stream, taps = self.stream_tap(found[0]), (self.r.tap(given, chain[0], "in"), self.r.tap(made, chain[-1], "out"))
+        stream, taps = (
+            self.stream_tap(found[0]),
+            (self.r.tap(given, chain[0], "in"), self.r.tap(made, chain[-1], "out")),
+        )
         if stream is None or None in taps:
             raise Unread("what reads the stream, or the stream there, is laid out in an unknown order")
         norm = "" if found[1] is None else found[1].name
-        return Reads(taps[1], stream, norm, taps[0], tuple(c.name for c in chain), given.shape[-1], columns)  # type: ignore[arg-type]
+        return Reads(taps[1], stream, norm, found[2], taps[0], tuple(c.name for c in chain), given.shape[-1], columns)  # type: ignore[arg-type]
 
     # ---- whole parts
 
@@ -175,7 +181,9 @@ class Readers:
                 continue
             norm = "" if found[1] is None else found[1].name
             moved = [value, *(v for op in own if value in op.inputs and flow.passes(op) for v in op.outputs)]
-            users = {op.index for op in own if not set(moved).isdisjoint(op.inputs) and set(moved).isdisjoint(op.outputs)}
+            users = {
+                op.index for op in own if not set(moved).isdisjoint(op.inputs) and set(moved).isdisjoint(op.outputs)
+            }
             taps = list(self.taking(moved, users, foreign))
             for tap in taps:
                 yield Reads(tap, stream, norm, alone=len(taps) == 1)
@@ -185,10 +193,10 @@ class Readers:
 
     def taking(self, moved: list[Value], users: set[int], foreign: set[int]) -> Iterator[Tap]:
         """The outermost modules that take a value for the operations `users` and for no other part."""
-        for call, v in [(c, v) for v in moved for c in v.read_by if self.r.inside(c)]:
+        for value, call in [(v, c) for v in moved for c in v.read_by if self.r.inside(c)]:
             inner = set(range(call.start, call.end))
             adds = any(id(made) in self.r.stream for made in call.outputs.values())
-            tap = None if adds or foreign & inner or not users & inner else self.r.tap(v, call, "in")
+            tap = None if adds or foreign & inner or not users & inner else self.r.tap(value, call, "in")
             if tap is not None:
                 users = users - inner
                 yield tap
@@ -234,7 +242,7 @@ class _Replay:
     def columns(self) -> _Replay:
         """Fills `owned`: of every projection [unit, e] the columns of each unit."""
         units = self.noise.shape[2]
-        base = 16 if self.exact else 2
+        base = 256 if self.exact else 2
         places = [base**k for k in range(64) if base**k < units] or [1]
         number = torch.arange(units).view(-1, *[1] * (self.noise.ndim - 3))
         weights = [self.noise, *(self.noise * (1 + number // place % base) for place in places)]
@@ -290,10 +298,10 @@ def _weighs(call: Call) -> bool:
 
 def _between(cuts: list[Value], x: Value, first: int) -> list[Op]:
     """The operations from the cuts to x that depend on them, in order."""
-    reached = {id(v) for v in cuts}
-    found = []
-    ops = flow.ancestors(x, lambda v: id(v) in reached or v.producer is None or v.producer.index < first)
-    for op in sorted(list(ops), key=lambda op: op.index):
+    ends = {id(v) for v in cuts}
+    reached, found = set(ends), []
+    ops = flow.ancestors(x, lambda v: id(v) in ends or v.producer is None or v.producer.index < first)
+    for op in sorted(ops, key=lambda op: op.index):
         if any(id(v) in reached for v in op.inputs):
             reached |= {id(v) for v in op.outputs}
             found.append(op)

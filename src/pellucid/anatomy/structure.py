@@ -105,6 +105,7 @@ class Reads:
     tap: Tap
     stream: Tap  # where the state is met
     norm: str = ""  # the module it passes first, "" if none
+    scale: float | Tensor = 1.0  # what it is multiplied by after that
     given: Tap | None = None
     modules: tuple[str, ...] = ()  # in order; more than one where there is a bottleneck, or a norm across heads
     width: int = 0
@@ -168,7 +169,9 @@ class Block:
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
     sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
     unmapped: tuple[str, ...] = ()  # attention that ran in the block but could not be put on the map: why
-    reads: dict[str, tuple[Reads, ...]] = field(default_factory=dict, compare=False)  # "attn.q", "mlp.neurons", "mlp" ...
+    reads: dict[str, tuple[Reads, ...]] = field(
+        default_factory=dict, compare=False
+    )  # "attn.q", "mlp.neurons", "mlp" ...
     unread: dict[str, str] = field(default_factory=dict)  # why some of these were not found
     whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
 

@@ -136,6 +136,7 @@ def reads(prover: Prover) -> Check:
 
     One unit in every row of the batch, in all blocks at once: what the projections of a block read is put back first.
     """
+    generator = torch.Generator().manual_seed(0)
     kept: dict[Tap, Tensor] = {}
     changes: dict[Tap, list[Tensor]] = {}
     every = [(b, part, r) for _, b in prover.blocks for part, found in b.reads.items() for r in found if part in b.taps]
@@ -152,7 +153,10 @@ def reads(prover: Prover) -> Check:
         def handler(x: Tensor) -> Tensor:
             changed, large = x.clone(), 3 * max(size(x), 1.0)
             for row, columns in ((row, own[row]) for own in owned for row in range(len(x))):
-                changed[row][..., columns.to(x.device)] += large if row % 2 == 0 else -large
+                noise = large * (1 + torch.rand(len(columns), generator=generator)).to(
+                    x
+                )  # a norm must not take it away
+                changed[row][..., columns.to(x.device)] += noise if row % 2 == 0 else -noise
             return changed
 
         return handler
@@ -166,7 +170,11 @@ def reads(prover: Prover) -> Check:
     def check(_: Stack, block: Block) -> Verdicts:
         for part in (p for p in block.reads if p in block.taps):
             now, before = kept[block.taps[part]], prover.values[block.taps[part]]
-            change = ((now - before).abs() / size(now)).flatten(3).amax((1, 3)) if now.ndim > 3 else (now - before).abs().amax(1) / size(now)
+            change = (
+                ((now - before).abs() / size(now)).flatten(3).amax((1, 3))
+                if now.ndim > 3
+                else (now - before).abs().amax(1) / size(now)
+            )
             rows, units = torch.arange(len(change)), (block.index + torch.arange(len(change))) % change.shape[1]
             own = change[rows, units].clone()
             change[rows, units] = 0.0
