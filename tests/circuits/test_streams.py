@@ -263,7 +263,7 @@ def test_a_mixer_without_heads_is_one_node() -> None:
         ("albert", "share columns"),
         ("gpt_neox_japanese", "trial run"),
         ("cpmant", "44 positions where the prompt has 12"),
-        ("inkling_text", "trial run"),
+        ("inkling_text", "no columns of a projection"),
         ("convbert", "trial run"),
         ("doge", "scales or drops"),
         ("rwkv", "also adds"),
