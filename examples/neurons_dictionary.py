@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 import pellucid as pl
 from pellucid.engine.edits import Steer
-from pellucid.engine.store import ActivationStore, harvest
 from pellucid.metrics import log_probability
 from pellucid.neurons.dictionaries import Dictionary, SparseAutoencoder, TopKLoss, dictionary_quality, token_rows
 from pellucid.results import Result
+from pellucid.store import ActivationStore, store_activations
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.lenses_tuned import text
@@ -85,7 +85,7 @@ def texts(data: Path, part: str) -> list[str]:
 def trained(model: pl.Model, options: argparse.Namespace) -> tuple[Dictionary, ActivationStore]:
     began = time.process_time()
     rows = token_rows(model, texts(options.data, "train"))
-    store = harvest(model, rows, [SITE], options.keep / "store", compute=torch.bfloat16)
+    store = store_activations(model, rows, [SITE], options.keep / "store", compute=torch.bfloat16)
     print(f"{len(store)} tokens harvested, {time.process_time() - began:.0f} s of CPU", flush=True)
     began = time.process_time()
     sae = SparseAutoencoder(
@@ -224,7 +224,7 @@ def concepts(
     model: pl.Model, d: Dictionary, store: ActivationStore, held_out: list[str], options: argparse.Namespace
 ) -> None:
     began = time.process_time()
-    held = harvest(model, token_rows(model, held_out), [SITE], options.keep / "held", compute=torch.bfloat16)
+    held = store_activations(model, token_rows(model, held_out), [SITE], options.keep / "held", compute=torch.bfloat16)
     x = held[SITE].float()
     strength = options.strength * float(x.norm(dim=1).median())
     find, test = ({name: word_ids(model, c[i]) for name, c in CONCEPTS.items()} for i in (0, 1))

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from pellucid.views.kinds import schemas
 from pellucid.views.schema import Document
 from pellucid.workbench import messages
 
@@ -21,7 +22,9 @@ WEB = Path(__file__).resolve().parents[1] / "web" / "src"
 
 
 def schema() -> dict[str, Any]:
-    (top,), parts = msgspec.json.schema_components([Document], ref_template="#/$defs/{name}")
+    (top, data), parts = msgspec.json.schema_components([Document, schemas()], ref_template="#/$defs/{name}")
+    parts["Document"]["properties"]["data"] = data  # any kind there is
+    parts.pop("View")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": dict(sorted(parts.items()))}
 
 

@@ -100,8 +100,9 @@ def test_the_frame_is_tidy(result: Result) -> None:
 
 def test_variables_without_a_common_table_must_be_named() -> None:
     result = Result(xr.Dataset({"a": ("x", [1, 2]), "b": ("y", [3])}), kind="k")
+    assert result.to_frame().columns.tolist() == ["x", "a"]
     with pytest.raises(InputError, match="name those you want"):
-        result.to_frame()
+        result.to_frame("a", "b")
     assert result.to_frame("b").b.tolist() == [3]
     assert "a" in repr(result)
 
@@ -169,15 +170,38 @@ def test_the_data_given_is_left_as_it_was() -> None:
 # -- showing ----------------------------------------------------------------------------------------------
 
 
-def test_the_terminal_view_has_title_strongest_cells_and_origin(result: Result) -> None:
-    title, heading, columns, first, *_, source = repr(result).splitlines()
+def test_the_terminal_view_has_title_cells_and_origin(result: Result) -> None:
+    title, heading, columns, _, second, *_, source = repr(result).splitlines()
     assert title == "Patching"
     assert heading == "patching: effect, kept over layer 2, token 3"
-    assert columns.split() == ["layer", "token", "effect", "kept"]
-    assert first.split() == ["4", "[b]", "-3", "True"]  # not taken for markup
+    assert columns.split() == ["layer", "token", "name", "effect", "kept"]
+    assert second.split() == ["4", "[b]", "''", "-3", "True"]  # in the table's own order, not taken for markup
     assert source.startswith("patching · gpt2@main · weights 0123456789ab · seed 7")
     assert "' Paris'" in repr(result)
     assert "'<s>\\n'" in repr(result)
+
+
+def test_a_large_table_shows_what_is_largest_and_says_so() -> None:
+    values = np.where(np.arange(20) % 2, -1.0, 1.0) * np.arange(20)
+    result = Result(xr.DataArray(values, {"layer": np.arange(20)}, name="effect"), kind="k")
+    lines = repr(result).splitlines()
+    assert "the 8 largest of 20" in lines[1]
+    assert [line.split()[0] for line in lines[3:11]] == [str(layer) for layer in range(19, 11, -1)]
+
+
+def test_per_prompt_values_and_constants_do_not_repeat_in_the_table_of_the_main_variable() -> None:
+    data = xr.Dataset(
+        {
+            "effect": ("layer", [1.0, 2.0]),
+            "value": (("layer", "prompt"), [[0.0, 2.0], [1.0, 3.0]]),
+            "total_effect": 9.5,
+        },
+        {"layer": [0, 1], "text": ("prompt", ["a", "b"])},
+    )
+    result = Result(data, kind="k")
+    assert result.to_frame().columns.tolist() == ["layer", "effect", "total_effect"]
+    assert set(result.to_frame("value")) == {"layer", "prompt", "text", "value"}
+    assert repr(result).count("9.5") == 1
 
 
 def test_its_text_is_text_in_a_notebook_too(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:

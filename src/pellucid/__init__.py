@@ -4,7 +4,7 @@ Importing pellucid loads neither torch nor transformers: a name loads its module
 
 >>> import pellucid as pl
 >>> sorted(dir(pl))[:4]
-['Ablate', 'Model', 'Patch', 'ProjectOut']
+['Ablate', 'Corpus', 'Model', 'Patch']
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pellucid.anatomy.sites import Site as Site
+    from pellucid.corpus import Corpus as Corpus
     from pellucid.engine.edits import Ablate as Ablate
     from pellucid.engine.edits import Patch as Patch
     from pellucid.engine.edits import ProjectOut as ProjectOut
     from pellucid.engine.edits import Replace as Replace
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
+    from pellucid.engine.pausing import quiet as quiet
     from pellucid.model import Model as Model
     from pellucid.model import load as load
 
 _HOME = {
     "load": "model",
     "Model": "model",
+    "Corpus": "corpus",
+    "quiet": "engine.pausing",
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
 }
@@ -35,6 +39,7 @@ _MODULES = (
     "attribution",
     "causal",
     "circuits",
+    "corpus",
     "engine",
     "errors",
     "lenses",
@@ -42,6 +47,7 @@ _MODULES = (
     "neurons",
     "probing",
     "results",
+    "store",
     "tasks",
     "views",
 )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.answering import Answering
 from pellucid.errors import InputError
 from pellucid.tasks.tokens import answer_ids, single_id
 
@@ -160,8 +161,31 @@ def class_logit(label: Answers) -> Metric:
 
 
 def class_probability(label: Answers) -> Metric:
-    """P(A) for a classifier, whose logits are [batch, classes]; A are class numbers."""
+    """P(A) for a classifier, whose logits are [batch, classes]; A are class numbers.
+
+    Bound by a model whose classes each hold or not by themselves (`problem_type` "multi_label_classification", or one
+    class) it is the mean over A of sigmoid(z_a).
+    """
     return AnswerMetric("class_probability", _probability, (label,), classes=True)
+
+
+def meant(metric: Metric, model: str, answering: Answering) -> Metric:
+    """The metric as this model's logits are meant: classes by name as numbers, and independent ones by sigmoid.
+
+    InputError where it reads other logits than the model gives.
+    """
+    if isinstance(metric, BoundMetric):
+        return metric
+    classes = isinstance(metric, AnswerMetric) and metric.classes
+    answering.check(model, metric.name, classes, True, 0)
+    if not isinstance(metric, AnswerMetric) or answering.meaning == "tokens":
+        return metric
+    formula = metric.formula
+    if classes and formula is _probability and (answering.independent or answering.meaning == "value"):
+        if answering.meaning == "value":
+            raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+        formula = _each_probability
+    return replace(metric, answers=answering.numbers(metric.answers), formula=formula)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +230,13 @@ class AnswerMetric:
     def __post_init__(self) -> None:
         object.__setattr__(self, "answers", _frozen(self.answers))
 
+    def __repr__(self) -> str:
+        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position != -1 else [])]
+        return f"pl.metrics.{self.name}({', '.join(words)})"
+
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is not a single known token, or there is not one entry per prompt."""
-        sets = [TokenSets.of(self._ids(each, tokenizer, batch)) for each in self.answers]
+        sets = [TokenSets.of(each) for each in self.ids(tokenizer, batch)]
         positions, tokens = None if self.classes else (self.position,), None
         if not (self.reads_all or self.classes):
             rows = max(len(each.ids) for each in sets)
@@ -216,6 +244,10 @@ class AnswerMetric:
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
         return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes)
+
+    def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
+        """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""
+        return [self._ids(each, tokenizer, batch) for each in self.answers]
 
     def _ids(self, answers: Answers, tokenizer: Any, batch: int) -> list[list[int]]:
         find = _class if self.classes else partial(single_id, tokenizer)
@@ -248,6 +280,10 @@ def _cross_entropy(z: Tensor, a: TokenSets) -> Tensor:
 
 def _probability(z: Tensor, a: TokenSets) -> Tensor:
     return _log_probability(z, a).exp()
+
+
+def _each_probability(z: Tensor, a: TokenSets) -> Tensor:
+    return a.mean(z.sigmoid())
 
 
 def _probability_difference(z: Tensor, a: TokenSets, w: TokenSets) -> Tensor:
@@ -393,6 +429,9 @@ class SequenceMetric:
     name: str
     answer: Answers
     per_token: bool = False
+
+    def __repr__(self) -> str:
+        return f"pl.metrics.{self.name}({self.answer!r}{', per_token=True' if self.per_token else ''})"
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is empty or there is not one per prompt."""

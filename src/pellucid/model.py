@@ -24,7 +24,7 @@ from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
-from pellucid.metrics import BoundMetric, Metric, as_metric
+from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 
 def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None = None, **options: Any) -> Model:
@@ -34,7 +34,12 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     forward arguments to prove the map with, for models that take more than token ids. LoadError says what is missing
     and what to do.
     """
-    return Model(read(source, tokenizer=tokenizer, **options), probe)
+    model = Model(read(source, tokenizer=tokenizer, **options), probe)
+    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    if tokenizer is not None:
+        words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
+    model.opened = f"pl.load({', '.join(words)})"
+    return model
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,18 @@ class Model:
         self.loaded = loaded
         self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
         self.anatomy: Anatomy = open_module(self.module, probe)
+        self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
         self._padding = Padding(self.anatomy)
         self._stacks: dict[str, Components] = {}
 
     @property
+    def named(self) -> bool:
+        """Whether it can be opened again by its name; a module in memory cannot."""
+        return self.name != type(self.module).__name__
+
+    @property
     def digest(self) -> str:
-        """A fingerprint of the weights."""
+        """A fingerprint of the weights as they are now: also after a change in place (see `anatomy.fingerprint`)."""
         return self.loaded.digest
 
     def __repr__(self) -> str:
@@ -102,12 +113,12 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
+    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
         """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
 
         Refused if this model computes something else for the real tokens when they are padded as these prompts are.
         """
-        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, target=target, spans=spans))
+        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
 
     # ---- running
 
@@ -118,15 +129,15 @@ class Model:
         keep: Iterable[str | Site] | str = (),
         edits: Sequence[Edit] = (),
         grad_of: Metric | Any = None,
-        target: str | Sequence[str] | None = None,
+        decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
     ) -> Run:
         """Run prompts, keeping the tensors at some sites and editing others.
 
-        `grad_of` is a metric: the run then also holds its gradient at every kept site. `target` is what the decoder of
+        `grad_of` is a metric: the run then also holds its gradient at every kept site. `decoder` is what the decoder of
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
         """
-        inputs = self.inputs(prompt, target=target, spans=spans)
+        inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         keep = [keep] if isinstance(keep, str) else keep
         metric = None if grad_of is None else self.bind(grad_of, len(inputs))
         return execute(
@@ -141,14 +152,19 @@ class Model:
         self,
         prompt: Any,
         *,
+        decoder: str | Sequence[str] | None = None,
         edits: Sequence[Edit] = (),
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int = 0,
         use_cache: bool = True,
     ) -> Generated:
-        """Continue prompts under edits; greedy unless a temperature is given. `print` the result for its text."""
-        inputs = self._padding.fit(left_padded(read_inputs(self.module, self.tokenizer, prompt)))
+        """Continue prompts under edits; greedy unless a temperature is given. `print` the result for its text.
+
+        An encoder-decoder begins with `decoder`, of one length for all prompts.
+        """
+        inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
+        inputs = self._padding.fit(left_padded(inputs))
         return generate(
             self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
         )
@@ -159,7 +175,7 @@ class Model:
         variants: Sequence[Edit | Sequence[Edit]],
         metric: Metric | Any,
         *,
-        target: str | Sequence[str] | None = None,
+        decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
         memory: int | None = None,
         checkpoint: str | Path | None = None,
@@ -170,7 +186,7 @@ class Model:
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
         interrupted sweep continues; `executor` forces one of `pellucid.engine.sweep.RUNGS`.
         """
-        inputs = self.inputs(prompt, target=target, spans=spans)
+        inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
         ready = iter(self.bound([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
@@ -198,8 +214,16 @@ class Model:
     # ---- metrics
 
     def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
-        """The metric with its answers as token ids of this model's vocabulary."""
-        return as_metric(metric).bind(self.tokenizer, batch)
+        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes.
+
+        InputError where the model's logits are not what the metric reads: a token of a model without a head, a class
+        of one that gives tokens.
+        """
+        answering = self.anatomy.answering
+        made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
+        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        answering.check(self.name, made.name, made.classes, made.positions is not None, size)
+        return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""

@@ -14,11 +14,12 @@ import importlib
 import io
 import json
 import math
+import re
 import sys
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -35,6 +36,7 @@ from rich.text import Text
 from pellucid.errors import InputError, nearest
 
 FORMAT = {"format": "pellucid-result", "version": 1}
+SHOWN = 8  # rows of a printed table
 Data = xr.Dataset | xr.DataArray
 
 
@@ -74,7 +76,9 @@ def plain(value: Any) -> Any:
 class Provenance:
     """Where a result comes from: enough to run the method again and to see what differed.
 
-    `inputs` and `arguments` are kept as plain JSON values (see `plain`); `created` is UTC in ISO 8601.
+    `inputs` (prompts as given) and `arguments` are plain JSON values (see `plain`); `created` is UTC in ISO 8601. `call` is
+    the call as Python, `opened` what opens its model, `given` the arrays and long lists it was called with, and `free` the
+    names that only the caller can fill; `pellucid.technique` writes them, and `code()` makes a program of them.
 
     >>> Provenance("logit_lens", model="gpt2", arguments={"layers": (0, 1)}).arguments
     {'layers': [0, 1]}
@@ -89,13 +93,44 @@ class Provenance:
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=_versions)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    call: str = ""
+    opened: str = ""
+    free: Mapping[str, str] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # `call` names them by content
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+            if each.name != "given":
+                object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values, without the arrays in `given`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "given"}
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), allow_nan=False)
+        return json.dumps(self.as_dict(), allow_nan=False)
+
+    def code(self, file: str = "result.zip") -> str:
+        """A Python program that makes the result again; `file` is where it was saved. Empty where no call was recorded.
+
+        >>> print(Provenance("ablation", opened="pl.load('gpt2')", call="pl.causal.ablation(model, 'Hi')").code())
+        import pellucid as pl
+        <BLANKLINE>
+        model = pl.load('gpt2')
+        result = pl.causal.ablation(model, 'Hi')
+        """
+        if not self.call:
+            return ""
+        needed = [
+            n for n in ("functools", "importlib", "torch") if re.search(rf"(?<!\.)\b{n}\.", self.call + self.opened)
+        ]
+        lines = [*(f"import {name}" for name in needed), "import pellucid as pl", ""]
+        lines += [f"# {name}: {what}" for name, what in self.free.items()]
+        if self.given:
+            lines.append(f"given = pl.results.Result.load({file!r}).provenance.given  # arrays that were passed")
+        if self.opened:
+            lines.append(f"model = {self.opened}")
+        return "\n".join([*lines, f"result = {self.call}"])
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
@@ -172,11 +207,13 @@ class Result:
         return Result(chosen, kind=self.kind, title=self.title, provenance=self.provenance)
 
     def to_frame(self, *variables: str) -> pd.DataFrame:
-        """A tidy frame: one row per cell, one column per dimension and per variable (all, or those named).
+        """A tidy frame: one row per cell, one column per dimension, per coordinate along them, and per variable.
 
-        Variables with fewer dimensions are repeated along the others; InputError if no variable spans all.
+        By default the table of the main variable, with what else lies along its dimensions; name others (the values of
+        single prompts, say) to see them instead. Named variables with fewer dimensions are repeated along the others;
+        InputError if no variable spans all.
         """
-        data = self.data[[self[name].name for name in variables]] if variables else self.data
+        data = self.data[[self[name].name for name in variables] or self._beside()]
         if not any(set(data.dims) == set(variable.dims) for variable in data.data_vars.values()):
             shapes = ", ".join(f"{name} {variable.dims}" for name, variable in data.data_vars.items())
             raise InputError(f"these share no table, so name those you want in to_frame(...): {shapes}")
@@ -184,22 +221,31 @@ class Result:
             return pd.DataFrame([{name: value.values.item() for name, value in data.variables.items()}])
         return data.to_dataframe().reset_index()
 
+    def _beside(self) -> list[str]:
+        """The variables of the main one's table: those that lie along its dimensions."""
+        return [str(name) for name, v in self.data.data_vars.items() if set(v.dims) <= set(self.main.dims)]
+
     def top(self, n: int = 8) -> pd.DataFrame:
-        """The `n` cells of the main variable largest in size (or its first ones, where it is no number)."""
+        """The `n` cells of the main variable largest in size (or its first ones, where it is no number), as `to_frame`."""
         flat = self.values.ravel()
         order = np.arange(flat.size)[:n]
         if flat.dtype.kind in "iufc" and n > 0:
             size = np.nan_to_num(np.abs(flat).astype(float), nan=-1.0)
             order = np.argpartition(-size, n)[:n] if n < size.size else np.arange(size.size)
             order = order[np.argsort(-size[order], kind="stable")]
+        return self._rows(order)
+
+    def _rows(self, order: np.ndarray) -> pd.DataFrame:
+        """Cells of the main variable by their place in it, in this order."""
         index = np.unravel_index(order, self.main.shape) if self.main.ndim else ()
         cells = {dim: xr.DataArray(i, dims="_cell") for dim, i in zip(self.main.dims, index, strict=True)}
-        along = [name for name, v in self.data.data_vars.items() if set(v.dims) <= set(self.main.dims)]
+        along = self._beside()
         picked = Result(self.data[along].isel(cells), kind=self.kind).to_frame()
         for dim, i in cells.items():
             if dim not in picked:
                 picked.insert(0, dim, i)
-        return picked[[*self.main.dims, *along]]
+        labels = [str(name) for name, c in self.data[along].coords.items() if name not in self.main.dims and c.ndim]
+        return picked[[*self.main.dims, *labels, *along]]
 
     # -- comparing -------------------------------------------------------------------------------------
 
@@ -228,12 +274,25 @@ class Result:
 
     def _heading(self) -> str:
         sizes = ", ".join(f"{dim} {size}" for dim, size in self.data.sizes.items()) or "a single value"
-        return f"{self.kind}: {', '.join(map(str, self.data.data_vars))} over {sizes}"
+        shown = f"; the {SHOWN} largest of {self.main.size}" if self.main.size > SHOWN else ""
+        return f"{self.kind}: {', '.join(map(str, self.data.data_vars))} over {sizes}{shown}"
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        frame = self.top()
+        """A small table in its own order, of a large one what is largest; what is the same for all cells is left out."""
+        frame = self.top(SHOWN) if self.main.size > SHOWN else self._rows(np.arange(self.main.size))
+        if self.main.ndim:
+            frame = frame[[n for n in frame if n in self.main.dims or self.data[n].ndim]]
+            names_of_layers = [
+                n for n in frame if n != "layer" and n in self.data.coords and self.data[n].dims == ("layer",)
+            ]
+            frame = frame.drop(columns=names_of_layers)
         rows = [[_show(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
         return [str(column) for column in frame.columns], rows
+
+    def _constants(self) -> str:
+        """What has one value for the whole table."""
+        single = {k: v.values.item() for k, v in self.data.variables.items() if not v.ndim} if self.main.ndim else {}
+        return ", ".join(f"{name} {_show(value)}" for name, value in single.items())
 
     def __rich__(self) -> Group:
         columns, rows = self._cells()
@@ -243,7 +302,8 @@ class Result:
         for row in rows:
             table.add_row(*map(Text, row))
         heading, source = (Text(text, style="dim") for text in (self._heading(), self.provenance.line()))
-        return Group(Text(self.title, style="bold"), heading, table, source)
+        constants = [Text(text)] if (text := self._constants()) else []
+        return Group(Text(self.title, style="bold"), heading, table, *constants, source)
 
     def __repr__(self) -> str:
         console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False)
@@ -279,7 +339,9 @@ class Result:
         data = self.data.to_dict(data=False)
         for name, entry in [*data["coords"].items(), *data["data_vars"].items()]:
             entry["data"] = _pack(name, self.data[name].values, arrays)
-        about = {**FORMAT, "kind": self.kind, "title": self.title, "provenance": asdict(self.provenance)}
+        given = {name: _pack_given(value, arrays) for name, value in self.provenance.given.items()}
+        made = {**self.provenance.as_dict(), "given": given}
+        about = {**FORMAT, "kind": self.kind, "title": self.title, "provenance": made}
         text = json.dumps({**about, "data": data}, allow_nan=False, indent=1)
         try:
             with zipfile.ZipFile(path, "w") as archive:
@@ -300,8 +362,10 @@ class Result:
                     raise ValueError(f"its format is not {FORMAT}")
                 for entry in [*about["data"]["coords"].values(), *about["data"]["data_vars"].values()]:
                     entry["data"] = _unpack(archive, entry)
+                given = about["provenance"].get("given", {})
+                given = {name: _unpack_given(archive, value) for name, value in given.items()}
             data = xr.Dataset.from_dict(about["data"])
-            provenance = Provenance(**about["provenance"])
+            provenance = Provenance(**{**about["provenance"], "given": given})
             return cls(data, kind=about["kind"], title=about["title"], provenance=provenance)
         except OSError as error:
             raise InputError(f"cannot read a result from {str(path)!r}: {error.strerror or error}") from None
@@ -333,6 +397,17 @@ def _pack(name: str, values: np.ndarray, arrays: dict[str, bytes]) -> list[Any] 
     file = f"arrays/{len(arrays)}.npy"
     arrays[file] = buffer.getvalue()
     return file
+
+
+def _pack_given(value: Any, arrays: dict[str, bytes]) -> Any:
+    """An array that was passed as the name of its file, a list as itself."""
+    return (
+        {"array": _pack("given", value, arrays)} if isinstance(value, np.ndarray) and value.dtype.kind != "U" else value
+    )
+
+
+def _unpack_given(archive: zipfile.ZipFile, value: Any) -> Any:
+    return _unpack(archive, {"data": value["array"]}) if isinstance(value, dict) else value
 
 
 def _unpack(archive: zipfile.ZipFile, entry: Mapping[str, Any]) -> np.ndarray:

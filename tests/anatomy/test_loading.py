@@ -33,7 +33,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pellucid.anatomy.loading import read, weight_digest
+from pellucid.anatomy.fingerprint import weight_digest
+from pellucid.anatomy.loading import read
 from pellucid.errors import LoadError
 from tests.models import minilm_path, smollm2_path
 

@@ -36,7 +36,7 @@ def classifier(family="bert", **config):
 def native(model, prompt, target=None, grad_of=None):
     """What the eager model returns as attentions, lists of [head, query, key] by name; with their gradients of a score
     of the logits."""
-    inputs = model.inputs(prompt, target=target)
+    inputs = model.inputs(prompt, decoder=target)
     own = model.module.config._attn_implementation
     model.module.set_attn_implementation("eager")
     try:

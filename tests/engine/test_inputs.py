@@ -56,7 +56,7 @@ def test_the_last_of_equal_tokens_is_meant() -> None:
 
 
 def test_encoder_and_decoder_count_their_own_tokens() -> None:
-    inputs = opened("t5").inputs(PROMPTS[:2], target=["Paris", "John went"])
+    inputs = opened("t5").inputs(PROMPTS[:2], decoder=["Paris", "John went"])
     assert inputs.stream("encoder").lengths.tolist() == [6, 11]
     assert inputs.stream("decoder").lengths.tolist() == [2, 3]  # the start token comes first
     assert inputs.tensors["decoder_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
@@ -135,10 +135,10 @@ def test_spans_and_targets_are_checked() -> None:
         columns("subjekt", spans={"subject": [(1, 4)]})
     with pytest.raises(InputError, match="names 5, 10 positions"):
         model.inputs(PROMPTS[:2]).stream("").find(":")
-    with pytest.raises(InputError, match="only encoder-decoder models take a target"):
-        model.inputs(PROMPTS[0], target="Paris")
-    with pytest.raises(InputError, match="2 prompts but 1 targets"):
-        opened("t5").inputs(PROMPTS[:2], target=["Paris"])
+    with pytest.raises(InputError, match="only encoder-decoder models take decoder="):
+        model.inputs(PROMPTS[0], decoder="Paris")
+    with pytest.raises(InputError, match="2 prompts but 1 texts for the decoder"):
+        opened("t5").inputs(PROMPTS[:2], decoder=["Paris"])
     with pytest.raises(SiteError, match="ends in '@' without a position"):
         model.run(PROMPTS[0], keep=["layers.0.resid_pre@"])
 
@@ -151,3 +151,36 @@ def test_a_metric_at_a_position_the_prompt_does_not_have_is_an_error() -> None:
     ):
         with pytest.raises(InputError, match=r"reads.*\(3,\).*but a prompt has 3 tokens"):
             use(metrics.logit(7, position=3))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "t5"])
+def test_texts_are_what_was_given(family: str) -> None:
+    model = opened(family)
+    assert model.inputs(PROMPTS[0]).texts == (PROMPTS[0],)
+    assert model.inputs(PROMPTS).texts == tuple(PROMPTS)
+    ids = model.inputs(PROMPTS[:2]).tensors
+    again = model.inputs({k: v for k, v in ids.items() if k in ("input_ids", "attention_mask")}).texts
+    said = [model.tokenizer.decode(row, skip_special_tokens=True) for row in model.tokenizer(PROMPTS[:2])["input_ids"]]
+    assert again == tuple(said)
+
+
+def test_rows_are_the_prompts_chosen_and_repeated() -> None:
+    model = opened("llama")
+    whole = model.inputs(PROMPTS[:3], spans={"x": [(0, 1), (0, 2), (1, 2)]})
+    some = whole.rows([2, 0, 2])
+    assert some.texts == (PROMPTS[2], PROMPTS[0], PROMPTS[2])
+    assert torch.equal(some.tensors["input_ids"], whole.tensors["input_ids"][[2, 0, 2]])
+    assert some.stream("").spans["x"] == [(1, 2), (0, 1), (1, 2)]
+    assert torch.equal(model.run(some).logits, model.run(whole).logits[[2, 0, 2]])
+
+
+def test_a_decoder_goes_on_from_what_it_is_given() -> None:
+    model = opened("t5")
+    whole = model.generate(PROMPTS[0], max_new_tokens=4)
+    first = model.tokenizer.decode(whole.tokens[0, :1])
+    begun = model.generate(PROMPTS[0], decoder=first, max_new_tokens=3)
+    ids = model.inputs(PROMPTS[0], decoder=first).stream("").ids[0, 1:].tolist()
+    if ids == whole.tokens[0, :1].tolist():  # the text is read as the token it came from
+        assert begun.tokens[0].tolist() == whole.tokens[0, 1:].tolist()
+    with pytest.raises(InputError, match="differ in length"):
+        model.generate(PROMPTS[:2], decoder=["Paris", "Paris Paris Paris"])

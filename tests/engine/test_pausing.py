@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 import torch
 
 import pellucid as pl
-from pellucid.engine.pausing import Moment, pause, sharing
+from pellucid.engine.pausing import Moment, pause, progress, quiet, sharing
 from tests.zoo import build, tokenizer
 
 PROMPT = "The capital of France is"
@@ -110,3 +113,33 @@ def test_edge_attribution_and_integrated_gradients_are_the_same_with_runs_in_the
             after = work()
         assert torch.equal(before, after)
         assert count[0]
+
+
+def test_progress_pauses_before_each_item_and_after_each_step() -> None:
+    moments: list[Moment] = []
+    with sharing(moments.append):
+        assert list(progress("abc", "letters")) == ["a", "b", "c"]
+        with progress(what="runs", total=5, done=1) as bar:
+            bar.step(3)
+    assert moments == [Moment(0, 3), Moment(1, 3), Moment(2, 3), Moment(4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("where", "shown"), [("terminal", True), ("notebook", True), ("pipe", False), ("quiet", False)]
+)
+def test_bars_show_in_terminals_and_notebooks_unless_it_is_quiet(where: str, shown: bool, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return where in ("terminal", "quiet")
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    if where == "notebook":
+        monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    if where == "quiet":
+        with quiet():
+            bar = progress(range(3), "items")
+    else:
+        bar = progress(range(3), "items")
+    assert bar.bar.disable is not shown
+    assert list(bar) == [0, 1, 2]

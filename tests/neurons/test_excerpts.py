@@ -48,7 +48,7 @@ def test_activations_are_those_of_a_plain_run_of_the_whole_text(family, site):
     assert len(unit.shown) + len(unit.held_out) >= 8
     runs = {}
     for text in TEXTS:
-        run = model.run(text, keep=[site], target=text if "decoder" in site else None)
+        run = model.run(text, keep=[site], decoder=text if "decoder" in site else None)
         stream = run.stream(model.sites(site)[0])
         special = np.isin(stream.ids[0].numpy(), model.tokenizer.all_special_ids)
         values = run.tensor(site)[0, :, 3].detach().numpy()

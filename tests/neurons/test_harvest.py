@@ -178,7 +178,7 @@ def test_both_stacks_of_an_encoder_decoder_can_be_harvested(site, texts, tmp_pat
     name = found.names[0]
     moment = found.top(f"{name}.2")[0]
     source, target = TEXTS[moment.prompt], None if texts else TEXTS[-1 - moment.prompt]
-    run = model.run(source, target=target, keep=[name])
+    run = model.run(source, decoder=target, keep=[name])
     assert run.tensor(name)[0, moment.position, 2].item() == pytest.approx(moment.value, abs=1e-5)
     assert found.tokens(moment.prompt) == run.stream(model.sites(name)[0]).ids[0].tolist()
     same(found, Harvest.load(tmp_path))

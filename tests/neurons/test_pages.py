@@ -120,7 +120,7 @@ def test_contexts_show_what_a_plain_run_gives(family):
     page = neuron_page(model, found, unit, window=(3, 2), contexts=4).data
     for i in range(page.sizes["context"]):
         text, position = TEXTS[int(page.prompt[i])], int(page.position[i])
-        run = model.run(text, target=text if family == "t5" else None, keep=[found.names[1]])
+        run = model.run(text, decoder=text if family == "t5" else None, keep=[found.names[1]])
         row = run.tensor(found.names[1])[0, :, 5].detach().numpy()
         labels = run.stream(model.sites(found.names[1])[0]).labels[0]
         for offset in range(-3, 3):

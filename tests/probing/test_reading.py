@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pellucid.engine.store import harvest
+from pellucid.store import store_activations
 from pellucid.errors import InputError
 from pellucid.probing import Examples, Spans, Treebank, read
 from tests.probing.trees import CONLLU, tiny
@@ -50,7 +50,7 @@ def test_an_encoder_reads_the_same_with_and_without_padding(minilm):
 
 def test_a_store_of_the_same_texts_gives_what_running_gives_and_refuses_others(model, tmp_path):
     spans = Spans.words(TEXTS)
-    store = harvest(model, TEXTS, ["layers.*.resid_post"], tmp_path, batch=2, shard_rows=9, dtype=torch.float32, progress=False)  # fmt: skip
+    store = store_activations(model, TEXTS, ["layers.*.resid_post"], tmp_path, batch=2, shard_rows=9, dtype=torch.float32)  # fmt: skip
     run = read(model, spans, sites="layers.*.resid_post")
     torch.testing.assert_close(read(model, spans, store=store).values, run.values, atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="another text"):

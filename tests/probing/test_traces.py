@@ -11,7 +11,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from pellucid.errors import InputError
 from pellucid.probing import Examples, ProbeTraces, Protocol, Spans, read, roc
-from pellucid.probing.roc import areas
+from pellucid.probing.roc import area_interval, areas
+from pellucid.statistics import weights
 from pellucid.views import schema as s
 from pellucid.views.documents import document
 from tests.probing.trees import drawn, tiny
@@ -41,8 +42,8 @@ def test_the_area_knows_nothing_but_the_order(rows):
 def test_a_bootstrap_draw_is_the_area_of_the_examples_it_drew():
     rng = np.random.default_rng(0)
     scores, labels, groups = rng.integers(0, 5, 30).astype(float), rng.random(30) < 0.5, np.repeat(np.arange(10), 3)
-    counts = np.random.default_rng(7).multinomial(10, np.full(10, 0.1), size=20)
-    for drawn_area, count in zip(areas(scores, labels, groups, draws=20, seed=7), counts, strict=True):
+    counts = weights(10, draws=20, seed=7).astype(int)
+    for drawn_area, count in zip(areas(scores, labels, counts[:, groups]), counts, strict=True):
         rows = np.repeat(np.arange(30), count[groups])
         assert drawn_area == pytest.approx(roc_auc_score(labels[rows], scores[rows]))
 
@@ -51,8 +52,8 @@ def test_examples_of_one_text_are_no_independent_evidence():
     rng = np.random.default_rng(0)
     signal, groups = rng.normal(size=40), np.repeat(np.arange(40), 10)
     labels = (rng.random(40) < 0.5)[groups]
-    clustered = np.nanstd(areas(signal[groups], labels, groups))
-    assert clustered == pytest.approx(np.sqrt(10) * np.nanstd(areas(signal[groups], labels)), rel=0.25)
+    clustered, single = (high - low for low, high in (area_interval(signal[groups], labels, g) for g in (groups, None)))
+    assert clustered == pytest.approx(np.sqrt(10) * single, rel=0.25)
 
 
 @pytest.mark.parametrize(("scores", "labels", "why"), [([1.0, 2.0], [True, True], "alike"), ([1.0], [True, False], "shape"), ([np.nan, 1.0], [True, False], "missing")])  # fmt: skip

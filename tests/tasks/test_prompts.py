@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 
@@ -147,3 +150,12 @@ def test_a_metric_from_texts_equals_the_one_from_the_prompts_ids() -> None:
     logits = torch.randn(4, 3, len(tok))
     by_text = logit_difference(prompts.answers, prompts.wrong).bind(tok, 4).score(logits)
     assert torch.equal(by_text, prompts.metric().bind(None, 4).score(logits))
+
+
+def test_a_word_that_is_another_token_after_a_space_is_said(smollm2: Any) -> None:
+    with pytest.warns(UserWarning, match="'Paris' and ' Paris' are different tokens"):
+        one = single_id(smollm2.tokenizer, "Paris")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert single_id(smollm2.tokenizer, " Paris") != one
+        single_id(smollm2.tokenizer, one)

@@ -12,8 +12,9 @@ import pytest
 from pellucid.errors import InputError
 from pellucid.views import schema as s
 from pellucid.views import widgets
+from pellucid.views.cells import ROWS
 from pellucid.views.hosts import element
-from pellucid.views.plain import ROWS, plain
+from pellucid.views.plain import plain
 from pellucid.views.schema import Document, Grid
 from tests.views import gallery
 

@@ -5,9 +5,11 @@
 //   pellucid.page.select("layers.5.attn.heads.9"); pellucid.page.onselect(() => ...)
 //
 // A page that carries <div data-pellucid><script type="application/json">...</script></div> is brought to life by loading
-// this module, and again by `pellucid.scan()` when more has been added.
+// this module, and again by `pellucid.scan()` when more has been added. A kind of view is a row of `pellucid.kinds`; a view
+// of a kind that has none keeps what it says without scripts.
 import { flushSync, mount as create, unmount } from "svelte";
 import base from "./base.css?inline";
+import { kindOf, KINDS } from "./kinds";
 import { followTheme, Page } from "./lib/page.svelte";
 import type { Document } from "./schema";
 import { VERSION } from "./schema";
@@ -50,6 +52,7 @@ export function mount(element: HTMLElement, document: Document, shared: Page = p
 function check(document: Document): void {
   const version = document?.["pellucid-view"];
   if (version !== VERSION) throw new Error(`this is a view of version ${version}, and this library reads version ${VERSION}`);
+  if (!kindOf(document.data)) throw new Error(`this library has no view of kind ${document.data?.kind}`);
 }
 
 /** Views a notebook keeps for the time when there is no kernel, by the widget that shows the same as long as there is one. */
@@ -74,7 +77,9 @@ export function scan(within: ParentNode = document): void {
     if (!text || replaced.has(element.parentElement?.dataset.pellucidInstead ?? "")) continue;
     element.dataset.pellucid = "live";
     try {
-      mount(element, JSON.parse(text));
+      const document = JSON.parse(text);
+      if (document["pellucid-view"] === VERSION && !kindOf(document.data)) element.dataset.pellucid = "plain"; // its numbers stand there already
+      else mount(element, document);
     } catch (error) {
       element.dataset.pellucid = "failed";
       console.error(error);
@@ -91,7 +96,7 @@ function themeSwitch(button: HTMLElement): void {
 
 if (typeof document !== "undefined") {
   // a notebook may load this module several times (each widget brings it along): the first is the page's
-  (globalThis as any).pellucid ??= { mount, scan, page, takeover, version: VERSION };
+  (globalThis as any).pellucid ??= { mount, scan, page, takeover, kinds: KINDS, version: VERSION };
   const start = () => {
     followTheme(page);
     document.querySelectorAll<HTMLElement>("[data-pellucid-theme]").forEach(themeSwitch);

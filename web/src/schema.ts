@@ -88,7 +88,7 @@ export interface Curves {
 /** One view: its data, how to read it (`lead`), what can mislead (`care`), how to make it again, and its source. */
 export interface Document {
   title: string;
-  data: Tokens | Attention | Lens | Contributions | Grid | Circuit | Curves | Neuron | Traces | Anatomy | Table;
+  data: Neuron | Lens | Contributions | Traces | Attention | Tokens | Curves | Grid | Circuit | Anatomy | Table;
   "pellucid-view"?: 1;
   lead?: string;
   care?: string;
@@ -215,6 +215,7 @@ export interface Plane {
   low?: Numbers | null;
   high?: Numbers | null;
   component?: string;
+  unit?: string;
 }
 
 export interface Proof {
@@ -303,5 +304,5 @@ export interface Track {
   note?: string;
 }
 
-export type View = Tokens | Attention | Lens | Contributions | Grid | Circuit | Curves | Neuron | Traces | Anatomy | Table;
+export type View = Neuron | Lens | Contributions | Traces | Attention | Tokens | Curves | Grid | Circuit | Anatomy | Table;
 export const VERSION = 1;

@@ -6,7 +6,8 @@ import { extent, list, steady, values } from "../src/lib/numbers";
 import { patterns } from "../src/lib/patterns";
 import { csv } from "../src/lib/saving";
 import { parse, related, spoken } from "../src/lib/site";
-import { pack, tableOf } from "../src/lib/tables";
+import { kindOf, KINDS } from "../src/kinds";
+import { pack } from "../src/lib/tables";
 import { cell, number, percent, tick, visible } from "../src/lib/text";
 import { ticks } from "../src/lib/ticks";
 import { portAt, ranked, wiring } from "../src/lib/wiring";
@@ -191,11 +192,18 @@ describe("tables", () => {
     const views: View[] = [circuit, lens, { kind: "tokens", tokens: ["a"], positions: [0], tracks: [{ name: "t", values: pack([0.5]) }] },
       { kind: "curves", x: { name: "x" }, y: { name: "y" }, lines: [{ name: "l", x: pack([1]), y: pack([2]) }] }];
     for (const view of views) {
-      const table = tableOf(view);
+      const table = kindOf(view)!.table(view);
       expect(table.rows).toBeGreaterThan(0);
       for (const c of table.columns) expect((c.numbers ? list(c.numbers) : c.texts!).length).toBe(table.rows);
     }
-    expect(tableOf(lens).columns.find((c) => c.name === "best guess")!.texts).toEqual(["x", "y"]);
+    expect(KINDS.lens.table(lens).columns.find((c) => c.name === "best guess")!.texts).toEqual(["x", "y"]);
+  });
+  test("a kind is added in one row", () => {
+    const made = { kind: "made-up", words: ["a", "b"] } as unknown as View, kinds = KINDS as unknown as Record<string, (typeof KINDS)["table"]>;
+    expect(kindOf(made)).toBeUndefined();
+    kinds["made-up"] = { table: (v) => ({ kind: "table", rows: 2, columns: [{ name: "word", texts: (v as unknown as { words: string[] }).words }] }) };
+    expect(kindOf(made)!.table(made).columns[0].texts).toEqual(["a", "b"]);
+    delete kinds["made-up"];
   });
   test("a spreadsheet cannot be made to run what a token says", () => {
     const text = csv({ kind: "table", rows: 2, columns: [{ name: "t", texts: ['=cmd("x")', 'a,"b"\n'] }, { name: "n", numbers: pack([-1, NaN]) }] });

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as chatter
 
+from pellucid.anatomy.fingerprint import Fingerprint, unwrapped
 from pellucid.errors import LoadError, nearest
 
 Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "base"]
@@ -62,9 +62,14 @@ class Loaded:
     notes: tuple[str, ...] = ()
 
     @functools.cached_property
+    def weights(self) -> Fingerprint:
+        """What knows the weights' digest, and whether they changed."""
+        return Fingerprint(self.module)
+
+    @property
     def digest(self) -> str:
-        """`weight_digest` of the module, computed when first asked for."""
-        return weight_digest(self.module)
+        """Sixteen hex digits of the weights as they are now (`pellucid.anatomy.fingerprint`)."""
+        return self.weights.digest
 
 
 def read(
@@ -121,34 +126,9 @@ def read(
     return Loaded(module.eval(), tokenizer, files.name, files.revision, _dtype_of(module), notes)
 
 
-def weight_digest(module: nn.Module) -> str:
-    """Sixteen hex digits that identify a module's weights, cheap enough for every load.
-
-    Hashes, for each entry of the state dict, its name, shape, dtype and up to 64 values at fixed
-    pseudo-random places. Models trained, quantised or edited differently differ in it; an edit of a few
-    single numbers can go unseen. Weights on the meta device (accelerate's) count by name and shape only.
-
-    >>> a, b = nn.Linear(3, 2), nn.Linear(3, 2)
-    >>> weight_digest(a) == weight_digest(a), weight_digest(a) == weight_digest(b)
-    (True, False)
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(_unwrapped(module).state_dict().items()):
-        if not isinstance(value, torch.Tensor):  # quantised modules keep settings beside their tensors
-            digest.update(f"{name} {value!r}".encode())
-            continue
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        if value.numel() and not value.is_meta:
-            # Multiplied by a prime: an even stride would stay in one column of a square matrix.
-            places = torch.arange(min(64, value.numel()), device=value.device) * 2654435761 % value.numel()
-            sample = value.detach().flatten()[places].to("cpu", torch.float64)
-            digest.update(sample.numpy().astype("<f8").tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Loaded:
     """A module the caller built: nothing is moved, cast or switched."""
-    inner = _unwrapped(module)
+    inner = unwrapped(module)
     if tokenizer is None:
         raise LoadError(f"a {type(inner).__name__} in memory needs its tokenizer: pass tokenizer=...")
     notes = []
@@ -162,11 +142,6 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
         tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
     revision = getattr(config, "_commit_hash", None)
     return Loaded(inner, tokenizer, name, revision, _dtype_of(inner), tuple(notes))
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import discovery
+from pellucid.anatomy.answering import LOGITS, answering
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
 from pellucid.anatomy.modes import evaluating, uncompiled
@@ -23,7 +24,6 @@ from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
 
 BATCH, LENGTHS = 2, (11, 7, 13, 17, 19, 23, 29)
-LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
 
 
 def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatomy:
@@ -50,6 +50,7 @@ def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
             found.append(found.pop(found.index((stack, spans))))  # the stack that the head reads comes last
             break
     stacks = tuple(stack for stack, _ in found)
+    meaning = answering(module, output)
     covered, elsewhere = coverage(t, [span for _, spans in found for span in spans])
     del t, found
     prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head)
@@ -66,7 +67,7 @@ def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     routes = {a.route for s in stacks for b in s.blocks for a in b.attentions.values()}
     return Anatomy(
         module, stacks, head, proofs, refusals(stacks, proofs) | elsewhere, inputs,
-        " + ".join(sorted(routes)) or "no attention",
+        " + ".join(sorted(routes)) or "no attention", meaning,
     )  # fmt: skip
 
 
@@ -156,7 +157,9 @@ def _lengths(sizes: set[int], limit: Any) -> tuple[int, int]:
 
 
 def main_output(output: Any) -> Tensor:
-    """The logits, or the last hidden state of a model without a head."""
+    """The logits, or the last hidden state of a model without a head; of a span its start and end, side by side."""
+    if getattr(output, "start_logits", None) is not None and getattr(output, "end_logits", None) is not None:
+        return torch.stack([output.start_logits, output.end_logits], -1)
     for key in (*LOGITS, "last_hidden_state"):
         value = getattr(output, key, None)
         if value is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.experts import Experts
 from pellucid.anatomy.layout import Layout
 from pellucid.anatomy.trace import SELF
@@ -221,6 +222,7 @@ class Anatomy:
     refusals: dict[str, str]  # site pattern -> reason
     inputs: dict[str, Any]  # the probe the map was found and proven with
     route: str
+    answering: Answering  # what its logits mean
     rungs: Any = None  # how sweeps may be run here (pellucid.engine.rungs), found by the first sweep
 
     @property

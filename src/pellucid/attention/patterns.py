@@ -155,7 +155,7 @@ def _check_whole(stack: Stack, area: str) -> None:
 
 def single(model: Model, prompt: Any, target: str | None = None) -> Inputs:
     """One prompt as inputs; InputError for several."""
-    inputs = model.inputs(prompt, target=target)
+    inputs = model.inputs(prompt, decoder=target)
     if len(inputs) != 1:
         raise InputError(f"attention is read one prompt at a time, got {len(inputs)}: call it once for each")
     return inputs

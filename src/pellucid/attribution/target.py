@@ -110,7 +110,7 @@ def bind(
     Without a target the likeliest answer is attributed: the prediction after the last position, or the class. InputError
     for several prompts, a token that is several, or `against` beside a target that compares by itself.
     """
-    inputs = model.inputs(prompt, target=forced)
+    inputs = model.inputs(prompt, decoder=forced)
     if len(inputs) != 1:
         raise InputError(f"an attribution takes one prompt at a time, got {len(inputs)}: call it once for each")
     if against is not None and not _is_answer(target):

@@ -67,7 +67,7 @@ def ablation(
         prompts, spans = prompts.clean, prompts.spans
     if metric is None:
         raise InputError("ablation needs a metric, such as metric=pellucid.metrics.logit(' Paris')")
-    inputs = model.inputs(prompts, target=target, spans=spans)
+    inputs = model.inputs(prompts, decoder=target, spans=spans)
     bound = model.bind(metric, len(inputs))
     grid = Grid.of(model, over, inputs)
     named = reference if isinstance(reference, str | list | tuple) else None

@@ -78,7 +78,7 @@ def sides(
         raise InputError(
             "give clean and corrupted prompts and a metric, or a task (pellucid.tasks.Prompts) with all three"
         )
-    ours, theirs = (model.inputs(p, target=target, spans=spans) for p in (clean, corrupted))
+    ours, theirs = (model.inputs(p, decoder=target, spans=spans) for p in (clean, corrupted))
     check_aligned(ours, theirs)
     return ours, theirs, metric
 

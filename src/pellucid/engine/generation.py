@@ -139,8 +139,12 @@ def generate(
 def left_padded(inputs: Inputs) -> Inputs:
     """The same prompts with the padding moved to the left, where generation needs it (encoders stay as they are)."""
     stream = inputs.stream("")
-    if "decoder" in inputs.streams or not stream.padded:
+    if not stream.padded:
         return inputs
+    if "decoder" in inputs.streams:
+        raise InputError(
+            "the texts for the decoder differ in length, and generation needs them alike: give one at a time"
+        )
     order = torch.argsort(stream.mask.long(), dim=1, stable=True)  # padding first, real tokens in their order
     ids, mask = stream.ids.gather(1, order), stream.mask.gather(1, order)
     moved = type(stream)(ids, mask, stream.labels, stream.spans)

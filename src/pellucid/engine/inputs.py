@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position
+from pellucid.engine.marks import token_ids
 from pellucid.errors import InputError, nearest
 
 Spans = Mapping[str, Sequence[tuple[int, int]]]
@@ -108,7 +109,7 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What a forward pass is called with, and the streams its positions are counted on."""
+    """What a forward pass is called with, the streams its positions are counted on, and the prompts as they were given."""
 
     tensors: dict[str, Any]
     streams: dict[str, Stream]  # stack name -> stream; "" is the only or the last stack
@@ -120,13 +121,26 @@ class Inputs:
     def stream(self, stack: str) -> Stream:
         return self.streams.get(stack) or self.streams[""]
 
+    def rows(self, index: Sequence[int]) -> Inputs:
+        """Some of the prompts, any of them several times, as a batch of their own."""
+        n, index = len(self), list(index)
+
+        def cut(stream: Stream) -> Stream:
+            spans = {name: [span[i] for i in index] for name, span in stream.spans.items()}
+            return Stream(stream.ids[index], stream.mask[index], tuple(stream.labels[i] for i in index), spans)
+
+        tensors = {
+            k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in self.tensors.items()
+        }
+        return Inputs(tensors, {k: cut(s) for k, s in self.streams.items()}, tuple(self.texts[i] for i in index))
+
 
 def read_inputs(
-    module: Any, tokenizer: Any, prompt: Any, *, target: str | Sequence[str] | None = None, spans: Spans | None = None
+    module: Any, tokenizer: Any, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None
 ) -> Inputs:
     """Tokenise prompts (a string, several, token ids, or a mapping of tensors) for this model.
 
-    `target` is what an encoder-decoder's decoder is given after its start token. Unequal prompts are padded on the
+    `decoder` is what an encoder-decoder's decoder is given after its start token. Unequal prompts are padded on the
     right, where no real token of a causal model can see the padding.
     """
     if isinstance(prompt, Inputs):
@@ -145,20 +159,30 @@ def read_inputs(
     if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         given = tensors.get("decoder_input_ids")
         if given is None:
-            given, given_mask = _target(module, tokenizer, target, ids)
+            given, given_mask = _decoder(module, tokenizer, decoder, ids)
         else:
             given_mask = tensors.get("decoder_attention_mask", torch.ones_like(given))
         _check(module, given, given_mask)
         tensors["decoder_input_ids"] = given
         if not bool(given_mask.all()):
             tensors["decoder_attention_mask"] = given_mask
-        decoder = Stream(given, given_mask, _labels(tokenizer, given, given_mask))
-        streams = {"encoder": first, "decoder": decoder, "": decoder}
-    elif target is not None:
-        raise InputError("only encoder-decoder models take a target; append it to the prompt instead")
+        second = Stream(given, given_mask, _labels(tokenizer, given, given_mask))
+        streams = {"encoder": first, "decoder": second, "": second}
+    elif decoder is not None:
+        raise InputError("only encoder-decoder models take decoder=; append the text to the prompt instead")
     tensors = {k: v for k, v in tensors.items() if k in accepted or "kwargs" in accepted}
-    texts = tuple("".join(row) for row in first.labels)
-    return Inputs(tensors, streams, texts)
+    return Inputs(tensors, streams, _texts(tokenizer, prompt, first))
+
+
+def _texts(tokenizer: Any, prompt: Any, stream: Stream) -> tuple[str, ...]:
+    """The prompts as they were given; of ids, what they say without special tokens."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompts, Sequence) and prompts and all(isinstance(each, str) for each in prompts):
+        return tuple(prompts)
+    if tokenizer is None:
+        return tuple(" ".join(row) for row in stream.labels)
+    rows = (row[m.bool()].tolist() for row, m in zip(stream.ids, stream.mask, strict=True))
+    return tuple(tokenizer.decode(row, skip_special_tokens=True) for row in rows)
 
 
 def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
@@ -191,7 +215,7 @@ def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
         if isinstance(each, str) and tokenizer is None:
             raise InputError("this model was opened without a tokenizer: give token ids, or open it with tokenizer=...")
         if isinstance(each, str):
-            ids = tokenizer(each)["input_ids"] if each.strip() else []
+            ids = token_ids(tokenizer, each) if each.strip() else []
         elif isinstance(each, (list, tuple)) and all(isinstance(i, int) for i in each):
             ids = list(each)
         else:
@@ -217,15 +241,15 @@ def _pad_id(module: Any, tokenizer: Any) -> int:
     return next(n for n in named if isinstance(n, int) and n >= 0)
 
 
-def _target(module: Any, tokenizer: Any, target: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _decoder(module: Any, tokenizer: Any, decoder: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     start = getattr(module.config, "decoder_start_token_id", None)
     start = start if start is not None else getattr(module.config, "bos_token_id", None) or 0
-    targets = [""] * len(ids) if target is None else [target] * len(ids) if isinstance(target, str) else list(target)
-    if len(targets) != len(ids):
-        raise InputError(f"{len(ids)} prompts but {len(targets)} targets: give one target per prompt")
-    if tokenizer is None and any(targets):
-        raise InputError("this model was opened without a tokenizer: give decoder_input_ids instead of target=")
-    rows = [[start, *(tokenizer(t, add_special_tokens=False)["input_ids"] if t else [])] for t in targets]
+    texts = [""] * len(ids) if decoder is None else [decoder] * len(ids) if isinstance(decoder, str) else list(decoder)
+    if len(texts) != len(ids):
+        raise InputError(f"{len(ids)} prompts but {len(texts)} texts for the decoder: give one per prompt")
+    if tokenizer is None and any(texts):
+        raise InputError("this model was opened without a tokenizer: give decoder_input_ids instead of decoder=")
+    rows = [[start, *(tokenizer(t, add_special_tokens=False)["input_ids"] if t else [])] for t in texts]
     padded = pad(rows, _pad_id(module, tokenizer))
     return padded["input_ids"].to(ids.device), padded["attention_mask"].to(ids.device)
 

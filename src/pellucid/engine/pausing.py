@@ -1,15 +1,22 @@
 """Where can long work be interrupted? Between two passes it asks whoever shares the model with it.
 
 A host that shares a model among several askers (the workbench) listens while it runs something long; elsewhere a pause
-costs nothing and does nothing. The listener may let others run first, or raise to end the work.
+costs nothing and does nothing. The listener may let others run first, or raise to end the work. A `progress` bar is such a
+place before each of its steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,68 @@ def pause(done: int | None = None, total: int | None = None, busy: bool = False)
     listener = _listener.get()
     if listener is not None:
         listener(Moment(done, total, busy))
+
+
+# ---- bars
+
+
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars inside."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def _watched() -> bool:
+    """Whether somebody looks: a terminal, or a notebook's kernel."""
+    return not _silent.get() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+
+
+class progress(Generic[T]):
+    """Shows how far long work is, after a second of it, and pauses before each step: iterated, or stepped by hand.
+
+    >>> sum(progress([1, 2, 3], "numbers added"))
+    6
+    >>> with progress(what="runs", total=10) as bar:
+    ...     bar.step(4, loss=0.5)
+    """
+
+    def __init__(self, items: Iterable[T] = (), what: str = "", total: int | None = None, done: int = 0) -> None:
+        self.items, self.done = items, done
+        self.total = total if total is not None else len(items) if isinstance(items, Sized) else None
+        self.bar = tqdm(desc=what, total=self.total, initial=done, delay=1.0, leave=False, disable=not _watched())
+
+    def __iter__(self) -> Iterator[T]:
+        with self:
+            for item in self.items:
+                pause(self.done, self.total)
+                yield item
+                self._moved(1)
+
+    def step(self, n: int = 1, **said: float) -> None:
+        """`n` more are done; a pause follows. `said` are numbers to show beside the bar."""
+        self._moved(n, **said)
+        pause(self.done, self.total)
+
+    def say(self, **numbers: float) -> None:
+        """Numbers to show beside the bar."""
+        if not self.bar.disable:
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in numbers.items()}, refresh=False)
+
+    def _moved(self, n: int, **said: float) -> None:
+        self.done += n
+        self.bar.update(n)
+        if said:
+            self.say(**said)
+
+    def __enter__(self) -> progress[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

@@ -67,7 +67,7 @@ def direct_logit_attribution(
     """
     if by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
-    inputs = model.inputs(prompt, target=forced)
+    inputs = model.inputs(prompt, decoder=forced)
     shares = Shares(model, inputs, position, by)
     target = target if target is not None else shares.prediction
     wanted = logit(target) if against is None else logit_difference(target, against)

@@ -59,7 +59,7 @@ def _pairs(model: Model, texts: Sequence[Any], tokens: int, batch: int) -> list[
     for group in _groups(texts, batch):
         if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in group):
             raise InputError("an encoder-decoder reads pairs: give a list of (source, target)")
-        inputs = model.inputs([source for source, _ in group], target=[target for _, target in group])
+        inputs = model.inputs([source for source, _ in group], decoder=[target for _, target in group])
         used += int(inputs.stream("").mask.sum())
         if used > tokens:
             break

@@ -28,6 +28,7 @@ from pellucid.lenses.logit_lens import lens_sites, unembed
 from pellucid.lenses.tuned_lens import last_residual, states
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 Map = tuple[Tensor, Tensor]  # W [d, d], c [d]
 
@@ -131,8 +132,7 @@ class FutureLens:
         if not rows:
             raise InputError("there is no text to score the lens on: give more of it, or a shorter context=")
         hits = np.stack([row for row, _ in rows])  # [chunk, layer, ahead]
-        draws = np.random.default_rng(seed).integers(len(hits), size=(1000, len(hits)))
-        low, high = np.quantile(hits[draws].mean(1), [0.025, 0.975], axis=0)
+        low, high = interval(hits, seed, within=(0.0, 1.0))
         followed = torch.cat([ids for _, ids in rows])
         commonest = float(torch.bincount(followed).max()) / len(followed)
         dims = ("layer", "ahead")

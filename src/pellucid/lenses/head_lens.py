@@ -52,7 +52,7 @@ def head_lens(
     """
     if through is not None:
         through.check(model)
-    inputs = model.inputs(prompt, target=target)
+    inputs = model.inputs(prompt, decoder=target)
     if len(inputs) != 1:
         raise InputError(f"the head lens reads one prompt at a time, got {len(inputs)}")
     stack = model.anatomy.stacks[-1]

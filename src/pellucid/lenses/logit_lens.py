@@ -90,7 +90,7 @@ def logit_lens(
     >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
     >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
     """
-    inputs = model.inputs(prompt, target=target)
+    inputs = model.inputs(prompt, decoder=target)
     names = lens_sites(model, sites)
     if through is not None:
         through.check(model)

@@ -35,6 +35,7 @@ from pellucid.lenses.chunks import chunks
 from pellucid.lenses.logit_lens import lens_sites, unembed
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 EVERY = 20  # steps between two checkpoints
 MOMENTUM, DECAY = 0.9, 1e-3
@@ -258,11 +259,8 @@ def lens_quality(
         raise InputError("there is no text to measure the lens on: give more of it, or a shorter context=")
     counts = np.array([n for n, _ in rows], dtype=float)
     sums = np.stack([values for _, values in rows])  # [chunk, 3, site]
-    draws = np.random.default_rng(seed).integers(len(rows), size=(1000, len(rows)))
-    gains = sums[:, 1] - sums[:, 0]
-    drawn = gains[draws].sum(1) / counts[draws].sum(1)[:, None]
+    low, high = interval(sums[:, 1] - sums[:, 0], seed, over=counts)
     tuned, plain, agreement = sums.sum(0) / counts.sum()
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     data = xr.Dataset(
         {"tuned": ("layer", tuned), "logit": ("layer", plain), "gain": ("layer", plain - tuned),
          "low": ("layer", low), "high": ("layer", high), "agreement": ("layer", agreement)},

@@ -87,7 +87,7 @@ def batches(segment: Sequence[Text], tokens: int) -> Iterator[list[Text]]:
 
 def inputs_of(model: Model, group: Sequence[Text]) -> Inputs:
     target = None if all(t.target is None for t in group) else [t.target or "" for t in group]
-    return model.inputs([list(t.ids) for t in group], target=target)
+    return model.inputs([list(t.ids) for t in group], decoder=target)
 
 
 @dataclass(eq=False)

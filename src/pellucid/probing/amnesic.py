@@ -20,8 +20,9 @@ from pellucid.probing.erasure import Eraser, Inlp, Leace, RandomSubspace
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import read
 from pellucid.probing.linear import LogisticProbe
-from pellucid.probing.splits import DRAWS, held_out, interval
+from pellucid.probing.splits import held_out
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 
 def amnesic(
@@ -70,11 +71,10 @@ def amnesic(
     everyone = [e for erased in fitted.values() for e in erased]
     sums = iter(_compared(model, texts, [[], *([e.edit(at)] for e in everyone)], batch))
     _, _, own, tokens = next(sums)
-    weights = np.random.default_rng(seed).multinomial(len(texts), np.full(len(texts), 1 / len(texts)), DRAWS)
     rows = []
     for erased in fitted.values():
         kl, same, loss, _ = np.mean([next(sums) for _ in erased], 0)
-        low, high = interval((weights @ kl) / (weights @ tokens))
+        low, high = interval(kl, seed, over=tokens, within=(0.0, np.inf))
         means = [total.sum() / tokens.sum() for total in (kl, same, loss)]
         rows.append([means[0], low, high, *means[1:], erased[0].rank, np.mean([accuracy(e) for e in erased])])
     measures = ("kl", "low", "high", "agreement", "loss", "rank", "probe")

@@ -20,7 +20,7 @@ from pellucid.model import Model, shuffled
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
-from pellucid.probing.splits import Scores, interval
+from pellucid.probing.splits import Scores
 from pellucid.results import Result
 
 
@@ -65,7 +65,7 @@ def selectivity(
         placebo.append(judged(features, control_task(examples, one.seed), one)[0].values)
     control = Scores(np.concatenate(placebo), right.groups)
     difference = Scores(right.values - control.values, right.groups)
-    low, high = interval(difference.draws())
+    low, high = difference.interval()
     data = xr.Dataset(
         {
             "selectivity": ("layer", difference.mean()),
@@ -109,7 +109,7 @@ def beside_random(
         judged(each, examples, protocol)[0] for each in (features, read(twin, examples, sites=sites, pool=pool))
     )
     difference = Scores(own.values - other.values, own.groups)
-    low, high = interval(difference.draws())
+    low, high = difference.interval()
     data = xr.Dataset(
         {
             "gain": ("layer", difference.mean()),

@@ -28,8 +28,9 @@ from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of
 from pellucid.probing.linear import standardised
 from pellucid.probing.probe import result
-from pellucid.probing.splits import Scores, interval
+from pellucid.probing.splits import Scores
 from pellucid.results import Result
+from pellucid.statistics import interval, weights
 
 
 @dataclass(frozen=True)
@@ -72,31 +73,30 @@ def edge_probing(
         raise InputError(f"{layers} layer was read: cumulative probes need at least two")
     scaled = standardised(features.values)
     right = np.full((seeds, layers, len(examples)), np.nan)
-    weights, texts = np.zeros((seeds, layers)), len(examples.spans.texts)
+    mixed, texts = np.zeros((seeds, layers)), len(examples.spans.texts)
     for s in range(seeds):
         chosen = np.random.default_rng(seed + s).permutation(texts)[: round(test * texts)]
         held = np.isin(examples.texts, chosen)  # the same texts whatever is asked of them
         if held.all() or not held.any():
             raise InputError(f"{texts} texts cannot be split: a share of {test} for testing leaves one side empty")
         parts = [np.flatnonzero(m) for m in (~held, held)]
-        right[s, :, parts[1]], weights[s] = _train(scaled, examples, parts, training, seed + s)
+        right[s, :, parts[1]], mixed[s] = _train(scaled, examples, parts, training, seed + s)
     scores = Scores(right, examples.texts)
-    draws = scores.draws(seed=seed)
-    low, high = interval(draws)
-    resolved = _expected(draws)
-    ends = interval(resolved)
+    low, high = scores.interval(seed, within=(0.0, 1.0))
+    ends = interval(lambda w: _expected(scores.at(w)), seed, n=len(scores.tested), within=(0.0, layers - 1.0))
+    resolved = _expected(scores.at(weights(len(scores.tested), seed=seed)))
     data = xr.Dataset(
         {
             "accuracy": ("layer", scores.mean()),
             "low": ("layer", low),
             "high": ("layer", high),
             "adds": ("layer", np.diff(scores.mean(), prepend=np.nan)),
-            "weight": ("layer", weights.mean(0)),
+            "weight": ("layer", mixed.mean(0)),
             "expected_layer": _expected(scores.mean()[None])[0],
             "expected_low": ends[0],
             "expected_high": ends[1],
             "expected_draws": ("draw", resolved),
-            "centre_of_gravity": float(weights.mean(0) @ np.arange(layers)),
+            "centre_of_gravity": float(mixed.mean(0) @ np.arange(layers)),
         }
     )
     title = f"Edge probing of {examples.name}"

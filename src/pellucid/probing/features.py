@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.run import execute
-from pellucid.engine.store import ActivationStore
+from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans

@@ -20,8 +20,9 @@ from pellucid.model import Model
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of
 from pellucid.probing.linear import STRENGTHS, LogisticProbe, RidgeProbe
-from pellucid.probing.splits import By, Scores, groups_of, held_out, interval
+from pellucid.probing.splits import By, Scores, groups_of, held_out
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def probe(
         data = _numbers(features, examples, protocol)
     else:
         right, losses, l2 = judged(features, examples, protocol)
-        low, high = interval(right.draws())
+        low, high = right.interval(within=(0.0, 1.0))
         data = xr.Dataset(
             {
                 "accuracy": ("layer", right.mean()),
@@ -128,7 +129,7 @@ def _numbers(features: Features, examples: Examples, protocol: Protocol) -> xr.D
     misses, spreads = Scores(missed, groups), Scores(spread, groups)
     if not bool((spreads.mean() > 0).all()):
         raise InputError(f"{examples.name!r} is the same number everywhere: there is nothing to read")
-    low, high = interval(1 - misses.draws() / spreads.draws())  # the same draws of groups in both
+    low, high = interval(lambda w: 1 - misses.at(w) / spreads.at(w), n=len(misses.tested), within=(-np.inf, 1.0))
     return xr.Dataset(
         {
             "r2": ("layer", 1 - misses.mean() / spreads.mean()),

@@ -24,7 +24,7 @@ from pellucid.probing.examples import Examples, Spans
 from pellucid.probing.features import Features, features_of
 from pellucid.probing.linear import STRENGTHS, LogisticProbe, features
 from pellucid.probing.probe import result
-from pellucid.probing.splits import Scores, interval
+from pellucid.probing.splits import Scores
 from pellucid.results import Result
 
 Kind = Literal["logistic", "mean"]
@@ -132,7 +132,7 @@ def questions(
     strengths = [float(v) for v in np.atleast_1d(l2)]
     own = Scores(_left_out(read_, asked, topic, kind, strengths, seed)[None], np.arange(len(asked)))
     placebo = np.array([_left_out(read_, d, topic, kind, strengths, seed).mean(1) for d in deals])
-    low, high = interval(own.draws(seed=seed))
+    low, high = own.interval(seed, within=(0.0, 1.0))
     data = xr.Dataset(
         {
             "accuracy": ("layer", own.mean()),

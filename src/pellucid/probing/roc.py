@@ -16,8 +16,8 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.probing.splits import DRAWS, interval
 from pellucid.results import Provenance, Result
+from pellucid.statistics import interval
 
 
 def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", seed: int = 0) -> Result:
@@ -33,8 +33,7 @@ def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", se
     s, y = checked(scores, labels)
     at = np.unique(s)[::-1]
     found, alarms = (np.array([(s[y == c] >= t).mean() for t in at]) for c in (True, False))
-    drawn = areas(s, y, groups, seed=seed)
-    low, high = interval(drawn)
+    low, high = area_interval(s, y, groups, seed)
     start = [0.0]
     data = xr.Dataset(
         {
@@ -63,18 +62,18 @@ def checked(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def area(scores: np.ndarray, labels: np.ndarray) -> float:
     """The area under the curve."""
-    return float(_weighted(scores, labels, np.ones((1, len(scores))))[0])
+    return float(areas(scores, labels, np.ones((1, len(scores))))[0])
 
 
-def areas(scores: np.ndarray, labels: np.ndarray, groups: Any = None, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """[draw] the area on bootstrap samples of whole groups; NaN where a sample has one class only."""
-    group = np.arange(len(scores)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    n = int(group.max()) + 1
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
-    return _weighted(scores, labels, counts[:, group].astype(float))
+def area_interval(
+    scores: np.ndarray, labels: np.ndarray, groups: Any = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high end of the area; samples of whole groups that have one class only say nothing."""
+    groups = np.arange(len(scores)) if groups is None else groups
+    return interval(lambda w: areas(scores, labels, w), seed, groups=groups, within=(0.0, 1.0))
 
 
-def _weighted(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def areas(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[draw] the area where example i counts `weights` [draw, i] times."""
     order = np.argsort(scores, kind="stable")
     firsts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))

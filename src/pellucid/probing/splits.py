@@ -7,15 +7,16 @@ share its embedding. Folds, test sets and bootstrap draws therefore take whole g
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from pellucid.errors import InputError
 from pellucid.probing.examples import Examples
+from pellucid.statistics import interval
 
 By = Literal["text", "type"]
-DRAWS = 1000
 
 
 def groups_of(examples: Examples, by: By) -> np.ndarray:
@@ -51,7 +52,7 @@ def held_out(groups: Any, share: float, seed: int) -> np.ndarray:
     return folds(groups, round(1 / share), seed) == 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Scores:
     """A number for each example that was held out, `values` [seed, layer, n], NaN for one that was not; and the group
     each example belongs to."""
@@ -63,21 +64,21 @@ class Scores:
         """[layer] over the examples of each split, then over splits."""
         return np.nanmean(np.nanmean(self.values, 2), 0)
 
-    def draws(self, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-        """[draw, layer] the mean of bootstrap samples of whole groups."""
-        _, group = np.unique(self.groups, return_inverse=True)
-        n = int(group.max()) + 1
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
-        made = []
+    @cached_property
+    def tested(self) -> np.ndarray:
+        """The groups that were held out in some split: what an interval draws from."""
+        return np.unique(self.groups[~np.isnan(self.values).all((0, 1))])
+
+    def at(self, weights: np.ndarray) -> np.ndarray:
+        """[draw, layer] the mean where every tested group counts `weights` [draw, group] times."""
+        group, made = np.searchsorted(self.tested, self.groups), []
         for split in self.values:
-            tested = ~np.isnan(split[0])
-            size = np.bincount(group[tested], minlength=n)
-            sums = np.stack([np.bincount(group[tested], layer[tested], minlength=n) for layer in split])
-            made.append((counts @ sums.T) / np.maximum(counts @ size, 1)[:, None])
+            here = ~np.isnan(split[0])
+            sums = [np.bincount(group[here], x, len(self.tested)) for x in (np.ones(here.sum()), *split[:, here])]
+            total = weights @ np.stack(sums, 1)  # [draw, 1 + layer]
+            made.append(total[:, 1:] / total[:, :1])
         return np.mean(made, 0)
 
-
-def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval along the first axis."""
-    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-    return low, high
+    def interval(self, seed: int = 0, within: tuple[float, float] = (-1.0, 1.0)) -> tuple[np.ndarray, np.ndarray]:
+        """Low and high end [layer] of `mean`, which draws whole groups."""
+        return interval(self.at, seed, n=len(self.tested), within=within)

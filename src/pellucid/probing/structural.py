@@ -30,9 +30,9 @@ from pellucid.probing.conllu import Sentence, Treebank
 from pellucid.probing.features import Features, Pool, features_of
 from pellucid.probing.linear import standardised
 from pellucid.probing.probe import result
-from pellucid.probing.splits import DRAWS, held_out, interval
+from pellucid.probing.splits import held_out
 from pellucid.results import Result
-from pellucid.statistics import spearman
+from pellucid.statistics import interval, spearman
 
 
 def tree_distances(heads: Sequence[int]) -> np.ndarray:
@@ -114,8 +114,7 @@ def structural(
         np.array([s["hits"] for s in scores]),
         np.array([s["edges"] for s in scores]),
     )  # [sentence, layer], [sentence]
-    weights = np.random.default_rng(seed).multinomial(len(scores), np.full(len(scores), 1 / len(scores)), DRAWS)
-    low, high = interval((weights @ hits) / (weights @ edges)[:, None])
+    low, high = interval(hits, seed, over=edges, within=(0.0, 1.0))
     lengths = [len(bank.sentences[i].words) for i in judged]
     data = xr.Dataset(
         {

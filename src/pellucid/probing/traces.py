@@ -28,8 +28,8 @@ from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of
 from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.probe import Protocol, result
-from pellucid.probing.roc import area, areas, roc
-from pellucid.probing.splits import groups_of, held_out, interval
+from pellucid.probing.roc import area, area_interval, roc
+from pellucid.probing.splits import groups_of, held_out
 from pellucid.results import Provenance, Result
 
 POINTS = 101  # of a kept ROC curve
@@ -92,7 +92,7 @@ class ProbeTraces:
         return self
 
     def _judged(self, scores: np.ndarray, truth: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
-        low, high = interval(areas(scores, truth, groups, seed=self.protocol.seed))
+        low, high = area_interval(scores, truth, groups, self.protocol.seed)
         curve = roc(scores, truth)
         others = np.sort(scores[~truth])
         return {
@@ -132,10 +132,10 @@ class ProbeTraces:
         return Result(data, kind="probe traces", title=f"Log odds of {label!r} at every token", provenance=made)
 
 
-def _range(areas: np.ndarray) -> dict[str, float]:
-    if not len(areas):
+def _range(drawn: np.ndarray) -> dict[str, float]:
+    if not len(drawn):
         return {}
-    return {"shuffled": areas.mean(), "shuffled_low": areas.min(), "shuffled_high": areas.max()}
+    return {"shuffled": drawn.mean(), "shuffled_low": drawn.min(), "shuffled_high": drawn.max()}
 
 
 def log_odds(probe: LogisticProbe, label: str, x: torch.Tensor) -> np.ndarray:

@@ -81,6 +81,15 @@ class Prompts:
         ]  # fmt: skip
         return _joined(pairs)
 
+    def __repr__(self) -> str:
+        """The first pair, and how many there are: a task of 1,000 prompts is not for a terminal."""
+        first = (
+            f"; {self.clean[0]!r} / {self.corrupted[0]!r}, {self.answers[0]!r} against {self.wrong[0]!r}"
+            if self.clean
+            else ""
+        )
+        return f"<Prompts {self.name}: {len(self)} pairs{first}>"
+
     def __len__(self) -> int:
         return len(self.clean)
 

@@ -6,10 +6,12 @@ byte-level BPE, WordPiece, sentencepiece-like and word-level ones all answer. No
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 
+from pellucid.engine.marks import once
 from pellucid.errors import InputError
 
 # What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
@@ -18,7 +20,7 @@ ANCHORS = {True: ("a", "."), False: (".", "\n", ":", "a")}
 
 
 def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and the [start, stop) characters of each; a special token has an empty range.
+    """Token ids and the [start, stop) characters of each; a mark that is not in the text has an empty range.
 
     InputError if the tokenizer gives no offsets (a slow one).
     """
@@ -26,7 +28,11 @@ def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[in
         name = type(tokenizer).__name__
         raise InputError(f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)")
     encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
-    return list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
+    ids, offsets = list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
+    if not specials:
+        return ids, offsets
+    kept = once(ids, tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[kept], offsets[kept]
 
 
 def pieces(tokenizer: Any, text: str, *, specials: bool = True) -> list[str]:
@@ -72,13 +78,20 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
 
 
 def single_id(tokenizer: Any, answer: str | int) -> int:
-    """The id of `answer` (an id is its own). InputError if it is not one known token, with its pieces."""
+    """The id of `answer` (an id is its own). InputError if it is not one known token, with its pieces.
+
+    Warns where a word has another token after a space, which is what follows a prompt that ends in a word.
+    """
     if isinstance(answer, int):
         if answer < 0:
             raise InputError(f"token id {answer} is negative; ids count from 0")
         return answer
     ids = answer_ids(tokenizer, answer)
     if len(ids) == 1 and (ids != [tokenizer.unk_token_id] or answer == tokenizer.unk_token):
+        if answer[0].isalnum() and len(after := answer_ids(tokenizer, f" {answer}")) == 1 and after != ids:
+            warnings.warn(
+                f"{answer!r} and {' ' + answer!r} are different tokens: after a word it is the second", stacklevel=2
+            )
         return ids[0]
     if len(ids) == 1:
         raise InputError(f"{answer!r} is unknown to this tokenizer; choose a word of its vocabulary")

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pellucid.views.documents import attention as attention
+    from pellucid.views.documents import circuit as circuit
+    from pellucid.views.documents import compare as compare
     from pellucid.views.documents import document as document
     from pellucid.views.hosts import output as output
     from pellucid.views.hosts import save_html as save_html
     from pellucid.views.schema import Document as Document
-    from pellucid.views.together import attention as attention
-    from pellucid.views.together import circuit as circuit
-    from pellucid.views.together import compare as compare
     from pellucid.views.widgets import widget as widget
 
 _HOME = {
     "document": ("documents", "document"),
-    "compare": ("together", "compare"),
+    "compare": ("documents", "compare"),
     "output": ("hosts", "output"),
     "save_html": ("hosts", "save_html"),
     "Document": ("schema", "Document"),
-    "attention": ("together", "attention"),
-    "circuit": ("together", "circuit"),
+    "attention": ("documents", "attention"),
+    "circuit": ("documents", "circuit"),
     "widget": ("widgets", "widget"),
 }
 __all__ = ["Document", "attention", "circuit", "compare", "document", "output", "save_html", "widget"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from pellucid.results import Result
 from pellucid.statistics import spearman
-from pellucid.views.parts import Part
+from pellucid.views.naming import Part
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import xarray as xr
 from pellucid.errors import InputError
 from pellucid.results import Result
 from pellucid.views import schema as s
+from pellucid.views.cells import Cells, strongest
+from pellucid.views.markup import visible
 from pellucid.views.schema import Numbers
 
 DENSE = 1_000_000  # numbers kept as they are, in one stack
@@ -33,6 +35,10 @@ def is_pattern(variable: xr.DataArray) -> bool:
     """Of heads, [layer, head, query, key], or of all heads of a layer together, as rollout gives it."""
     named = [str(d).split("_")[-1] for d in variable.dims]
     return named in (["layer", "head", "query", "key"], ["layer", "query", "key"])
+
+
+def is_attention(result: Result) -> bool:
+    return any(is_pattern(v) for v in result.data.data_vars.values())
 
 
 def attention(patterns: Result, *more: Result, first: tuple[int, int] | None = None) -> s.Attention:
@@ -167,3 +173,18 @@ def roles_of(result: Result, name: str = "pattern") -> Roles:
                     if passes and score > best.get(at, 0.0) and (at in best or at not in made):
                         best[at], made[at] = score, role
     return made
+
+
+def plain_attention(data: s.Attention) -> Cells:
+    stack = data.stacks[0]
+    head, last = stack.heads[stack.first], len(stack.queries) - 1
+    weights = np.zeros(len(stack.keys))
+    if stack.pattern is not None:
+        weights = stack.pattern.array()[stack.first, last]
+    elif stack.rows is not None:
+        counts = stack.rows.counts.array().ravel()
+        row = stack.first * len(stack.queries) + last
+        kept = slice(int(counts[:row].sum()), int(counts[: row + 1].sum()))
+        weights[stack.rows.keys.array()[kept]] = stack.rows.weights.array()[kept]
+    rows = [(f"{head.layer}.{head.head}", visible(stack.queries[last]), visible(stack.keys[k]), float(weights[k])) for (k,) in strongest(weights)]  # fmt: skip
+    return ("head", "from", "to", "attention"), rows, len(stack.heads) * len(stack.queries) * len(stack.keys)

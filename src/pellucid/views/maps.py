@@ -10,6 +10,7 @@ import numpy as np
 from pellucid.anatomy.display import CLAIMS, describe
 from pellucid.anatomy.structure import Anatomy as Map
 from pellucid.views import schema as s
+from pellucid.views.cells import Cells, strongest
 from pellucid.views.naming import site_of
 from pellucid.views.schema import Fact, Numbers
 
@@ -93,3 +94,14 @@ def anatomy(found: Map) -> s.Anatomy:
     )  # fmt: skip
     refused = tuple(Fact(name=k, value=str(v)) for k, v in found.refusals.items())
     return s.Anatomy(model=about["model"], stacks=tuple(stacks), proofs=proofs, refused=refused)
+
+
+def plain_circuit(data: s.Circuit) -> Cells:
+    sources, targets, scores = data.sources.array(), data.targets.array(), data.scores.array()
+    rows = [(data.nodes[sources[e]].label, data.nodes[targets[e]].label, data.ports[e], float(scores[e])) for (e,) in strongest(scores)]  # fmt: skip
+    return ("from", "to", "port", "score"), rows, len(scores)
+
+
+def plain_anatomy(data: s.Anatomy) -> Cells:
+    said = {True: "holds", False: "fails", None: "does not apply"}
+    return ("proof", "claim", ""), [(p.name, p.claim, said[p.holds]) for p in data.proofs], len(data.proofs)

@@ -6,10 +6,24 @@ import numpy as np
 
 from pellucid.results import Result
 from pellucid.views import schema as s
+from pellucid.views.cells import Cells, strongest
+from pellucid.views.markup import visible
 from pellucid.views.schema import Numbers
 
 CHANCE = "chance"
 JUDGED = {"area": "area", "low": "low", "high": "high", "control": "shuffled", "control_low": "shuffled_low", "control_high": "shuffled_high"}  # fmt: skip
+
+
+def _judged(result: Result) -> bool:
+    return {"true_positive", "false_positive"} <= set(result.data.variables)
+
+
+def is_traces(result: Result) -> bool:
+    return _judged(result) and "position" in result.main.dims
+
+
+def is_roc(result: Result) -> bool:
+    return _judged(result) and "position" not in result.main.dims
 
 
 def traces(result: Result) -> s.Traces:
@@ -52,3 +66,9 @@ def roc(result: Result) -> s.Curves:
     ends = Numbers.of([0.0, 1.0])
     lines.append(s.Line(name=CHANCE, x=ends, y=ends, dashed=True))
     return s.Curves(x=s.Ruler(name="false alarms"), y=s.Ruler(name="found"), lines=tuple(lines))
+
+
+def plain_traces(data: s.Traces) -> Cells:
+    values = data.values.array()
+    rows = [(data.rows.labels[i], visible(data.tokens[j]), float(values[i, j])) for i, j in strongest(values)]
+    return (data.rows.name, "token", data.unit or "value"), rows, values.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 
 def named(layer: int, part: str, unit: int = -1, stack: str = "") -> str:
@@ -26,3 +27,12 @@ def site_of(name: str) -> str:
     """
     name = re.sub(r"\.(attn|cross)(#\d+)?\.z_out\.(\d+)$", r".\1\2.heads.\3", name)
     return re.sub(r"\.heads\.(\d+|\*)\.out$", r".heads.\1", name)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A head, an MLP ...: its name, its site, and a number that belongs to it."""
+
+    name: str
+    site: str
+    share: float

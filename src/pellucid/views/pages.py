@@ -6,12 +6,22 @@ import numpy as np
 
 from pellucid.results import Result
 from pellucid.views import schema as s
+from pellucid.views.cells import ROWS, Cells
+from pellucid.views.markup import visible
 from pellucid.views.schema import Fact, Numbers
 
 # Columns of the table of selective units: their names and variables.
 CHOSEN = {"AUROC": "auroc", "point-biserial": "point_biserial", "F1": "f1", "p": "p"}
 OUTSIDE = {"AUROC on other texts": "held_out", "low": "low", "high": "high"}
 CONCEPT = {"best after a shuffle": "shuffled", "units with p < .05": "significant", "examples": "examples"}
+
+
+def is_neuron(result: Result) -> bool:
+    return result.kind == "neuron page"
+
+
+def is_selective(result: Result) -> bool:
+    return result.kind == "neuron selectivity"
 
 
 def neuron(result: Result) -> s.Neuron:
@@ -69,3 +79,12 @@ def _context(result: Result, i: int) -> s.Context:
     return s.Context(
         tokens=tuple(str(t) for t in data["token"].values[there]), values=Numbers.of(data["activation"].values[there]), note=note
     )  # fmt: skip
+
+
+def plain_neuron(data: s.Neuron) -> Cells:
+    rows = []
+    for context in data.contexts[:ROWS]:
+        values = context.values.array()
+        at = int(np.nanargmax(np.abs(values)))
+        rows.append(("".join(context.tokens[max(0, at - 8) : at]), visible(context.tokens[at]), float(values[at])))
+    return ("text before", "token", "activation"), rows, len(data.contexts)

@@ -25,6 +25,10 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A value of the schema."""
 
 
+class View(Struct, frozen=True, tag_field="kind", tag=str.lower):
+    """What one kind of view shows; `kind` is the name of its class. The kinds there are: `pellucid.views.kinds`."""
+
+
 class Numbers(Struct, frozen=True):
     """An array of numbers; NaN where there is none. uint16 are whole numbers, uint8 stands for 0 to 1 in steps of 1/255."""
 
@@ -95,7 +99,7 @@ class Track(Struct, frozen=True):
     note: str = ""
 
 
-class Tokens(Struct, frozen=True, tag_field="kind", tag="tokens"):
+class Tokens(View, frozen=True):
     """A text whose tokens carry numbers: attributions by one or several methods, activations, surprise."""
 
     tokens: tuple[str, ...]
@@ -142,7 +146,7 @@ class Looking(Struct, frozen=True):
     left_out: int = 0  # heads of the model that are not here
 
 
-class Attention(Struct, frozen=True, tag_field="kind", tag="attention"):
+class Attention(View, frozen=True):
     """Where heads look, in one stack or by choice in one of several."""
 
     stacks: tuple[Looking, ...]
@@ -168,7 +172,7 @@ class Reading(Struct, frozen=True):
     followed: tuple[Followed, ...] = ()
 
 
-class Lens(Struct, frozen=True, tag_field="kind", tag="lens"):
+class Lens(View, frozen=True):
     """What the model would say after each layer."""
 
     tokens: tuple[str, ...]
@@ -180,7 +184,7 @@ class Lens(Struct, frozen=True, tag_field="kind", tag="lens"):
     prediction: tuple[str, ...]  # by position
 
 
-class Contributions(Struct, frozen=True, tag_field="kind", tag="contributions"):
+class Contributions(View, frozen=True):
     """Numbers that add up: what each part writes towards an answer."""
 
     names: tuple[str, ...]
@@ -199,9 +203,10 @@ class Plane(Struct, frozen=True):
     low: Numbers | None = None
     high: Numbers | None = None
     component: str = ""  # of a cell, with {row} and {column} for the labels; axes name them otherwise
+    unit: str = ""  # where it is not the grid's; planes of one unit share a scale
 
 
-class Grid(Struct, frozen=True, tag_field="kind", tag="grid"):
+class Grid(View, frozen=True):
     """A number for every row and column: patching by layer and position, ablation by layer and head."""
 
     rows: Axis
@@ -224,7 +229,7 @@ class Node(Struct, frozen=True):
     group: str = ""  # nodes of one name stand as one
 
 
-class Circuit(Struct, frozen=True, tag_field="kind", tag="circuit"):
+class Circuit(View, frozen=True):
     """Who sends what to whom."""
 
     nodes: tuple[Node, ...]
@@ -255,7 +260,7 @@ class Level(Struct, frozen=True):
     y: float
 
 
-class Curves(Struct, frozen=True, tag_field="kind", tag="curves"):
+class Curves(View, frozen=True):
     """Numbers along something, with their intervals."""
 
     x: Ruler
@@ -277,7 +282,7 @@ class Effect(Struct, frozen=True):
     value: float
 
 
-class Neuron(Struct, frozen=True, tag_field="kind", tag="neuron"):
+class Neuron(View, frozen=True):
     """One neuron or feature: what excites it, how often, and what it writes."""
 
     component: str
@@ -300,7 +305,7 @@ class Roc(Struct, frozen=True):
     control_high: float | None = None
 
 
-class Traces(Struct, frozen=True, tag_field="kind", tag="traces"):
+class Traces(View, frozen=True):
     """What a probe or monitor says at every token, by layer."""
 
     tokens: tuple[str, ...]
@@ -339,7 +344,7 @@ class Stack(Struct, frozen=True):
     blocks: tuple[Block, ...]
 
 
-class Anatomy(Struct, frozen=True, tag_field="kind", tag="anatomy"):
+class Anatomy(View, frozen=True):
     """The map of a model: its parts, what is proven of them, what is refused and why."""
 
     model: str
@@ -358,17 +363,12 @@ class Column(Struct, frozen=True):
     tokens: bool = False  # the texts are tokens
 
 
-class Table(Struct, frozen=True, tag_field="kind", tag="table"):
+class Table(View, frozen=True):
     """Any result, row by row."""
 
     columns: tuple[Column, ...]
     rows: int  # of the result; the columns may hold only its first
     components: tuple[str, ...] = ()  # what selecting a row selects
-
-
-View = (
-    Tokens | Attention | Lens | Contributions | Grid | Circuit | Curves | Neuron | Traces | Anatomy | Table
-)  # fmt: skip
 
 
 class Document(Struct, frozen=True):
@@ -391,7 +391,7 @@ class Document(Struct, frozen=True):
         return embeddable(msgspec.json.encode(self).decode())
 
     def __repr__(self) -> str:
-        return f"<Document {self.title!r}: {type(self.data).__name__.lower()}>"
+        return f"<Document {self.title!r}: {self.data.__struct_config__.tag}>"
 
     def _repr_html_(self) -> str:
         from pellucid.views.hosts import output
@@ -408,11 +408,20 @@ class Document(Struct, frozen=True):
     def read(cls, text: str | bytes) -> Document:
         """A document checked against the schema. InputError for anything else."""
         from pellucid.errors import InputError
+        from pellucid.views.kinds import schemas  # the kinds know the schema; here it asks which there are
 
         try:
-            return msgspec.json.decode(text, type=cls)
+            found = msgspec.json.decode(text, type=_Unread)
+            data = msgspec.json.decode(found.data, type=schemas())
+            return cls(**{**{name: getattr(found, name) for name in cls.__struct_fields__}, "data": data})
         except msgspec.MsgspecError as error:
             raise InputError(f"this is no view of version {VERSION}: {error}") from None
+
+
+class _Unread(Document, frozen=True):
+    """A document whose data is yet to be read, as the kind that it names."""
+
+    data: msgspec.Raw  # type: ignore[assignment]
 
 
 def embeddable(json: str) -> str:

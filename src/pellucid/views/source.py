@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -28,7 +27,7 @@ METHODS = (
 
 
 def origin(made: Provenance) -> Origin:
-    about = asdict(made)
+    about = {k: v for k, v in made.as_dict().items() if k not in ("call", "opened", "free")}
     facts = [Fact(name=k, value=_written(v)) for k, v in about.items() if v not in (None, "", {}, []) and k != "method"]
     return Origin(line=made.line(), facts=(Fact(name="method", value=made.method), *facts))
 
@@ -41,6 +40,8 @@ def _written(value: Any) -> str:
 
 def code(made: Provenance) -> Code:
     """The call that makes it again, as far as its arguments can be written down; what cannot is said in a comment."""
+    if made.call:
+        return Code(python=f"{made.code()}\nresult.show()")
     home = _home(made.method)
     if home is None or not made.model:
         return Code()

@@ -27,7 +27,7 @@ from pellucid.model import Model
 from pellucid.neurons.knowledge import layer_of, neuron_sites
 from pellucid.tasks.tokens import texts
 from pellucid.views import schema as s
-from pellucid.views.documents import column
+from pellucid.views.forms import column
 from pellucid.views.question import Question
 from pellucid.views.schema import Context, Document, Effect, Fact, Numbers
 from pellucid.workbench.messages import NeuronRow

@@ -21,7 +21,8 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.views import compare
 from pellucid.views import schema as s
-from pellucid.views.documents import document, tokens
+from pellucid.views.documents import document
+from pellucid.views.forms import tokens
 from pellucid.views.looking import attention as attention_view
 from pellucid.views.markup import quoted
 from pellucid.views.question import Question, ask

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import normalize
 
 import pellucid
-from pellucid.engine.store import harvest
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries import (
     GatedLoss,
@@ -19,6 +18,7 @@ from pellucid.neurons.dictionaries import (
     training,
 )
 from pellucid.neurons.dictionaries.rows import batches, token_rows
+from pellucid.store import store_activations
 from tests.zoo import build, tokenizer
 
 SITE = "layers.0.resid_post"
@@ -155,7 +155,7 @@ def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
     module = build("gpt2")
     model = pellucid.load(module, tokenizer=tokenizer(module))
     rows = token_rows(model, TEXTS, 16)
-    store = harvest(model, rows, [SITE], tmp_path, dtype=torch.float32, shard_rows=40, progress=False)
+    store = store_activations(model, rows, [SITE], tmp_path, dtype=torch.float32, shard_rows=40)
     stream = Stream(model, TEXTS, [SITE], context=16, batch=4)
     assert {len(r) for r in rows} == {16}
     g = torch.Generator()

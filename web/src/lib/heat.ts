@@ -14,6 +14,7 @@ export interface Heat {
   text?(row: number, column: number): string;
   tell(row: number, column: number): Told;
   outlined?(row: number, column: number): boolean;
+  clipped?(row: number, column: number): boolean; // beyond the ends of the scale
   selected?(row: number, column: number): boolean;
   rowMark?(row: number): 0 | 1 | 2;
   columnMark?(column: number): 0 | 1 | 2;
@@ -56,6 +57,7 @@ export function draw(brush: Brush, heat: Heat, at: Layout, ink: Ink, sx: number,
         const paint = heat.paint(i, j);
         if (!paint) continue;
         brush.rect(x, y, w - gap, h - gap, paint.fill);
+        if (heat.clipped?.(i, j)) brush.rect(x + w - gap - 4, y, 4, 4, paint.ink);
         const text = heat.text?.(i, j);
         if (text && w > 18) brush.text(squeeze(text, w - 4, size), x + (w - gap) / 2, y + (h - gap) / 2 + 0.5, { fill: paint.ink, size, align: "center", weight: heat.outlined?.(i, j) ? 650 : 400 });
         if (heat.outlined?.(i, j)) brush.frame(x + 1, y + 1, w - gap - 2, h - gap - 2, paint.ink, 1);

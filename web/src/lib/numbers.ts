@@ -60,6 +60,9 @@ export function extent(numbers: Iterable<number>): number {
   return sizes[at] || sizes[sizes.length - 1] || 1;
 }
 
+/** Does a scale that ends at `full` leave out this number? (Numbers come as float32.) */
+export const beyond = (x: number, full: number) => Math.abs(x) > full * (1 + 1e-6);
+
 /** `extent`, unless a few numbers (the first token's, mostly) are so far out that they would bleach all others. */
 export function steady(numbers: number[]): number {
   const sizes = numbers.filter(Number.isFinite).map(Math.abs).sort((a, b) => a - b);

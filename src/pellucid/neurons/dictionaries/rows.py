@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.early import run_until
-from pellucid.engine.store import ActivationStore
+from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.model import Model
 
@@ -27,7 +27,7 @@ Block = tuple[Tensor, Tensor]  # what is read [rows, d_in] and what is to be wri
 
 
 def token_rows(model: Model, texts: Sequence[str], context: int = 128) -> list[list[int]]:
-    """Texts as rows of at most `context` tokens, which `model.run` and `engine.store.harvest` take as prompts.
+    """Texts as rows of at most `context` tokens, which `model.run` and `store_activations` take as prompts.
 
     For a causal model they stand behind one another, each ended by the tokenizer's end token, and are cut into rows of
     equal length; for others each text is a row of its own. InputError without a tokenizer or text.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from pellucid.engine.store import ActivationStore
+from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.dictionaries.objectives import Objective, Parameters, Step, TopKLoss

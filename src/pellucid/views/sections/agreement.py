@@ -7,8 +7,8 @@ from itertools import combinations
 
 import numpy as np
 
-from pellucid.views.documents import column
 from pellucid.views.evidence import Evidence, agreement, top
+from pellucid.views.forms import column
 from pellucid.views.markup import Child, join, number, tag
 from pellucid.views.naming import named
 from pellucid.views.page import Section, missing

@@ -6,12 +6,11 @@ import numpy as np
 
 from pellucid.lenses import direct_logit_attribution
 from pellucid.results import Result
-from pellucid.views.documents import contributions
 from pellucid.views.evidence import Evidence
+from pellucid.views.forms import contributions
 from pellucid.views.markup import number, quoted, tag
-from pellucid.views.naming import named, site_of
+from pellucid.views.naming import Part, named, site_of
 from pellucid.views.page import Section
-from pellucid.views.parts import Part
 from pellucid.views.question import Question
 from pellucid.views.schema import Document
 

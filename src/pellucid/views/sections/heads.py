@@ -10,8 +10,8 @@ from pellucid.results import Result
 from pellucid.statistics import spearman
 from pellucid.views.evidence import Evidence
 from pellucid.views.markup import number
+from pellucid.views.naming import Part, named
 from pellucid.views.page import Section
-from pellucid.views.parts import Part, named
 from pellucid.views.question import Question
 from pellucid.views.schema import Axis, Document, Grid, Numbers, Plane
 

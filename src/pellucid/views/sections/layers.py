@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from pellucid.lenses import logit_lens
-from pellucid.views.documents import lens
 from pellucid.views.evidence import Evidence
+from pellucid.views.forms import lens
 from pellucid.views.markup import percent, quoted
 from pellucid.views.page import Section
 from pellucid.views.question import Question
@@ -75,17 +75,19 @@ def _finding(names: list[str], rank: np.ndarray, likely: np.ndarray, said: str) 
     """From which layer on the answer leads for good."""
     if rank[-1] != 0:
         best = int(rank.argmin())
-        return (
-            f"{said} never ends up as the top guess: its best rank is {int(rank[best]) + 1}, after layer {names[best]}."
-        )
+        return f"{said} never ends up as the top guess; {_after(names[best])} it comes closest, with {_before(rank[best])}."
     first = _settled(rank)
     assert first is not None
     if first == 0:
         return f"{said} is the top guess from the embedding on."
     return (
         f"{said} becomes the top guess after layer {names[first]} ({percent(float(likely[first]))}; the last layer is {names[-1]}) and stays it; "
-        f"{_after(names[first - 1])} it was at rank {int(rank[first - 1]) + 1}."
+        f"{_after(names[first - 1])} there {'were' if rank[first - 1] > 1 else 'was'} {_before(rank[first - 1])}."
     )
+
+
+def _before(rank: float) -> str:
+    return f"{int(rank)} words likelier" if rank > 1 else "one word likelier"
 
 
 def _settled(rank: np.ndarray) -> int | None:

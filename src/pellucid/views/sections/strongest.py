@@ -9,11 +9,11 @@ from pellucid.causal import ablation
 from pellucid.engine.edits import Ablate
 from pellucid.errors import PellucidError
 from pellucid.results import Result
-from pellucid.views.documents import column
 from pellucid.views.evidence import Evidence, Fall
+from pellucid.views.forms import column
 from pellucid.views.markup import number
+from pellucid.views.naming import Part, named
 from pellucid.views.page import Section, missing
-from pellucid.views.parts import Part, named
 from pellucid.views.question import Option, Question, read
 from pellucid.views.schema import Document, Table
 

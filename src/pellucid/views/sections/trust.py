@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pellucid.statistics import spearman
-from pellucid.views.documents import column
 from pellucid.views.evidence import Evidence, agreement, top
+from pellucid.views.forms import column
 from pellucid.views.markup import number, percent
 from pellucid.views.page import Section
 from pellucid.views.question import Question

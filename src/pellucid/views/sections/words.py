@@ -13,8 +13,8 @@ from pellucid.errors import PellucidError
 from pellucid.results import Result
 from pellucid.statistics import spearman
 from pellucid.views.counterfactual import words_of
-from pellucid.views.documents import tokens
 from pellucid.views.evidence import Evidence
+from pellucid.views.forms import tokens
 from pellucid.views.markup import number, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import Question

@@ -1,7 +1,7 @@
 """Activations of a corpus on disk: safetensors shards and one small index, written as a stream, read by rows.
 
-A row is one real token of one prompt. Harvesting can be interrupted at any time: finished shards stay, and harvesting
-again into the same folder continues after the last prompt they hold.
+A row is one real token of one prompt. Storing can be interrupted at any time: finished shards stay, and storing the same
+texts again into the same folder continues after the last prompt they hold.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Corpus, Place, Row, batches, inputs
 from pellucid.engine.early import run_until
+from pellucid.engine.pausing import progress
+from pellucid.engine.run import Run
 from pellucid.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from pellucid.engine.run import Run
-    from pellucid.model import Model
+from pellucid.model import Model
 
 INDEX = "index.json"
 
@@ -47,10 +46,12 @@ class Index:
     digest: str
     dtype: str
     shards: list[Shard] = field(default_factory=list)
+    corpus: dict[str, Any] = field(default_factory=dict)  # how its texts were cut
+    place: dict[str, Any] = field(default_factory=dict)  # how far they were read
 
 
 class ActivationStore:
-    """A harvested folder: `store[site]` gives all rows, `store.rows(site, index)` some, `store.batches(site, n)` a stream.
+    """A folder of activations: `store[site]` gives all rows, `store.rows(site, index)` some, `store.batches(site, n)` a stream.
 
     Every site's rows are [rows, ...] with the dimensions of the site after batch and position; `tokens`, `prompts` and
     `positions` say where each row comes from.
@@ -134,9 +135,9 @@ class ActivationStore:
         return name
 
 
-def harvest(
+def store_activations(
     model: Model,
-    prompts: Sequence[str],
+    texts: Any,
     sites: Sequence[str | Site],
     path: str | Path,
     *,
@@ -144,45 +145,59 @@ def harvest(
     shard_rows: int = 20_000,
     dtype: torch.dtype = torch.float16,
     compute: torch.dtype | None = None,
-    progress: bool = True,
 ) -> ActivationStore:
-    """Run the prompts as far as the last of some sites (of one stack) and keep their activations for every real token.
+    """Run texts as far as the last of some sites (of one stack) and keep their activations for every real token.
 
-    They are stored as `dtype`; `compute` lets the model's products run in a smaller one (autocast), such as bfloat16.
-    InputError if the folder holds activations of other sites or of another model.
+    `texts` are read one a row (see `Corpus`, which also says what to do with long ones: here they are refused). Values are
+    stored as `dtype`; `compute` lets the model's products run in a smaller one (autocast), such as bfloat16. InputError if the
+    folder holds activations of other sites, another model, or of texts that did not begin like these.
     """
     names = [str(s) for pattern in sites for s in model.sites(pattern)]
-    index = _continue(Path(path), names, model.digest, str(dtype).removeprefix("torch."))
-    first = index.shards[-1].last if index.shards else 0
+    given = Corpus.of(texts, packed=False, long="refuse")
+    about = {"context": given.context, "packed": given.packed, "long": given.long, "batch": batch}
+    index = _continue(Path(path), Index(names, model.digest, str(dtype).removeprefix("torch."), corpus=about))
     pending: dict[str, list[Tensor]] = {}
-    held, start = 0, first
-    for at in tqdm(range(first, len(prompts), batch), unit="batch", disable=not progress):
-        chunk = list(prompts[at : at + batch])
+    held = 0
+
+    def keep(rows: list[Row]) -> None:
+        first = index.shards[-1].last if index.shards else 0
+        values = {name: torch.cat(parts) for name, parts in pending.items()}
+        index.place = asdict(rows[-1].place)
+        _write(Path(path), index, values, first, rows[-1].number + 1)
+        pending.clear()
+
+    rows: list[Row] = []
+    for rows in progress(batches(given.rows(model, after=Place(**index.place)), batch), "batches stored"):
         with torch.autocast(_device(model), compute, enabled=compute is not None):
-            run = run_until(model.anatomy, model.inputs(chunk), names)
-        for name, values in _rows(run, names, at, dtype).items():
+            run = run_until(model.anatomy, inputs(model, rows), names)
+        for name, values in _values(run, names, rows, dtype).items():
             pending.setdefault(name, []).append(values)
         held += len(pending["tokens"][-1])
-        done = at + len(chunk)
-        if held >= shard_rows or done == len(prompts):
-            _write(Path(path), index, {k: torch.cat(v) for k, v in pending.items()}, start, done)
-            pending, held, start = {}, 0, done
+        if held >= shard_rows:
+            keep(rows)
+            held = 0
+    if pending:
+        keep(rows)
+    if not index.shards:
+        raise InputError("there is no text whose activations could be stored: give some")
     return ActivationStore(path)
 
 
-def _continue(path: Path, names: list[str], digest: str, dtype: str) -> Index:
+def _continue(path: Path, new: Index) -> Index:
     if not (path / INDEX).exists():
         path.mkdir(parents=True, exist_ok=True)
-        return Index(names, digest, dtype)
+        return new
     index = ActivationStore(path).index
-    for what, old, new in (
-        ("sites", index.sites, names),
-        ("a model", index.digest, digest),
-        ("dtype", index.dtype, dtype),
+    for what, name in (
+        ("sites", "sites"),
+        ("a model", "digest"),
+        ("dtype", "dtype"),
+        ("ways to read a corpus", "corpus"),
     ):
-        if old != new:
+        before, now = getattr(index, name), getattr(new, name)
+        if before != now:
             raise InputError(
-                f"{str(path)!r} was harvested with other {what} ({old!r}, now {new!r}): use another folder"
+                f"{str(path)!r} was stored with other {what} ({before!r}, now {now!r}): use another folder"
             )
     return index
 
@@ -191,14 +206,14 @@ def _device(model: Model) -> str:
     return next((p.device.type for p in model.module.parameters()), "cpu")
 
 
-def _rows(run: Run, names: list[str], first: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _values(run: Run, names: list[str], rows: list[Row], dtype: torch.dtype) -> dict[str, Tensor]:
     stream = run.stream(Site.parse(names[0]))
     real = stream.mask.bool().cpu()
-    prompt, position = real.nonzero(as_tuple=True)
+    row, column = real.nonzero(as_tuple=True)
     out = {
         "tokens": stream.ids.cpu()[real],
-        "prompts": prompt + first,
-        "positions": position - stream.starts.cpu()[prompt],
+        "prompts": torch.tensor([r.number for r in rows])[row],
+        "positions": column - stream.starts.cpu()[row],
     }
     for name in names:
         values, _ = run.everywhere(Site.parse(name))

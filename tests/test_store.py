@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pellucid as pl
-from pellucid.engine.store import ActivationStore, harvest
 from pellucid.errors import InputError
+from pellucid.store import ActivationStore, store_activations
 from tests.zoo.tokenizer import tokenizer
 
 SITES = ["layers.*.resid_post", "layers.1.mlp.neurons", "layers.0.attn.z"]
@@ -31,7 +31,7 @@ def model() -> pl.Model:
 
 
 def test_rows_are_the_activations_of_single_runs(model, tmp_path):
-    store = harvest(model, PROMPTS, SITES, tmp_path, batch=3, shard_rows=5, dtype=torch.float32, progress=False)
+    store = store_activations(model, PROMPTS, SITES, tmp_path, batch=3, shard_rows=5, dtype=torch.float32)
     assert len(store.index.shards) > 1
     at = 0
     for i, prompt in enumerate(PROMPTS):
@@ -47,7 +47,7 @@ def test_rows_are_the_activations_of_single_runs(model, tmp_path):
 
 
 def test_batches_stream_every_row_once_and_in_order(model, tmp_path):
-    store = harvest(model, PROMPTS, SITES, tmp_path, batch=2, shard_rows=4, progress=False)
+    store = store_activations(model, PROMPTS, SITES, tmp_path, batch=2, shard_rows=4)
     site = store.sites[0]
     batches = list(store.batches(site, 5))
     assert all(len(b) == 5 for b in batches[:-1])
@@ -56,25 +56,42 @@ def test_batches_stream_every_row_once_and_in_order(model, tmp_path):
 
 
 def test_an_interrupted_harvest_continues_where_it_stopped(model, tmp_path):
-    class Stopping(list):
-        def __getitem__(self, key):
-            if isinstance(key, slice) and key.start >= 4:
-                raise KeyboardInterrupt
-            return super().__getitem__(key)
+    def stopping():
+        yield from PROMPTS[:5]
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        harvest(model, Stopping(PROMPTS), SITES, tmp_path / "a", batch=2, shard_rows=1, progress=False)
+        store_activations(model, stopping(), SITES, tmp_path / "a", batch=2, shard_rows=1)
     assert ActivationStore(tmp_path / "a").index.shards[-1].last == 4
-    resumed = harvest(model, PROMPTS, SITES, tmp_path / "a", batch=2, shard_rows=1, progress=False)
-    whole = harvest(model, PROMPTS, SITES, tmp_path / "b", batch=2, shard_rows=1, progress=False)
-    for site in whole.sites:
+    resumed = store_activations(model, PROMPTS, SITES, tmp_path / "a", batch=2, shard_rows=1)
+    whole = store_activations(model, PROMPTS, SITES, tmp_path / "b", batch=2, shard_rows=1)
+    assert resumed.index == whole.index
+    for site in [*whole.sites, "prompts", "positions"]:
         torch.testing.assert_close(resumed[site], whole[site])
+    done = store_activations(model, PROMPTS, SITES, tmp_path / "a", batch=2, shard_rows=1)
+    assert done.index == whole.index  # nothing is left to do
+    with pytest.raises(InputError, match="others than those that were read"):
+        store_activations(model, PROMPTS[::-1], SITES, tmp_path / "a", batch=2, shard_rows=1)
+    with pytest.raises(InputError, match="other ways to read a corpus"):
+        store_activations(model, pl.Corpus(PROMPTS, long="cut"), SITES, tmp_path / "a", batch=2, shard_rows=1)
+
+
+def test_long_texts_are_named_and_read_as_the_corpus_says(model, tmp_path):
+    texts = ["a b", "c d e f g h"]
+    with pytest.raises(InputError, match="text 1 of the corpus has 12 tokens, more than 8"):
+        store_activations(model, pl.Corpus(texts, context=8), SITES[:1], tmp_path / "a")
+    cut = store_activations(model, pl.Corpus(texts, context=8, long="cut"), SITES[:1], tmp_path / "b")
+    assert cut["prompts"].tolist() == [0] * 4 + [1] * 8
+    windows = store_activations(model, pl.Corpus(texts, context=8, long="windows"), SITES[:1], tmp_path / "c")
+    assert windows["prompts"].tolist() == [0] * 4 + [1] * 8 + [2] * 4
+    with pytest.raises(InputError, match="no text whose activations"):
+        store_activations(model, [""], SITES[:1], tmp_path / "d")
 
 
 def test_other_sites_other_folders_and_unknown_names_are_refused(model, tmp_path):
-    store = harvest(model, PROMPTS[:2], SITES, tmp_path, progress=False)
+    store = store_activations(model, PROMPTS[:2], SITES, tmp_path)
     with pytest.raises(InputError, match="other sites"):
-        harvest(model, PROMPTS, ["layers.0.mlp.out"], tmp_path, progress=False)
+        store_activations(model, PROMPTS, ["layers.0.mlp.out"], tmp_path)
     with pytest.raises(InputError, match="no activation store"):
         ActivationStore(tmp_path / "nowhere")
     with pytest.raises(InputError, match="does not hold"):
@@ -84,10 +101,8 @@ def test_other_sites_other_folders_and_unknown_names_are_refused(model, tmp_path
 
 
 def test_products_in_bfloat16_give_nearly_the_same_rows(model, tmp_path):
-    exact = harvest(model, PROMPTS, SITES[:1], tmp_path / "a", dtype=torch.float32, progress=False)
-    quick = harvest(
-        model, PROMPTS, SITES[:1], tmp_path / "b", dtype=torch.float32, compute=torch.bfloat16, progress=False
-    )
+    exact = store_activations(model, PROMPTS, SITES[:1], tmp_path / "a", dtype=torch.float32)
+    quick = store_activations(model, PROMPTS, SITES[:1], tmp_path / "b", dtype=torch.float32, compute=torch.bfloat16)
     for site in exact.sites:
         apart = (exact[site] - quick[site]).norm() / exact[site].norm()
         assert 0 < apart < 0.02
