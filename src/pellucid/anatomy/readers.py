@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy import dataflow as flow
-from pellucid.anatomy.residual import Residual
+from pellucid.anatomy.residual import Residual, mixes
 from pellucid.anatomy.structure import Reads, Tap
 from pellucid.anatomy.trace import Call, Op, Value, in_place, tensors
 
@@ -44,12 +44,16 @@ class Readers:
         why there are none.
         """
         for part, port in ports.items():
+            found: list[Reads] = []
             try:
-                self.reads[part] = tuple(self.made(part, *port))
+                found.extend(self.made(part, *port))
             except Unread as why:
                 self.unread[part] = str(why)
+            if found:
+                self.reads[part] = tuple(found)
         for name in self.r.contributions:
-            self.reads[name.removesuffix(".out")] = tuple(self.entries(name))
+            if entries := tuple(self.entries(name)):
+                self.reads[name.removesuffix(".out")] = entries
         return self.reads, self.unread
 
     # ---- the stream
@@ -66,6 +70,10 @@ class Readers:
         scaled = flow.factor(v.producer) if v.producer is not None else None
         behind = self.state(scaled[0]) if scaled is not None else None
         return None if behind is None or scaled is None else (*behind[:2], behind[2] * scaled[1])
+
+    def outside(self, value: Value) -> bool:
+        """Whether a value was made before the block (of another stack's residual, whatever happened to it)."""
+        return value.producer is None or value.producer.index < self.r.span.start
 
     def is_state(self, value: Value) -> bool:
         return value is self.r.resid or id(value) in self.r.stream or id(value) in self.ends
@@ -99,10 +107,14 @@ class Readers:
             found = _Replay(self, chains, x, tap, transposed).columns()
         except Unread:
             longer = [[*chains[0], call] for call in self.onward(chains[0][-1])] if len(chains) == 1 else []
-            if not longer:
+            try:
+                if not longer or part.endswith("neurons"):
+                    raise
+                found = _Replay(self, longer[:1], x, tap, transposed).columns()
+                chains = longer[:1]
+            except Unread:  # who reads is known, though not which column is whose
+                yield from (self.reader(chain, None) for chain in chains)
                 raise
-            chains = longer[:1]
-            found = _Replay(self, chains, x, tap, transposed).columns()
         single = part.endswith("neurons")
         pieces = [(c, piece) for c, own in zip(chains, found.owned, strict=True)
                   for piece in (own.split(1, 1) if single else [own])]  # fmt: skip
@@ -122,6 +134,8 @@ class Readers:
             if op is None or op.index in seen or op.index < self.r.span.start:
                 continue
             seen.add(op.index)
+            if mixes(op) and op.name not in ("pad", "tril") and self.depends(op.outputs[0]):
+                raise Unread("positions are mixed on the way from the projection")
             if not flow.is_linear(op) or not self.depends(op.outputs[0]):
                 queue.extend(op.inputs)
             elif op.call is None or op.call.children or op.call.input is None or op.call.output is None:
@@ -133,7 +147,7 @@ class Readers:
     def chain(self, call: Call) -> list[Call]:
         """The modules from the stream (or its norm) to this one, in order."""
         calls = [call]
-        while (given := calls[0].input) is not None and self.state(given) is None:
+        while (given := calls[0].input) is not None and not self.outside(given) and self.state(given) is None:
             before = next((c for c in given.made_by if _weighs(c) and c is not calls[0]), None)
             if before is None or len(calls) == FURTHER:
                 raise Unread("what is projected is no state of the residual stream: another projection or step before")
@@ -148,12 +162,11 @@ class Readers:
             if self.r.inside(c) and c.input is made and c.output not in (None, made) and _weighs(c):
                 yield c
 
-    def reader(self, chain: list[Call], columns: Tensor) -> Reads:
+    def reader(self, chain: list[Call], columns: Tensor | None) -> Reads:
         given, made = chain[0].input, chain[-1].output
         assert given is not None
         assert made is not None
-        found = self.state(given)
-        assert found is not None
+        found = self.state(given) or (given, None, 1.0)
         stream, taps = (
             self.stream_tap(found[0]),
             (self.r.tap(given, chain[0], "in"), self.r.tap(made, chain[-1], "out")),

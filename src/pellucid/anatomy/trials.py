@@ -6,7 +6,7 @@ Proofs that compare what one untouched pass shows are in `proofs.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -134,48 +134,49 @@ def position_wise(prover: Prover) -> Check:
 def reads(prover: Prover) -> Check:
     """Changed columns of a projection change the head or neuron they belong to, and no other.
 
-    One unit in every row of the batch, in all blocks at once: what the projections of a block read is put back first.
+    One unit in every row of the batch, in all blocks at once: what projections read, and what is made of it, is put back.
     """
     generator = torch.Generator().manual_seed(0)
     kept: dict[Tap, Tensor] = {}
     changes: dict[Tap, list[Tensor]] = {}
-    every = [(b, part, r) for _, b in prover.blocks for part, found in b.reads.items() for r in found if part in b.taps]
-    every = [(b, part, r) for b, part, r in every if r.columns is not None]
-    for b, _, r in every:
-        assert r.columns is not None
-        rows = [r.columns[(b.index + row) % len(r.columns)] for row in range(prover.batch)]
-        changes.setdefault(r.tap, []).append(torch.stack(rows))
+    given: set[Any] = {b.taps["resid_pre"] for _, b in prover.blocks if "resid_pre" in b.taps}
+    first: dict[Tap, int] = {}  # where a unit is met -> the first unit changed there (a block may be in two stacks)
+    for _, b in prover.blocks:
+        for part, found in b.reads.items():
+            if found[0].columns is None or b.taps[part] in first:
+                continue
+            first[b.taps[part]] = b.index
+            for r in found:
+                assert r.columns is not None
+                rows = [r.columns[(b.index + row) % len(r.columns)] for row in range(prover.batch)]
+                changes.setdefault(r.tap, []).append(torch.stack(rows))
+                given |= {r.given} - {None}
 
-    def back(tap: Tap) -> Handler:
-        return lambda x: prover.values[tap].to(x)
+    def back(tap: Tap, show: Handler = lambda x: None) -> Handler:  # nothing that is changed goes any further
+        return lambda x: (show(x), prover.values[tap].to(x))[1]
 
     def damage(owned: list[Tensor]) -> Handler:
         def handler(x: Tensor) -> Tensor:
             changed, large = x.clone(), 3 * max(size(x), 1.0)
             for row, columns in ((row, own[row]) for own in owned for row in range(len(x))):
-                noise = large * (1 + torch.rand(len(columns), generator=generator)).to(
-                    x
-                )  # a norm must not take it away
+                noise = large * (1 + torch.rand(len(columns), generator=generator)).to(x)  # no norm takes it away
                 changed[row][..., columns.to(x.device)] += noise if row % 2 == 0 else -noise
             return changed
 
         return handler
 
-    met = {b.taps[part] for b, part, _ in every}
-    handlers = {r.given: back(r.given) for _, _, r in every if r.given is not None}
-    handlers |= {tap: damage(owned) for tap, owned in changes.items()} | {tap: keeper(kept, tap) for tap in met}
+    handlers = {tap: back(tap) for tap in given} | {tap: damage(owned) for tap, owned in changes.items()}
+    handlers |= {tap: back(tap, keeper(kept, tap)) for tap in first}
     if handlers:
         passing(prover, handlers)
 
     def check(_: Stack, block: Block) -> Verdicts:
-        for part in (p for p in block.reads if p in block.taps):
-            now, before = kept[block.taps[part]], prover.values[block.taps[part]]
-            change = (
-                ((now - before).abs() / size(now)).flatten(3).amax((1, 3))
-                if now.ndim > 3
-                else (now - before).abs().amax(1) / size(now)
-            )
-            rows, units = torch.arange(len(change)), (block.index + torch.arange(len(change))) % change.shape[1]
+        for part in (p for p, found in block.reads.items() if p in block.taps and found[0].columns is not None):
+            tap = block.taps[part]
+            change = ((kept[tap] - prover.values[tap]).abs() / size(kept[tap])).amax(1)
+            change = change.flatten(2).amax(2) if change.ndim > 2 else change  # [row, unit]
+            rows = torch.arange(len(change))
+            units = (first[tap] + rows) % change.shape[1]
             own = change[rows, units].clone()
             change[rows, units] = 0.0
             yield part, float(change.max()) if float(own.max()) > prover.tolerance else "changed columns change nothing"

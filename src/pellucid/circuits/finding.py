@@ -211,7 +211,7 @@ def _tables(model: Model, stacks: tuple[Stack, ...]) -> dict[str, str]:
     tables = {n: Tap(n, "out", PLAIN) for n, m in model.module.named_modules() if isinstance(m, nn.Embedding)}
     resid = stacks[0].blocks[0].taps["resid_pre"]
     met, _ = tapped(model.module, {resid, *tables.values()}, 2, lambda: model.module(**model.anatomy.inputs))
-    made = {n: met[t] for n, t in tables.items() if t in met}
+    made = {t.module: x for t, x in met.items() if t != resid}  # in the order they are looked up
     total = sum(made.values()) if made else None
     fits = isinstance(total, Tensor) and resid in met
     if len(made) < 2 or not fits or not torch.allclose(total.expand_as(met[resid]), met[resid], atol=1e-5):  # type: ignore[union-attr]

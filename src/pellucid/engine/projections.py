@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Attention, Block, Linear, Reads, Tap
+from pellucid.anatomy.trace import results
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler
 from pellucid.engine.alone import Alone, within
@@ -75,7 +76,8 @@ class Probe:
         name = reads.norm or next(norms, "")  # in a post-norm block the stream itself is what a norm made
         if not name:
             return None
-        found = freeze(self.alone.anatomy.module.get_submodule(name), self.resid)
+        module = self.alone.anatomy.module.get_submodule(name)
+        found = freeze(lambda x: next(made for _, made in results(module(x))), self.resid)
         if found is None:
             raise Refused(f"{name!r} cannot be folded: it is not a gain times the input over its size")
         return replace(found, gain=found.gain * reads.scale, offset=found.offset * reads.scale)
@@ -317,6 +319,8 @@ class NeuronWeights:
     @cached_property
     def _columns(self) -> dict[str, tuple[str, int]]:
         readers = [(_name(r), int(r.columns[self.index, 0])) for r in self.mlp.readers if r.columns is not None]
+        if not readers:
+            raise Refused("the neurons of this model are not each made from one or two features of what reads the stream")
         alone = len({name for name, _ in readers}) == len(readers)
         return {name if alone else f"{name}.{column}": (name, column) for name, column in readers}
 

@@ -83,7 +83,7 @@ def input_weights(model: Model, site: str) -> Tensor:
     (where,) = model.sites(site)
     mlp, block = _mlp(model, where)
     reads = block.reads.get(f"{mlp.part}.neurons", ())
-    if not reads or any(len(r.modules) > 1 for r in reads):
+    if not reads or any(len(r.modules) > 1 or r.columns is None for r in reads):
         why = block.unread.get(f"{mlp.part}.neurons", "there is a bottleneck before them")
         raise Refused(f"no linear modules are known that feed {site!r} neuron by neuron: {why}")
     maps = ((r.columns, linear_map(model.module.get_submodule(r.modules[0]), r.width)[0].float()) for r in reads)
