@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = gpt2()
     ids, other = torch.randint(0, 50257, (2, 8, 15), generator=torch.Generator().manual_seed(0))
-    quiet: dict[str, Any] = {"metric": METRIC, "progress": False}
+    quiet: dict[str, Any] = {"metric": METRIC}
 
     def forward(x: torch.Tensor) -> Callable[[], None]:
         def plain() -> None:

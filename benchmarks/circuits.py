@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import pellucid as pl
 from benchmarks.clock import beside, cpu
 from pellucid import circuits
-from pellucid.circuits.question import ask
+from pellucid.causal.contrast import ask
 from tests.zoo.tokenizer import tokenizer
 
 METRIC = pl.metrics.logit_difference(100, 200)
@@ -32,7 +32,7 @@ def gpt2(**config: int) -> pl.Model:
 def attribution(repetitions: int) -> None:
     model = gpt2()
     ids, other = torch.randint(0, 50257, (2, 8, 15))
-    same: dict[str, Any] = {"ablation": "resample", "reference": other}
+    same: dict[str, Any] = {"how": "resample", "reference": other}
 
     def plain() -> None:
         logits = model.module(ids).logits
@@ -53,7 +53,7 @@ def attribution(repetitions: int) -> None:
     start = cpu(plain)
     spent = cpu(lambda: mask.__setattr__("grad", torch.autograd.grad(runner.scores(mask).mean(), mask)[0]))
     assert mask.grad is not None
-    gap = float((found.tensor - mask.grad * found.graph.possible).abs().max())
+    gap = float((found.tensor + mask.grad * found.graph.possible).abs().max())
     print(
         f"{'naive, split q k v':20s} {spent / start:6.2f}    largest difference {gap:.1e} "
         f"(scores up to {float(found.tensor.abs().max()):.2g})"
@@ -70,10 +70,10 @@ def cutting() -> None:
     for batch in (1, 8):
         for threshold in (1e-4, 1e-3, 1e-2, 1e-1):
             found = circuits.acdc(
-                model, ids, METRIC, threshold=threshold, ablation="resample", reference=other, batch=batch
+                model, ids, METRIC, threshold=threshold, how="resample", reference=other, batch=batch
             )
             print(
-                f"  batch {batch}, threshold {threshold:g}: {found.provenance.arguments['forwards']:6.1f}, "
+                f"  batch {batch}, threshold {threshold:g}: {found.attrs['forwards']:6.1f}, "
                 f"{len(found)} edges left",
                 flush=True,
             )
@@ -105,7 +105,7 @@ def edges(repetitions: int, n: int = 64) -> None:
     with torch.no_grad():
         cost = beside(
             lambda: model.module(ids),
-            lambda: circuits.exact_patching(model, ids, METRIC, ablation="resample", reference=other, edges=names),
+            lambda: circuits.exact_patching(model, ids, METRIC, how="resample", reference=other, edges=names),
             repetitions,
         )
     print(f"exact patching of {n} edges drawn at random: {cost[0] / n:.2f} plain forwards each")

@@ -42,7 +42,7 @@ def main() -> None:
         model.module.requires_grad_(True)
 
     def work() -> None:
-        knowledge_attribution(model, ids, 100, steps=STEPS, progress=False)
+        knowledge_attribution(model, ids, 100, steps=STEPS)
 
     for name, pass_ in {"forward and backward": plain, "the same, parameters frozen": frozen}.items():
         print(f"{name:30s}{beside(pass_, work, options.repetitions)}", flush=True)

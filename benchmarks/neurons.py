@@ -18,8 +18,8 @@ import torch
 
 import pellucid as pl
 from benchmarks.clock import cpu
+from pellucid.corpus import Corpus, by_length, inputs
 from pellucid.neurons import harvest
-from pellucid.neurons.corpus import batches, inputs_of, read
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from scripts.demo_model import smollm2
@@ -35,16 +35,17 @@ def main() -> None:
     torch.set_num_threads(1)
     model = pl.load(str(smollm2()))
     texts = _texts(options.data)
-    prepared = [inputs_of(model, group) for group in batches(list(read(model, texts, 256)), BATCH)]
-    tokens = sum(int(inputs.stream("").mask.sum()) for inputs in prepared)
+    rows = list(Corpus(texts, context=256, packed=False, long="windows").rows(model))
+    prepared = [inputs(model, group) for group in by_length(rows, BATCH)]
+    tokens = sum(len(row.ids) for row in rows)
 
     def plain(**forward: int) -> None:
         with torch.no_grad():
-            for inputs in prepared:
-                model.module(**inputs.tensors, **forward)
+            for given in prepared:
+                model.module(**given.tensors, **forward)
 
     def gather(*more: str) -> None:
-        harvest(model, texts, ["layers.*.mlp.neurons", *more], batch=BATCH, progress=False)
+        harvest(model, texts, ["layers.*.mlp.neurons", *more], batch_tokens=BATCH)
 
     works = {
         "without logits": lambda: plain(logits_to_keep=1),

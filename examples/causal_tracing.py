@@ -65,7 +65,7 @@ def curve(result: Result) -> str:
 def the_tower(model: Model, subjects: tuple[str, ...], samples: int) -> None:
     for i, subject in enumerate(subjects):
         parts = ("mlp.out", "attn.out") if i else ("resid_post", "mlp.out", "attn.out")
-        result = tracing(model, PROMPT, ANSWER, subject=subject, samples=samples, parts=parts)
+        result = tracing(model, PROMPT, ANSWER, subject=subject, draws=samples, parts=parts)
         numbers = (result["clean"].item(), result["corrupted"].item(), result["total_effect"].item())
         print(f"subject {subject!r}: p({ANSWER!r}) clean {numbers[0]:.3f}, corrupted {numbers[1]:.3f}, "
               f"total effect {numbers[2]:.3f}")  # fmt: skip
@@ -78,7 +78,7 @@ def the_tower(model: Model, subjects: tuple[str, ...], samples: int) -> None:
             peak = int(np.where(inside, effect.max("layer"), -np.inf).argmax())
             last = len(inside) - 1
             for part, at in (("mlp.out", None), ("mlp.out", peak), ("attn.out", last)):
-                print(curve(window_curve(model, PROMPT, ANSWER, subject=subject, part=part, at=at, samples=samples)))
+                print(curve(window_curve(model, PROMPT, ANSWER, subject=subject, part=part, positions=at, draws=samples)))
             print()
 
 
@@ -120,7 +120,7 @@ def average(model: Model, known: list[Fact], n: int, samples: int, keep: Path | 
         print(f"  {prompt.replace(subject, f'[{subject}]', 1)}{answer}")
     prompts, subjects, answers = (list(column) for column in zip(*facts, strict=True))
     files = [None if keep is None else Path(f"{keep}.{name}") for name in ("trace", "mlp", "attention")]
-    result = tracing(model, prompts, answers, subject=subjects, samples=samples, parts=("mlp.out", "attn.out"),
+    result = tracing(model, prompts, answers, subject=subjects, draws=samples, parts=("mlp.out", "attn.out"),
                      reference=reference, checkpoint=files[0])  # fmt: skip
     ends = [result[name].item() for name in ("total_effect", "total_low", "total_high")]
     print("clean {:.3f}, corrupted {:.3f}, total effect {:.3f} [{:.3f}, {:.3f}]".format(
@@ -131,7 +131,7 @@ def average(model: Model, known: list[Fact], n: int, samples: int, keep: Path | 
         for role in result.role.values:
             print("  " + of_role(result, part, str(role)))
     for part, at, path in (("mlp.out", None, files[1]), ("attn.out", -1, files[2])):
-        print(curve(window_curve(model, prompts, answers, subject=subjects, part=part, at=at, samples=samples,
+        print(curve(window_curve(model, prompts, answers, subject=subjects, part=part, positions=at, draws=samples,
                                  reference=reference, windows=(1, 3, 5, 10, 15), checkpoint=path)))  # fmt: skip
 
 

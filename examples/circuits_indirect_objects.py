@@ -49,8 +49,8 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
     print(f"found on {len(known)} prompts such as {known.clean[0]!r}")
     print(f"judged on {len(held_out)} prompts such as {held_out.clean[0]!r}", flush=True)
 
-    scores = circuits.edge_attribution(model, known, ablation="resample", method="eap-ig-inputs")
-    curve = circuits.faithfulness_curve(model, scores, known, ablation="resample", sizes=SIZES)
+    scores = circuits.edge_attribution(model, known, how="resample", method="eap-ig-inputs")
+    curve = circuits.faithfulness_curve(model, scores, known, how="resample", sizes=SIZES)
     size = next((float(s) for s, f in zip(SIZES, curve.sized.values, strict=True) if f >= 0.9), SIZES[-1])
     circuit = scores.circuit(fraction=size).pruned()
     print(
@@ -58,7 +58,7 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
         flush=True,
     )
 
-    held = circuits.faithfulness_curve(model, scores, held_out, ablation="resample", sizes=SIZES)
+    held = circuits.faithfulness_curve(model, scores, held_out, how="resample", sizes=SIZES)
     print("size:        " + "  ".join(f"{s:7.2%}" for s in SIZES))
     for name in ("sized", "signed", "random"):
         print(f"f, {name:8s}  " + "  ".join(f"{f:7.3f}" for f in held[name].values))
@@ -80,7 +80,7 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
 
     classes = by_role(circuit, table)
     verdict = circuits.judge(
-        model, circuit, held_out[:JUDGED], ablation="resample", classes=classes, samples=8, greedy=3, screen=6
+        model, circuit, held_out[:JUDGED], how="resample", classes=classes, draws=8, greedy=3, screen=6
     )
     show(verdict)
     drawing = circuits.draw(circuit, title="Indirect objects in SmolLM2-135M")

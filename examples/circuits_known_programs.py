@@ -67,7 +67,7 @@ def study(ref: ModuleType, program: Any, ablation: str, lengths: list[int], size
         inputs, other_inputs = (asked(ref, program, model, x) for x in (ids, other))
         with torch.no_grad():
             clean = module(**inputs.tensors).logits
-        same: dict[str, Any] = {"ablation": ablation, "reference": other_inputs, "split": circuits.Split("parts")}
+        same: dict[str, Any] = {"how": ablation, "reference": other_inputs, "split": circuits.Split("parts")}
 
         def gap(logits: Tensor, clean: Tensor = clean) -> Tensor:
             return -(logits - clean)[:, 1:].abs().amax((1, 2))  # position 0 is not read

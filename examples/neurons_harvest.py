@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 import pellucid as pl
-from pellucid.neurons import Harvest, apart, harvest, neuron_page, neuron_selectivity
-from pellucid.neurons.corpus import where
+from pellucid.neurons import Harvest, harvest, neuron_page, neuron_selectivity
+from pellucid.neurons.contexts import apart
+from pellucid.neurons.shelf import where
 from pellucid.probing import Treebank
 from pellucid.views import save_html
 
@@ -72,9 +73,7 @@ def three(model: pl.Model, found: Harvest, dev: Treebank) -> Iterator[Any]:
         taken.add(word)
         labels = [word if form.form.lower() == word else "other" for s in dev.sentences for form in s.words]
         spans = dev.spans
-        told = neuron_selectivity(model, spans.texts, spans.where, labels, unit, permutations=200).data.sel(
-            concept=word
-        )
+        told = neuron_selectivity(model, spans.texts, spans.where, labels, unit, draws=200).data.sel(concept=word)
         print(
             f"\n{unit}: {100 * share:.0f} % of its {found.plan.top} largest activations are on {word!r}, which is {share_of(dev, word):.1f} % of words"
         )
@@ -136,7 +135,7 @@ def parts_of_speech(model: pl.Model, bank: Treebank) -> Any:
     kept = np.flatnonzero(np.isin(labels, frequent))
     spans = bank.spans
     places = [spans.where[i] for i in kept]
-    found = neuron_selectivity(model, spans.texts, places, labels[kept].tolist(), permutations=100)
+    found = neuron_selectivity(model, spans.texts, places, labels[kept].tolist(), draws=100)
     data = found.data
     print(f"\n{len(places)} words, {data.sizes['unit']} neurons: {time.process_time() - start:.0f} s CPU")
     print("tag       words  best neuron                  AUROC  on other texts           F1   shuffled  p < .05")

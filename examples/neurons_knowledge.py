@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 
 import pellucid as pl
 from pellucid.metrics import probability, rank
-from pellucid.neurons import chosen, knowledge_attribution, knowledge_effect, knowledge_neurons
+from pellucid.neurons import knowledge_attribution, knowledge_effect, knowledge_neurons
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks.tokens import answer_ids
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -126,7 +127,7 @@ def others(kept: list[tuple[Fact, list[str]]], number: int, every: Sequence[Fact
 
 
 def attributed(model: pl.Model, fact: Fact, wordings: Sequence[str]) -> Result:
-    return joined([knowledge_attribution(model, w, fact.answer, progress=False) for w in wordings])
+    return joined([knowledge_attribution(model, w, fact.answer) for w in wordings])
 
 
 def joined(each: Sequence[Result]) -> Result:
@@ -156,7 +157,7 @@ def main() -> None:
         far = far or [i for i in range(len(kept)) if i != number]
         unrelated, against = far[:UNRELATED], far[UNRELATED:] + near
         contrast = joined([attributions[i] for i in against]) if against else None
-        neurons = chosen(knowledge_neurons(attributions[number], against=contrast))
+        neurons = knowledge_neurons(attributions[number], others=contrast).neurons.values.tolist()
         if not neurons:
             print(
                 f"{fact.relation[:22]:22s} {wordings[0][-44:]:>44s}{fact.answer:12s} none that other facts do not have"
@@ -167,19 +168,16 @@ def main() -> None:
             "other wording": (wordings[-1], fact.answer),
             "unrelated": ([kept[i][1][0] for i in unrelated], [kept[i][0].answer for i in unrelated]),
         }
-        effects = {
-            w: knowledge_effect(model, p, a, neurons, seed=number, progress=False).data for w, (p, a) in asked.items()
-        }
+        effects = {w: knowledge_effect(model, p, a, neurons, seed=number).data for w, (p, a) in asked.items()}
         rows.append({w: e.effect.values for w, e in effects.items()})
         off = effects["fact"].effect.sel(factor=0.0)
         print(f"{fact.relation[:22]:22s} {wordings[0][-44:]:>44s}{fact.answer:12s} {neurons}  off {float(off.sel(group='neurons')):+.2f} "
               f"random {float(off.sel(group='random')):+.2f} most active {float(off.sel(group='most active')):+.2f}", flush=True)  # fmt: skip
 
     print(f"\nchange of the log-odds (nats), mean over {len(rows)} facts with 95 % bootstrap intervals")
-    draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     for where in ("fact", "other wording", "unrelated"):
         values = np.stack([row[where] for row in rows])  # [fact, group, factor]
-        low, high = np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0)
+        low, high = interval(values)
         for f, factor in enumerate(("suppressed", "amplified")):
             shown = [
                 f"{g} {values[:, i, f].mean():+.2f} [{low[i, f]:+.2f}, {high[i, f]:+.2f}]"

@@ -38,14 +38,14 @@ from pellucid.neurons import (
     activating_inputs,
     compositional,
     describe,
-    fires,
     harvest,
     random_directions,
     read_contexts,
     score_descriptions,
     unit_clusters,
 )
-from pellucid.neurons.corpus import where
+from pellucid.neurons.compositional import firings
+from pellucid.neurons.shelf import where
 from pellucid.probing import Treebank
 from pellucid.results import Result
 from pellucid.tasks.tokens import covering, encode
@@ -63,12 +63,12 @@ def named(model: pl.Model, found: Harvest, each: int) -> list[UnitContexts]:
     neurons = [f"layers.{layer}.mlp.neurons.{n}" for layer in LAYERS for n in rng.permutation(1536)[:each]]
     random = [f"random {layer}.{n}" for layer in LAYERS for n in range(each // 2)]
     contexts = read_contexts(model, found, [*neurons, *random])
-    said = describe(contexts, progress=False)
+    said = describe(contexts)
     n = len(neurons)
-    own = score_descriptions(contexts[:n], said[:n], progress=False)
+    own = score_descriptions(contexts[:n], said[:n])
     for title, scores in (
         (f"{n} neurons, described by counting", own),
-        (f"{len(random)} random directions, likewise", score_descriptions(contexts[n:], said[n:], progress=False)),
+        (f"{len(random)} random directions, likewise", score_descriptions(contexts[n:], said[n:])),
     ):
         table(title, scores)
     for layer in LAYERS:
@@ -94,16 +94,16 @@ def table(title: str, scores: Result) -> None:
 def by_model(model: pl.Model, contexts: list[UnitContexts], judge: bool) -> None:
     """SmolLM2 as explainer, judged by its words; and as a judge of descriptions by counting."""
     for shown in (0, 8):
-        said = describe(contexts, ModelExplainer(model, contexts=shown), progress=False)
+        said = describe(contexts, ModelExplainer(model, contexts=shown))
         title = f"{len(contexts)} of the best described neurons, described by SmolLM2 from words and {shown} contexts"
-        table(title, score_descriptions(contexts, said, progress=False))
+        table(title, score_descriptions(contexts, said))
         for unit, description in list(zip(contexts, said, strict=True))[:4]:
             print(f"  {unit.unit:28s} {description.text[:100]}")
     if judge:
         few = contexts[:6]
-        counted: list[Description] = describe(few, progress=False)
+        counted: list[Description] = describe(few)
         tests = ("detection", "fuzzing")
-        scores = score_descriptions(few, counted, ModelJudge(model), others=1, tests=tests, progress=False)
+        scores = score_descriptions(few, counted, ModelJudge(model), draws=1, tests=tests)
         table("6 of them, described by counting, with SmolLM2 as judge", scores)
 
 
@@ -154,16 +154,16 @@ def explained(model: pl.Model, found: Harvest, bank: Treebank) -> None:
     )
     for layer in LAYERS:
         site, began = f"layers.{layer}.mlp.neurons", time.process_time()
-        firing = fires(found.sample(site)[1].numpy()[order], 0.05)
+        active = found.sample(site)[1].numpy()[order]
         made = compositional(
-            firing, concepts, groups=prompt, beam=beam, units=[f"{site}.{n}" for n in range(1536)], progress=False
+            active, concepts, quantile=0.95, groups=prompt, beam=beam, units=[f"{site}.{n}" for n in range(1536)]
         ).data
         spent = time.process_time() - began
         bound = float(made.control_held_out.quantile(0.99))
         print(f"  layer {layer:2d}: IoU {float(made.iou.mean()):.3f}, held out {float(made.held_out.mean()):.3f}; shifted "
               f"{float(made.control.mean()):.3f}, held out {float(made.control_held_out.mean()):.3f}; "
               f"{float((made.low > bound).mean()):.0%} of neurons surely above 99 % of the shifted ones "
-              f"({2 * firing.shape[1] * len(concepts.names) / spent:.0f} concepts x neurons a second)", flush=True)  # fmt: skip
+              f"({2 * active.shape[1] * len(concepts.names) / spent:.0f} concepts x neurons a second)", flush=True)  # fmt: skip
         for i in np.argsort(-made.held_out.values)[:3]:
             row = made.isel(unit=int(i))
             print(
@@ -172,7 +172,7 @@ def explained(model: pl.Model, found: Harvest, bank: Treebank) -> None:
     half = Concepts(concepts.names, concepts.masks[::2])  # as many tokens as are searched on above
     began = time.process_time()
     for n in range(3):
-        one_by_one(firing[::2, n], half, beam)
+        one_by_one(firings(active, 0.95)[::2, n], half, beam)
     speed = 3 * len(concepts.names) / (time.process_time() - began)
     print(f"  one neuron and one formula at a time: {speed:.0f} concepts x neurons a second")
 
@@ -191,8 +191,8 @@ def searched(model: pl.Model, units: list[str], texts: list[str]) -> None:
     print("\ninputs of 8 tokens: activation found, against blind exchanges, random texts (as many evaluations), corpus")
     for unit in units:
         for fluency in (0.0, 0.5):
-            made = activating_inputs(model, unit, length=8, steps=16, restarts=2, fluency=fluency, corpus=texts,
-                                     exchanges=Exchanges(trials=24), progress=False)  # fmt: skip
+            made = activating_inputs(model, unit, length=8, steps=16, restarts=2, fluency=fluency, texts=texts,
+                                     exchanges=Exchanges(trials=24))  # fmt: skip
             at = made.data.isel(restart=0)
             controls = ", ".join(
                 f"{name} {float(made.control_activation.sel(control=name)):.2f}" for name in made.control.values
@@ -223,7 +223,7 @@ def main() -> None:
         random_directions(model, site, options.neurons // 2, seed=layer, name=f"random {layer}")
         for layer, site in zip(LAYERS, sites, strict=True)
     ]
-    found = harvest(model, texts, [*sites, *directions], top=40, sample=SAMPLE, skip=1, progress=False)
+    found = harvest(model, texts, [*sites, *directions], top=40, sample=SAMPLE, skip=1)
     print(f"{found.count} tokens of {len(texts)} sentences, layers {LAYERS}")
     spent("harvest")
     best = named(model, found, options.neurons)

@@ -1,6 +1,6 @@
 """When do features share dimensions, and how crowded is a real model?
 
-Trains Elhage et al.'s toy model in many copies at once and prints its known pictures: the figures that sparse features
+Trains Elhage et al.'s toy model from many starts at once and prints its known pictures: the figures that sparse features
 form (digons, 1/2 of a dimension each, and a pentagon, 2/5), the phase change of a second feature in
 one dimension, and the sticky 1/2 of many features. Then: do SmolLM2's neurons write in more crowded directions than
 chance? Run it as
@@ -27,11 +27,9 @@ FIGURES = [(3, 2), (4, 2), (5, 2), (6, 3), (8, 3)]  # features, hidden
 
 
 def figures(steps: int) -> None:
-    print("share of a dimension that each feature is given, sparsity .97, the best of 5 copies")
+    print("share of a dimension that each feature is given, sparsity .97, the best of 5 restarts")
     for features, hidden in FIGURES:
-        found = toy_model(
-            0.97, features=features, hidden=hidden, copies=5, steps=steps, learning_rate=5e-3, progress=False
-        )
+        found = toy_model(0.97, features=features, hidden=hidden, restarts=5, steps=steps, learning_rate=5e-3)
         at = int(found.loss.values[0].argmin())
         shares = " ".join(f"{v:.2f}" for v in found.dimensionality.values[0, at])
         print(f"  {features} features in {hidden} dimensions: {shares}; loss {float(found.loss[0, at]):.4f}, without "
@@ -44,8 +42,7 @@ def phases(steps: int) -> None:
     print("  importance of the second    " + "".join(f"{s:>7}" for s in sparsities) + "   sparsity")
     for importance in (0.1, 0.3, 0.7, 1.0, 1.5, 3.0):
         found = toy_model(
-            sparsities, features=2, hidden=1, importance=[1.0, importance], copies=6, steps=steps, learning_rate=5e-3,
-            progress=False,
+            sparsities, features=2, hidden=1, importance=[1.0, importance], restarts=6, steps=steps, learning_rate=5e-3,
         )  # fmt: skip
         marks = []
         for i in range(len(sparsities)):
@@ -57,7 +54,7 @@ def phases(steps: int) -> None:
 def plateau(steps: int) -> None:
     print("60 features in 10 dimensions: dimensions per feature kept (10 / sum of |W_i|^2), and the shares' quartiles")
     sparsities = [0.0, 0.5, 0.8, 0.9, 0.95, 0.98]
-    found = toy_model(sparsities, features=60, hidden=10, steps=steps, learning_rate=5e-3, progress=False)
+    found = toy_model(sparsities, features=60, hidden=10, steps=steps, learning_rate=5e-3)
     for i, sparsity in enumerate(sparsities):
         kept = found.norm.values[i, 0] > 0.5
         quartiles = np.quantile(found.dimensionality.values[i, 0][kept], [0.25, 0.5, 0.75])

@@ -129,7 +129,7 @@ class Corpus:
             raise InputError(f"the corpus ends after {number + 1} texts; {place.texts} of it were read before")
 
     def _context(self, model: Model, packed: bool) -> int:
-        limit = _limit(model)
+        limit = longest(model)
         context = self.context or (min(CONTEXT, limit) if packed else limit)
         if context > limit:
             raise InputError(
@@ -231,7 +231,7 @@ class _Frame:
         return body if not body or (self.end and body[-len(self.end) :] == self.end) else body + self.end
 
 
-def _limit(model: Model) -> int:
+def longest(model: Model) -> int:
     """How many tokens the model holds, where its config says so."""
     config = model.module.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Real
 
 
 class PellucidError(ValueError):
@@ -24,6 +25,18 @@ class Refused(PellucidError):
 
 class InputError(PellucidError):
     """A prompt, token, target or other argument is not usable."""
+
+
+def at_least(least: float, **numbers: float) -> None:
+    """InputError that names the first number which is smaller (or none).
+
+    >>> at_least(1, steps=20, draws=0)
+    Traceback (most recent call last):
+    pellucid.errors.InputError: draws=0: expected at least 1
+    """
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or not value >= least:
+            raise InputError(f"{name}={value!r}: expected at least {least}")
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
-from pellucid.engine.binding import bound
+from pellucid.changed import Change, applied, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated, generate, left_padded
@@ -22,6 +19,7 @@ from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
+from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
@@ -55,10 +53,11 @@ class Model:
     The module is the user's own and is left as it was.
     """
 
-    def __init__(self, loaded: Loaded, probe: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, loaded: Loaded, probe: Mapping[str, Any] | None = None, known: Anatomy | None = None) -> None:
         self.loaded = loaded
-        self.module, self.tokenizer, self.name = loaded.module, loaded.tokenizer, loaded.name
-        self.anatomy: Anatomy = open_module(self.module, probe)
+        self.module, self.tokenizer = loaded.module, loaded.tokenizer
+        self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
+        self.anatomy: Anatomy = open_module(self.module, probe, known)
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
         self._padding = Padding(self.anatomy)
         self._stacks: dict[str, Components] = {}
@@ -66,7 +65,7 @@ class Model:
     @property
     def named(self) -> bool:
         """Whether it can be opened again by its name; a module in memory cannot."""
-        return self.name != type(self.module).__name__
+        return self.loaded.name != type(self.module).__name__
 
     @property
     def digest(self) -> str:
@@ -78,6 +77,20 @@ class Model:
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
         return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+
+    # ---- changed weights
+
+    def changed(self, changes: Change | Iterable[Change]) -> Model:
+        """This model with changes (`pellucid.changed`), as a model of its own that shares every untouched tensor.
+
+        This one keeps every bit, so it is the undo. The map is found and proven anew where it was touched; a proof that
+        fails is named by the new model. InputError or Refused for a change that cannot be made. Of no changes: a twin.
+        """
+        changes = (changes,) if isinstance(changes, Change) else tuple(changes)
+        loaded = self.loaded.twin(applied(self.module, changes), changes)
+        model = Model(loaded, self.anatomy.inputs, self.anatomy)
+        model.opened = self.opened
+        return model
 
     # ---- components as sub-models
 
@@ -144,7 +157,7 @@ class Model:
             self.anatomy,
             inputs,
             keep,
-            self.bound(edits),
+            self.resolved(edits),
             None if metric is None else lambda run: self.score(run, metric),
         )
 
@@ -166,7 +179,7 @@ class Model:
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
         inputs = self._padding.fit(left_padded(inputs))
         return generate(
-            self.anatomy, self.tokenizer, inputs, self.bound(edits), max_new_tokens, temperature, seed, use_cache
+            self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
 
     def plan(
@@ -184,11 +197,11 @@ class Model:
         """How a sweep would be run: `plan.explain()` gives its cost in forward passes, `plan.run()` runs it.
 
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
-        interrupted sweep continues; `executor` forces one of `pellucid.engine.sweep.RUNGS`.
+        interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
-        ready = iter(self.bound([e for v in flat for e in v]))
+        ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
 
@@ -207,9 +220,9 @@ class Model:
         """
         return self.plan(prompt, variants, metric, **options).run(progress)
 
-    def bound(self, edits: Sequence[Edit]) -> list[Edit]:
+    def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run."""
-        return bound(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+        return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics
 
@@ -228,20 +241,3 @@ class Model:
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
-
-
-def shuffled(model: Model, seed: int, keep: Iterable[Any] = ()) -> Model:
-    """A copy with the entries of every weight matrix in random order: the same distributions, nothing learned.
-
-    The placebo of probes and of causal abstraction. Parameters of the model in `keep` stay as they are.
-    """
-    kept = set(map(id, keep))
-    names = {name for name, parameter in model.module.named_parameters() if id(parameter) in kept}
-    module = copy.deepcopy(model.module)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1 and name not in names:
-                order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
-                parameter.copy_(parameter.flatten()[order].view_as(parameter))
-    return load(module, tokenizer=model.tokenizer, probe=model.anatomy.inputs)

@@ -345,10 +345,15 @@ class _Call:
                 program = dataclasses.replace(self.program, call=f"{self.program.call}[{key!r}]")
                 dataclasses.replace(self, program=program).stamp(part)
             return
-        if isinstance(result, Result):
-            result.provenance = self._provenance()
+        if isinstance(getattr(result, "provenance", None), Provenance):  # a result, a circuit
+            object.__setattr__(result, "provenance", self._provenance())
         with suppress(AttributeError, TypeError):  # numbers, text and objects with slots remember nothing
             object.__setattr__(result, "_made", self.program)
+        if dataclasses.is_dataclass(result):  # what a fitted thing has found: `fit(...).result_`
+            for name, part in vars(result).items():
+                if isinstance(getattr(part, "provenance", None), Provenance) and not part.provenance.call:
+                    program = dataclasses.replace(self.program, call=f"{self.program.call}.{name}")
+                    dataclasses.replace(self, program=program).stamp(part)
 
     def _provenance(self) -> Provenance:
         model, program = self.program.model, self.program

@@ -31,7 +31,7 @@ def opened(family):
 def test_ablation_equals_one_edited_run_per_site(family, how):
     model = opened(family)
     prompts = PROMPTS[:2]
-    result = ablation(model, prompts, how=how, metric=PARIS, seed=3, progress=False)
+    result = ablation(model, prompts, how=how, metric=PARIS, seed=3)
     clean = model.score(model.run(prompts), PARIS).detach()
     for layer in result["layer"].values.tolist():
         for head in result["head"].values.tolist():
@@ -77,7 +77,7 @@ def without(module, weights, ids):
 @pytest.mark.parametrize(("family", "over", "weights"), ZEROED, ids=[f"{z[0]}-{z[1]}" for z in ZEROED])
 def test_zeroing_a_part_equals_zeroing_the_weights_it_writes_through(family, over, weights):
     model = opened(family)
-    result = ablation(model, PROMPTS[:2], over=over, metric=PARIS, progress=False)
+    result = ablation(model, PROMPTS[:2], over=over, metric=PARIS)
     inputs = model.inputs(PROMPTS[:2])
     layers, units = (result.data[dim].values.tolist() for dim in result.effect.dims)
     for layer, unit in [(layers[0], units[0]), (layers[-1], units[-1])]:
@@ -136,7 +136,7 @@ def test_a_head_is_replaced_by_what_it_says_on_the_reference(family, how):
         logits = model.module(**inputs[2]).logits
         handle.remove()
     site = f"{stack}layers.1.attn.heads.1"
-    result = ablation(model, prompt, over=site, how=how, reference=reference, metric=PARIS, seed=5, progress=False)
+    result = ablation(model, prompt, over=site, how=how, reference=reference, metric=PARIS, seed=5)
     expected = model.bind(PARIS).score(logits)
     assert float(result.value) == pytest.approx(float(expected), abs=1e-4)
 
@@ -145,7 +145,7 @@ def test_a_head_is_replaced_by_what_it_says_on_the_reference(family, how):
 def test_a_whole_layer_is_all_that_it_adds_to_the_residual(family):
     model = opened(family)
     prefix = "decoder." if family == "t5" else ""
-    result = ablation(model, PROMPTS[:2], over=f"{prefix}layers.*", metric=PARIS, progress=False)
+    result = ablation(model, PROMPTS[:2], over=f"{prefix}layers.*", metric=PARIS)
     assert result.effect.dims == ("layer",)
     parts = {"llama": ["attn.out", "mlp.out"], "t5": ["attn.out", "cross.out", "mlp.out"]}.get(
         family, ["attn.out", "mlp.out"]
@@ -167,13 +167,13 @@ def kept(model, site):
 def test_sets_are_removed_together_and_patterns_side_by_side():
     model = opened("gpt2")
     sets = {"first": "layers.0.attn.heads.*", "a few": ["layers.0.mlp.out", "layers.1.attn.heads.2"]}
-    result = ablation(model, PROMPTS, over=sets, how="mean", metric=PARIS, progress=False)
+    result = ablation(model, PROMPTS, over=sets, how="mean", metric=PARIS)
     assert result.effect.dims == ("set",)
     run = model.run(PROMPTS, keep=["layers.0.mlp.out", "layers.1.attn.z_out"])
     edits = [Ablate(site, "mean", run) for site in sets["a few"]]
     expected = model.score(model.run(PROMPTS, edits=edits), PARIS).detach()
     np.testing.assert_allclose(result.value.sel(set="a few"), expected, atol=1e-4)
-    listed = ablation(model, PROMPTS, over=sets["a few"], how="mean", metric=PARIS, progress=False)
+    listed = ablation(model, PROMPTS, over=sets["a few"], how="mean", metric=PARIS)
     assert listed["site"].values.tolist() == sets["a few"]
     np.testing.assert_allclose(listed.corrupted, expected, atol=1e-4)
 
@@ -182,15 +182,15 @@ def test_sets_are_removed_together_and_patterns_side_by_side():
 def test_a_prompt_alone_and_in_a_padded_batch_loses_the_same(how):
     model = opened("llama")
     reference = "The capital of France is in the city of"
-    together = ablation(model, PROMPTS, how=how, reference=reference, metric=PARIS, progress=False)
+    together = ablation(model, PROMPTS, how=how, reference=reference, metric=PARIS)
     for i, prompt in enumerate(PROMPTS):
-        alone = ablation(model, prompt, how=how, reference=reference, metric=PARIS, progress=False)
+        alone = ablation(model, prompt, how=how, reference=reference, metric=PARIS)
         np.testing.assert_allclose(together.value.isel(prompt=i), alone.value, atol=1e-4)
 
 
 def test_the_reference_may_be_other_prompts_or_a_run_of_them():
     model = opened("gpt2")
-    options = {"over": "layers.*.mlp.out", "how": "mean", "metric": PARIS, "progress": False}
+    options = {"over": "layers.*.mlp.out", "how": "mean", "metric": PARIS}
     named = ablation(model, PROMPTS[0], reference=PROMPTS[1:], **options)
     run = model.run(PROMPTS[1:], keep="layers.*.mlp.out")
     assert named.allclose(ablation(model, PROMPTS[0], reference=run, **options), atol=1e-6)
@@ -201,19 +201,19 @@ def test_the_reference_may_be_other_prompts_or_a_run_of_them():
 
 def test_blocks_without_the_part_are_empty_cells():
     model = opened("jamba")
-    result = ablation(model, PROMPTS[0], over="layers.*.attn.heads.*", metric=PARIS, progress=False)
+    result = ablation(model, PROMPTS[0], over="layers.*.attn.heads.*", metric=PARIS)
     with_attention = [b.index for b in model.anatomy.stacks[0].blocks if "attn.z_out" in b.taps]
     assert result["layer"].values.tolist() == with_attention
 
 
 def test_several_positions_are_ablated_one_by_one():
-    result = ablation(opened("gpt2"), PROMPTS[0], over="layers.0.resid_pre@*", metric=PARIS, progress=False)
+    result = ablation(opened("gpt2"), PROMPTS[0], over="layers.0.resid_pre@*", metric=PARIS)
     assert result.effect.dims == ("position",)
     assert result.data.sizes["position"] == 5
 
 
 def test_a_single_prompt_has_no_interval():
-    result = ablation(opened("gpt2"), PROMPTS[0], metric=PARIS, progress=False)
+    result = ablation(opened("gpt2"), PROMPTS[0], metric=PARIS)
     assert "low" not in result.data
     assert "prompt" not in result.data.dims
 
@@ -226,13 +226,13 @@ def test_what_is_missing_is_said():
 
 
 def test_a_result_comes_back_from_its_file(tmp_path):
-    result = ablation(opened("gpt2"), PROMPTS, metric=PARIS, progress=False)
+    result = ablation(opened("gpt2"), PROMPTS, metric=PARIS)
     assert Result.load(result.save(tmp_path / "ablation.zip")) == result
 
 
 @pytest.mark.slow
 def test_few_heads_of_smollm2_carry_the_city(smollm2):
-    result = ablation(smollm2, "The Eiffel Tower is located in the city of", metric=logit(" Paris"), progress=False)
+    result = ablation(smollm2, "The Eiffel Tower is located in the city of", metric=logit(" Paris"))
     effect = np.sort(abs(result.effect.values).ravel())[::-1]
     assert result.effect.shape == (30, 9)
     assert effect[0] > 1

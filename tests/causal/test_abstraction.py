@@ -40,7 +40,7 @@ def test_a_search_over_heads_finds_the_variable_and_keeps_its_accuracy_on_held_o
     assert result["held_out"].item() == 1.0
     assert result.accuracy.sel(layer=0, head=0).item() < 0.65
     positions = alignment_search(model, TASK, "same", over="layers.0.resid_pre@*")
-    assert positions.accuracy.dims == ("layer", "position")
+    assert positions.accuracy.dims == ("position",)
     assert positions.accuracy.values.max() < 0.8
 
 

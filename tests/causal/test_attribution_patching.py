@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pellucid import Model, load
+from pellucid.causal import patching
 from pellucid.causal.attribution_patching import attribution_patching
 from pellucid.engine.edits import Patch
 from pellucid.metrics import logit_difference
@@ -79,7 +80,7 @@ class Zero(nn.Module):
 def test_grad_drop_is_the_mean_size_over_layers_cut_by_hand() -> None:
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
-    result = attribution_patching(model, clean, corrupted, metric=METRIC, grad_drop=True, check=0)
+    result = attribution_patching(model, clean, corrupted, metric=METRIC, grad_drop=True, check=0, denoise=False)
     module = model.module
     with torch.no_grad():
         other = model.run(corrupted, keep="layers.*.attn.z_out")
@@ -154,8 +155,10 @@ def test_atp_star_of_queries_and_keys_equals_patterns_recomputed_and_layers_cut_
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
     slow, over = Slow(model, clean, corrupted), f"layers.0.attn.heads.*.{port}@*"
-    fixed = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=0)
-    star = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, grad_drop=True, check=0)
+    fixed = attribution_patching(model, clean, corrupted, over=over, metric=METRIC, check=0, denoise=False)
+    star = attribution_patching(
+        model, clean, corrupted, over=over, metric=METRIC, grad_drop=True, check=0, denoise=False
+    )
     gradient, cut = slow.gradient(None), [slow.gradient(layer) for layer in (1, 2)]
     for position in range(6):
         change = slow.change(port, position)
@@ -180,7 +183,7 @@ def test_grad_drop_sees_what_cancels() -> None:
         block.mlp.c_proj.weight[0] = -reader
         module.transformer.ln_f = nn.Identity()
     model = load(module, tokenizer=model.tokenizer)
-    options: dict[str, Any] = {"over": "layers.0.attn.heads.*", "metric": METRIC, "check": 0}
+    options: dict[str, Any] = {"over": "layers.0.attn.heads.*", "metric": METRIC, "check": 0, "denoise": False}
     plain = attribution_patching(model, ids(0), ids(1), **options)
     dropped = attribution_patching(model, ids(0), ids(1), grad_drop=True, **options)
     assert np.abs(plain.estimate).max() < 1e-5
@@ -215,7 +218,7 @@ def test_a_task_brings_the_positions_it_names() -> None:
 @pytest.mark.slow
 def test_the_estimate_ranks_smollm2s_heads_as_exact_patching_does(smollm2: Model) -> None:
     prompts = indirect_objects(smollm2.tokenizer, 6)
-    found = attribution_patching(smollm2, prompts, check=20, progress=False)
+    found = attribution_patching(smollm2, prompts, check=20, denoise=False)
     assert found["spearman"].item() > 0.8
     assert found["sign_agreement"].item() >= 0.8
     assert found["missed"].item() < 0.5
@@ -224,7 +227,7 @@ def test_the_estimate_ranks_smollm2s_heads_as_exact_patching_does(smollm2: Model
 def test_the_check_patches_for_real_and_counts_random_nodes_too() -> None:
     model = opened("gpt2", layers=3)
     clean, corrupted = ids(0), ids(1)
-    result = attribution_patching(model, clean, corrupted, metric=METRIC, check=4)
+    result = attribution_patching(model, clean, corrupted, metric=METRIC, check=4, denoise=False)
     assert result.exact.shape == (8,)
     assert result.ranked_high.values.sum() == 4
     for name, exact in zip(result.checked.values, result.exact.values, strict=True):
@@ -249,3 +252,26 @@ def test_a_prompt_alone_and_in_a_padded_batch_gets_the_same_estimate(grad_drop: 
     both = attribution_patching(model, clean, corrupted, **options)
     alone = [attribution_patching(model, c, d, **options) for c, d in zip(clean, corrupted, strict=True)]
     np.testing.assert_allclose(both.estimate, np.mean([a.estimate for a in alone], 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_drop", [False, True])
+def test_layers_and_sets_are_nodes_too_and_their_estimates_add_up(grad_drop: bool) -> None:
+    model = opened("gpt2", layers=3)
+    clean, corrupted = ids(0), ids(1)
+    options: dict[str, Any] = {"metric": METRIC, "check": 2, "grad_drop": grad_drop}
+    layers = attribution_patching(model, clean, corrupted, over="layers.*", **options)
+    assert layers.estimate.dims == ("layer",)
+    sets = {f"layer {i}": [f"layers.{i}.attn.out", f"layers.{i}.mlp.out"] for i in range(3)}
+    named = attribution_patching(model, clean, corrupted, over=sets, **options)
+    np.testing.assert_allclose(named.estimate, layers.estimate, atol=1e-6)
+    np.testing.assert_allclose(np.sort(named.exact), np.sort(layers.exact), atol=1e-6)
+    exact = patching(model, clean, corrupted, over="layers.*", metric=METRIC)
+    checked = {str(n): float(v) for n, v in zip(named.checked.values, named.exact.values, strict=True)}
+    for name, value in checked.items():
+        assert float(exact.effect.sel(layer=int(name.split()[1]))) == pytest.approx(value, abs=1e-5)
+    if not grad_drop:
+        parts = attribution_patching(
+            model, clean, corrupted, over=[s for each in sets.values() for s in each], **options
+        )
+        np.testing.assert_allclose(parts.estimate.values.reshape(3, 2).sum(1), layers.estimate, atol=1e-6)
+        np.testing.assert_allclose(layers.share, layers.estimate / layers.total_effect, atol=1e-6)

@@ -27,7 +27,7 @@ def opened(family: str) -> Model:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_what_is_found_flips_the_prediction_and_nothing_less_does(family: str) -> None:
     model = opened(family)
-    result = counterfactual(model, PROMPT, max_changes=3, within="0:4")
+    result = counterfactual(model, PROMPT, max_changes=3, positions="0:4")
     text = str(result.text.values[0])
     before, after = (int(model.run(t).logits[0, -1].argmax()) for t in (PROMPT, text))
     assert before != after
@@ -50,7 +50,7 @@ def subsets(old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
 def test_a_set_that_flips_is_cut_down_until_every_substitution_is_needed() -> None:
     model = opened("gpt2")
     for seed in range(6):
-        search = Search.of(model, "The capital city of France is in Italy and Mary went", None, None, -1)
+        search = Search.of(model, "The capital city of France is in Italy and Mary went", None, None)
         start = search.inputs.stream("").ids[0]
         drawn = [search._random(start, 6, np.random.default_rng(seed + 100 * i)) for i in range(200)]
         row = next(r for r in drawn if search.margins([r])[0] < 0 and search.stable(r))
@@ -67,7 +67,7 @@ def test_a_set_that_flips_is_cut_down_until_every_substitution_is_needed() -> No
 def test_one_substitution_is_found_wherever_exhaustive_search_finds_one() -> None:
     model = opened("gpt2")
     for text in (PROMPT, "Mary and John went to the store", "The city of Rome"):
-        search = Search.of(model, text, None, "1:3", -1)
+        search = Search.of(model, text, None, "1:3")
         start = search.inputs.stream("").ids[0]
         rows = []
         for i, token in product(search.free, range(97)):
@@ -139,7 +139,7 @@ def test_one_word_turns_a_review_on_a_trained_encoder(minilm: Model) -> None:
 @pytest.mark.slow
 def test_another_subject_turns_smollm2s_answer(smollm2: Model) -> None:
     prompt = "The capital of France is the city of"
-    result = counterfactual(smollm2, prompt, within="' France'", max_changes=1)
+    result = counterfactual(smollm2, prompt, positions="' France'", max_changes=1)
     assert result.before.item() == " Paris"
     assert result.changes.item() == 1
     assert (

@@ -101,15 +101,13 @@ def test_sets_of_heads_neurons_and_layers_act_together(gpt2: Model) -> None:
     everything = [f"layers.{i}.{part}" for i in range(3) for part in ("attn.heads.*", "mlp.out")]
     sets = {"all": [*everything, "embed"], "neurons of 1": "layers.1.mlp.neurons.*", "mlp 1": "layers.1.mlp.out"}
     result = mediation(gpt2, prompts, over=sets)
-    assert result.nie.sel(mediator="all").item() == pytest.approx(result["total_effect"].item(), abs=1e-5)
-    assert result.nie.sel(mediator="neurons of 1").item() == pytest.approx(
-        result.nie.sel(mediator="mlp 1").item(), abs=1e-5
-    )
+    assert result.nie.sel(set="all").item() == pytest.approx(result["total_effect"].item(), abs=1e-5)
+    assert result.nie.sel(set="neurons of 1").item() == pytest.approx(result.nie.sel(set="mlp 1").item(), abs=1e-5)
 
 
 def test_neurons_at_a_named_token_are_mediators_of_their_own(gpt2: Model) -> None:
     result = mediation(gpt2, pairs(gpt2), over="layers.*.mlp.neurons.*@changed")
-    assert result.nie.dims == ("layer", "neuron", "position")
+    assert result.nie.dims == ("layer", "neuron")
     assert abs(result.nie.values).max() > 0
 
 

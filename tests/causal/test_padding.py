@@ -19,7 +19,7 @@ from tests.zoo import build, tokenizer
 METRIC = logit_difference(7, 9)
 CLEAN = ["The city of Paris", "The capital of France is in the", "Mary went to Italy and"]
 CORRUPTED = ["The store of Rome", "The city of Italy is in the", "John went to Paris and"]
-QUIET: dict[str, Any] = {"metric": METRIC, "progress": False}
+QUIET: dict[str, Any] = {"metric": METRIC}
 
 
 @cache
@@ -66,7 +66,7 @@ def test_patching_and_ablation_in_a_padded_batch(family: str, over: str, left: b
 def test_paths_in_a_padded_batch(direct: bool, left: bool) -> None:
     model = opened("llama")
     options: dict[str, Any] = {
-        "senders": "layers.0.attn.heads.*", "receivers": ["layers.1.attn.heads.2.k", "layers.1.mlp.out@-1"],
+        "over": "layers.0.attn.heads.*", "receivers": ["layers.1.attn.heads.2.k", "layers.1.mlp.out@-1"],
         "direct": direct, **QUIET,
     }  # fmt: skip
     together = path_patching(model, *(padded(model, texts, left) for texts in (CLEAN, CORRUPTED)), **options)
@@ -84,8 +84,8 @@ def test_mediation_in_a_padded_batch() -> None:
         {"layer": ["layers.0.attn.out", "layers.0.mlp.out"]},
     ]
     for over in sets:
-        together = mediation(model, pairs, over=over, progress=False)
-        alone = [mediation(model, pairs[i], over=over, progress=False) for i in range(3)]
+        together = mediation(model, pairs, over=over)
+        alone = [mediation(model, pairs[i], over=over) for i in range(3)]
         for name in ("nie", "nde", "total_effect"):
             np.testing.assert_allclose(together[name], np.mean([a[name] for a in alone], 0), atol=1e-5)
 
@@ -94,6 +94,6 @@ def test_sides_that_are_padded_differently_are_refused() -> None:
     model = opened("llama")
     with pytest.raises(InputError, match="padded differently"):
         path_patching(
-            model, padded(model, CLEAN, True), padded(model, CORRUPTED, False), senders="layers.0.attn.heads.*",
+            model, padded(model, CLEAN, True), padded(model, CORRUPTED, False), over="layers.0.attn.heads.*",
             receivers="layers.1.mlp.out", **QUIET,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import pellucid
 from pellucid import Patch
 from pellucid.causal import patching
 from pellucid.errors import InputError, SiteError
-from pellucid.metrics import logit_difference
+from pellucid.metrics import logit, logit_difference, probability
 from pellucid.results import Result
 from pellucid.tasks import Prompts
 from tests.zoo import build, tokenizer
@@ -46,7 +46,7 @@ GRIDS = [
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_patching_equals_one_edited_run_per_site(family, over, dims, name, denoise):
     model = opened(family)
-    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise, progress=False)
+    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise)
     assert result.effect.dims == dims
     where = [result.data[dim].values.tolist() for dim in dims]
     sites = [name(*cell) for cell in np.array(np.meshgrid(*where, indexing="ij")).reshape(len(dims), -1).T.tolist()]
@@ -55,25 +55,28 @@ def test_patching_equals_one_edited_run_per_site(family, over, dims, name, denoi
     np.testing.assert_allclose(result.value.values.ravel()[:12], expected, atol=1e-4)
     clean, corrupted = (float(model.score(model.run(p), PARIS)) for p in (CLEAN, CORRUPTED))
     assert float(result.clean) == pytest.approx(clean, abs=1e-5)
-    np.testing.assert_allclose(result.effect, (result.value - corrupted) / (clean - corrupted), atol=1e-3)
+    unpatched, total = (corrupted, clean - corrupted) if denoise else (clean, corrupted - clean)
+    np.testing.assert_allclose(result.effect, result.value - unpatched, atol=1e-4)
+    np.testing.assert_allclose(result.share, result.effect / total, atol=1e-3)
+    assert float(result.total_effect) == pytest.approx(total, abs=1e-5)
 
 
 def test_the_whole_first_residual_brings_everything_over():
     """Positions that differ carry it all at layer 0; the others nothing."""
-    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS, progress=False)
-    np.testing.assert_allclose(result.effect.sel(layer=0), [0, 0, 0, 1, 0], atol=1e-4)
+    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS)
+    np.testing.assert_allclose(result.share.sel(layer=0), [0, 0, 0, 1, 0], atol=1e-4)
     assert [t.strip() for t in result.token.values.tolist()] == ["The", "capital", "of", "France", "is"]
 
 
 def test_encoder_decoders_are_patched_in_either_stack():
     model = opened("t5")
-    result = patching(model, CLEAN, CORRUPTED, over="encoder.layers.*.resid_pre@*", metric=PARIS, progress=False)
+    result = patching(model, CLEAN, CORRUPTED, over="encoder.layers.*.resid_pre@*", metric=PARIS)
     assert result.effect.dims == ("layer", "position")
     assert result.data.sizes["position"] == 6
     run = model.run(CLEAN, keep="encoder.layers.1.resid_pre")
     expected = model.score(model.run(CORRUPTED, edits=[Patch("encoder.layers.1.resid_pre@3", run)]), PARIS)
     assert float(result.value.sel(layer=1, position=3)) == pytest.approx(float(expected), abs=1e-4)
-    cross = patching(model, CLEAN, CORRUPTED, over="decoder.layers.*.cross.heads.*", metric=PARIS, progress=False)
+    cross = patching(model, CLEAN, CORRUPTED, over="decoder.layers.*.cross.heads.*", metric=PARIS)
     assert cross.effect.dims == ("layer", "head")
 
 
@@ -88,24 +91,28 @@ def pairs(model):
 def test_a_task_brings_its_metric_and_spans_and_gives_an_interval_over_prompts():
     model = opened("gpt2")
     task = pairs(model)
-    result = patching(model, task, over="layers.*.resid_pre@changed", progress=False)
+    result = patching(model, task, over="layers.*.resid_pre@changed")
     assert result.value.dims == ("layer", "prompt")
     assert result.data.sizes["prompt"] == 3
-    np.testing.assert_allclose(result.effect.sel(layer=0), 1, atol=1e-3)
+    np.testing.assert_allclose(result.share.sel(layer=0), 1, atol=1e-3)
     assert (result.low <= result.effect + 1e-9).all()
     assert (result.effect <= result.high + 1e-9).all()
-    gain = (result.value - result.corrupted).mean("prompt") / (result.clean - result.corrupted).mean("prompt")
+    assert (result.share_low <= result.share + 1e-9).all()
+    assert ((result.p > 0) & (result.p <= 1)).all()
+    gain = (result.value - result.corrupted).mean("prompt")
     np.testing.assert_allclose(result.effect, gain, atol=1e-6)
-    again = patching(model, task, over="layers.*.resid_pre@changed", progress=False)
+    total = (result.clean - result.corrupted).mean("prompt")
+    np.testing.assert_allclose(result.share, gain / total, atol=1e-6)
+    again = patching(model, task, over="layers.*.resid_pre@changed")
     assert again == result
-    alone = patching(model, task[1], over="layers.*.resid_pre@changed", progress=False)
+    alone = patching(model, task[1], over="layers.*.resid_pre@changed")
     np.testing.assert_allclose(alone.value, result.value.isel(prompt=1), atol=1e-4)
 
 
 def test_every_result_carries_the_total_effect_with_its_interval():
     model = opened("gpt2")
     task = pairs(model)
-    result = patching(model, task, over="layers.*.resid_pre@changed", denoise=False, progress=False)
+    result = patching(model, task, over="layers.*.resid_pre@changed", denoise=False)
     total = float((result.corrupted - result.clean).mean())
     assert float(result.total_effect) == pytest.approx(total)
     assert float(result.total_low) <= total <= float(result.total_high)
@@ -122,7 +129,7 @@ def test_every_result_carries_the_total_effect_with_its_interval():
 )
 def test_experts_post_norms_and_shared_keys_are_patched_like_single_runs(family, over, expert, denoise):
     model = opened(family)
-    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise, progress=False)
+    result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS, denoise=denoise)
     base, source = (CORRUPTED, CLEAN) if denoise else (CLEAN, CORRUPTED)
     unit = result.effect.dims[1]
     site = over.replace("layers.*", "layers.1").replace("*", str(expert))
@@ -132,7 +139,7 @@ def test_experts_post_norms_and_shared_keys_are_patched_like_single_runs(family,
 
 def test_whole_layers_and_named_sets_are_patched_together():
     model = opened("llama")
-    layers = patching(model, CLEAN, CORRUPTED, over="layers.*@*", metric=PARIS, progress=False)
+    layers = patching(model, CLEAN, CORRUPTED, over="layers.*@*", metric=PARIS)
     assert layers.effect.dims == ("layer", "position")
     run = model.run(CLEAN, keep=["layers.1.attn.out", "layers.1.mlp.out"])
     edits = [Patch(f"layers.1.{part}@3", run) for part in ("attn.out", "mlp.out")]
@@ -144,7 +151,6 @@ def test_whole_layers_and_named_sets_are_patched_together():
         CORRUPTED,
         over={"both": ["layers.1.attn.out@3", "layers.1.mlp.out@3"]},
         metric=PARIS,
-        progress=False,
     )
     assert float(named.value.sel(set="both")) == pytest.approx(expected, abs=1e-4)
 
@@ -175,7 +181,7 @@ def test_what_is_missing_is_said():
 
 
 def test_a_result_comes_back_from_its_file(tmp_path):
-    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS, progress=False)
+    result = patching(opened("gpt2"), CLEAN, CORRUPTED, metric=PARIS)
     assert Result.load(result.save(tmp_path / "patching.zip")) == result
 
 
@@ -186,12 +192,67 @@ def test_in_smollm2_the_name_moves_from_its_token_to_the_last_position(smollm2):
         "When Mary and John went to the store, John gave a drink to",
         "When Mary and John went to the store, Mary gave a drink to",
         metric=logit_difference(" Mary", " John"),
-        progress=False,
     )
-    effect = result.effect
+    effect = result.share
     name, last = 9, effect.sizes["position"] - 1
     assert (effect.sel(position=name, layer=slice(0, 15)) > 0.9).all()
     assert (effect.sel(position=last, layer=slice(0, 15)) < 0.1).all()
     assert (effect.sel(position=last, layer=slice(26, None)) > 0.9).all()
     assert (effect.sel(position=name, layer=slice(26, None)) < 0.1).all()
     assert (abs(effect.drop_sel(position=[name, last])) < 0.15).all()
+
+
+def test_several_metrics_share_one_sweep_and_give_what_each_gives_alone(monkeypatch):
+    model = opened("gpt2")
+    task = pairs(model)
+    metrics = {
+        "difference": logit_difference([" Paris", " Rome", " Paris"], [" Rome", " Paris", " Rome"]),
+        "probability": probability([" Paris", " Rome", " Paris"]),
+        "earlier": logit_difference(" Paris", " Rome", position=-2),
+        "all logits": lambda logits: logits[:, -1].amax(-1),
+    }
+    options = {"over": "layers.*.attn.heads.*"}
+    swept = []
+    sweep = pellucid.Model.sweep
+    monkeypatch.setattr(pellucid.Model, "sweep", lambda *a, **o: swept.append(1) or sweep(*a, **o))
+    for names in (list(metrics), list(metrics)[:3], ["difference", "earlier"]):
+        swept.clear()
+        together = patching(model, task, metric={name: metrics[name] for name in names}, **options)
+        assert len(swept) == 1
+        assert together.effect.dims == ("layer", "head", "metric")
+        for name in names:
+            alone = patching(model, task, metric=metrics[name], **options)
+            for variable in ("effect", "share", "low", "share_high", "clean", "total_effect"):
+                np.testing.assert_allclose(together[variable].sel(metric=name), alone[variable], atol=2e-4)
+    one = patching(model, CLEAN, CORRUPTED, metric={"a": PARIS, "b": logit(" Paris")}, **options)
+    assert one.value.dims == ("layer", "head", "metric")
+
+
+def test_noising_ranks_the_heads_that_matter_first():
+    """An effect is patched minus unpatched in either direction, so `top` lists what matters, not what does nothing (A15)."""
+    model = opened("gpt2")
+    for denoise in (True, False):
+        result = patching(model, CLEAN, CORRUPTED, over="layers.*.attn.heads.*", metric=PARIS, denoise=denoise)
+        first = result.top(1).iloc[0]
+        assert abs(first["effect"]) == np.abs(result.effect).max()
+        assert abs(first["share"]) == np.abs(result.share).max()
+
+
+def test_a_masked_model_is_read_at_its_mask():
+    model = opened("bert")
+    mask = model.tokenizer.mask_token
+    clean, corrupted = f"The capital of France is {mask} city", f"The capital of Italy is {mask} city"
+    result = patching(model, clean, corrupted, over="layers.*.resid_pre@*", metric=PARIS)
+    at = model.inputs(clean).stream("").ids[0].tolist().index(model.tokenizer.mask_token_id)
+    placed = patching(
+        model, clean, corrupted, over="layers.*.resid_pre@*", metric=logit_difference(" Paris", " Rome", position=at)
+    )
+    np.testing.assert_allclose(result.value, placed.value, atol=1e-6)
+
+
+def test_a_results_program_gives_it_again():
+    model = opened("gpt2")
+    for over in ("layers.*.attn.heads.*", ["layers.0.mlp.out", "layers.1.mlp.out"], {"both": ["layers.*.mlp.out"]}):
+        result = patching(model, CLEAN, CORRUPTED, over=over, metric=PARIS)
+        again = eval(result.provenance.call, {"pl": pellucid, "model": model})
+        assert again.allclose(result)

@@ -146,8 +146,8 @@ def slow(request: pytest.FixtureRequest) -> Slow:
 def test_a_heads_effect_on_one_input_of_a_later_head_equals_plain_hooks(slow: Slow, ports: str, direct: bool) -> None:
     port = f".{ports}" if len(ports) == 1 else ""
     result = path_patching(
-        slow.model, slow.clean, slow.corrupted, senders="layers.0:2.attn.heads.*",
-        receivers=f"layers.2.attn.heads.1{port}", metric=METRIC, direct=direct,
+        slow.model, slow.clean, slow.corrupted, over="layers.0:2.attn.heads.*",
+        receivers=f"layers.2.attn.heads.1{port}", metric=METRIC, direct=direct, denoise=False,
     )  # fmt: skip
     assert result.effect.dims == ("layer", "head")
     for layer, head in [(0, 0), (0, 3), (1, 2)]:
@@ -159,8 +159,8 @@ def test_a_heads_effect_on_one_input_of_a_later_head_equals_plain_hooks(slow: Sl
 @pytest.mark.parametrize("direct", [True, False])
 def test_mlps_send_and_receive_like_plain_hooks(slow: Slow, direct: bool) -> None:
     result = path_patching(
-        slow.model, slow.clean, slow.corrupted, senders=["layers.0.mlp.out", "layers.1.attn.heads.2"],
-        receivers="layers.2.mlp.out", metric=METRIC, direct=direct,
+        slow.model, slow.clean, slow.corrupted, over=["layers.0.mlp.out", "layers.1.attn.heads.2"],
+        receivers="layers.2.mlp.out", metric=METRIC, direct=direct, denoise=False,
     )  # fmt: skip
     for site, sender in [("layers.0.mlp.out", ("mlp", 0, 0)), ("layers.1.attn.heads.2", ("z", 1, 2))]:
         expected = slow.path(sender, ("mlp", 2, 0), direct).mean()
@@ -170,13 +170,13 @@ def test_mlps_send_and_receive_like_plain_hooks(slow: Slow, direct: bool) -> Non
 def test_several_receivers_act_together_and_positions_narrow_senders_and_receivers() -> None:
     slow = Slow("gpt2")
     both = path_patching(
-        slow.model, slow.clean, slow.corrupted, senders="layers.0.attn.heads.1@*",
+        slow.model, slow.clean, slow.corrupted, over="layers.0.attn.heads.1@*",
         receivers=["layers.2.attn.heads.0.v", "layers.2.attn.heads.3.v"], metric=METRIC,
     )  # fmt: skip
-    assert both.effect.dims == ("layer", "head", "position")
+    assert both.effect.dims == ("position",)
     assert both.effect.sizes["position"] == LENGTH
     at_last = path_patching(
-        slow.model, slow.clean, slow.corrupted, senders="layers.0.attn.heads.1@-1",
+        slow.model, slow.clean, slow.corrupted, over="layers.0.attn.heads.1@-1",
         receivers="layers.2.attn.heads.0.q@2", metric=METRIC,
     )  # fmt: skip
     assert at_last.effect.item() == pytest.approx(
@@ -189,8 +189,8 @@ def test_direct_paths_to_the_last_residual_are_the_heads_direct_effect_when_ther
     slow.module.transformer.ln_f = nn.Identity()
     model = load(slow.module, tokenizer=tokenizer(slow.module))
     result = path_patching(
-        model, slow.clean, slow.corrupted, senders="layers.*.attn.heads.*", receivers="layers.2.resid_post",
-        metric=METRIC,
+        model, slow.clean, slow.corrupted, over="layers.*.attn.heads.*", receivers="layers.2.resid_post",
+        metric=METRIC, denoise=False,
     )  # fmt: skip
     clean, corrupted = slow.read(slow.clean), slow.read(slow.corrupted)
     reader = (slow.module.lm_head.weight[7] - slow.module.lm_head.weight[9]).detach()
@@ -204,17 +204,18 @@ def test_direct_paths_to_the_last_residual_are_the_heads_direct_effect_when_ther
 def test_noising_and_denoising_name_their_clean_and_corrupted_metric_and_total_effect() -> None:
     slow = Slow("gpt2")
     options: dict[str, Any] = {
-        "senders": "embed",
+        "over": "embed",
         "receivers": "layers.2.resid_post",
         "metric": METRIC,
         "direct": False,
     }
-    noising = path_patching(slow.model, slow.clean, slow.corrupted, **options)
-    denoising = path_patching(slow.model, slow.clean, slow.corrupted, denoise=True, **options)
+    noising = path_patching(slow.model, slow.clean, slow.corrupted, denoise=False, **options)
+    denoising = path_patching(slow.model, slow.clean, slow.corrupted, **options)
     clean, corrupted = (slow.score(slow.module(ids).logits).mean().item() for ids in (slow.clean, slow.corrupted))
-    for result in (noising, denoising):
+    for result, sign in ((noising, 1), (denoising, -1)):
         assert result["clean"].mean().item() == pytest.approx(clean, abs=1e-5)
-        assert result["total_effect"].item() == pytest.approx(corrupted - clean, abs=1e-5)
+        assert result["total_effect"].item() == pytest.approx(sign * (corrupted - clean), abs=1e-5)
+        assert result["share"].item() == pytest.approx(result["effect"].item() / result["total_effect"].item())
         assert result["total_low"].item() <= result["total_effect"].item() <= result["total_high"].item()
     assert noising.effect.item() != pytest.approx(denoising.effect.item())
 
@@ -223,9 +224,9 @@ def test_prompts_of_unequal_length_and_receivers_without_an_input_are_refused() 
     slow = Slow("gpt2")
     with pytest.raises(InputError, match="pair 0 does not align: clean has 2 tokens and corrupted 3"):
         path_patching(
-            slow.model, "The city", "The drink store", senders="embed", receivers="layers.1.mlp.out", metric=METRIC
+            slow.model, "The city", "The drink store", over="embed", receivers="layers.1.mlp.out", metric=METRIC
         )
     with pytest.raises(InputError, match="cannot receive: name heads"):
         path_patching(
-            slow.model, slow.clean, slow.corrupted, senders="embed", receivers="layers.1.attn.out", metric=METRIC
+            slow.model, slow.clean, slow.corrupted, over="embed", receivers="layers.1.attn.out", metric=METRIC
         )

@@ -21,6 +21,7 @@ from pellucid.causal import (
     tracing,
     window_curve,
 )
+from pellucid.engine import pausing
 from pellucid.engine.sweep import Plan
 from pellucid.metrics import logit_difference
 from pellucid.results import Result
@@ -46,14 +47,14 @@ METHODS: dict[str, Callable[..., Result]] = {
     "ablation": lambda **o: ablation(gpt2(), CLEAN, metric=METRIC, **o),
     "patching": lambda **o: patching(gpt2(), CLEAN, CORRUPTED, metric=METRIC, **o),
     "path patching": lambda **o: path_patching(
-        gpt2(), CLEAN, CORRUPTED, senders="layers.0.attn.heads.*", receivers="layers.1.mlp.out", metric=METRIC, **o
+        gpt2(), CLEAN, CORRUPTED, over="layers.0.attn.heads.*", receivers="layers.1.mlp.out", metric=METRIC, **o
     ),
     "edge ablation": lambda **o: edge_ablation(
-        gpt2(), CLEAN, senders="layers.0.attn.heads.*", receivers="layers.1.mlp.out", how="zero", metric=METRIC, **o
+        gpt2(), CLEAN, over="layers.0.attn.heads.*", receivers="layers.1.mlp.out", how="zero", metric=METRIC, **o
     ),
     "mediation": lambda **o: mediation(gpt2(), pairs(), **o),
-    "tracing": lambda **o: tracing(gpt2(), [CLEAN, CORRUPTED], 7, subject="The capital", samples=2, **o),
-    "window curve": lambda **o: window_curve(gpt2(), [CLEAN, CORRUPTED], 7, subject="The capital", samples=2, **o),
+    "tracing": lambda **o: tracing(gpt2(), [CLEAN, CORRUPTED], 7, subject="The capital", draws=2, **o),
+    "window curve": lambda **o: window_curve(gpt2(), [CLEAN, CORRUPTED], 7, subject="The capital", draws=2, **o),
     "alignment search": lambda **o: alignment_search(both_alike(), TASK, "same", pairs=20, **o),
 }
 
@@ -63,7 +64,7 @@ def test_an_interrupted_method_goes_on_from_its_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = METHODS[name]
-    whole = method(progress=False)
+    whole = method()
     execute, chunks = Plan._execute, Plan.chunks
     left = [3]
 
@@ -79,22 +80,21 @@ def test_an_interrupted_method_goes_on_from_its_file(
     monkeypatch.setattr(Plan, "chunks", one_by_one)
     monkeypatch.setattr(Plan, "_execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        method(progress=False, checkpoint=tmp_path / "kept")
+        method(checkpoint=tmp_path / "kept")
     assert list(tmp_path.iterdir())
     left[0] = 10_000
-    assert method(progress=False, checkpoint=tmp_path / "kept").allclose(whole, atol=1e-5)
+    assert method(checkpoint=tmp_path / "kept").allclose(whole, atol=1e-5)
     resumed = 10_000 - left[0]
     left[0] = 10_000
-    method(progress=False)
+    method()
     assert 10_000 - left[0] == resumed + 3  # what was done is not done again
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_progress_is_shown_on_a_terminal_unless_it_is_not_wanted(
+def test_progress_is_shown_on_a_terminal(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(pausing, "DELAY", 0.0)
     METHODS[name]()
-    assert "run/s" in capsys.readouterr().err.replace("s/run", "run/s")
-    METHODS[name](progress=False)
-    assert capsys.readouterr().err == ""
+    assert "runs: " in capsys.readouterr().err

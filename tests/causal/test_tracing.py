@@ -61,7 +61,7 @@ def slow(model: Model, noise: Tensor, part: str, layers: range, position: int, a
 
 
 def test_every_restored_state_equals_a_run_with_plain_hooks(gpt2: Model) -> None:
-    result = tracing(gpt2, PROMPT, 7, subject=SUBJECT, samples=3, window=3, seed=5)
+    result = tracing(gpt2, PROMPT, 7, subject=SUBJECT, draws=3, window=3, seed=5)
     assert result.effect.dims == ("part", "layer", "position")
     ids = gpt2.inputs(PROMPT).tensors["input_ids"]
     sigma = gpt2.module.transformer.wte(ids).std()
@@ -79,7 +79,7 @@ def test_every_restored_state_equals_a_run_with_plain_hooks(gpt2: Model) -> None
 def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_precedes_the_subject_nothing(
     gpt2: Model,
 ) -> None:
-    result = tracing(gpt2, PROMPT, subject=SUBJECT, parts=("resid_post",), samples=4)
+    result = tracing(gpt2, PROMPT, subject=SUBJECT, parts=("resid_post",), draws=4)
     assert result.share.sel(part="resid_post", layer=3, position=8).item() == pytest.approx(1.0, abs=1e-5)
     assert np.allclose(result.effect.sel(part="resid_post", position=0), 0.0, atol=1e-7)
     total = result["clean"].item() - result["corrupted"].item()
@@ -90,17 +90,15 @@ def test_restoring_the_last_residual_brings_the_whole_effect_back_and_what_prece
 
 def test_several_facts_are_gathered_by_role_with_an_interval_over_prompts(gpt2: Model) -> None:
     prompts = ["The capital of France is in the city", "The city of Paris is in Italy"]
-    result = tracing(
-        gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], samples=2, parts=("mlp.out",)
-    )
+    result = tracing(gpt2, prompts, [7, 8], subject=["capital of France", "city of Paris"], draws=2, parts=("mlp.out",))
     assert result.effect.dims == ("part", "layer", "role")
     assert result["clean"].shape == (2,)
-    one = [tracing(gpt2, p, a, subject=s, samples=2, parts=("mlp.out",), seed=i)
+    one = [tracing(gpt2, p, a, subject=s, draws=2, parts=("mlp.out",), seed=i)
            for i, (p, a, s) in enumerate(zip(prompts, [7, 8], ["capital of France", "city of Paris"], strict=True))]  # fmt: skip
-    sigmas = {r.provenance.arguments["sigma"] for r in (*one, result)}
+    sigmas = {r.data.attrs["sigma"] for r in (*one, result)}
     assert len(sigmas) == 3  # each call measures its own prompts, unless told otherwise
     shared = [
-        tracing(gpt2, p, a, subject=s, samples=2, parts=("mlp.out",), seed=i, reference=prompts)
+        tracing(gpt2, p, a, subject=s, draws=2, parts=("mlp.out",), seed=i, reference=prompts)
         for i, (p, a, s) in enumerate(zip(prompts, [7, 8], ["capital of France", "city of Paris"], strict=True))
     ]
     columns = {
@@ -117,7 +115,7 @@ def test_several_facts_are_gathered_by_role_with_an_interval_over_prompts(gpt2: 
 
 def test_the_window_curve_of_several_facts_is_their_average(gpt2: Model) -> None:
     prompts, subjects = ["The capital of France is in the city", "The city of Paris is in Italy"], ["France", "Paris"]
-    options: dict[str, Any] = {"samples": 2, "windows": (1, 3), "reference": prompts}
+    options: dict[str, Any] = {"draws": 2, "windows": (1, 3), "reference": prompts}
     both = window_curve(gpt2, prompts, [7, 8], subject=subjects, **options)
     one = [window_curve(gpt2, p, a, subject=s, seed=i, **options)
            for i, (p, a, s) in enumerate(zip(prompts, [7, 8], subjects, strict=True))]  # fmt: skip
@@ -126,22 +124,38 @@ def test_the_window_curve_of_several_facts_is_their_average(gpt2: Model) -> None
 
 
 def test_the_window_curve_at_the_default_window_is_the_trace_itself(gpt2: Model) -> None:
-    trace = tracing(gpt2, PROMPT, 7, subject=SUBJECT, samples=2, window=3, parts=("mlp.out",))
-    curve = window_curve(gpt2, PROMPT, 7, subject=SUBJECT, samples=2, windows=(1, 3))
+    trace = tracing(gpt2, PROMPT, 7, subject=SUBJECT, draws=2, window=3, parts=("mlp.out",))
+    curve = window_curve(gpt2, PROMPT, 7, subject=SUBJECT, draws=2, windows=(1, 3))
     np.testing.assert_allclose(curve.effect.sel(window=3), trace.effect.sel(part="mlp.out", position=3), atol=1e-6)
 
 
 def test_encoder_decoders_are_blurred_and_restored_in_the_encoder() -> None:
     module = build("t5")
     model = load(module, tokenizer=tokenizer(module))
-    result = tracing(model, "The capital of France", 7, subject="France", samples=2, parts=("resid_post",))
+    result = tracing(model, "The capital of France", 7, subject="France", draws=2, parts=("resid_post",))
     assert result.effect.shape[1:] == (2, len(result.token))
     assert np.isfinite(result.effect.values).all()
 
 
 def test_the_same_seed_gives_the_same_trace_and_a_missing_subject_is_an_error(gpt2: Model) -> None:
-    options: dict[str, Any] = {"subject": SUBJECT, "samples": 2, "parts": ("mlp.out",)}
+    options: dict[str, Any] = {"subject": SUBJECT, "draws": 2, "parts": ("mlp.out",)}
     assert tracing(gpt2, PROMPT, 7, seed=1, **options) == tracing(gpt2, PROMPT, 7, seed=1, **options)
     assert not tracing(gpt2, PROMPT, 7, seed=1, **options).allclose(tracing(gpt2, PROMPT, 7, seed=2, **options), 0)
     with pytest.raises(InputError, match="the subject 'Eiffel' is not in the prompt"):
         tracing(gpt2, PROMPT, 7, subject="Eiffel")
+
+
+def test_a_masked_model_is_asked_at_its_mask() -> None:
+    """Prediction, metric and what is restored are those of the mask, not of the mark at the end (A7)."""
+    module = build("bert")
+    model = load(module, tokenizer=tokenizer(module))
+    prompt = f"The capital of {model.tokenizer.mask_token} is in France"
+    inputs = model.inputs(prompt)
+    at = inputs.stream("").ids[0].tolist().index(model.tokenizer.mask_token_id)
+    logits = module(**inputs.tensors).logits[0].detach()
+    target = int(logits[at].argmax())
+    assert target != int(logits[-1].argmax())
+    result = tracing(model, prompt, subject="capital", draws=2, parts=("resid_post",))
+    assert result.provenance.arguments["target"] == [target]
+    assert result.clean.item() == pytest.approx(float(logits[at].softmax(-1)[target]), abs=1e-6)
+    assert float(result.share.sel(part="resid_post", layer=1, position=at)) == pytest.approx(1.0, abs=1e-4)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pellucid as pl
+from pellucid.causal.contrast import ask
 from pellucid.circuits import Circuit, Runner, wire
-from pellucid.circuits.question import ask
 from pellucid.errors import InputError
 from pellucid.model import Model
 

@@ -64,11 +64,11 @@ def test_an_unknown_edge_is_an_error_that_names_the_nearest(graph: Graph, edge: 
 
 
 def test_a_circuit_is_saved_and_loaded(graph: Graph, tmp_path: Path) -> None:
-    circuit = Circuit.from_edges(graph, ["embed -> 0.1.q", "0.1 -> logits"], ablation="zero")
+    circuit = Circuit.from_edges(graph, ["embed -> 0.1.q", "0.1 -> logits"], how="zero")
     circuit.scores[graph.edge("0.1 -> logits")] = -2.5
     again = Circuit.load(circuit.save(tmp_path / "circuit.json"))
     assert again.graph == graph
-    assert again.ablation == "zero"
+    assert again.how == "zero"
     assert again.provenance == circuit.provenance
     assert torch.equal(again.on, circuit.on)
     assert torch.equal(again.scores, circuit.scores)

@@ -10,6 +10,7 @@ import torch
 from pellucid import circuits
 from pellucid.circuits import (
     Circuit,
+    EdgeScores,
     Split,
     edge_attribution,
     exact_patching,
@@ -35,7 +36,7 @@ def program() -> dict[str, Any]:
 
 def verdict(program: dict[str, Any], edges: set[str]) -> Any:
     circuit = Circuit.from_edges(wire(program["model"], Split("parts")).graph, edges)
-    return judge(program["model"], circuit, program["prompts"], program["metric"], ablation="zero", samples=3)
+    return judge(program["model"], circuit, program["prompts"], program["metric"], how="zero", draws=3)
 
 
 def test_the_true_circuit_is_faithful_complete_and_minimal(program: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ def test_a_circuit_without_its_value_edge_is_not_faithful(program: dict[str, Any
 
 
 def test_a_hypothesis_of_heads_is_tested_and_misspelt_heads_are_errors(program: dict[str, Any]) -> None:
-    rest = {"ablation": "zero", "samples": 2}
+    rest = {"how": "zero", "draws": 2}
     right = circuits.test(program["model"], ["0.1"], program["prompts"], program["metric"], **rest)
     wrong = circuits.test(program["model"], ["0.0"], program["prompts"], program["metric"], **rest)
     assert float(right.normalised) == pytest.approx(1.0)
@@ -64,7 +65,7 @@ def test_a_hypothesis_of_heads_is_tested_and_misspelt_heads_are_errors(program: 
 
 def test_a_hypothesis_may_name_classes_or_edges_but_says_what_it_is(program: dict[str, Any]) -> None:
     model, given = program["model"], (program["prompts"], program["metric"])
-    rest: dict[str, Any] = {"ablation": "zero", "samples": 2}
+    rest: dict[str, Any] = {"how": "zero", "draws": 2}
     classes = circuits.test(model, {"back": ["a0.h1"], "idle": ["1.0"]}, *given, **rest)
     assert {"back", "idle"} <= set(classes.removed.values.tolist())
     assert float(classes.minimality.sel(node="layers.1.attn.heads.0")) == pytest.approx(0.0, abs=1e-9)
@@ -87,9 +88,9 @@ def test_a_hypothesis_may_name_classes_or_edges_but_says_what_it_is(program: dic
 def test_greedy_search_by_first_order_finds_what_trying_every_head_finds(greedy: int) -> None:
     model = random_model("gpt2", n_layer=3)
     ids, other = prompts()
-    circuit = edge_attribution(model, ids, METRIC, ablation="resample", reference=other).circuit(fraction=0.6)
+    circuit = edge_attribution(model, ids, METRIC, how="resample", reference=other).circuit(fraction=0.6)
     full, quick = (
-        judge(model, circuit, ids, METRIC, ablation="resample", reference=other, samples=1, greedy=greedy, screen=n)
+        judge(model, circuit, ids, METRIC, how="resample", reference=other, draws=1, greedy=greedy, screen=n)
         for n in (99, 4)
     )
     assert full.removed.values[-1] == quick.removed.values[-1]
@@ -110,10 +111,8 @@ def test_heads_that_share_a_key_with_a_heard_head_are_no_nodes_of_the_circuit() 
 
 
 def test_exact_scores_give_a_better_curve_than_random_edges(program: dict[str, Any]) -> None:
-    scores = exact_patching(
-        program["model"], program["prompts"], program["metric"], ablation="zero", split=Split("parts")
-    )
-    curve = faithfulness_curve(program["model"], scores, program["prompts"], program["metric"], ablation="zero")
+    scores = exact_patching(program["model"], program["prompts"], program["metric"], how="zero", split=Split("parts"))
+    curve = faithfulness_curve(program["model"], scores, program["prompts"], program["metric"], how="zero")
     assert float(curve.signed[-1]) == pytest.approx(1.0)
     assert curve.data.attrs["CPR"] > curve.data.attrs["CPR_random"]
     assert curve.data.attrs["CMD"] < curve.data.attrs["CMD_random"]
@@ -122,16 +121,14 @@ def test_exact_scores_give_a_better_curve_than_random_edges(program: dict[str, A
 def test_stability_is_the_overlap_of_circuits_from_resampled_prompts() -> None:
     model = random_model("gpt2")
     ids, other = prompts()
-    scores = edge_attribution(model, ids, METRIC, ablation="resample", reference=other)
-    scores.each = scores.each[:1].repeat(5, 1, 1)
-    same = edge_attribution(model, ids[:1], METRIC, ablation="resample", reference=other[:1])
-    same.each = same.each.repeat(5, 1, 1)
-    assert stability(same, 10, samples=20).data.attrs["mean"] == 1.0
-    found = stability(edge_attribution(model, ids, METRIC, ablation="resample", reference=other), 10, samples=20)
+    one = edge_attribution(model, ids[:1], METRIC, how="resample", reference=other[:1])
+    same = EdgeScores.of(one.graph, one.each.repeat(5, 1, 1), "the same five times", "resample")
+    assert stability(same, 10, draws=20).data.attrs["mean"] == 1.0
+    found = stability(edge_attribution(model, ids, METRIC, how="resample", reference=other), 10, draws=20)
     assert 0 < found.data.attrs["low"] <= found.data.attrs["mean"] <= found.data.attrs["high"] <= 1.0
 
 
 def test_a_circuit_of_another_model_is_refused(program: dict[str, Any]) -> None:
     circuit = Circuit.whole(wire(random_model("llama")).graph)
     with pytest.raises(InputError, match="belongs to another model"):
-        judge(program["model"], circuit, program["prompts"], program["metric"], ablation="zero")
+        judge(program["model"], circuit, program["prompts"], program["metric"], how="zero")

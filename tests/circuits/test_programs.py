@@ -88,11 +88,9 @@ def test_exact_patching_is_the_program_run_by_hand(name: str, how: Any) -> None:
     program = PROGRAMS[name]()
     ids, other = prompts(program)
     model = program.model()
-    scores = exact_patching(
-        model, ids, gap_from(program.run(ids)[0]), ablation=how, reference=other, split=Split("parts")
-    )
+    scores = exact_patching(model, ids, gap_from(program.run(ids)[0]), how=how, reference=other, split=Split("parts"))
     truth = by_hand(program, ids, other, how, scores.graph)
-    torch.testing.assert_close(scores.tensor.double(), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(-scores.tensor.double(), truth, atol=1e-5, rtol=1e-5)
     named = {scores.graph.edge(e) for e in EDGES[name]}
     found = {(s, r) for s, r in (truth > 1e-6).nonzero().tolist()}
     assert found <= named
@@ -110,12 +108,12 @@ def test_exact_patching_is_right_on_random_programs_of_any_shape(seed: int) -> N
             model,
             ids,
             gap_from(program.run(ids)[0]),
-            ablation=how,
+            how=how,
             reference=other,
             split=Split("parts"),  # type: ignore[arg-type]
         )
         truth = by_hand(program, ids, other, how, scores.graph)
-        torch.testing.assert_close(scores.tensor.double(), truth, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(-scores.tensor.double(), truth, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -124,7 +122,7 @@ def test_acdc_ranks_the_programs_edges_first_and_attribution_runs(name: str, how
     program = PROGRAMS[name]()
     ids, other = prompts(program)
     model, gap = program.model(), gap_from(program.run(ids)[0])
-    options: dict[str, Any] = {"ablation": how, "reference": other, "split": Split("parts")}
+    options: dict[str, Any] = {"how": how, "reference": other, "split": Split("parts")}
     graph = wire(model, Split("parts")).graph
     true = (by_hand(program, ids, other, how, graph) > 1e-6)[graph.possible]
     thresholds = [1e-4, 1e-2, 1e-1, 1.0]

@@ -27,7 +27,7 @@ def program() -> dict[str, Any]:
 
 def test_masks_over_edges_keep_the_programs_edges(program: dict[str, Any]) -> None:
     weights = {n: p.clone() for n, p in program["model"].module.named_parameters()}
-    found = Pruning(strength=1.0, steps=150).fit(**program, ablation="zero", split=Split("parts"))
+    found = Pruning(strength=1.0, steps=150).fit(**program, how="zero", split=Split("parts"))
     assert set(found.circuit_.edges) == PREVIOUS_TOKEN_EDGES
     assert found.losses_[-1] < found.losses_[0]
     assert all(torch.equal(p, weights[n]) for n, p in program["model"].module.named_parameters())
@@ -36,13 +36,13 @@ def test_masks_over_edges_keep_the_programs_edges(program: dict[str, Any]) -> No
 def test_sigmoid_masks_keep_no_edge_that_the_program_does_not_have(program: dict[str, Any]) -> None:
     """A fraction of a message is enough for a saturated attention, so some edges of the program may sink
     below one half."""
-    found = Pruning("sigmoid", strength=1.0, steps=150).fit(**program, ablation="zero", split=Split("parts"))
+    found = Pruning("sigmoid", strength=1.0, steps=150).fit(**program, how="zero", split=Split("parts"))
     assert {"embed.tokens -> layers.0.attn.heads.1.v", "layers.0.attn.heads.1 -> logits"} <= set(found.circuit_.edges)
     assert set(found.circuit_.edges) <= PREVIOUS_TOKEN_EDGES
 
 
 def test_masks_over_nodes_keep_the_programs_head(program: dict[str, Any]) -> None:
-    found = Pruning(unit="node", strength=1.0, steps=150).fit(**program, ablation="zero", split=Split("parts"))
+    found = Pruning(unit="node", strength=1.0, steps=150).fit(**program, how="zero", split=Split("parts"))
     assert found.circuit_.pruned().heads == ["layers.0.attn.heads.1"]
 
 

@@ -66,7 +66,7 @@ def test_prompts_without_names_are_refused() -> None:
 @pytest.fixture(scope="module")
 def circuit() -> Circuit:
     graph = graph_of(random_model("llama").anatomy)
-    made = Circuit.from_edges(graph, ["embed -> 0.1.k", "0.1 -> 1.2.q", "1.2 -> logits"], ablation="zero")
+    made = Circuit.from_edges(graph, ["embed -> 0.1.k", "0.1 -> 1.2.q", "1.2 -> logits"], how="zero")
     made.scores[graph.edge("0.1 -> 1.2.q")] = 2.0
     made.scores[graph.edge("1.2 -> logits")] = -1.0
     return made

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import pellucid as pl
+from pellucid.causal.contrast import ask
 from pellucid.circuits import Circuit, Runner, Split, acdc, draw, edge_attribution, exact_patching, judge, wire
-from pellucid.circuits.question import ask
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from tests.zoo.build import build
@@ -84,15 +84,15 @@ def test_every_edge_off_gives_the_corrupted_answer_and_every_edge_on_the_clean_o
 
 
 @pytest.mark.parametrize("kind", ["bert", "bart", "t5", "jamba", "olmo2"])
-@pytest.mark.parametrize("ablation", ["resample", "zero"])
-def test_edge_attribution_is_the_derivative_by_each_edge(kind: str, ablation: Any) -> None:
+@pytest.mark.parametrize("how", ["resample", "zero"])
+def test_edge_attribution_is_the_derivative_by_each_edge(kind: str, how: Any) -> None:
     model = random_model(kind)
     one, other = given(model)
-    scores = edge_attribution(model, one, METRIC, ablation=ablation, reference=other)
-    runner = Runner.of(wire(model), ask(model, one, METRIC, other), ablation)
+    scores = edge_attribution(model, one, METRIC, how=how, reference=other)
+    runner = Runner.of(wire(model), ask(model, one, METRIC, other), how)
     mask = scores.graph.possible.float().requires_grad_()
     (naive,) = torch.autograd.grad(runner.scores(mask).mean(), mask)
-    torch.testing.assert_close(scores.tensor, naive * scores.graph.possible, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(scores.tensor, -naive * scores.graph.possible, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])
@@ -120,9 +120,9 @@ def test_cross_attention_reads_the_encoder_by_its_keys_and_values_and_the_decode
 def test_circuits_of_an_encoder_decoder_are_found_judged_drawn_and_saved(tmp_path: Path) -> None:
     model = random_model("t5")
     one, other = given(model)
-    circuit = acdc(model, one, METRIC, threshold=0.02, ablation="resample", reference=other)
+    circuit = acdc(model, one, METRIC, threshold=0.02, how="resample", reference=other)
     assert 0 < len(circuit) < len(circuit.graph)
-    verdict = judge(model, circuit, one, METRIC, ablation="resample", reference=other, samples=2, greedy=1)
+    verdict = judge(model, circuit, one, METRIC, how="resample", reference=other, draws=2, greedy=1)
     assert float(verdict.difference) < 0.02 * len(circuit.graph)
     page = draw(Circuit.whole(circuit.graph)).save(tmp_path / "t5.svg").read_text()
     assert "encoder 1" in page
@@ -157,7 +157,7 @@ def test_an_edge_off_at_one_position_is_off_there_alone() -> None:
 def test_attribution_by_position_adds_up_to_attribution(kind: str) -> None:
     model, split = random_model(kind), Split(positions=(0, "2:4", -1))
     one, other = given(model)
-    options: dict[str, Any] = {"ablation": "resample", "reference": other}
+    options: dict[str, Any] = {"how": "resample", "reference": other}
     apart = edge_attribution(model, one, METRIC, split=split, **options)
     assert len(apart.graph) == 4 * len(wire(model).graph)
     together = edge_attribution(model, one, METRIC, **options)
@@ -191,12 +191,12 @@ def test_positions_are_those_of_each_prompt_and_must_not_overlap() -> None:
         ["Mary gave John", "Mary gave John"], ["Mary gave Mary", "John gave John"], [" John"] * 2, [" Mary"] * 2,
         model.tokenizer,
     )  # fmt: skip
-    scores = edge_attribution(model, task, ablation="resample", split=Split(positions=("changed",)))
+    scores = edge_attribution(model, task, how="resample", split=Split(positions=("changed",)))
     said = scores.graph.fold(scores.tensor)[0]  # by the embedding, which differs nowhere else
     assert float(said[:, 0].abs().sum()) > 0
     assert float(said[:, 1].abs().sum()) == 0
     with pytest.raises(InputError, match="name the same position"):
-        edge_attribution(model, task, ablation="resample", split=Split(positions=("changed", "-1")))
+        edge_attribution(model, task, how="resample", split=Split(positions=("changed", "-1")))
 
 
 # ---- neurons, mixers
@@ -224,7 +224,7 @@ def test_a_neurons_edge_to_the_logits_is_its_exact_effect(kind: str) -> None:
     size = model.anatomy.stacks[0].blocks[0].sizes["neuron"]
     split = Split(neurons=[f"layers.1.mlp.neurons.{n}" for n in range(size)])
     one, other = given(model)
-    options: dict[str, Any] = {"ablation": "zero", "reference": other}
+    options: dict[str, Any] = {"how": "zero", "reference": other}
     graph = wire(model, split).graph
     neurons = [f"layers.1.mlp.neurons.{n} -> logits" for n in range(size)]
     off = Circuit.whole(graph).on.clone()
@@ -232,11 +232,11 @@ def test_a_neurons_edge_to_the_logits_is_its_exact_effect(kind: str) -> None:
     runner = Runner.of(wire(model, split), ask(model, one, METRIC, other), "zero")
     whole = exact_patching(model, one, METRIC, edges=["m1 -> logits"], **options)
     clean = runner.scores(graph.possible)[0]
-    assert float((clean - runner.scores(off)[0]).mean()) == pytest.approx(whole.of("m1 -> logits"), abs=1e-5)
+    assert float((runner.scores(off)[0] - clean).mean()) == pytest.approx(whole.of_edge("m1 -> logits"), abs=1e-5)
     scores = edge_attribution(model, one, METRIC, split=split, **options)
     mask = graph.possible.float().requires_grad_()
     (naive,) = torch.autograd.grad(runner.scores(mask).mean(), mask)
-    torch.testing.assert_close(scores.tensor, naive * graph.possible, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(scores.tensor, -naive * graph.possible, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

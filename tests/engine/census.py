@@ -13,7 +13,8 @@ import torch
 
 import pellucid
 from pellucid.engine.run import execute
-from pellucid.engine.rungs import RUNGS, certified
+from pellucid.engine.rungs import LADDER
+from pellucid.engine.trial import certified
 from pellucid.errors import PellucidError
 from tests.engine.bag import Bag, batches, one_by_one, scores
 from tests.zoo import UNBUILDABLE, Entry, build, inputs, model_types, tokenizer
@@ -23,7 +24,7 @@ def examine(entry: Entry, variants: int = 20) -> tuple[list[str], list[str]]:
     """The rungs that serve a type, and every disagreement with plain runs."""
     module = build(entry)
     model = pellucid.load(module, tokenizer=tokenizer(module), probe=inputs(module))
-    may = [rung for rung in RUNGS if not certified(model.anatomy).refused(rung)]
+    may = [rung.name for rung in LADDER if not certified(model.anatomy).refused(rung)]
     wrong = []
     for name, (given, other) in batches(model).items():
         bag = []

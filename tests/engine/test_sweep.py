@@ -12,9 +12,9 @@ from torch import Tensor
 
 import pellucid
 from pellucid import Ablate, Patch, Replace, Scale, Steer, metrics
-from pellucid.engine import sweep as planner
 from pellucid.engine.edits import Edit
-from pellucid.engine.rungs import RUNGS, certified
+from pellucid.engine.rungs import LADDER, Packed
+from pellucid.engine.trial import certified
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from tests.engine.bag import Bag, batches, one_by_one, scores
@@ -23,6 +23,7 @@ from tests.zoo import Entry, build, tokenizer
 
 # One or two of every kind: what is special about it, and the ways its sweeps may be run.
 LONG = " ".join(PROMPTS)
+RUNGS = tuple(rung.name for rung in LADDER)
 SUFFIX, WHOLE, STUBBED, BATCHED = (RUNGS[i:] for i in range(4))
 FAMILIES = {
     "llama": SUFFIX, "gpt2": SUFFIX, "gemma2": SUFFIX, "mistral": SUFFIX, "opt": SUFFIX, "phi": SUFFIX, "cohere": SUFFIX,
@@ -36,7 +37,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_executor_gives_the_numbers_of_plain_runs(family: str) -> None:
     model, draw = opened(family), random.Random(family)
-    may = [r for r in RUNGS if not certified(model.anatomy).refused(r)]
+    may = [r.name for r in LADDER if not certified(model.anatomy).refused(r)]
     assert tuple(may) == tuple(FAMILIES[family])
     for name, (given, other) in batches(model).items():
         variants = list(Bag(model, given, other, seed=len(name)).variants(10))
@@ -63,7 +64,7 @@ def test_a_classifier_is_swept_through_its_class_logits() -> None:
     variants: list[Edit] = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
     for metric in (metrics.class_logit(1), metrics.class_probability(0)):
         made = classifier.sweep(ids(), variants, metric, progress=False)
-        assert made.plan.rung == "stubbed"
+        assert made.plan.rung.name == "stubbed"
         assert torch.allclose(
             made.values, one_by_one(classifier, classifier.inputs(ids()), [[v] for v in variants], metric), atol=1e-5
         )
@@ -111,7 +112,7 @@ def test_batches_keep_within_the_memory_budget() -> None:
     for executor in RUNGS:
         plan = model.plan(PROMPTS, variants, metrics.logit(7), memory=300_000, executor=executor)
         chunks = list(plan.chunks(plan.variants))
-        assert all(sum(map(plan._bytes, chunk)) <= 300_000 or len(chunk) == 1 for chunk in chunks)
+        assert all(sum(plan.rung.room(plan.job, v) for v in chunk) <= 300_000 or len(chunk) == 1 for chunk in chunks)
         assert len(chunks) > 1
         assert sorted(v.index for chunk in chunks for v in chunk) == list(range(len(variants)))
         assert torch.allclose(plan.run(progress=False).values, wanted.values, atol=1e-5)
@@ -202,18 +203,17 @@ def test_references_tell_checkpoints_apart(tmp_path: Path) -> None:
 def test_a_way_that_fails_on_inputs_of_a_new_size_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build("llama")
     model = pellucid.load(module, tokenizer=tokenizer(module))
-    native = planner.Executor.run
+    native = Packed.run
 
-    def spoiled(self: Any, rung: str, variants: Any) -> list[Tensor]:
-        logits = native(self, rung, variants)
-        long = self.inputs.stream("").ids.shape[1] > 12
-        return [x + 0.1 for x in logits] if long and rung.startswith("packed") else logits
+    def spoiled(self: Any, job: Any, chunk: Any) -> list[Tensor]:
+        long = job.inputs.stream("").ids.shape[1] > 12
+        return [x + 0.1 if long else x for x in native(self, job, chunk)]
 
-    monkeypatch.setattr(planner.Executor, "run", spoiled)
+    monkeypatch.setattr(Packed, "run", spoiled)
     variants: list[Edit] = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
     for prompt, rung in ((PROMPTS[0], "packed, suffix"), (LONG, "stubbed")):
         made = model.sweep(prompt, variants, metrics.logit(7), progress=False)
-        assert made.plan.rung == rung
+        assert made.plan.rung.name == rung
         truth = one_by_one(model, model.inputs(prompt), [[v] for v in variants], metrics.logit(7))
         assert torch.allclose(made.values, truth, atol=1e-5)
     assert "differs from plain runs" in model.plan(LONG, variants, metrics.logit(7)).explain()
@@ -228,7 +228,7 @@ def test_hooks_of_the_user_see_every_run_by_itself() -> None:
     plain = model.sweep(ids(), variants, metrics.logit(7), progress=False).values
     hook = module.model.layers[0].register_forward_hook(lambda m, a, output: output * 1.5)
     hooked = model.sweep(ids(), variants, metrics.logit(7), progress=False)
-    assert hooked.plan.rung == "single"
+    assert hooked.plan.rung.name == "single"
     assert torch.allclose(
         hooked.values, one_by_one(model, model.inputs(ids()), [[v] for v in variants], metrics.logit(7)), atol=1e-6
     )
@@ -251,7 +251,7 @@ def test_errors_of_an_edit_are_the_users_to_see() -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="mine"):
             model.sweep(PROMPTS[2], [Replace("layers.0.mlp.out", broken)], metrics.logit(7), progress=False)
-    assert model.plan(PROMPTS[2], [Ablate("layers.0.mlp.out")], metrics.logit(7)).rung == "packed, suffix"
+    assert model.plan(PROMPTS[2], [Ablate("layers.0.mlp.out")], metrics.logit(7)).rung.name == "packed, suffix"
     with pytest.raises(InputError, match="a sweep needs at least one variant"):
         model.sweep(PROMPTS[0], [], metrics.logit(7))
     with pytest.raises(InputError, match="did you mean 'packed'"):
@@ -266,7 +266,7 @@ def test_a_sweep_of_smollm2_equals_plain_runs_on_a_sample(smollm2: Model) -> Non
     variants: list[Edit] = [Patch(f"layers.{layer}.resid_pre@{p}", source) for layer in range(30) for p in range(n)]
     metric = metrics.logit_difference(" Mary", " John")
     made = smollm2.sweep(corrupted, variants, metric, progress=False)
-    assert made.plan.rung == "packed, suffix"
+    assert made.plan.rung.name == "packed, suffix"
     sample = random.Random(0).sample(range(len(variants)), 8)
     truth = one_by_one(smollm2, smollm2.inputs(corrupted), [[variants[i]] for i in sample], metric)
     assert torch.allclose(made.values[sample], truth, atol=1e-3)

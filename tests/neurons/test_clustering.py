@@ -103,7 +103,7 @@ def test_units_that_never_vary_belong_nowhere():
 def test_harvested_activations_and_weights_are_features():
     model = opened("gpt2")
     site = "layers.0.mlp.neurons"
-    made = UnitVectors.activations(harvest(model, TEXTS, site, progress=False), [site])
+    made = UnitVectors.activations(harvest(model, TEXTS, site), [site])
     values = np.concatenate([model.run(t, keep=[site]).tensor(site)[0].detach().numpy() for t in TEXTS])
     assert sorted(made.values[3].tolist()) == pytest.approx(sorted(values[:, 3].tolist()), abs=1e-6)
     assert made.names[3] == f"{site}.3"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.errors import InputError
-from pellucid.neurons.compositional import OPERATIONS, Beam, Concepts, Formula, compositional, fires, search
+from pellucid.neurons.compositional import OPERATIONS, Beam, Concepts, Formula, compositional, firings, search
 from pellucid.results import Result
 
 
@@ -75,7 +75,7 @@ def test_a_unit_that_is_a_formula_is_explained_by_it_and_its_shifted_twin_is_not
     concepts = Concepts(("noun", "name", "plural", "verb"), rng.random((4000, 4)) < 0.2)
     truth = Formula("noun").then("OR", "verb").then("AND NOT", "plural")
     firing = np.stack([truth.holds(concepts), rng.random(4000) < 0.1], 1)
-    found = compositional(firing, concepts, groups=np.arange(4000) // 20, progress=False)
+    found = compositional(firing, concepts, groups=np.arange(4000) // 20)
     assert (Formula.parse(str(found.formula[0].values), concepts).holds(concepts) == truth.holds(concepts)).all()
     assert float(found.iou[0]) == float(found.held_out[0]) == float(found.low[0]) == 1.0
     assert float(found.control_held_out[0]) < 0.4
@@ -103,9 +103,12 @@ def test_printing_and_parsing_a_formula_are_inverse():
 
 def test_a_unit_fires_on_its_largest_activations():
     values = np.arange(200.0).reshape(100, 2)
-    assert fires(values, 0.1).sum(0).tolist() == [10, 10]
-    assert fires(values, 0.1)[-10:].all()
-    assert not fires(np.zeros((50, 1)), 0.1).any()
+    assert firings(values, 0.9).sum(0).tolist() == [10, 10]
+    assert firings(values, 0.9)[-10:].all()
+    assert not firings(np.zeros((50, 1)), 0.9).any()
+    concepts = Concepts.of({"even": np.arange(100) % 2 == 0, "late": np.arange(100) > 50})
+    given, told = (compositional(x, concepts, quantile=0.9).data for x in (values, firings(values, 0.9)))
+    assert given.identical(told) and given.density.values.tolist() == [0.1, 0.1]
 
 
 def test_labels_make_one_concept_each():
@@ -116,10 +119,17 @@ def test_labels_make_one_concept_each():
 
 def test_units_that_never_fire_and_masks_that_do_not_fit():
     _, concepts = random_case(0)
-    silent = compositional(np.zeros((60, 1), dtype=bool), concepts, progress=False)
+    silent = compositional(np.zeros((60, 1), dtype=bool), concepts)
     assert float(silent.iou[0]) == float(silent.held_out[0]) == 0
-    with pytest.raises(InputError, match=r"expected bool \[token, unit\] for 60 tokens"):
-        compositional(np.zeros((60, 1)), concepts)
+    missing = np.zeros((60, 2))
+    missing[7, 1] = np.nan
+    for activations, message in (
+        (np.zeros((50, 1)), "50 tokens with activations, but 60 with concepts"),
+        (np.zeros(60), r"expected numbers or bool \[token, unit\]"),
+        (missing, "unit 1 at token 7 is NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compositional(activations, concepts)
     with pytest.raises(InputError, match="expected a share of at least 2"):
         compositional(np.zeros((60, 1), dtype=bool), concepts, groups=np.zeros(60))
     with pytest.raises(InputError, match="two concepts have one name"):

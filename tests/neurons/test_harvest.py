@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 import pellucid
 from pellucid.errors import InputError
-from pellucid.neurons import Harvest, Units, corpus, harvest
+from pellucid.neurons import Harvest, Units, harvest
+from pellucid.neurons.shelf import where as where_of
 from pellucid.neurons.tally import Sampler, Tally
 from tests.zoo import build, tokenizer
 
@@ -64,7 +66,7 @@ def everything(family, site, skip=0):
 
 
 def gathered(model, **options):
-    options = {"top": 5, "sample": 50, "progress": False, "batch": 64} | options
+    options = {"top": 5, "sample": 50, "batch_tokens": 64} | options
     sites = options.pop("sites", SITES)
     return harvest(model, options.pop("texts", TEXTS), sites, **options)
 
@@ -91,7 +93,7 @@ def test_what_is_kept_is_what_running_every_text_alone_and_sorting_gives(family,
         torch.testing.assert_close(found.positive(name).float(), (values > 1e-6).float().mean(0), atol=2e-2, rtol=0)
         where, sample = found.sample(name)
         index = {place: i for i, place in enumerate(places)}
-        rows = [index[tuple(x.item() for x in corpus.where(w))] for w in where]
+        rows = [index[tuple(x.item() for x in where_of(w))] for w in where]
         assert len(set(rows)) == 50
         torch.testing.assert_close(sample, values[rows], atol=1e-5, rtol=1e-4)
         for moment in found.top(f"{name}.3"):
@@ -106,7 +108,7 @@ def test_tokens_can_be_cut_again_from_their_places():
 
 
 def test_an_interrupted_harvest_continues_to_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SEGMENT", 60)
+    monkeypatch.setattr(sys.modules["pellucid.neurons.harvest"], "SEGMENT", 60)
     model = opened("llama")
     whole = gathered(model, path=tmp_path / "whole")
     assert len(whole.shelf.firsts) > 3
@@ -128,15 +130,32 @@ def test_an_interrupted_harvest_continues_to_the_same_bits(tmp_path, monkeypatch
 
 def test_the_batches_make_no_difference_but_of_rounding():
     model = opened("bert")
-    one, other = gathered(model, batch=1), gathered(model, batch=400)
+    one, other = gathered(model, batch_tokens=1), gathered(model, batch_tokens=400)
     assert torch.equal(one.sample("layers.0.mlp.neurons")[0], other.sample("layers.0.mlp.neurons")[0])
     for name in one.names:
         torch.testing.assert_close(one.tallies[name].top, other.tallies[name].top, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(one.mean(name), other.mean(name), atol=1e-5, rtol=1e-4)
 
 
+def test_a_long_text_is_read_in_windows_and_generators_rows_and_files_are_read(tmp_path):
+    """B9: nothing is cut off silently, and what a data set gives is a corpus."""
+    model = opened("llama")
+    long = " ".join(TEXTS[:6])
+    ids = model.tokenizer(long)["input_ids"]
+    found = gathered(model, texts=["a cat", long, "a dog"], context=20)
+    rows = [found.tokens(i) for i in range(len(found.shelf))]
+    assert len(rows) == 2 + -(-len(ids) // 20) and [i for row in rows[1:-1] for i in row] == ids
+    assert found.count == sum(map(len, rows)) and found.read.texts == 3
+    with pytest.raises(InputError, match="text 1 of the corpus has"):
+        gathered(model, texts=pellucid.Corpus(["a cat", long], long="refuse"), context=20)
+    (tmp_path / "lines").write_text("\n".join(TEXTS))
+    plain = gathered(model)
+    for texts in ((t for t in TEXTS), [{"text": t} for t in TEXTS], tmp_path / "lines"):
+        same(plain, gathered(model, texts=texts))
+
+
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "SEGMENT", 60)
+    monkeypatch.setattr(sys.modules["pellucid.neurons.harvest"], "SEGMENT", 60)
 
     def size(texts):
         found = gathered(opened("llama"), texts=texts, path=tmp_path / str(len(texts)))
@@ -221,6 +240,28 @@ def test_quantile_bins_hold_what_belongs_there_and_the_sample_is_uniform():
     np.testing.assert_allclose(found.coactivation(f"{name}.3").numpy(), wanted[3], atol=1e-4)
 
 
+@pytest.mark.parametrize("mean", [0.0, -1e3, 1e6])
+@pytest.mark.parametrize("sizes", [(700,), (1, 2, 300, 397), (130,) * 5])
+def test_moments_hold_for_units_whose_mean_is_large(mean, sizes):
+    x = torch.randn(sum(sizes), 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3, 0.5, 0]) + mean
+    x[: sizes[0], 1] += 100 * sizes[0]  # a block that is unlike the others
+    tally, at, none = Tally.empty(4, 2, 2), 0, torch.arange(0)
+    for size in sizes:
+        tally.add(x[at : at + size], torch.arange(at, at + size), (none, none))
+        at += size
+    torch.testing.assert_close(tally.mean, x.double().mean(0), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(tally.std, x.double().std(0, unbiased=False), rtol=1e-5, atol=1e-6)
+    assert int(tally.count) == len(x) and float(tally.std[3]) == 0
+
+
+def test_what_is_kept_prints_short():
+    found = gathered(opened("llama"))
+    units = Units("layers.0.resid_post", torch.eye(32), "axes")
+    assert repr(units) == "Units('layers.0.resid_post', directions [32, 32], name='axes')"
+    assert "4 sites, 60 texts" in repr(found) and len(repr(found)) < 200
+    assert len(repr(found.shelf)) < 100
+
+
 def test_every_token_is_as_likely_to_be_sampled():
     hits = np.zeros(40)
     for seed in range(400):
@@ -258,7 +299,23 @@ def test_what_cannot_be_harvested_says_why(tmp_path):
     with pytest.raises(InputError, match="several stacks"):
         gathered(opened("t5"), sites=["encoder.layers.0.mlp.neurons", "decoder.layers.0.mlp.neurons"])
     with pytest.raises(InputError, match="put the one text into a list"):
-        harvest(model, "one text", progress=False)
+        harvest(model, "one text")
+    for texts, message in (
+        ([1, 2], "text 0 of the corpus is no text"),
+        (["a", None], "text 1 of the corpus is no text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gathered(model, texts=texts)
+    for bad, message in (
+        ({"top": 0}, "top=0: expected at least 1"),
+        ({"skip": -1}, "skip=-1"),
+        ({"sites": []}, "no sites to harvest"),
+        ({"sites": Units("layers.0.resid_post", torch.ones(2, 5))}, "directions of 5 numbers"),
+        ({"sites": Units("layers.0.resid_post", torch.sum, "sum")}, r"'sum' must give activations \[token, unit\]"),
+        ({"path": __file__}, "is a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            gathered(model, **bad)
     with pytest.raises(InputError, match="no token was counted"):
         gathered(model, texts=["a"], skip=3)
     gathered(model, texts=TEXTS[:5], path=tmp_path)
@@ -266,9 +323,9 @@ def test_what_cannot_be_harvested_says_why(tmp_path):
         gathered(model, texts=TEXTS[:5], path=tmp_path, top=6)
     with pytest.raises(InputError, match="other digest"):
         gathered(opened("gpt2"), texts=TEXTS[:5], path=tmp_path)
-    with pytest.raises(InputError, match="begun with"):
+    with pytest.raises(InputError, match="the first 5 texts are others than those"):
         gathered(model, texts=TEXTS[1:6], path=tmp_path)
-    with pytest.raises(InputError, match="harvest of 5 texts"):
+    with pytest.raises(InputError, match="ends after 4 texts; 5 of it were read before"):
         gathered(model, texts=TEXTS[:4], path=tmp_path)
     with pytest.raises(InputError, match="other weights"):
         Harvest.load(tmp_path).check(opened("gpt2"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cache
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
+from tokenizers.processors import TemplateProcessing
 
 import pellucid
 from pellucid.errors import InputError
-from pellucid.neurons.excerpts import Context, UnitContexts
+from pellucid.neurons.contexts import Context, UnitContexts
 from pellucid.neurons.judges import CallableJudge, Judge, ModelJudge, StatisticalJudge
-from pellucid.neurons.naming import ModelExplainer, describe
+from pellucid.neurons.naming import Description, ModelExplainer, StatisticalExplainer, describe, features, wilson
 from pellucid.neurons.scoring import auroc, random_directions, score_descriptions
-from pellucid.neurons.statistical import Description, StatisticalExplainer, features, wilson
 from tests.zoo import build, tokenizer
 
 WORDS = [
@@ -69,13 +70,13 @@ UNITS = [planted(meaning, seed=i, name=text) for i, (text, meaning) in enumerate
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda u: u.unit)
 def test_a_planted_meaning_is_the_description(unit):
-    (found,) = describe([unit], progress=False)
+    (found,) = describe([unit])
     assert str(found) == unit.unit
     assert found.rules[0].precision == pytest.approx(1) and found.rules[0].lift > 4
 
 
 def test_meanings_of_several_words_are_all_found():
-    (found,) = describe([planted(lambda t, i: t[i] in (" cat", " Paris", " red"), n=120)], progress=False)
+    (found,) = describe([planted(lambda t, i: t[i] in (" cat", " Paris", " red"), n=120)])
     assert {r.value for r in found.rules if r.kind == "token"} == {"cat", "paris", "red"}
 
 
@@ -114,17 +115,17 @@ def test_features_of_pieces_and_words():
 
 
 def test_right_descriptions_beat_those_of_other_units_in_every_test():
-    found = score_descriptions(UNITS, describe(UNITS, progress=False), progress=False)
+    found = score_descriptions(UNITS, describe(UNITS))
     assert (found.score > 0.9).all()
     assert (found.beats == 1).all() and (found.beats_surely == 1).all()
     assert ((found.low <= found.score + 1e-9) & (found.score <= found.high + 1e-9)).all()
     assert (found.control.sel(test="simulation") < 0.5).all()
-    again = score_descriptions(UNITS, describe(UNITS, progress=False), progress=False)
+    again = score_descriptions(UNITS, describe(UNITS))
     assert found.data.identical(again.data)
 
 
 def test_a_description_that_fits_all_units_gains_nothing():
-    found = score_descriptions(UNITS, ["common words"] * len(UNITS), progress=False)
+    found = score_descriptions(UNITS, ["common words"] * len(UNITS))
     np.testing.assert_allclose(found.gain, 0, atol=1e-12)
     assert (found.beats == 0).all() and (found.beats_surely == 0).all()
 
@@ -132,7 +133,7 @@ def test_a_description_that_fits_all_units_gains_nothing():
 def test_the_description_of_noise_gains_nothing_that_is_sure():
     rng = np.random.default_rng(0)
     noise = [planted(lambda t, i: rng.random() < 0.1, n=120, seed=s, name=str(s)) for s in range(12)]
-    found = score_descriptions(noise, describe(noise, progress=False), progress=False)
+    found = score_descriptions(noise, describe(noise))
     assert float(found.beats_surely.mean()) < 0.2
     assert abs(float(found.gain.mean())) < 0.05
 
@@ -143,7 +144,7 @@ class Truth(Judge):
 
 
 def test_a_judge_that_knows_the_activations_has_full_marks_and_a_blind_one_none():
-    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), others=1, progress=False)
+    found = score_descriptions(UNITS[:2], ["true", "blind"], Truth(), draws=1)
     np.testing.assert_allclose(found.score[0], 1)
     np.testing.assert_allclose(found.score[1], [0.5, 0.5, 0])
     np.testing.assert_allclose(found.control[0], [0.5, 0.5, 0])
@@ -153,7 +154,7 @@ def test_simulation_is_the_correlation_over_all_tokens_that_count():
     unit = UNITS[1]
     unit.held_out[0].activations[2] = np.nan
     judge = CallableJudge(lambda text, tokens: [len(t) + 0.1 * i for i, t in enumerate(tokens)])
-    found = score_descriptions([unit, unit], ["a", "b"], judge, others=1, progress=False)
+    found = score_descriptions([unit, unit], ["a", "b"], judge, draws=1)
     said = np.concatenate([judge.simulate(Description("a"), c)[c.counted] for c in unit.held_out])
     true = np.concatenate([c.activations[c.counted] for c in unit.held_out])
     assert float(found.score.sel(test="simulation")[0]) == pytest.approx(np.corrcoef(said, true)[0, 1])
@@ -184,7 +185,7 @@ def test_a_description_in_words_is_taken_at_its_words():
 
 def test_units_without_active_contexts_are_nan_and_do_not_count():
     silent = planted(lambda t, i: False, noise=0, name="silent")
-    found = score_descriptions([*UNITS[:2], silent], [*describe(UNITS[:2], progress=False), "x"], progress=False)
+    found = score_descriptions([*UNITS[:2], silent], [*describe(UNITS[:2]), "x"])
     assert np.isnan(found.score[2]).all() and (found.beats == 1).all()
 
 
@@ -193,7 +194,7 @@ def test_units_without_active_contexts_are_nan_and_do_not_count():
 
 def test_a_model_is_shown_marked_contexts_and_its_first_line_is_the_description():
     model = opened("gpt2")
-    explainer = ModelExplainer(model, contexts=2, tokens=3)
+    explainer = ModelExplainer(model, contexts=2, max_new_tokens=3)
     texts = ("The cat", "he gave a drink", "in Paris", "to Rome")
     contexts = tuple(Context(tuple(f" {w}" for w in t.split()), np.arange(len(t.split())) * 1.0) for t in texts)
     unit = UnitContexts("u", 0.5, contexts, ())
@@ -202,17 +203,26 @@ def test_a_model_is_shown_marked_contexts_and_its_first_line_is_the_description(
     assert prompt.endswith("words: gave, a, drink, cat, Paris, Rome\nAnswer:")
     assert "marked" not in ModelExplainer(model, contexts=0).prompt(unit)
     said = model.generate(prompt, max_new_tokens=3).text
-    (found,) = describe([unit], explainer, progress=False)
+    (found,) = describe([unit], explainer)
     assert found.rules == () and found.text == (said.strip().splitlines() or ["no answer"])[0].strip()
-    assert describe([unit], lambda contexts: f"about {contexts.unit}", progress=False)[0].text == "about u"
+    assert describe([unit], lambda contexts: f"about {contexts.unit}")[0].text == "about u"
 
 
 def test_a_model_with_a_chat_template_is_asked_in_a_turn():
     model = copy.copy(opened("gpt2"))
-    model.tokenizer = copy.copy(model.tokenizer)
-    model.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
+    model.tokenizer = tokenizer = copy.deepcopy(model.tokenizer)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %} [assistant]"
+    )
     prompt = ModelExplainer(model).prompt(UNITS[0])
-    assert prompt.startswith("[user] In these lines") and prompt.endswith("cat [assistant]")
+    assert prompt.startswith(f"{begin[0]}[user] In these lines") and prompt.endswith("cat [assistant]")
+    asked = []
+    model.generate = lambda prompt, **_: asked.append(prompt) or SimpleNamespace(text=" cats\nand more")
+    assert ModelExplainer(model)(UNITS[0]).text == "cats"
+    assert tokenizer(prompt)["input_ids"].count(begin[1]) == 2  # the template's and the tokenizer's
+    assert asked[0][0].count(begin[1]) == 1 and asked[0][0][0] == begin[1]
 
 
 def test_a_model_judges_by_its_preference_for_yes_whatever_the_batch():
@@ -245,6 +255,6 @@ def test_bad_questions_are_one_clear_error():
     with pytest.raises(InputError, match="there is no test recall"):
         score_descriptions(UNITS[:2], ["x", "y"], tests=["recall"])
     with pytest.raises(InputError, match="is no judge"):
-        score_descriptions(UNITS[:2], ["x", "y"], 3, progress=False)
+        score_descriptions(UNITS[:2], ["x", "y"], 3)
     with pytest.raises(InputError, match=r"the judge gave \[1\] numbers for 8 tokens"):
-        score_descriptions(UNITS[:2], ["x", "y"], lambda text, tokens: [0], progress=False)
+        score_descriptions(UNITS[:2], ["x", "y"], lambda text, tokens: [0])

@@ -35,7 +35,7 @@ def unit_of(model, unit=UNIT):
 
 def searched(family, **options):
     model = opened(family)
-    options = {"length": 5, "steps": 4, "restarts": 2, "exchanges": FEW, "progress": False} | options
+    options = {"length": 5, "steps": 4, "restarts": 2, "exchanges": FEW} | options
     return model, activating_inputs(model, unit_of(model), **options)
 
 
@@ -93,7 +93,7 @@ def test_where_the_unit_is_linear_in_the_embeddings_one_exchange_finds_the_best_
     model = opened("llama")
     direction = torch.randn(model.anatomy.stacks[0].d_model, generator=torch.Generator().manual_seed(3))
     found = activating_inputs(
-        model, Units("layers.0.resid_pre", direction), length=1, steps=1, restarts=1, progress=False,
+        model, Units("layers.0.resid_pre", direction), length=1, steps=1, restarts=1,
         exchanges=Exchanges(top=1, trials=4),
     )  # fmt: skip
     vocabulary = Vocabulary.of(model)
@@ -110,7 +110,7 @@ def test_a_direction_a_function_and_a_number_name_the_same_unit():
     model = opened("gpt2")
     whole, direction = "layers.0.mlp.neurons", torch.zeros(model.anatomy.stacks[0].blocks[0].sizes["neuron"])
     direction[7] = 1.0
-    options = {"length": 4, "steps": 2, "restarts": 2, "exchanges": FEW, "progress": False}
+    options = {"length": 4, "steps": 2, "restarts": 2, "exchanges": FEW}
     one = activating_inputs(model, "layers.0.mlp.neurons.7", **options)
     for unit in (Units(whole, direction), (Units(whole, lambda x: x), 7), (Units(whole), 7)):
         assert activating_inputs(model, unit, **options).data.identical(one.data)
@@ -123,7 +123,7 @@ def test_a_seed_gives_the_same_texts_again():
 
 def test_ids_that_are_no_text_are_searched_only_when_asked():
     model = opened("gpt2")
-    options = {"length": 6, "steps": 2, "restarts": 2, "progress": False}
+    options = {"length": 6, "steps": 2, "restarts": 2}
     free = activating_inputs(model, UNIT, exchanges=Exchanges(8, 6, readable=False), **options)
     assert free.tokens.shape == (2, 6)
     bare = copy.copy(model)
@@ -135,7 +135,7 @@ def test_ids_that_are_no_text_are_searched_only_when_asked():
 
 def test_the_corpus_control_is_its_largest_context_and_that_context_cut():
     corpus = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary and John"]
-    model, found = searched("gpt2", corpus=corpus)
+    model, found = searched("gpt2", texts=corpus)
     values = [model.run(text, keep=[UNIT]).tensor(UNIT)[0].detach() for text in corpus]
     assert float(found.control_activation.sel(control="corpus")) == pytest.approx(
         max(float(v[1:].max()) for v in values), abs=1e-5
@@ -156,16 +156,14 @@ def test_an_interrupted_search_returns_what_it_has():
             raise KeyboardInterrupt
         return x[:, 5]
 
-    found = activating_inputs(
-        model, Units("layers.1.mlp.neurons", unit), length=5, steps=20, restarts=2, exchanges=FEW, progress=False
-    )
+    found = activating_inputs(model, Units("layers.1.mlp.neurons", unit), length=5, steps=20, restarts=2, exchanges=FEW)
     assert found.data.attrs["interrupted"]
     assert 1 < found.data.sizes["step"] < 20
     assert found.data.sizes["control"] == 0
 
 
 def test_bad_questions_are_one_clear_error():
-    options = {"progress": False, "length": 4, "steps": 1, "restarts": 1}
+    options = {"length": 4, "steps": 1, "restarts": 1}
     with pytest.raises(InputError, match="name one unit of it"):
         activating_inputs(opened("gpt2"), "layers.0.mlp.neurons", **options)
     with pytest.raises(InputError, match="must name one unit"):
@@ -174,9 +172,9 @@ def test_bad_questions_are_one_clear_error():
         activating_inputs(opened("bert"), UNIT, fluency=1.0, **options)
     with pytest.raises(InputError, match="the text goes into the encoder"):
         activating_inputs(opened("t5"), "decoder.layers.0.mlp.neurons.3", **options)
-    with pytest.raises(InputError, match="at least 1 of each"):
-        activating_inputs(opened("gpt2"), UNIT, progress=False, length=0)
-    one = activating_inputs(opened("gpt2"), UNIT, progress=False, length=1, steps=1, restarts=1, fluency=1.0)
+    with pytest.raises(InputError, match="length=0: expected at least 1"):
+        activating_inputs(opened("gpt2"), UNIT, length=0)
+    one = activating_inputs(opened("gpt2"), UNIT, length=1, steps=1, restarts=1, fluency=1.0)
     assert float(one.nats[0]) == 0  # nothing foretells the first token
     training = pellucid.load(build("gpt2"), tokenizer=tokenizer())
     training.module.train()
@@ -188,7 +186,7 @@ def test_bad_questions_are_one_clear_error():
 
 def test_on_a_trained_model_gradients_find_more_than_blind_exchanges_and_random_texts(smollm2):
     found = activating_inputs(
-        smollm2, "layers.3.mlp.neurons.1000", length=6, steps=8, restarts=2, progress=False,
+        smollm2, "layers.3.mlp.neurons.1000", length=6, steps=8, restarts=2,
         exchanges=Exchanges(trials=24),
     )  # fmt: skip
     controls = found.control_objective
@@ -199,11 +197,11 @@ def test_on_a_trained_model_gradients_find_more_than_blind_exchanges_and_random_
 
 def test_with_a_corpus_the_search_begins_at_its_best_contexts_and_ends_no_lower():
     corpus = ["The capital of France is Paris", "Mary and John went to the store", "he gave a drink to Mary and John"]
-    _, found = searched("gpt2", corpus=corpus, restarts=3)
+    _, found = searched("gpt2", texts=corpus, restarts=3)
     assert float(found.objective[0]) >= float(found.control_objective.sel(control="corpus, same length"))
     assert float(found.path[:, 0].max()) >= float(found.control_objective.sel(control="corpus, same length")) - 1e-6
 
 
 def test_a_result_is_kept_and_read_again(tmp_path):
-    _, found = searched("gpt2", corpus=["The capital of France is Paris"], length=4)
+    _, found = searched("gpt2", texts=["The capital of France is Paris"], length=4)
     assert Result.load(found.save(tmp_path / "found.zip")) == found

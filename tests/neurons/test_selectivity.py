@@ -82,8 +82,8 @@ def test_the_held_out_interval_is_that_of_drawing_texts_again():
 def test_activations_are_those_at_the_last_token_of_each_word(family, sites):
     model = opened(family)
     places, labels = words()
-    found = neuron_selectivity(model, TEXTS, places, labels, sites, permutations=2, best=3)
-    again = neuron_selectivity(model, TEXTS, places, labels, sites, permutations=2, best=3, memory=1)
+    found = neuron_selectivity(model, TEXTS, places, labels, sites, draws=2, best=3)
+    again = neuron_selectivity(model, TEXTS, places, labels, sites, draws=2, best=3, memory=1)
     assert found.allclose(again, atol=1e-4)
     name = str(model.sites(sites)[1])
     rows = []
@@ -109,23 +109,23 @@ def test_a_neuron_that_was_made_for_a_concept_is_found_and_others_are_not():
     model = pellucid.load(module, tokenizer=tokenizer(module))
     places, _ = words()
     labels = ["t or g" if TEXTS[text][stop - 1] in "tg" else "other" for text, _, stop in places]
-    found = neuron_selectivity(model, TEXTS, places, labels, "embed", permutations=200).data.sel(concept="t or g")
+    found = neuron_selectivity(model, TEXTS, places, labels, "embed", draws=200).data.sel(concept="t or g")
     assert found.found.values[0] == "embed.7"
     made = found.sel(unit="embed.7")
     for value in (made.auroc, made.f1, found.held_out[0], found.low[0], found.high[0]):
         assert float(value) == pytest.approx(1.0)
     assert float(made.p) == pytest.approx(1 / 201)
-    (one,) = neuron_selectivity(model, TEXTS, places, labels, "layers.1.mlp.neurons.3", permutations=9).data.unit.values
+    (one,) = neuron_selectivity(model, TEXTS, places, labels, "layers.1.mlp.neurons.3", draws=9).data.unit.values
     assert one == "layers.1.mlp.neurons.3"
     rng = np.random.default_rng(3)
-    random = neuron_selectivity(model, TEXTS, places, rng.permutation(labels), "embed", permutations=200).data
+    random = neuron_selectivity(model, TEXTS, places, rng.permutation(labels), "embed", draws=200).data
     assert int(random.significant.sum()) <= 2
     assert abs(float(random.held_out.mean()) - 0.5) < 0.1
 
 
 def test_the_view_is_a_row_for_each_unit_that_was_found():
     model, (places, labels) = opened("llama"), words()
-    found = neuron_selectivity(model, TEXTS, places, labels, permutations=9, best=2)
+    found = neuron_selectivity(model, TEXTS, places, labels, draws=9, best=2)
     table = document(found).data
     columns = {c.name: c for c in table.columns}
     assert table.rows == 6 and columns["concept"].texts[:3] == ("animal", "animal", "other")
@@ -156,6 +156,6 @@ def test_wrong_labels_say_what_is_wrong():
         (([(0, 0, 0), *places[1:]], labels), "no token touches"),
     ):
         with pytest.raises(InputError, match=message):
-            neuron_selectivity(model, TEXTS, *change, permutations=1)
+            neuron_selectivity(model, TEXTS, *change, draws=1)
     with pytest.raises(InputError, match="goes into the encoder"):
-        neuron_selectivity(opened("t5"), TEXTS, places, labels, "decoder.layers.*.mlp.neurons", permutations=1)
+        neuron_selectivity(opened("t5"), TEXTS, places, labels, "decoder.layers.*.mlp.neurons", draws=1)

@@ -64,14 +64,14 @@ def best(found, sparsity):
 
 
 def test_sparse_features_share_dimensions_as_a_pentagon_for_less_than_any_model_without_superposition():
-    found = toy_model(0.97, features=5, hidden=2, copies=3, steps=1500, learning_rate=1e-2, progress=False)
+    found = toy_model(0.97, features=5, hidden=2, restarts=3, steps=1500, learning_rate=1e-2)
     np.testing.assert_allclose(best(found, 0.97), 2 / 5, atol=0.03)
     assert found.loss.values.min() < 0.5 * float(found.linear[0])
 
 
 def test_dense_features_are_kept_by_importance_one_in_each_dimension():
     weights = [0.02, 1.0, 0.02, 1.0, 0.02]
-    found = toy_model(0.0, features=5, hidden=2, importance=weights, steps=1500, learning_rate=1e-2, progress=False)
+    found = toy_model(0.0, features=5, hidden=2, importance=weights, steps=1500, learning_rate=1e-2)
     np.testing.assert_allclose(found.norm.values[0, 0], [0, 1, 0, 1, 0], atol=0.1)
     np.testing.assert_allclose(found.dimensionality.values[0, 0, [1, 3]], 1, atol=0.02)
     assert found.loss.values.item() == pytest.approx(float(found.linear[0]), rel=0.1)
@@ -81,13 +81,13 @@ def test_dense_features_are_kept_by_importance_one_in_each_dimension():
     ("features", "hidden", "shares"), [(4, 2, [1 / 2] * 4), (6, 3, [1 / 2] * 6), (3, 2, [1 / 2, 1 / 2, 1])]
 )
 def test_sparse_features_form_digons_where_they_can(features, hidden, shares):
-    found = toy_model(0.95, features=features, hidden=hidden, copies=4, steps=1200, learning_rate=1e-2, progress=False)
+    found = toy_model(0.95, features=features, hidden=hidden, restarts=4, steps=1200, learning_rate=1e-2)
     np.testing.assert_allclose(best(found, 0.95), shares, atol=0.05)
 
 
 def test_the_linear_loss_is_that_of_keeping_the_most_important():
     weights = torch.tensor([1.0, 0.5, 0.25])
-    found = toy_model(0.7, features=3, hidden=1, importance=weights, steps=1, progress=False)
+    found = toy_model(0.7, features=3, hidden=1, importance=weights, steps=1)
     g = torch.Generator().manual_seed(0)
     x = torch.rand(400_000, 3, generator=g) * (torch.rand(400_000, 3, generator=g) >= 0.7)
     kept = (x - x.mean(0)).pow(2) * weights
@@ -95,10 +95,10 @@ def test_the_linear_loss_is_that_of_keeping_the_most_important():
 
 
 def test_instances_do_not_depend_on_their_company_but_for_the_draw():
-    one = toy_model(0.9, features=4, hidden=2, steps=20, seed=3, progress=False)
-    again = toy_model(0.9, features=4, hidden=2, steps=20, seed=3, progress=False)
+    one = toy_model(0.9, features=4, hidden=2, steps=20, seed=3)
+    again = toy_model(0.9, features=4, hidden=2, steps=20, seed=3)
     assert one == again
-    assert one != toy_model(0.9, features=4, hidden=2, steps=20, seed=4, progress=False)
+    assert one != toy_model(0.9, features=4, hidden=2, steps=20, seed=4)
 
 
 def test_random_directions_are_as_crowded_as_chance_and_copies_more():
@@ -122,8 +122,8 @@ def test_random_directions_are_as_crowded_as_chance_and_copies_more():
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [({"sparsity": 1.0}, "to below 1"), ({"sparsity": []}, "to below 1"), ({"sparsity": 0.5, "importance": [1.0]}, "20 numbers")],
+    [({"sparsity": 1.0}, "to below 1"), ({"sparsity": []}, "to below 1"), ({"sparsity": 0.5, "importance": [1.0]}, "20 numbers"), ({"sparsity": 0.5, "hidden": 0}, "hidden=0: expected at least 1")],
 )  # fmt: skip
 def test_what_is_no_toy_model_is_refused(given, message):
     with pytest.raises(InputError, match=message):
-        toy_model(**given, progress=False)
+        toy_model(**given)

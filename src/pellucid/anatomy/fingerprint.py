@@ -34,6 +34,7 @@ class Fingerprint:
     def __init__(self, module: nn.Module, known: Fingerprint | None = None) -> None:
         self.module = unwrapped(module)
         self._hashes: dict[Hashable, tuple[int, str]] = {} if known is None else dict(known._hashes)
+        self._behind = 0  # how often weights were changed behind torch's back
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Fingerprint, (self.module,)  # a copy has storages of its own
@@ -48,8 +49,11 @@ class Fingerprint:
         found = list(self._tensors())
         keys = [_key(t) for _, t in found]
         for key, (_, t), sample in zip(keys, found, _samples([t for _, t in found]), strict=True):
-            if key not in self._hashes or self._hashes[key][0] != sample:
-                self._hashes[key] = sample, _hash(t)
+            if key in self._hashes and self._hashes[key][0] != sample:
+                self._behind += 1
+                del self._hashes[key]
+            if key not in self._hashes:
+                self._hashes[key] = sample, tensor_hash(t)
         self._hashes = {key: self._hashes[key] for key in keys}
         lines = [
             f"{name} {tuple(t.shape)} {t.dtype} {self._hashes[k][1]}" for k, (name, t) in zip(keys, found, strict=True)
@@ -58,11 +62,12 @@ class Fingerprint:
 
     def stamp(self) -> tuple[Hashable, ...]:
         """What stays equal while no weight is exchanged or changed in place; a millisecond for 300 tensors."""
-        return tuple(_key(t) for _, t in self._tensors())
+        return self._behind, *(_key(t) for _, t in self._tensors())
 
     def forget(self) -> None:
         """Hash everything anew when next asked: after writes that torch cannot see."""
         self._hashes.clear()
+        self._behind += 1
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.module.state_dict().items():
@@ -121,7 +126,8 @@ def _numbers(t: Tensor) -> Tensor:
     return t.contiguous().view(INTEGERS[t.element_size()])
 
 
-def _hash(t: Tensor) -> str:
+def tensor_hash(t: Tensor) -> str:
+    """Of a tensor's numbers; "" where there are none to read."""
     if t.is_meta or not t.numel():
         return ""
     x, found = _numbers(t).flatten(), hashlib.sha256()

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -52,6 +52,7 @@ class Loaded:
 
     `revision` is the commit on the hub, None for a model from elsewhere. `dtype` is what it computes in.
     `notes` says what the caller may not expect: a wrapper set aside, weights of the checkpoint left out.
+    `changes` are those made since (`pellucid.changed`).
     """
 
     module: nn.Module
@@ -60,6 +61,13 @@ class Loaded:
     revision: str | None
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
+    changes: tuple[Any, ...] = ()
+
+    def twin(self, module: nn.Module, changes: tuple[Any, ...]) -> Loaded:
+        """The same with a module that shares tensors with this one: what is known of these is not hashed again."""
+        made = replace(self, module=module, dtype=_dtype_of(module), changes=self.changes + changes)
+        vars(made)["weights"] = Fingerprint(module, known=self.weights)
+        return made
 
     @functools.cached_property
     def weights(self) -> Fingerprint:

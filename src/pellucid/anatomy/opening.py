@@ -26,17 +26,23 @@ from pellucid.anatomy.wiretap import tapped
 BATCH, LENGTHS = 2, (11, 7, 13, 17, 19, 23, 29)
 
 
-def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None) -> Anatomy:
+def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, known: Anatomy | None = None) -> Anatomy:
     """The proven anatomy of a loaded transformers model.
 
     `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default
     random token ids. The module is left exactly as it was, its training mode included.
+
+    `known` is the anatomy of a module that this one is a twin of with other weights. The map is found anew (one
+    traced pass); where it is the same, and all of the old one was proven, only what other weights can break is
+    proven again, in four passes: that blocks with a changed tensor are what their weights say (residual, attention,
+    projection, neurons, experts), that blocks hand over to one another, and the logits and the unembedding. How
+    tokens and heads are kept apart (heads, position-wise, reads, ablation, causality) follows from the code.
     """
     with torch.no_grad(), evaluating(module), uncompiled(module):
-        return _open(module, dict(inputs) if inputs is not None else probe(module))
+        return _open(module, dict(inputs) if inputs is not None else probe(module), known)
 
 
-def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
+def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = None) -> Anatomy:
     batch = min(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
     t, output = discovery.trace(module, inputs)
     found = discovery.find_stacks(t, batch)
@@ -53,9 +59,14 @@ def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
     meaning = answering(module, output)
     covered, elsewhere = coverage(t, [span for _, spans in found for span in spans])
     del t, found
-    prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head)
+    only = None if known is None else touched(known, module, stacks)
+    prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head, only)
     proofs = [covered, *prover.prove()]
-    causal = causality(module, inputs, stacks, prover)
+    if known is None or only is None:
+        causal = causality(module, inputs, stacks, prover)
+    else:
+        proofs = [as_before(new, old) for new, old in zip(proofs, known.proofs, strict=True)]
+        causal = {s.name: s.causal for s in known.stacks}
     stacks = tuple(
         replace(
             s,
@@ -69,6 +80,43 @@ def _open(module: nn.Module, inputs: dict[str, Any]) -> Anatomy:
         module, stacks, head, proofs, refusals(stacks, proofs) | elsewhere, inputs,
         " + ".join(sorted(routes)) or "no attention", meaning,
     )  # fmt: skip
+
+
+def touched(known: Anatomy, module: nn.Module, stacks: tuple[Stack, ...]) -> set[tuple[str, int]] | None:
+    """The blocks of a twin that have a tensor of their own, as (stack, index); None where all must be proven: the
+    modules or the map are others, or not all of the old map was proven.
+    """
+    kinds = [[(n, type(m)) for n, m in x.named_modules(remove_duplicate=False)] for x in (known.module, module)]
+    shapes = [
+        [[(b.module, b.nth, b.form, b.taps, b.refused) for b in s.blocks] for s in x] for x in (known.stacks, stacks)
+    ]
+    whole = all(b.whole for s in stacks for b in s.blocks)
+    if not (known.complete and whole and kinds[0] == kinds[1] and shapes[0] == shapes[1]):
+        return None
+    old, new = ({name: _address(t) for name, t in tensors(x)} for x in (known.module, module))
+    changed = [name for name, where in new.items() if old.get(name) != where]
+    return {
+        (s.name, b.index) for s in stacks for b in s.blocks if any(name.startswith(f"{b.module}.") for name in changed)
+    }
+
+
+def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, by every name they go by."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _address(t: Tensor) -> Any:
+    return t.data_ptr(), t.shape, t.dtype, t.device
+
+
+def as_before(new: Proof, old: Proof) -> Proof:
+    """What a proof about some blocks says together with what was proven of the others."""
+    if new.holds is False or old.holds is None:
+        return new
+    if new.holds is None:
+        return old
+    return replace(new, error=None if new.error is None else max(new.error, old.error or 0.0))
 
 
 def coverage(t: Trace, spans: list[Span]) -> tuple[Proof, dict[str, str]]:

@@ -184,7 +184,7 @@ def _index(word: str, text: str) -> Index:
 
 
 def choose(selector: Index, size: int, what: str, site: Site | str) -> list[int]:
-    """The indices below `size` that a selector names.
+    """The indices below `size` that a selector names; SiteError if it names none.
 
     >>> choose("2:4", 6, "layer", "s"), choose(-1, 6, "layer", "s"), choose("*", 3, "head", "s")
     ([2, 3], [5], [0, 1, 2])
@@ -199,4 +199,7 @@ def choose(selector: Index, size: int, what: str, site: Site | str) -> list[int]
     if selector == "*":
         return list(range(size))
     start, _, stop = selector.partition(":")
-    return list(range(size))[slice(int(start) if start else None, int(stop) if stop else None)]
+    named = list(range(size))[slice(int(start) if start else None, int(stop) if stop else None)]
+    if not named:
+        raise SiteError(f"{site}: {selector!r} names no {what}; this model has {size} (0 to {size - 1})")
+    return named

@@ -20,7 +20,8 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
-from pellucid.engine.run import Run, shows_one_reader
+from pellucid.engine.run import Run
+from pellucid.engine.writing import shows_one_reader
 from pellucid.errors import InputError, Refused, SiteError
 from pellucid.metrics import Answers, BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model

@@ -132,7 +132,7 @@ def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon
     _check(case, rules, scores)
     taps = {site: locate(anatomy, site).tap for site in wanted}
     # a state that only shows one of its readers has zeros added to it, whose gradient is that of all its readers
-    met = {t: session.nothings[t].added[0] if t in session.nothings else session.kept[t] for t in taps.values()}
+    met = {t: session.zeros[t].added[0] if t in session.zeros else session.kept[t] for t in taps.values()}
     return _backward(scores, rules, taps, met, session.kept)
 
 

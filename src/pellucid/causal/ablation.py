@@ -13,7 +13,6 @@ sites at once, each as it would be alone: of an intact reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,16 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import summary
-from pellucid.causal.grid import Grid, Over, dataset, with_interval
+from pellucid.causal.contrast import Metrics, ask
+from pellucid.causal.grid import Grid, Over, effects
 from pellucid.engine.edits import Ablate, How
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError
-from pellucid.metrics import Metric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
-from pellucid.tasks import Prompts
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def ablation(
     model: Model,
     prompts: Any,
@@ -39,56 +37,36 @@ def ablation(
     over: Over = "layers.*.attn.heads.*",
     how: How = "zero",
     reference: Any = None,
-    metric: Metric | Any = None,
-    target: Any = None,
+    metric: Metrics | Any = None,
+    decoder: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Remove every site that `over` names, one at a time; `how` and `reference` are those of
     `pellucid.Ablate`.
 
     `over` is a pattern; several; `layers.*` for whole layers; or names with patterns that are removed together.
-    (Edges are ablated by `edge_ablation`.)
+    (Edges are ablated by `edge_ablation`.) `metric` may be several, a mapping by name, that share one sweep.
 
     `prompts` is a prompt, a list of them, or a task (`pellucid.tasks.Prompts`: its clean prompts, with their
     metric and spans). `reference` is prompts, or a run that kept the sites; by default the prompts
     themselves. Gives over the selectors of `over` `effect`, the mean change of the metric and, for several
-    prompts, its 95 % bootstrap interval `low` to `high` over prompts (1000 draws by `seed`, which also draws
-    the resampled prompts); `value`, the metric of every prompt; `clean`, the metric of the intact model,
-    `corrupted`, with all sites removed, and `total_effect`, from one to the other, with its interval.
+    prompts, its 95 % interval `low` to `high` over prompts and `p`, of a sign-flip test corrected for the number of
+    cells (`seed` draws for both, and the resampled prompts); `value`, the metric of every prompt; `clean`, the metric
+    of the intact model, `corrupted`, with all sites removed, and `total_effect`, from one to the other.
     `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
 
     >>> ablation(model, "The capital of France is", metric=logit(" Paris")).top(3)  # doctest: +SKIP
     """
-    spans = None
-    if isinstance(prompts, Prompts):
-        metric = prompts.metric() if metric is None else metric
-        prompts, spans = prompts.clean, prompts.spans
-    if metric is None:
-        raise InputError("ablation needs a metric, such as metric=pellucid.metrics.logit(' Paris')")
-    inputs = model.inputs(prompts, decoder=target, spans=spans)
-    bound = model.bind(metric, len(inputs))
+    asked = ask(model, prompts, metric, decoder=decoder, several=True)
+    inputs = asked.inputs
     grid = Grid.of(model, over, inputs)
-    named = reference if isinstance(reference, str | list | tuple) else None
-    removing = partial(removal, how, seed, intact(model, inputs, how, reference, grid.whole()), reference is None)
-    values, clean = grid.scores(model, inputs, removing, bound, progress, checkpoint)
+    removing = Removing.of(model, inputs, how, reference, grid.whole(), seed)
+    values, intact = grid.sweep(model, inputs, removing.edits, asked.metric, checkpoint)
     with torch.no_grad():
-        everything = [removing(site) for site in dict.fromkeys(grid.sites)]
-        corrupted = model.score(model.run(inputs, edits=everything), bound).double().cpu()
-
-    def effect(weights: Tensor) -> Tensor:
-        return weights @ (values - clean).T
-
-    variables = with_interval(grid, effect, len(inputs), seed)
-    variables["value"] = ((*grid.dims, "prompt"), grid.place(values))
-    variables |= summary(clean.numpy(), corrupted.numpy(), seed)
-    provenance = Provenance(
-        "ablation", model.name, digest=model.digest, seed=seed, inputs=list(inputs.texts),
-        arguments={"over": over, "how": how, "reference": named, "metric": bound.name, "target": target},
-    )  # fmt: skip
-    data = dataset(grid, variables, inputs)
-    return Result(data, kind="ablation", title=f"Ablating {grid.name} by {how}", provenance=provenance)
+        without = asked.score(model, model.run(inputs, edits=removing.edits(grid.sites)))
+    data = effects(grid, asked, values, intact, without, seed, share=False)
+    return Result(data, kind="ablation", title=f"Ablating {grid.name} by {how}")
 
 
 class Another(Ablate):
@@ -98,15 +76,21 @@ class Another(Ablate):
         return Ablate(self.site, "resample", seed=self.seed)._draw(pool, batch)
 
 
-def removal(how: How, seed: int, reference: Any, own: bool, site: Site) -> Ablate:
-    """The edit that removes a site; `own` says that the reference are the prompts themselves."""
-    return (Another if own and how == "resample" else Ablate)(site, how, reference, seed)
+class Removing:
+    """Takes sites out, each of an intact run: of the reference, or of the prompts themselves."""
 
+    def __init__(self, how: How, reference: Any, own: bool, seed: int) -> None:
+        self.how, self.reference, self.seed = how, reference, seed
+        self.kind = Another if own and how == "resample" else Ablate
 
-def intact(model: Model, inputs: Inputs, how: How, reference: Any, sites: Sequence[Site]) -> Any:
-    """What is put in place of the sites is taken from: a run of the reference, or of the prompts themselves."""
-    if how == "zero" or hasattr(reference, "everywhere"):
-        return reference
-    prompts = inputs if reference is None else list(reference) if isinstance(reference, tuple) else reference
-    with torch.no_grad():
-        return model.run(prompts, keep=sites)
+    @classmethod
+    def of(cls, model: Model, inputs: Inputs, how: How, reference: Any, sites: Sequence[Site], seed: int) -> Removing:
+        own = reference is None
+        if how != "zero" and not hasattr(reference, "everywhere"):
+            prompts = inputs if own else list(reference) if isinstance(reference, tuple) else reference
+            with torch.no_grad():
+                reference = model.run(prompts, keep=sites)
+        return cls(how, reference, own, seed)
+
+    def edits(self, sites: Sequence[Site]) -> list[Ablate]:
+        return [self.kind(site, self.how, self.reference, self.seed) for site in dict.fromkeys(sites)]

@@ -26,11 +26,13 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import bootstrap, lay_out, one_by_one, swaps
+from pellucid.causal.grid import Grid, Over, described, named
+from pellucid.engine.edits import swaps
 from pellucid.errors import InputError, nearest
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Setting = Mapping[str, Any]
 
@@ -154,48 +156,53 @@ class Pairs:
         return Pairs(self.base[cut], self.source[cut], self.plain[cut], self.expected[cut])
 
 
+@technique
 def interchange(
     model: Model, task: Task, alignment: Mapping[str, str | Sequence[str]], *, pairs: int = 200, seed: int = 0
 ) -> Result:
     """The interchange-intervention accuracy of an alignment, {variable: site or sites}, all interchanged together.
 
-    Gives `accuracy`, its interval (bootstrap over pairs), `changed`, `floor` and `task` as in the module's text;
-    `total_effect` is the accuracy above the floor; `clean` and `corrupted` per pair are whether the answer is right with the
-    interchange and without it.
+    Gives `accuracy`, its interval (over pairs), `changed`, `floor` and `task` as in the module's text; `total_effect` is
+    the accuracy above the floor; `clean` and `corrupted` per pair are whether the answer is right with the interchange and
+    without it.
 
     >>> interchange(model, task, {"same": "layers.0.attn.heads.1@-1"})                               # doctest: +SKIP
     """
     drawn = Pairs.draw(task, list(alignment), pairs, seed)
-    patterns = [p for each in alignment.values() for p in ([each] if isinstance(each, str) else each)]
-    sites = [site for pattern in patterns for site in model.sites(pattern)]
-    right, plain = _right(model, task, drawn, [sites], progress=False)
-    data = _described({"accuracy": right}, drawn, plain, seed).squeeze("_case")
-    about = _provenance(model, "interchange", task, seed, alignment=alignment, pairs=pairs)
-    return Result(data, kind="interchange", title=f"Interchange of {', '.join(alignment)}", provenance=about)
+    inputs = model.inputs(task.prompts(drawn.base))
+    sites = [site for each in alignment.values() for site in named(model, each, inputs)]
+    right, plain = _right(model, task, drawn, [sites])
+    data = xr.Dataset({k: v[0] for k, v in _columns(right, drawn, seed).items()})
+    data = data.assign(_rest(right[0], drawn, plain, seed)).assign(clean=("pair", right[0]))
+    return Result(data, kind="interchange", title=f"Interchange of {', '.join(alignment)}")
 
 
+@technique
 def alignment_search(
-    model: Model, task: Task, variable: str, *, over: str | Sequence[str] = "layers.*.resid_post@*", pairs: int = 200,
-    seed: int = 0, progress: bool = True, checkpoint: str | Path | None = None,
-) -> Result:  # fmt: skip
+    model: Model,
+    task: Task,
+    variable: str,
+    *,
+    over: Over = "layers.*.resid_post@*",
+    pairs: int = 200,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+) -> Result:
     """The accuracy of aligning one variable with every site of `over`, one at a time: which one holds it?
 
     `accuracy`, `low`, `high` and `changed` over the selectors of `over`, and the rest as of `interchange`, the total effect
     that of the best site. The best of many sites is best partly by luck: `held_out` is the accuracy of the best site of the
-    first half of the pairs on the second half. `checkpoint` is a file that keeps what is done, so that an interrupted search goes on there.
+    first half of the pairs on the second half. `checkpoint` is a file that keeps what is done, so that an interrupted search
+    goes on there.
     """
     drawn = Pairs.draw(task, [variable], pairs, seed)
-    sites = one_by_one(model, model.inputs(task.prompts(drawn.base)), over)
-    right, plain = _right(model, task, drawn, [[site] for site in sites], progress=progress, checkpoint=checkpoint)
-    described = _described({"accuracy": right}, drawn, plain, seed)
-    columns = {name: described[name].values for name in ("accuracy", "low", "high", "changed")}
-    rest = described.drop_vars([*columns, "clean"])
+    grid = Grid.of(model, over, model.inputs(task.prompts(drawn.base)))
+    right, plain = _right(model, task, drawn, grid.groups, checkpoint=checkpoint)
     half = right.shape[1] // 2
-    best = int(right[:, :half].mean(1).argmax())
-    data = lay_out(sites, columns).assign(rest).assign(held_out=right[best, half:].mean())
-    about = _provenance(model, "alignment_search", task, seed, variable=variable, over=over, pairs=pairs)
-    return Result(data.assign_attrs(best=str(sites[best])), kind="alignment search", title=f"Where is {variable!r}?",
-                  provenance=about)  # fmt: skip
+    best, first = int(right.mean(1).argmax()), int(right[:, :half].mean(1).argmax())
+    data = grid.data(_columns(right, drawn, seed)).assign(_rest(right[best], drawn, plain, seed))
+    data = data.assign(held_out=right[first, half:].mean()).assign_attrs(best=grid.names[first])
+    return Result(data, kind="alignment search", title=f"Where is {variable!r}?")
 
 
 def predicted(logits: Tensor) -> Tensor:
@@ -213,30 +220,18 @@ def _right(
         run = model.run(source, keep=list(dict.fromkeys(s.whole for sites in cases for s in sites)))
     classes = run.logits.ndim == 2
     answer = BoundMetric("answer", None if classes else (-1,), None, lambda z: predicted(z).to(z.dtype), classes)
-    sweep = model.sweep(base, [swaps(model, sites, run) for sites in cases], answer, **options)
+    sweep = model.sweep(base, [swaps(sites, run) for sites in cases], answer, **options)
     right = sweep.values.long().cpu() == drawn.expected
     return right.double().numpy(), sweep.clean.long().cpu()
 
 
-def _described(columns: Mapping[str, np.ndarray], drawn: Pairs, plain: Tensor, seed: int) -> xr.Dataset:
-    (name, right), changed = next(iter(columns.items())), drawn.changed.numpy()
+def _columns(right: np.ndarray, drawn: Pairs, seed: int) -> dict[str, np.ndarray]:
+    """Accuracies [case] with their intervals, from what is right [case, pair]."""
+    return described("accuracy", right.T, seed, within=(0, 1)) | {"changed": right[:, drawn.changed.numpy()].mean(1)}
+
+
+def _rest(right: np.ndarray, drawn: Pairs, plain: Tensor, seed: int) -> dict[str, Any]:
+    """What a case [pair] is held against: no intervention, and the network as a plain predictor."""
     floor = (plain == drawn.expected).double().numpy()
-    low, high = bootstrap(right.T, seed)
-    total_low, total_high = bootstrap((right - floor).T, seed)
-    scalars = {"floor": floor.mean(), "task": float((plain == drawn.plain).double().mean())}
-    best = int(right.mean(1).argmax())
-    total = {
-        "total_effect": (right - floor).mean(1)[best],
-        "total_low": total_low[best],
-        "total_high": total_high[best],
-    }
-    per_case = {name: right.mean(1), "low": low, "high": high, "changed": right[:, changed].mean(1)}
-    return xr.Dataset(
-        {k: ("_case", v) for k, v in per_case.items()} | scalars | total
-        | {"clean": (("_case", "pair"), right), "corrupted": ("pair", floor)}
-    )  # fmt: skip
-
-
-def _provenance(model: Model, method: str, task: Task, seed: int, **arguments: Any) -> Provenance:
-    shape = {"inputs": list(task.program.inputs), "variables": {k: p for k, (p, _) in task.program.variables.items()}}
-    return Provenance(method, model.name, digest=model.digest, inputs=shape, arguments=arguments, seed=seed)
+    made = {"floor": floor.mean(), "task": float((plain == drawn.plain).double().mean())}
+    return made | described("total_effect", right - floor, seed, "total_") | {"corrupted": ("pair", floor)}

@@ -28,12 +28,15 @@ from torch.nn import functional as F
 
 from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
-from pellucid.causal.contrast import aligned_values, bootstrap, numbers, rows
-from pellucid.engine.edits import Edit, Place
+from pellucid.causal.contrast import numbers
+from pellucid.causal.grid import described
+from pellucid.controls import shuffled
+from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
-from pellucid.model import Model, shuffled
-from pellucid.results import Provenance, Result
+from pellucid.model import Model
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ class DistributedAlignment:
     pairs: int = 512
     epochs: int = 40
     batch: int = 64
-    lr: float = 0.05
+    learning_rate: float = 0.05
     penalty: float = 0.3
     placebos: bool = True
     seed: int = 0
@@ -81,6 +84,7 @@ class DistributedAlignment:
     size_: int = field(init=False)
     result_: Result = field(init=False, repr=False)
 
+    @technique
     def fit(self, model: Model) -> DistributedAlignment:
         """Learn the subspace on one half of the pairs and judge it on the other."""
         drawn = Pairs.draw(self.task, [self.variable], self.pairs, self.seed)
@@ -90,21 +94,16 @@ class DistributedAlignment:
         right = self._right(model, test, self.rotation_)
         floor = self._right(model, test, None)
         answers = torch.stack([(test.expected == a).double().mean() for a in self._answers(drawn)])
-        columns: dict[str, Any] = {"accuracy": right.mean(), "chance": float(answers.max())}
-        columns["low"], columns["high"] = bootstrap(right, self.seed)
+        columns: dict[str, Any] = described("accuracy", right, self.seed, within=(0, 1)) | {
+            "chance": float(answers.max())
+        }
         columns |= {"changed": right[test.changed.numpy()].mean(), "floor": floor.mean(), "size": self.size_}
-        columns["total_effect"] = (right - floor).mean()
-        columns["total_low"], columns["total_high"] = bootstrap(right - floor, self.seed)
+        columns |= described("total_effect", right - floor, self.seed, "total_")
         if self.placebos:
             columns |= self._placebos(model, train, test)
         data = xr.Dataset(columns | {"clean": ("pair", right), "corrupted": ("pair", floor)})
-        about = Provenance(
-            "DistributedAlignment", model.name, digest=model.digest, seed=self.seed,
-            arguments={"variable": self.variable, "site": self.site, "size": self.size, "pairs": self.pairs,
-                       "epochs": self.epochs, "batch": self.batch, "lr": self.lr, "penalty": self.penalty},
-        )  # fmt: skip
         title = f"{self.variable!r} in {self.size_} directions of {self.site}"
-        self.result_ = Result(data, kind="distributed alignment", title=title, provenance=about)
+        self.result_ = Result(data, kind="distributed alignment", title=title)
         return self
 
     def score(self, model: Model, pairs: Pairs) -> float:
@@ -126,13 +125,13 @@ class DistributedAlignment:
         free = torch.randn(d, k, generator=generator, dtype=torch.float32).to(source.device).requires_grad_()
         boundary = torch.tensor(0.5, device=source.device, requires_grad=self.size is None)
         learned = [free, boundary] if self.size is None else [free]
-        optimizer = torch.optim.Adam(learned, self.lr)
+        optimizer = torch.optim.Adam(learned, self.learning_rate)
         steps = self.epochs * -(-len(base) // self.batch)
         for step in range(steps):
             drawn = torch.randperm(len(base), generator=generator)[: self.batch].tolist()
             mask = self._mask(boundary, d, 0.1 ** (step / steps)) if self.size is None else None
             with torch.enable_grad():
-                logits = self._logits(model, rows(base, drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
+                logits = self._logits(model, base.rows(drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
                     :, answers
                 ]
                 loss = F.cross_entropy(logits, targets[drawn])
@@ -205,6 +204,5 @@ class DistributedAlignment:
         }
         columns: dict[str, Any] = {}
         for name, right in found.items():
-            low, high = bootstrap(right, self.seed)
-            columns |= {name: right.mean(), f"{name}_low": low, f"{name}_high": high}
+            columns |= described(name, right, self.seed, f"{name}_", within=(0, 1))
         return columns

@@ -13,14 +13,14 @@ blind spots:
     GradDrop   direct and indirect effects may cancel: the estimate is made once for every layer with the gradient through
                that layer's attention and MLP cut, and the sizes are averaged over the layers other than the node's own
 
-With GradDrop an estimate is a size, not a signed effect. The pattern of a patched key is recomputed by the family's own
+To first order the estimate of a set of nodes is the sum of theirs. With GradDrop an estimate is a size, not a signed effect. The pattern of a patched key is recomputed by the family's own
 attention (one run per key position, with everything behind the patterns held), so soft caps, biases and sinks count.
 No estimate is given without its check: the exact effect of the nodes it ranks highest and of as many random others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,75 +30,65 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import (
-    Contrast,
-    Swap,
-    aligned_values,
-    bootstrap,
-    lay_out,
-    numbers,
-    one_by_one,
-    provenance,
-    repeated,
-    sides,
-    swaps,
-)
-from pellucid.causal.grid import CONTRIBUTIONS
-from pellucid.engine.edits import Edit, Replace, left_aligned
+from pellucid.causal.contrast import Asked, contrast, numbers
+from pellucid.causal.grid import CONTRIBUTIONS, Grid, Over, described, over_prompts, totals
+from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned, swaps
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import block_of, locate
+from pellucid.engine.pausing import pause
 from pellucid.engine.run import Run, stream_of
+from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import spearman
+from pellucid.technique import technique
 
 
+@technique
 def attribution_patching(
     model: Model,
     clean: Any,
     corrupted: Any = None,
     *,
-    over: str | Site | Iterable[str | Site] = "layers.*.attn.heads.*",
+    over: Over = "layers.*.attn.heads.*",
     metric: Any = None,
     qk_fix: bool = True,
     grad_drop: bool = False,
-    denoise: bool = False,
+    denoise: bool = True,
     check: int = 20,
+    decoder: Any = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
-    """Estimated effects of patching every node of `over`: heads, their q or k, neurons, outputs, residuals, at positions.
+    """Estimated effects of patching every node of `over`: heads, their q or k, neurons, outputs, residuals, at positions,
+    whole layers, sets; and `denoise`, as in `patching`.
 
     `qk_fix` concerns nodes that are queries or keys (a shared key is patched for all heads that share it); with
-    `grad_drop` too it is AtP*. Gives `estimate` and its interval over prompts, laid out as layer x head (x position), and
-    the check over `checked`, the `check` highest ranked nodes and as many random others: `exact` effects beside the
-    estimates, their rank correlation `spearman` (of sizes) and, of signed estimates, `sign_agreement`. `missed` is the
-    largest exact effect of a random node over the largest of all: well under 1 where the ranking is right.
+    `grad_drop` too it is AtP*. Gives `estimate` over the selectors of `over`, its interval over prompts and p, its `share`
+    of the total effect (signed estimates only), and the check over `checked`, the `check` highest ranked nodes and as many
+    random others: `exact` effects beside the estimates, their rank correlation `spearman` (of sizes) and, of signed
+    estimates, `sign_agreement`. `missed` is the largest exact effect of a random node over the largest of all: well under
+    1 where the ranking is right.
 
     >>> attribution_patching(model, prompts, over="layers.*.mlp.neurons.*@-1", grad_drop=True)      # doctest: +SKIP
     """
-    ours, theirs, metric = sides(model, clean, corrupted, metric)
-    metric = model.bind(metric, len(ours))
-    base, other = (theirs, ours) if denoise else (ours, theirs)
-    nodes = one_by_one(model, base, over)
-    estimator = Estimator.of(model, base, other, metric, nodes, qk_fix, not grad_drop)
+    asked = contrast(model, clean, corrupted, metric, decoder)
+    if asked.names:
+        raise InputError("attribution patching takes the gradient of one metric: give one at a time")
+    base, source = asked.sides(denoise)
+    grid = Grid.of(model, over, base)
+    estimator = Estimator.of(model, base, source, asked.metric, grid.groups, qk_fix, not grad_drop)
     per_prompt = estimator.with_drops() if grad_drop else estimator.estimates()
-    run, patched_from = (model.score(each, metric).detach() for each in (estimator.base, estimator.other))
-    scores = (patched_from, run) if denoise else (run, patched_from)
-    pair = Contrast(model, ours, theirs, metric, *scores)
-    low, high = bootstrap(per_prompt, seed)
-    estimate = per_prompt.mean(0)
-    data = lay_out(nodes, {"estimate": estimate, "low": low, "high": high}).assign(pair.summary(seed))
+    unpatched, patched_from = (asked.score(model, each) for each in (estimator.base, estimator.other))
+    columns = described("estimate", per_prompt, seed, test=not grad_drop)  # sizes have no sign to flip
+    if not grad_drop:
+        columns["share"] = columns["estimate"] / (patched_from - unpatched).mean()
+    data = grid.data(columns).assign(totals(unpatched, patched_from, seed, denoise=denoise))
     if check:
-        data = data.assign(_check(pair, denoise, estimator.other, nodes, estimate, check, seed, progress))
+        data = data.assign(_check(model, asked, base, estimator.other, grid, columns["estimate"], check, seed))
         if grad_drop:  # sizes have no sign to agree
             data = data.drop_vars("sign_agreement")
-    about = provenance(
-        model, "attribution_patching", base, seed, corrupted=list(other.texts), over=over, metric=pair.metric.name,
-        qk_fix=qk_fix, grad_drop=grad_drop, denoise=denoise, check=check,
-    )  # fmt: skip
     name = "AtP*" if qk_fix and grad_drop else "attribution patching"
-    return Result(data, kind="attribution patching", title=f"Estimated effects ({name})", provenance=about)
+    return Result(over_prompts(data, asked), kind="attribution patching", title=f"Estimated effects ({name})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +98,7 @@ class Estimator:
     model: Model
     inputs: Inputs
     metric: Any
-    nodes: Sequence[Site]
+    groups: Sequence[Sequence[Site]]
     base: Run
     other: Run
     linear: dict[Site, Tensor]  # whole site -> change [batch, position, unit, ...]
@@ -116,10 +106,17 @@ class Estimator:
 
     @classmethod
     def of(
-        cls, model: Model, inputs: Inputs, source: Inputs, metric: Any, nodes: Sequence[Site], qk_fix: bool, grad: bool
+        cls,
+        model: Model,
+        inputs: Inputs,
+        source: Inputs,
+        metric: Any,
+        groups: Sequence[Sequence[Site]],
+        qk_fix: bool,
+        grad: bool,
     ) -> Estimator:
         """`grad`: whether the gradient is wanted of the very run the values are taken from."""
-        wholes = list(dict.fromkeys(map(_source, nodes)))
+        wholes = list(dict.fromkeys(_source(node) for group in groups for node in group))
         fixed = [s for s in wholes if qk_fix and s.part in ("attn.q", "attn.k")]
         kept = [s.whole for s in wholes]
         with torch.no_grad():
@@ -128,10 +125,10 @@ class Estimator:
             other = model.run(source, keep=kept)
         linear = {s: aligned_values(other, s.whole) - aligned_values(base, s.whole) for s in wholes if s not in fixed}
         patterns = dict(_pattern_changes(model, base, other, fixed))
-        return cls(model, inputs, metric, nodes, base, other, linear, patterns)
+        return cls(model, inputs, metric, groups, base, other, linear, patterns)
 
     def estimates(self, edits: Sequence[Edit] = ()) -> np.ndarray:
-        """[prompt, node], from the gradient of a run under `edits` that leave all values as they are."""
+        """[prompt, group], from the gradient of a run under `edits` that leave all values as they are."""
         run = self.base
         if edits or not run.gradients:
             keep = [s.whole for s in self.linear] + [_pattern(s) for s in self.fixed]
@@ -139,7 +136,8 @@ class Estimator:
         gradients = Run(run.anatomy, run.inputs, run.output, run.gradients, run.sites)  # to be read as values are
         products = {s: change * aligned_values(gradients, s.whole) for s, change in self.linear.items()}
         products |= {s: self._through_pattern(s, change, run) for s, change in self.fixed.items()}
-        return np.stack([numbers(self._of_node(n, products[_source(n)])) for n in self.nodes], 1)
+        sums = (sum(self._of_node(node, products[_source(node)]) for node in group) for group in self.groups)
+        return np.stack([numbers(each) for each in sums], 1)
 
     def _of_node(self, node: Site, product: Tensor) -> Tensor:
         """[prompt] the sum over a node's positions and width of a product [prompt, position, unit, ...]."""
@@ -166,12 +164,13 @@ class Estimator:
         """GradDrop: the mean size of the estimate over the layers that are cut, a node's own layer left out (a residual
         lies in no layer)."""
         blocks = [(stack, block) for stack in self.model.anatomy.stacks for block in stack.blocks]
-        own = [(n.stack, None if n.part.startswith("resid") else n.layer) for n in self.nodes]
-        total, counted = np.zeros((len(self.inputs), len(self.nodes))), np.zeros(len(self.nodes))
-        for stack, block in blocks:
+        own = [{(n.stack, n.layer) for n in group if not n.part.startswith("resid")} for group in self.groups]
+        total, counted = np.zeros((len(self.inputs), len(own))), np.zeros(len(own))
+        for i, (stack, block) in enumerate(blocks):
+            pause(i, len(blocks))
             outs = [part for part in CONTRIBUTIONS if part in block.taps]
             cut = [Replace(f"{stack.prefix}layers.{block.index}.{part}", function=Tensor.detach) for part in outs]
-            others = np.array([each != (stack.name, block.index) for each in own])
+            others = np.array([(stack.name, block.index) not in each for each in own])
             total += np.abs(self.estimates(cut)) * others
             counted += others
         return total / np.maximum(counted, 1)
@@ -207,7 +206,7 @@ def _pattern_changes(model: Model, base: Run, other: Run, sites: Sequence[Site])
         for s in mine:
             edits.append(Swap(_z(s), aligned_values(base, _z(s)).repeat(times, 1, 1, 1)))
         with torch.no_grad():
-            run = model.run(repeated(base.inputs, times), keep=map(_pattern, mine), edits=edits)
+            run = model.run(base.inputs.repeated(times), keep=map(_pattern, mine), edits=edits)
         for s in mine:
             pattern = run.tensor(_pattern(s))
             yield s, (pattern.unflatten(0, (length, n)) if singly else pattern) - base.tensor(_pattern(s))
@@ -231,29 +230,19 @@ def _put(source: Tensor, n: int, singly: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _check(
-    pair: Contrast,
-    denoise: bool,
-    source: Run,
-    nodes: Sequence[Site],
-    estimate: np.ndarray,
-    n: int,
-    seed: int,
-    progress: bool,
+    model: Model, asked: Asked, base: Inputs, source: Run, grid: Grid, estimate: np.ndarray, n: int, seed: int
 ) -> dict[str, Any]:
     """Exact effects of the nodes ranked highest and of random others, beside their estimates."""
-    base, _, scores = pair.sides(denoise)
     order = np.argsort(-np.abs(estimate), kind="stable")
     top = order[:n]
     others = np.random.default_rng(seed).permutation(order[n:])[:n]
     chosen = np.concatenate([top, others])
-    edits = [swaps(pair.model, [nodes[i]], source) for i in chosen]
-    sweep = pair.model.sweep(base, edits, pair.metric, progress=progress)
-    exact = (numbers(sweep.values) - numbers(scores)).mean(1)
+    sweep = model.sweep(base, [swaps(grid.groups[i], source) for i in chosen], asked.metric)
+    exact = numbers(sweep.values - sweep.clean.to(sweep.values)).mean(1)
     guess = estimate[chosen]
     sizes = np.abs(exact)
-    names = [str(nodes[i]) for i in chosen]
     return {
-        "exact": xr.DataArray(exact, {"checked": names}, "checked"),
+        "exact": xr.DataArray(exact, {"checked": [grid.names[i] for i in chosen]}, "checked"),
         "estimated": ("checked", guess),
         "ranked_high": ("checked", np.arange(len(chosen)) < len(top)),
         "spearman": spearman(np.abs(guess), sizes),

@@ -1,86 +1,117 @@
-"""What do causal methods share? Two aligned sets of prompts, a metric, the effect between them, its interval.
+"""What is asked by a causal method? Prompts, others they are contrasted with, and one number (or several) for the answer.
 
-    total effect = metric(corrupted) - metric(clean)      effect of an edit = metric(edited) - metric(unedited)
-
-Intervals are percentile bootstraps of the mean over prompts (Efron 1979): resample prompts with replacement, take
-the mean, and give the range that holds `level` of the draws. One prompt has no interval: NaN.
+A task (`pellucid.tasks.Prompts`) brings all of it, and its named spans. Several metrics, a mapping name -> metric, are one
+metric of several outputs: a sweep under all of them is still one sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-import xarray as xr
 from torch import Tensor
 
-from pellucid.anatomy.sites import Site
-from pellucid.engine.edits import Edit, Place, left_aligned
-from pellucid.engine.inputs import Inputs, Stream
-from pellucid.engine.locate import locate
-from pellucid.engine.run import Run, stream_of
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import BoundMetric
+from pellucid.metrics import AnswerMetric, BoundMetric, Metric
 from pellucid.model import Model
-from pellucid.results import Provenance
+from pellucid.question import answer_position, kind_of
 from pellucid.tasks import Prompts
+
+Metrics = Metric | Callable[[Tensor], Tensor] | Mapping[str, Metric | Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
-    """Clean and corrupted prompts of equal token lengths, and what the metric gives on both, each [prompt]."""
+class Asked:
+    """Prompts, what they are contrasted with (corrupted prompts, or those that stand in for what is switched off), a
+    metric, and the names of its outputs where it is several."""
 
-    model: Model
-    clean: Inputs
-    corrupted: Inputs
+    inputs: Inputs
+    reference: Inputs | None
     metric: BoundMetric
-    clean_scores: Tensor
-    corrupted_scores: Tensor
+    names: tuple[str, ...] = ()
 
-    def run(self, inputs: Inputs, keep: Iterable[Site | str]) -> Run:
-        with torch.no_grad():
-            return self.model.run(inputs, keep=keep)
+    def sides(self, denoise: bool) -> tuple[Inputs, Inputs]:
+        """What is run, and what it is patched from."""
+        assert self.reference is not None
+        return (self.reference, self.inputs) if denoise else (self.inputs, self.reference)
 
-    def sides(self, denoise: bool) -> tuple[Inputs, Inputs, Tensor]:
-        """What is run, what it is patched from, and the metric of what is run."""
-        if denoise:
-            return self.corrupted, self.clean, self.corrupted_scores
-        return self.clean, self.corrupted, self.clean_scores
-
-    def summary(self, seed: int) -> dict[str, Any]:
-        return summary(numbers(self.clean_scores), numbers(self.corrupted_scores), seed)
+    def score(self, model: Model, run: Run) -> np.ndarray:
+        """The metric [prompt] or [prompt, output] of a run of them."""
+        return numbers(model.score(run, self.metric))
 
 
-def summary(clean: np.ndarray, corrupted: np.ndarray, seed: int) -> dict[str, Any]:
-    """What every result carries: the metric on each clean and corrupted prompt, and the total effect."""
-    low, high = bootstrap(corrupted - clean, seed)
-    total = {"total_effect": (corrupted - clean).mean(), "total_low": low, "total_high": high}
-    return {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted), **total}
+def ask(
+    model: Model,
+    prompts: Any,
+    metric: Metrics | Any = None,
+    reference: Any = None,
+    *,
+    decoder: Any = None,
+    several: bool = False,
+    aligned: bool = False,
+) -> Asked:
+    """A question from a task's `Prompts` (which bring corrupted prompts and metric) or from prompts of any other form.
 
-
-def sides(
-    model: Model, clean: Any, corrupted: Any = None, metric: Any = None, target: Any = None
-) -> tuple[Inputs, Inputs, Any]:
-    """Clean and corrupted prompts that align, and the metric. `clean` may be `tasks.Prompts`, which brings all three and
-    its named spans. InputError where something is missing or prompts do not align; it shows where they part."""
+    A `reference` or metric given by hand goes before the task's own; named spans hold there too where it is `aligned`.
+    InputError without a metric, and for a mapping of metrics unless `several` are wanted.
+    """
     spans = None
-    if isinstance(clean, Prompts):
-        metric = clean.metric() if metric is None else metric
-        corrupted = clean.corrupted if corrupted is None else corrupted
-        clean, spans = clean.clean, clean.spans
-    if corrupted is None or metric is None:
+    if isinstance(prompts, Prompts):
+        metric = prompts.metric() if metric is None else metric
+        reference = prompts.corrupted if reference is None else reference
+        prompts, spans = prompts.clean, prompts.spans
+    if metric is None:
+        raise InputError(
+            "this needs a metric, such as metric=pellucid.metrics.logit_difference(' Mary', ' John'), or a task "
+            "(pellucid.tasks.Prompts), which brings one"
+        )
+    inputs = model.inputs(prompts, decoder=decoder, spans=spans)
+    other = None
+    if reference is not None:
+        other = model.inputs(reference, decoder=decoder, spans=spans if aligned else None)
+    if not isinstance(metric, Mapping):
+        return Asked(inputs, other, model.bind(placed(model, inputs, metric), len(inputs)))
+    if not several or not metric:
+        raise InputError(f"expected one metric, got {len(metric)} in a mapping: give one at a time")
+    return Asked(inputs, other, joined(model, metric, inputs), tuple(metric))
+
+
+def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
+    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
+
+    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
+    """
+    if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
+        return metric
+    masks = inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    if kind_of(model, inputs) == "masked token" and not torch.as_tensor(masks).any():
+        return metric
+    position = answer_position(model, inputs)
+    return metric if position is None else replace(metric, position=position)
+
+
+def contrast(
+    model: Model, clean: Any, corrupted: Any = None, metric: Metrics | Any = None, decoder: Any = None
+) -> Asked:
+    """Clean and corrupted prompts that align, pair by pair. `clean` may be `tasks.Prompts`, which brings all three.
+
+    InputError where something is missing or prompts do not align; it shows where they part.
+    """
+    if not isinstance(clean, Prompts) and (corrupted is None or metric is None):
         raise InputError(
             "give clean and corrupted prompts and a metric, or a task (pellucid.tasks.Prompts) with all three"
         )
-    ours, theirs = (model.inputs(p, decoder=target, spans=spans) for p in (clean, corrupted))
-    check_aligned(ours, theirs)
-    return ours, theirs, metric
+    asked = ask(model, clean, metric, corrupted, decoder=decoder, several=True, aligned=True)
+    check_aligned(*asked.sides(denoise=False))
+    return asked
 
 
 def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
@@ -103,103 +134,52 @@ def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
             )
 
 
-def contrast(model: Model, clean: Any, corrupted: Any = None, metric: Any = None, target: Any = None) -> Contrast:
-    """Two sides (see `sides`), scored."""
-    ours, theirs, metric = sides(model, clean, corrupted, metric, target)
-    bound = model.bind(metric, len(ours))
-    with torch.no_grad():
-        scores = [model.score(model.run(side), bound) for side in (ours, theirs)]
-    return Contrast(model, ours, theirs, bound, *scores)
+# ---- several metrics
 
 
-def rows(inputs: Inputs, index: Sequence[int]) -> Inputs:
-    """Some of the prompts, any of them several times, as a batch of their own."""
-    n, index = len(inputs), list(index)
-
-    def cut(stream: Stream) -> Stream:
-        spans = {name: [span[i] for i in index] for name, span in stream.spans.items()}
-        return Stream(stream.ids[index], stream.mask[index], tuple(stream.labels[i] for i in index), spans)
-
-    tensors = {
-        k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == n else v for k, v in inputs.tensors.items()
-    }
-    return Inputs(tensors, {k: cut(s) for k, s in inputs.streams.items()}, tuple(inputs.texts[i] for i in index))
-
-
-def repeated(inputs: Inputs, times: int) -> Inputs:
-    """The same prompts several times over, in order, as one batch."""
-    return rows(inputs, list(range(len(inputs))) * times)
-
-
-# ---- intervals
+def joined(model: Model, metrics: Mapping[str, Any], inputs: Inputs) -> BoundMetric:
+    """Several metrics as one of as many outputs, which reads what they read together."""
+    parts = [model.bind(placed(model, inputs, metric), len(inputs)) for metric in metrics.values()]
+    name, size = ", ".join(metrics), len(parts)
+    if any(part.outputs is not None for part in parts):
+        raise InputError("a metric of several outputs cannot be one of several metrics: name its outputs apart")
+    if len({part.classes for part in parts}) > 1:
+        raise InputError("metrics of a classifier and of tokens cannot share a sweep: their logits differ")
+    if parts[0].classes or any(part.positions is None for part in parts):
+        read = partial(_whole, parts, None if parts[0].classes else inputs.stream("").mask)
+        return BoundMetric(name, None, None, read, parts[0].classes, size)
+    positions = tuple(dict.fromkeys(p for part in parts for p in part.positions or ()))
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    rows = max((len(each) for each in tokens), default=1)
+    together = torch.cat([each.expand(rows, -1) for each in tokens], 1) if len(tokens) == size else None
+    return BoundMetric(name, positions, together, partial(_read, parts, positions, together is None), outputs=size)
 
 
-def bootstrap(values: np.ndarray, seed: int, draws: int = 1000, level: float = 0.95) -> tuple[Any, Any]:
-    """Low and high end of the interval of the mean over the first axis, prompts: values [prompt, ...] -> [...].
+def _whole(parts: Sequence[BoundMetric], mask: Tensor | None, logits: Tensor) -> Tensor:
+    """[prompt, metric] from all logits as they lie in the batch."""
+    return torch.stack([part.score(logits, mask) for part in parts], 1)
 
-    >>> low, high = bootstrap(np.array([1.0, 2.0, 3.0]), seed=0)
-    >>> bool(1.0 <= low < 2.0 < high <= 3.0)
-    True
-    """
-    n = len(values)
-    if n < 2:
-        return np.full(values.shape[1:], np.nan)[()], np.full(values.shape[1:], np.nan)[()]
-    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws) / n
-    means = np.tensordot(weights, values, 1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+
+def _read(parts: Sequence[BoundMetric], positions: tuple[int, ...], whole: bool, logits: Tensor) -> Tensor:
+    """[prompt, metric] from logits [prompt, position, token] at all their positions, for the `whole` vocabulary or for
+    their tokens side by side."""
+    scores, start = [], 0
+    for part in parts:
+        z = logits[:, [positions.index(p) for p in part.positions or ()]]
+        if part.tokens is not None and whole:
+            z = z.gather(2, part.tokens.to(z.device)[:, None].expand(*z.shape[:2], -1))
+        elif part.tokens is not None:
+            z = z[..., start : start + part.tokens.shape[1]]
+            start += part.tokens.shape[1]
+        scores.append(part(z))
+    return torch.stack(scores, 1)
+
+
+# ---- small things
 
 
 def numbers(x: Tensor) -> np.ndarray:
     return x.detach().double().cpu().numpy()
-
-
-def effects(values: Tensor, base: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """Mean change [variant] with its interval, from scores [variant, prompt] and those without the edit [prompt]."""
-    change = (numbers(values) - numbers(base)).T
-    low, high = bootstrap(change, seed)
-    return {"effect": change.mean(0), "low": low, "high": high}
-
-
-# ---- sites of a result
-
-
-def one_by_one(model: Model, inputs: Inputs, over: str | Site | Iterable[str | Site]) -> list[Site]:
-    """The concrete sites a pattern (or several) names; `@*` becomes one site per position."""
-    patterns = [over] if isinstance(over, str | Site) else list(over)
-    found: list[Site] = []
-    for site in (s for p in patterns for s in model.sites(p)):
-        if site.at != "*":
-            found.append(site)
-            continue
-        lengths = set(stream_of(inputs, site).lengths.tolist())
-        if len(lengths) > 1:
-            raise InputError(
-                f"{str(site)!r} needs prompts of one length, and these have {sorted(lengths)}: name positions"
-            )
-        found += [site.at_position(i) for i in range(lengths.pop())]
-    return list(dict.fromkeys(found))
-
-
-def lay_out(sites: Sequence[Site], columns: Mapping[str, Any]) -> xr.Dataset:
-    """Columns [site] as variables over layer, unit (head, neuron, ...) and position; over `site` where parts differ."""
-    levels: dict[str, list[Any]] = {}
-    if len({(s.part, s.stack, s.unit is None, s.layer is None, s.at is None) for s in sites}) == 1:
-        one = sites[0]
-        unit = "head" if one.port.startswith("head") else one.unit_dim
-        fields = {"layer": "layer", unit: "unit", "position": "at"}
-        levels = {
-            dim: [getattr(s, name) for s in sites] for dim, name in fields.items() if getattr(one, name) is not None
-        }
-    levels = levels or {"site": [str(s) for s in sites]}
-    index = pd.MultiIndex.from_arrays(list(levels.values()), names=list(levels))
-    return xr.Dataset.from_dataframe(pd.DataFrame(dict(columns), index=index))
-
-
-def provenance(model: Model, method: str, inputs: Inputs, seed: int | None, **arguments: Any) -> Provenance:
-    return Provenance(
-        method, model.name, digest=model.digest, inputs=list(inputs.texts), arguments=arguments, seed=seed
-    )
 
 
 def beside(checkpoint: str | Path | None, name: object) -> Path | None:
@@ -209,44 +189,3 @@ def beside(checkpoint: str | Path | None, name: object) -> Path | None:
     ('trace.2', None)
     """
     return None if checkpoint is None else Path(f"{checkpoint}.{name}")
-
-
-# ---- many units at once
-
-
-@dataclass(frozen=True, eq=False)
-class Swap(Edit):
-    """Units of a site take other values, position by position: many heads or neurons of a layer in one edit.
-
-    values: [batch or 1, position, unit, ...] (or [batch or 1, position, ...] without units), position 0 the first real token.
-    """
-
-    values: Tensor = None  # type: ignore[assignment]
-    units: tuple[int, ...] | None = None
-
-    def new(self, x: Tensor, place: Place) -> Tensor:
-        rows = torch.arange(len(x), device=x.device)[:, None] if len(self.values) > 1 else 0
-        new = self.values[rows, place.positions.clamp(max=self.values.shape[1] - 1)].to(x.dtype)
-        if self.units is None:
-            return new
-        x = x.clone()
-        x[:, :, list(self.units)] = new
-        return x
-
-
-def swaps(model: Model, sites: Sequence[Site], source: Run) -> list[Edit]:
-    """Edits that give all `sites` together the values of a run that kept them (their `whole`)."""
-    units: dict[Site, list[int]] = {}
-    for site in sites:
-        unit = locate(model.anatomy, site).unit
-        units.setdefault(replace(site.whole, at=site.at), []).extend([] if unit is None else [unit])
-    made: list[Edit] = []
-    for site, chosen in units.items():
-        values = aligned_values(source, site.whole)
-        made.append(Swap(site, values[:, :, chosen] if chosen else values, tuple(chosen) or None))
-    return made
-
-
-def aligned_values(run: Run, site: Site) -> Tensor:
-    """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
-    return left_aligned(*run.everywhere(site))[0]

@@ -24,22 +24,24 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.causal.contrast import bootstrap, repeated
 from pellucid.causal.embeddings import check_embeddings, first_stream, from_embeddings, vocabulary
+from pellucid.causal.grid import described
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
-from pellucid.tasks.tokens import single_id
+from pellucid.question import Question, answer_text
+from pellucid.results import Result
+from pellucid.technique import settle, technique
 
 
+@technique
 def counterfactual(
     model: Model,
     prompt: str | Sequence[str],
     *,
     target: str | int | None = None,
-    within: str | int | None = None,
-    position: int = -1,
+    positions: str | int | None = None,
     max_changes: int = 4,
     candidates: int = 64,
     beam: int = 6,
@@ -47,27 +49,21 @@ def counterfactual(
 ) -> Result:
     """The smallest substitutions that flip the prediction of each prompt (to `target`, if given: a token or a class).
 
-    `within` narrows the positions that may change, as a site does after `@` ("2:6", "'France'", an index); `position` is
-    where a language model is read. Gives for every prompt `text` and `substitutions` (empty where none of up to
+    `positions` narrows what may change, as a site does after `@` ("2:6", "'France'", an index). Gives for every prompt `text` and `substitutions` (empty where none of up to
     `max_changes` was found), `changes`, `before` and `after` (the predictions), the margin `clean` and `corrupted` (after),
     `random_flips`, the control, and `runs`, the prompts that were tried; `total_effect` is the mean change of the margin.
 
-    >>> counterfactual(model, "The film was good", within="'good'")                                  # doctest: +SKIP
+    >>> counterfactual(model, "The film was good", positions="'good'")                               # doctest: +SKIP
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    searches = [Search.of(model, text, target, within, position) for text in prompts]
+    settle(target=target)  # None: any other answer, not the prediction that is asked about first
+    searches = [Search.of(model, text, target, positions) for text in prompts]
     rng = np.random.default_rng(seed)
     rows = [search.row(search.smallest(max_changes, candidates, beam), rng) for search in searches]
     data = xr.Dataset({name: ("prompt", [row[name] for row in rows]) for name in rows[0]}, {"prompt": prompts})
     change = data["corrupted"].values - data["clean"].values
-    low, high = bootstrap(change, seed)
-    data = data.assign(total_effect=change.mean(), total_low=low, total_high=high)
-    about = Provenance(
-        "counterfactual", model.name, digest=model.digest, inputs=prompts, seed=seed,
-        arguments={"target": target, "within": within, "position": position, "max_changes": max_changes,
-                   "candidates": candidates, "beam": beam},
-    )  # fmt: skip
-    return Result(data, kind="counterfactual", title="The smallest change that flips the prediction", provenance=about)
+    data = data.assign(described("total_effect", change, seed, "total_"))
+    return Result(data, kind="counterfactual", title="The smallest change that flips the prediction")
 
 
 @dataclass(eq=False)
@@ -76,53 +72,51 @@ class Search:
 
     model: Model
     inputs: Inputs
-    position: int
+    asked: Question  # what the model predicts
     target: int | None
     free: list[int]
     table: Tensor  # embeddings of the vocabulary
     kinds: np.ndarray
-    classifier: bool = False
-    prediction: int = 0
     clean: float = 0.0
     runs: int = 0
 
     @classmethod
-    def of(cls, model: Model, text: str, target: Any, within: Any, position: int) -> Search:
-        inputs = model.inputs(text)
+    def of(cls, model: Model, text: str, target: Any, positions: Any) -> Search:
+        asked = Question.of(model, text)
+        if asked.kind not in ("next token", "masked token", "class"):
+            raise InputError(f"{model.name} gives a {asked.kind} here: expected a model of tokens or classes")
+        inputs = asked.inputs
         check_embeddings(model, inputs)
         stream = first_stream(inputs)
-        columns = stream.find(within)
-        special = set(model.tokenizer.all_special_ids)
+        columns = stream.find(positions)
+        special = special_ids(model.tokenizer)
         where = range(stream.ids.shape[1]) if columns is None else columns[0].tolist()
         free = [i for i in where if int(stream.ids[0, i]) not in special]
         if not free:
             raise InputError(
-                f"no token of {text!r} may be changed: expected `within` to name some that are not special"
+                f"no token of {text!r} may be changed: expected `positions` to name some that are not special"
             )
         table = vocabulary(model)
-        made = cls(model, inputs, position, None, free, table, _kinds(model, len(table)))
-        with torch.no_grad():
-            logits = made.logits(stream.ids)
-        made.prediction = int(logits[0].argmax())
-        if target is not None:
-            made.target = int(target) if made.classifier else single_id(model.tokenizer, target)
-            if made.target == made.prediction:
-                raise InputError(
-                    f"the prediction of {text!r} is the target {target!r} already: there is nothing to flip"
-                )
-        made.clean = float(made.margin(logits)[0])
+        wanted = None if target is None else Question.of(model, inputs, target).answers[0].id
+        if wanted == asked.answers[0].id:
+            raise InputError(f"the prediction of {text!r} is the target {target!r} already: there is nothing to flip")
+        made = cls(model, inputs, asked, wanted, free, table, _kinds(model, len(table)))
+        made.clean = float(made.margins([stream.ids[0]])[0])
         return made
+
+    @property
+    def prediction(self) -> int:
+        return self.asked.answers[0].id
 
     # ---- one answer
 
     def logits(self, ids: Tensor, vectors: Tensor | None = None) -> Tensor:
         """[row, answer] for tokens [row, position], or for embeddings in their place."""
-        inputs = repeated(self.inputs, len(ids))
+        inputs = self.inputs.repeated(len(ids))
         inputs = replace(inputs, tensors=inputs.tensors | {"input_ids": ids})
         logits = self.model.run(inputs if vectors is None else from_embeddings(inputs, vectors)).logits
         self.runs += len(ids)
-        self.classifier = logits.ndim == 2
-        return logits[:, self.position] if logits.ndim == 3 else logits
+        return logits if self.asked.position is None else logits[:, self.asked.position]
 
     def margin(self, logits: Tensor) -> Tensor:
         """[row] how far the prediction leads; negative once it has flipped."""
@@ -232,15 +226,12 @@ class Search:
         return row
 
     def _answer(self, index: int) -> str:
-        if self.classifier:
-            labels: Any = self.model.module.config
-            return str(labels.id2label.get(index, index))
-        return str(self.model.tokenizer.decode([index]))
+        return answer_text(self.model, self.asked.kind, index)
 
 
 def _kinds(model: Model, size: int) -> np.ndarray:
     """[vocabulary] the kind of each token: a word's beginning, a piece of a word, a number, or marks; "" for special ones."""
-    special = set(model.tokenizer.all_special_ids)
+    special = special_ids(model.tokenizer)
     kinds = np.full(size, "", dtype=object)
     for i in range(min(size, len(model.tokenizer))):
         token = model.tokenizer.convert_ids_to_tokens(i)

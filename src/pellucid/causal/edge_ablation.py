@@ -13,99 +13,87 @@ others of the layer are scaled anew without the head; pellucid.circuits holds th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.ablation import intact, removal
-from pellucid.causal.contrast import effects, numbers, one_by_one, provenance, summary
+from pellucid.causal.ablation import Removing
+from pellucid.causal.contrast import Metrics, ask, numbers
+from pellucid.causal.grid import Grid, Over, described, named, over_prompts, totals
 from pellucid.causal.path_patching import Paths
 from pellucid.engine.edits import Edit, How
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.tasks import Prompts
+from pellucid.technique import technique
 
 DEPTH = {"resid_pre": 0, "attn": 1, "cross": 2, "mixer": 1, "resid_mid": 3, "mlp": 4, "resid_post": 5}
 
 
+@technique
 def edge_ablation(
     model: Model,
     prompts: Any,
     *,
-    senders: str | Site | Iterable[str | Site],
-    receivers: str | Site | Iterable[str | Site],
+    over: Over,
+    receivers: str | Site | Sequence[str | Site],
     how: How,
     reference: Any = None,
-    metric: Any = None,
+    metric: Metrics | Any = None,
+    decoder: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
-    """The effect of removing every edge from a sender to a receiver, one at a time.
+    """The effect of removing every edge from a sender in `over` (or a set of them) to a receiver, one at a time.
 
     `how`, `reference`, `prompts` and `metric` are those of `ablation`, senders and receivers those of `path_patching`.
-    Gives `effect` [sender, receiver] with its interval over prompts, NaN where a sender does not come before a receiver;
-    `clean`, `corrupted`, the metric where every receiver has lost all these edges, and `total_effect`, between the two.
+    Gives `effect` over the selectors of `over` and `receiver` with its interval over prompts and p, NaN where a sender does
+    not come before a receiver; `clean`, `corrupted`, the metric where every receiver has lost all these edges, and
+    `total_effect`, between the two.
 
-    >>> edge_ablation(model, "The capital of France is", senders="layers.0:9.attn.heads.*", receivers="layers.9.mlp.out",
+    >>> edge_ablation(model, "The capital of France is", over="layers.0:9.attn.heads.*", receivers="layers.9.mlp.out",
     ...               how="mean", reference=texts, metric=logit(" Paris"))                           # doctest: +SKIP
     """
-    spans = None
-    if isinstance(prompts, Prompts):
-        metric = prompts.metric() if metric is None else metric
-        prompts, spans = prompts.clean, prompts.spans
-    if metric is None:
-        raise InputError("edge_ablation needs a metric, such as metric=pellucid.metrics.logit(' Paris')")
-    inputs = model.inputs(prompts, spans=spans)
-    bound = model.bind(metric, len(inputs))
-    sources, readers = one_by_one(model, inputs, senders), one_by_one(model, inputs, receivers)
-    sent = removed(model, inputs, sources, how, reference, seed)
+    asked = ask(model, prompts, metric, decoder=decoder, several=True)
+    inputs = asked.inputs
+    grid, readers = Grid.of(model, over, inputs), named(model, receivers, inputs)
+    sent = removed(model, inputs, grid, how, reference, seed)
     edges: list[tuple[int, int]] = []
     variants: list[list[Edit]] = []
     together: list[Edit] = []
     for column, reader in enumerate(readers):
-        before = [i for i, s in enumerate(sources) if reaches(s, reader)]
+        before = [i for i, group in enumerate(grid.groups) if all(reaches(s, reader) for s in group)]
         if not before:
             continue
         paths = Paths.between(model, inputs, sent, [reader], direct=True)
         edges += [(i, column) for i in before]
-        variants += paths.variants([[sources[i]] for i in before])
-        together += paths.variants([[sources[i] for i in before]])[0]
+        variants += paths.variants([grid.groups[i] for i in before])
+        together += paths.variants([[s for i in before for s in grid.groups[i]]])[0]
     if not edges:
-        raise InputError(f"no sender of {senders!r} comes before a receiver of {receivers!r}")
-    sweep = model.sweep(inputs, [*variants, together], bound, progress=progress,
-                        checkpoint=checkpoint)  # fmt: skip
-    found = effects(sweep.values[:-1], sweep.clean, seed)
-    columns = {name: np.full((len(sources), len(readers)), np.nan) for name in found}
-    for name, values in found.items():
-        columns[name][tuple(zip(*edges, strict=True))] = values
-    about = provenance(
-        model, "edge_ablation", inputs, seed, senders=senders, receivers=receivers, how=how,
-        reference=reference if isinstance(reference, str | list | tuple) else None, metric=bound.name,
-    )  # fmt: skip
-    data = xr.Dataset(
-        {name: (("sender", "receiver"), values) for name, values in columns.items()},
-        {"sender": [str(s) for s in sources], "receiver": [str(r) for r in readers]},
-    ).assign(summary(numbers(sweep.clean), numbers(sweep.values[-1]), seed))
-    return Result(data, kind="edge ablation", title=f"Edges removed by {how}", provenance=about)
+        raise InputError(f"no sender of {over!r} comes before a receiver of {receivers!r}")
+    swept = model.sweep(inputs, [*variants, together], asked.metric, checkpoint=checkpoint)
+    values, clean = numbers(swept.values), numbers(swept.clean)
+    axis = ("metric",) if asked.names else ()
+    columns = {}
+    for name, column in described("effect", np.moveaxis(values[:-1] - clean, 0, 1), seed, test=True).items():
+        columns[name] = np.full((len(grid.groups), len(readers), *column.shape[1:]), np.nan)
+        columns[name][tuple(zip(*edges, strict=True))] = column
+    data = grid.data(columns, "receiver", *axis).assign(totals(clean, values[-1], seed, axis=axis))
+    data = over_prompts(data.assign_coords(receiver=list(map(str, readers))), asked)
+    return Result(data, kind="edge ablation", title=f"Edges removed by {how}")
 
 
-def removed(
-    model: Model, inputs: Inputs, senders: list[Site], how: How, reference: Any, seed: int
-) -> dict[Site, Tensor]:
+def removed(model: Model, inputs: Inputs, grid: Grid, how: How, reference: Any, seed: int) -> dict[Site, Tensor]:
     """What stands at every sender's whole site when it is removed, [prompt, position, ...]; all removed in one run,
     since each comes from an intact reference."""
-    wholes = list(dict.fromkeys(s.whole for s in senders))
-    run = intact(model, inputs, how, reference, wholes)
-    edits: list[Edit] = [removal(how, seed, run, reference is None, site) for site in wholes]
+    wholes = grid.whole()
+    edits = Removing.of(model, inputs, how, reference, wholes, seed).edits(wholes)
     with torch.no_grad():
         made = model.run(inputs, keep=wholes, edits=edits)
     return {site: made.everywhere(site)[0] for site in wholes}

@@ -1,12 +1,19 @@
-"""A pattern of sites as a grid: one cell per site that is changed alone, one axis per selector.
+"""What is changed one by one, and what does each change do? One cell per site, or set of sites, that is changed alone.
 
     layers.*.resid_pre@*        layer x position           layers.*.attn.heads.*      layer x head
     layers.2:6.mlp.out@-1       layer                      layers.5.mlp.neurons.*     neuron
     layers.*                    layer: all that it adds to the residual, changed together
     several patterns            site                       names -> patterns          set: what a name stands for, together
 
-Positions are taken one by one where the pattern says `@*`; any other `@` is changed as a whole. A cell that a
-model does not have (a block without attention) is NaN.
+A pattern's axes are its selectors, so one that names a single site is a single value. Positions are taken one by one
+where the pattern says `@*`; any other `@` (an index, a slice, a span of each prompt) is changed as a whole. A cell that a
+model does not have (a block without attention) is NaN. Whatever the change,
+
+    effect = mean over prompts of  metric(changed) - metric(unchanged)
+    share  = effect / total,   total = mean over prompts of  metric(changed altogether) - metric(unchanged)
+
+where changed altogether is the run that values were taken from. Over several prompts an effect has its 95 % interval and
+`p`, a sign-flip test corrected for the number of cells (both in `pellucid.statistics`).
 """
 
 from __future__ import annotations
@@ -18,19 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.causal.contrast import Asked, numbers
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import block_of
 from pellucid.engine.run import stream_of
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
+from pellucid.statistics import interval, sign_flip
 
-Over = str | Site | Sequence[str | Site] | Mapping[str, str | Sequence[str]]
+Over = str | Site | Sequence[str | Site] | Mapping[str, str | Site | Sequence[str | Site]]
 CONTRIBUTIONS = ("attn.out", "cross.out", "mixer.out", "mlp.out")
 
 
@@ -49,13 +56,11 @@ class Grid:
         if isinstance(over, str | Site):
             return cls._of_pattern(model, over, inputs)
         if isinstance(over, Mapping):
-            sets = {name: [each] if isinstance(each, str) else each for name, each in over.items()}
-            groups = [[s for p in each for s in _sites(model, p, inputs)] for each in sets.values()]
-            names: list[str] = list(sets)
+            groups = [named(model, each, inputs) for each in over.values()]
+            axis, names = "set", list(over)
         else:
-            groups = [[s] for p in over for s in _sites(model, p, inputs)]
-            names = [str(group[0]) for group in groups]
-        axis = "set" if isinstance(over, Mapping) else "site"
+            groups = [[site] for site in named(model, over, inputs)]
+            axis, names = "site", [str(group[0]) for group in groups]
         return cls(over, groups, [(i,) for i in range(len(groups))], {axis: np.array(names, dtype=object)})
 
     @classmethod
@@ -85,63 +90,125 @@ class Grid:
 
     @property
     def name(self) -> str:
+        """`over` as a title says it."""
         over = self.over
         return str(over) if isinstance(over, str | Site) else ", ".join(map(str, over))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the cells: a set's own, or the address of what is changed."""
+        if "set" in self.coords:
+            return list(self.coords["set"])
+        return [str(group[0]) if len(group) == 1 else " + ".join(map(str, group)) for group in self.groups]
 
     def whole(self) -> list[Site]:
         """The tensors the sites are part of: what a run must keep to change them from it."""
         return list(dict.fromkeys(s.whole for s in self.sites))
 
-    def scores(
+    def sweep(
         self,
         model: Model,
         inputs: Inputs,
-        edit: Callable[[Site], Edit],
+        edits: Callable[[list[Site]], Sequence[Edit]],
         metric: Any,
-        progress: bool,
         checkpoint: str | Path | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The metric under the edits of each group alone, [cell, prompt], and without any, [prompt], in float64."""
-        variants = [[edit(site) for site in group] for group in self.groups]
-        sweep = model.sweep(inputs, variants, metric, progress=progress, checkpoint=checkpoint)
-        return sweep.values.double(), sweep.clean.double().cpu()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The metric under the edits of each group alone, [cell, prompt], and without any, [prompt]."""
+        swept = model.sweep(inputs, [edits(group) for group in self.groups], metric, checkpoint=checkpoint)
+        return numbers(swept.values), numbers(swept.clean)
 
-    def place(self, values: Tensor) -> np.ndarray:
+    def place(self, values: np.ndarray) -> np.ndarray:
         """Values [cell, ...] laid out on the axes."""
-        shape = [len(self.coords[dim]) for dim in self.dims]
-        made = np.full([*shape, *values.shape[1:]], np.nan)
-        for cell, value in zip(self.cells, values.numpy(), strict=True):
+        made = np.full([*(len(self.coords[dim]) for dim in self.dims), *values.shape[1:]], np.nan)
+        for cell, value in zip(self.cells, values, strict=True):
             made[cell] = value
         return made
 
+    def data(self, columns: Mapping[str, np.ndarray], *more: str) -> xr.Dataset:
+        """Columns [cell, *more] as variables over the axes."""
+        dims = (*self.dims, *more)
+        return xr.Dataset(
+            {name: (dims, self.place(x)) for name, x in columns.items()}, self.coords, {"over": self.name}
+        )
 
-def with_interval(
-    grid: Grid, statistic: Callable[[Tensor], Tensor], prompts: int, seed: int, draws: int = 1000
-) -> dict[str, Any]:
-    """The effect over all prompts and, for several, its 95 % bootstrap interval.
 
-    `statistic` maps weights of prompts [draw, prompt], which add up to 1, to effects [draw, cell].
+# ---- what the changes do
+
+
+def effects(
+    grid: Grid,
+    asked: Asked,
+    values: np.ndarray,
+    unchanged: np.ndarray,
+    altogether: np.ndarray,
+    seed: int,
+    *,
+    denoise: bool = False,
+    share: bool = True,
+) -> xr.Dataset:
+    """The formulas above over a grid, from the metric `values` [cell, prompt], `unchanged` and changed `altogether`
+    [prompt] (each with a last axis [metric] where several are asked for).
+
+    Gives `effect`, `low`, `high`, `p`, and its `share` with `share_low`, `share_high`; `value`, the metric of every
+    prompt; `clean` and `corrupted`, without the changes, and `total_effect` with `total_low`, `total_high`.
     """
-    made = {"effect": statistic(torch.full((1, prompts), 1 / prompts, dtype=torch.float64))[0]}
-    if prompts > 1:
-        drawn = torch.randint(prompts, (draws, prompts), generator=torch.Generator().manual_seed(seed))
-        weights = torch.nn.functional.one_hot(drawn, prompts).double().mean(1)
-        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        made["low"], made["high"] = statistic(weights).quantile(ends, 0)
-    return {name: (grid.dims, grid.place(values)) for name, values in made.items()}
+    change = np.moveaxis(values - unchanged, 0, 1)
+    axis = ("metric",) if asked.names else ()
+    columns = described("effect", change, seed, test=True)
+    if share:
+        columns |= shares(change, altogether - unchanged, seed)
+    data = grid.data(columns, *axis).assign(value=((*grid.dims, "prompt", *axis), grid.place(values)))
+    data = data.assign(totals(unchanged, altogether, seed, denoise=denoise, axis=axis))
+    return over_prompts(data, asked)
 
 
-def dataset(grid: Grid, variables: dict[str, Any], inputs: Inputs) -> xr.Dataset:
-    """Variables over the grid (and `prompt`, which goes where there is only one)."""
-    data = xr.Dataset(
-        variables,
-        coords={**grid.coords, "text": ("prompt", list(inputs.texts))},
-        attrs={"over": grid.name},
-    )
-    return data.isel(prompt=0) if len(inputs) == 1 else data
+def described(
+    name: str, values: np.ndarray, seed: int, prefix: str = "", *, test: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The mean of values [prompt, ...] by `name`, and over several prompts its interval (with its options) and p."""
+    made = {name: values.mean(0)}
+    if len(values) > 1:
+        made[f"{prefix}low"], made[f"{prefix}high"] = interval(values, seed, **options)
+        if test:
+            made[f"{prefix}p"] = sign_flip(values, seed)
+    return made
+
+
+def shares(change: np.ndarray, total: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Ratio of means of changes [prompt, cell, ...] to the total [prompt, ...]; NaN where that is 0."""
+    here = np.where(np.abs(total.mean(0)) > 1e-6 * np.maximum(1.0, np.abs(total).max(0)), 1.0, np.nan)
+    made = {"share": change.mean(0) / (total.mean(0) * here)}
+    if len(change) > 1:
+        over = np.broadcast_to(total[:, None], change.shape)
+        made["share_low"], made["share_high"] = (end * here for end in interval(change, seed, over=over))
+    return made
+
+
+def totals(
+    unchanged: np.ndarray, altogether: np.ndarray, seed: int, *, denoise: bool = False, axis: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The metric on both sides, [prompt], and the total effect, from what is changed to what it is changed to."""
+    clean, corrupted = (altogether, unchanged) if denoise else (unchanged, altogether)
+    total = described("total_effect", altogether - unchanged, seed, "total_")
+    sides = {"clean": (("prompt", *axis), clean), "corrupted": (("prompt", *axis), corrupted)}
+    return sides | {name: (axis, value) for name, value in total.items()}
+
+
+def over_prompts(data: xr.Dataset, asked: Asked) -> xr.Dataset:
+    """With the prompts' texts and the metrics' names; without the dimension of prompts where there is one."""
+    data = data.assign_coords(text=("prompt", list(asked.inputs.texts)))
+    if asked.names:
+        data = data.assign_coords(metric=list(asked.names))
+    return data.isel(prompt=0) if len(asked.inputs) == 1 else data
 
 
 # ---- sites of a pattern
+
+
+def named(model: Model, patterns: str | Site | Sequence[str | Site], inputs: Inputs) -> list[Site]:
+    """All sites that a pattern, or several, names."""
+    patterns = [patterns] if isinstance(patterns, str | Site) else patterns
+    return list(dict.fromkeys(site for pattern in patterns for site in _sites(model, pattern, inputs)))
 
 
 def _pattern(over: str | Site) -> Site:

@@ -25,26 +25,29 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import bootstrap, numbers, provenance
+from pellucid.causal.grid import Over, totals
 from pellucid.causal.mediation import Mediators
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.pausing import pause
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks import Prompts
+from pellucid.technique import technique
 
 
+@technique
 def mitigation(
     model: Model,
     prompts: Prompts,
     texts: Sequence[str],
     *,
-    over: str = "layers.*.attn.heads.*",
+    over: Over = "layers.*.attn.heads.*",
     sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
     draws: int = 3,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """The `bias` that is left and the `perplexity` of `texts` when the strongest `size` mediators of `over` are edited.
 
@@ -60,54 +63,47 @@ def mitigation(
     half = len(prompts) // 2
     fitted, held_out = prompts[:half], prompts[half:]
     mediators = Mediators.of(model, fitted, over)
-    sites = [each[0] for each in mediators.sets.values()]
-    carried = np.log1p(mediators.indirect(progress=progress)).mean(1)  # nats, as the bias is counted
-    towards = float((mediators.pair.corrupted_scores - mediators.pair.clean_scores).mean())
-    ranked = [sites[i] for i in np.argsort(-np.sign(towards) * carried, kind="stable")]
+    groups = mediators.grid.groups
+    carried = np.log1p(mediators.indirect()).mean(1)  # nats, as the bias is counted
+    null, set_ = mediators.scores()
+    order = np.argsort(-np.sign((set_ - null).mean()) * carried, kind="stable")
     test = Mediators.of(model, held_out, [])
-    sizes = list(dict.fromkeys(min(s, len(sites)) for s in sizes))
+    sizes = list(dict.fromkeys(min(s, len(groups)) for s in sizes))
     rng = np.random.default_rng(seed)
 
-    def measured(chosen: Sequence[Site]) -> tuple[np.ndarray, float]:
-        edits = fit_edits(mediators, chosen)
+    def measured(chosen: Sequence[int]) -> tuple[np.ndarray, float]:
+        pause()
+        edits = fit_edits(mediators, [site for i in chosen for site in groups[i]])
         return _bias(test, edits), perplexity(model, texts, edits)
 
     before, price = measured([])
-    rows = [measured(ranked[:size]) for size in sizes]
-    chance = [[measured([sites[i] for i in rng.permutation(len(sites))[:s]]) for _ in range(draws)] for s in sizes]
-    low, high = np.array([bootstrap(bias, seed) for bias, _ in rows]).T
-    bias, cost = np.array([b.mean() for b, _ in rows]), np.array([p for _, p in rows])
+    rows = [measured(order[:size]) for size in sizes]
+    chance = [[measured(rng.permutation(len(groups))[:size]) for _ in range(draws)] for size in sizes]
+    bias, cost = np.stack([b for b, _ in rows]), np.array([p for _, p in rows])
+    low, high = interval(bias.T, seed)
+    before_low, before_high = interval(before, seed)
     columns = {
-        "bias": bias, "low": low, "high": high, "kept": bias / before.mean(), "perplexity": cost, "price": cost / price - 1,
+        "bias": bias.mean(1), "low": low, "high": high, "kept": bias.mean(1) / before.mean(),
+        "perplexity": cost, "price": cost / price - 1,
         "random_bias": np.array([np.mean([b.mean() for b, _ in row]) for row in chance]),
         "random_perplexity": np.array([np.mean([p for _, p in row]) for row in chance]),
     }  # fmt: skip
-    before_low, before_high = bootstrap(before, seed)
     scalars = {
         "bias_before": before.mean(), "bias_before_low": before_low, "bias_before_high": before_high,
         "perplexity_before": price,
     }  # fmt: skip
+    names = [mediators.grid.names[i] for i in order]
     data = xr.Dataset(
         {name: ("size", value) for name, value in columns.items()} | scalars,
-        {"size": sizes, "mediators": ("rank", [str(s) for s in ranked])},
-    ).assign(test.pair.summary(seed))
-    about = provenance(
-        model,
-        "mitigation",
-        test.pair.clean,
-        seed,
-        task=prompts.name,
-        over=over,
-        texts=list(texts),
-        draws=draws,
-    )
-    return Result(data, kind="mitigation", title=f"What is left of {prompts.name}, and its price", provenance=about)
+        {"size": sizes, "mediators": ("rank", names)},
+    ).assign(totals(*test.scores(), seed))
+    return Result(data, kind="mitigation", title=f"What is left of {prompts.name}, and its price")
 
 
 def mitigating_edits(model: Model, prompts: Prompts, sites: Sequence[str | Site]) -> list[Edit]:
     """The edits themselves, fitted on `prompts`: give them to `model.run` or `model.generate`."""
     mediators = Mediators.of(model, prompts, list(sites))
-    return fit_edits(mediators, [each[0] for each in mediators.sets.values()])
+    return fit_edits(mediators, mediators.grid.sites)
 
 
 def fit_edits(mediators: Mediators, sites: Sequence[Site]) -> list[Edit]:
@@ -142,9 +138,7 @@ def perplexity(model: Model, texts: Sequence[str], edits: Sequence[Edit] = ()) -
 
 def _bias(test: Mediators, edits: Sequence[Edit]) -> np.ndarray:
     """[pair] log y of the corrupted side minus that of the clean side, under edits."""
-    model, pair = test.pair.model, test.pair
+    asked, model = test.asked, test.model
     with torch.no_grad():
-        scores = [
-            numbers(model.score(model.run(side, edits=edits), pair.metric)) for side in (pair.clean, pair.corrupted)
-        ]
-    return scores[1] - scores[0]
+        null, set_ = (asked.score(model, model.run(side, edits=edits)) for side in asked.sides(denoise=False))
+    return set_ - null

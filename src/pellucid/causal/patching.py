@@ -4,12 +4,11 @@ Two prompts differ in one fact. At one site, the values of one run are put into 
 answer is read: a site that brings the answer over carries the fact there (Vig et al. 2020; Meng et al. 2022;
 Wang et al. 2022).
 
-    effect = (m(patched) - m(corrupted)) / (m(clean) - m(corrupted))
+    effect = m(patched) - m(unpatched)        share = effect / (m(source run) - m(unpatched))
 
-`denoise` patches clean values into the corrupted run: 1 where a site alone is enough for the clean answer.
-Without it corrupted values go into the clean run: 0 where the clean answer cannot do without the site. The
-two disagree where there are backups (Heimersheim and Nanda 2024). Over several prompts the effect is the
-ratio of means.
+`denoise` patches clean values into the corrupted run: a share of 1 where a site alone is enough for the clean answer.
+Without it corrupted values go into the clean run: a share of 1 where the clean answer cannot do without the site. The
+two disagree where there are backups (Heimersheim and Nanda 2024). Over several prompts the share is the ratio of means.
 """
 
 from __future__ import annotations
@@ -17,84 +16,71 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from pellucid.causal.contrast import Metrics, contrast
 from pellucid.causal.contrast import check_aligned as check_aligned  # where others look for it
-from pellucid.causal.contrast import sides, summary
-from pellucid.causal.grid import Grid, Over, dataset, with_interval
-from pellucid.engine.edits import Patch
+from pellucid.causal.grid import Grid, Over, effects
+from pellucid.engine.edits import swaps
 from pellucid.engine.run import stream_of
 from pellucid.errors import InputError
-from pellucid.metrics import Metric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def patching(
     model: Model,
     clean: Any,
     corrupted: Any = None,
     *,
     over: Over = "layers.*.resid_pre@*",
-    metric: Metric | Any = None,
+    metric: Metrics | Any = None,
     denoise: bool = True,
-    target: Any = None,
+    decoder: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Patch every site that `over` names, one at a time, from one prompt's run into the other's.
 
-    `over` is a pattern; several; `layers.*` for whole layers; or names with patterns that are patched together.
+    `over` is a pattern; several; `layers.*` for whole layers; or names with patterns that are patched together (see
+    `pellucid.causal.grid`). `metric` may be several, a mapping by name: they share one sweep, and results gain `metric`.
 
     `clean` and `corrupted` are prompts, or lists of them, pair by pair of equal token length; or `clean` is a
     task (`pellucid.tasks.Prompts`), which brings both, the metric and its named spans. Gives over the
-    selectors of `over` (layer x position, layer x head, ...) `effect` as above and, for several prompts, its
-    95 % bootstrap interval `low` to `high` over prompts (1000 draws by `seed`); `value`, the metric of every
-    prompt; `clean` and `corrupted`, the metric without patches, and `total_effect`, from clean to corrupted,
-    with its interval. `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
-    InputError where pairs do not align, or the metric does not tell them apart.
+    selectors of `over` (layer x position, layer x head, ...) `effect` and `share` as above and, for several prompts,
+    their 95 % intervals over prompts (`low` to `high`, `share_low` to `share_high`) and `p`, of a sign-flip test
+    corrected for the number of cells; `value`, the metric of every prompt; `clean` and `corrupted`, the metric without
+    patches, and `total_effect`, from the run that is patched to the one values come from, with its interval.
+    `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
+    InputError where pairs do not align, or a metric does not tell them apart.
 
     >>> patching(model, "... Rome", "... Paris", metric=logit_difference(" A", " B"))  # doctest: +SKIP
     """
-    *pair, metric = sides(model, clean, corrupted, metric, target)
-    base, source = reversed(pair) if denoise else pair
-    metric = model.bind(metric, len(base))
+    asked = contrast(model, clean, corrupted, metric, decoder)
+    base, source = asked.sides(denoise)
     grid = Grid.of(model, over, base)
     with torch.no_grad():
         run = model.run(source, keep=grid.whole())
-    other = model.score(run, metric).double().cpu()
-    values, unpatched = grid.scores(model, base, lambda site: Patch(site, run), metric, progress, checkpoint)
-    good, bad = (other, unpatched) if denoise else (unpatched, other)
-    _check_apart(good, bad)
-
-    def effect(weights: Tensor) -> Tensor:
-        return (weights @ (values - bad).T) / (weights @ (good - bad))[:, None]
-
-    variables = with_interval(grid, effect, len(base), seed)
-    variables["value"] = ((*grid.dims, "prompt"), grid.place(values))
-    variables |= summary(good.numpy(), bad.numpy(), seed)
-    data = dataset(grid, variables, pair[0])
-    tokens = [list(stream_of(each, grid.sites[0]).labels[0]) for each in pair]
+    values, unpatched = grid.sweep(model, base, lambda sites: swaps(sites, run), asked.metric, checkpoint)
+    patched_from = asked.score(model, run)
+    _check_apart(patched_from, unpatched, asked.names or (asked.metric.name,))
+    data = effects(grid, asked, values, unpatched, patched_from, seed, denoise=denoise)
+    tokens = [list(stream_of(each, grid.sites[0]).labels[0]) for each in asked.sides(denoise=False)]
     if "token" in grid.coords:
         data = data.assign_coords({"token": ("position", tokens[0])})
     if len(base) == 1:
         data.attrs["prompts"] = tokens  # what a view shows aligned
-    provenance = Provenance(
-        "patching", model.name, digest=model.digest, seed=seed,
-        inputs={"clean": list(pair[0].texts), "corrupted": list(pair[1].texts)},
-        arguments={"over": over, "metric": metric.name, "denoise": denoise, "target": target},
-    )  # fmt: skip
     title = f"Patching {grid.name}: {'clean into corrupted' if denoise else 'corrupted into clean'}"
-    return Result(data, kind="patching", title=title, provenance=provenance)
+    return Result(data, kind="patching", title=title)
 
 
-def _check_apart(good: Tensor, bad: Tensor) -> None:
-    gap = float((good.mean() - bad.mean()).abs())
-    if gap <= 1e-6 * max(1.0, float(good.abs().max())):
-        raise InputError(
-            f"the metric is {float(good.mean()):.4g} on the clean prompts and {float(bad.mean()):.4g} on "
-            "the corrupted ones: "
-            "it does not tell them apart, so no effect can be measured"
-        )
+def _check_apart(source: np.ndarray, base: np.ndarray, names: tuple[str, ...]) -> None:
+    for name, theirs, ours in zip(names, source.T.reshape(len(names), -1), base.T.reshape(len(names), -1), strict=True):
+        if abs(theirs.mean() - ours.mean()) <= 1e-6 * max(1.0, float(np.abs(theirs).max())):
+            raise InputError(
+                f"{name} is {theirs.mean():.4g} on the prompts that are patched from and {ours.mean():.4g} on those that "
+                "are patched: it does not tell them apart, so there is nothing to bring over"
+            )

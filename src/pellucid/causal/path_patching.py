@@ -16,7 +16,7 @@ share keys and values: only the named head sees the changed key, not its sibling
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,71 +25,60 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import (
-    Swap,
-    aligned_values,
-    contrast,
-    effects,
-    lay_out,
-    one_by_one,
-    provenance,
-    repeated,
-)
-from pellucid.engine.edits import Edit, Replace, left_aligned
+from pellucid.causal.contrast import Metrics, contrast, numbers
+from pellucid.causal.grid import Grid, Over, effects, named
+from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run, stream_of
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 TOKENS_AT_ONCE = 2048  # of senders x prompts x positions in one run
 Senders = Sequence[Sequence[Site]]  # sets whose members send together
 
 
+@technique
 def path_patching(
     model: Model,
     clean: Any,
     corrupted: Any = None,
     *,
-    senders: str | Site | Iterable[str | Site],
-    receivers: str | Site | Iterable[str | Site],
-    metric: Any = None,
+    over: Over,
+    receivers: str | Site | Sequence[str | Site],
+    metric: Metrics | Any = None,
     direct: bool = True,
-    denoise: bool = False,
+    denoise: bool = True,
+    decoder: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
-    """The effect of each sender on the metric by way of its paths to the receivers (all of them together).
+    """The effect of each sender in `over` on the metric by way of its paths to the receivers (all of them together).
 
-    Senders are heads, `mlp.out`, `embed` or residuals. Receivers are heads (`layers.9.attn.heads.9`, or one input of
-    them: `.q .k .v`), `mlp.out` or a residual (the last `resid_post`: paths to the logits); both may name positions.
-    `direct=False` lets the change pass through MLPs, as in the paper; `denoise` runs corrupted prompts with clean senders.
+    Senders are heads, `mlp.out`, `embed` or residuals, or sets of them. Receivers are heads (`layers.9.attn.heads.9`, or one
+    input of them: `.q .k .v`), `mlp.out` or a residual (the last `resid_post`: paths to the logits); both may name positions.
+    `direct=False` lets the change pass through MLPs, as in the paper. By default corrupted prompts are run with clean
+    senders, as in `patching`; `denoise=False` is the paper's direction.
 
-    Gives `effect` and its interval over the senders' layers, heads and positions, `share` of the total effect, and the
-    metric's clean and corrupted values. `checkpoint` is a file that keeps what is done of step 3.
+    Gives `effect`, its `share` of the total effect, and the rest as `patching` does, over the selectors of `over`.
+    `checkpoint` is a file that keeps what is done of step 3.
 
-    >>> path_patching(model, prompts, senders="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.9.q")  # doctest: +SKIP
+    >>> path_patching(model, prompts, over="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.9.q")  # doctest: +SKIP
     """
-    pair = contrast(model, clean, corrupted, metric)
-    base, other, scores = pair.sides(denoise)
-    sources = one_by_one(model, base, senders)
-    theirs = pair.run(other, [s.whole for s in sources])
-    sent = {s.whole: theirs.everywhere(s.whole)[0] for s in sources}
-    paths = Paths.between(model, base, sent, one_by_one(model, base, receivers), direct)
-    sweep = model.sweep(
-        base, paths.variants([[s] for s in sources]), pair.metric, progress=progress, checkpoint=checkpoint
+    asked = contrast(model, clean, corrupted, metric, decoder)
+    base, source = asked.sides(denoise)
+    grid = Grid.of(model, over, base)
+    with torch.no_grad():
+        theirs = model.run(source, keep=grid.whole())
+    sent = {site: theirs.everywhere(site)[0] for site in grid.whole()}
+    paths = Paths.between(model, base, sent, named(model, receivers, base), direct)
+    swept = model.sweep(base, paths.variants(grid.groups), asked.metric, checkpoint=checkpoint)
+    data = effects(
+        grid, asked, numbers(swept.values), numbers(swept.clean), asked.score(model, theirs), seed, denoise=denoise
     )
-    found = effects(sweep.values, scores, seed)
-    summary = pair.summary(seed)
-    total = summary["total_effect"] * (-1 if denoise else 1)
-    data = lay_out(sources, {**found, "share": found["effect"] / total}).assign(summary)
-    about = provenance(
-        model, "path_patching", base, seed, corrupted=list(other.texts), senders=senders, receivers=receivers,
-        metric=pair.metric.name, direct=direct, denoise=denoise,
-    )  # fmt: skip
-    return Result(data, kind="path patching", title=f"Effect by way of {receivers}", provenance=about)
+    return Result(data, kind="path patching", title=f"Effect by way of {receivers}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +161,7 @@ class Paths:
 
     def _sent(self, senders: Senders, keep: list[Site], open_: Sequence[Site]) -> dict[Site, Tensor]:
         """What arrives at `keep`, [sender * prompt, position, ...], when all but the senders and `open_` is held."""
-        rows = repeated(self.base.inputs, len(senders))
+        rows = self.base.inputs.repeated(len(senders))
         places: dict[Site, list[tuple[int, Site]]] = {s: [] for s in self.held if s not in open_}
         for i, group in enumerate(senders):
             for sender in group:
@@ -213,7 +202,7 @@ class Paths:
         area = home.part.partition(".")[0]
         inputs = {p: replace(home, part=f"{area}.{p}") for p in wanted}
         arrived = self._sent(senders, list(inputs.values()), [])
-        rows = repeated(self.base.inputs, len(senders))
+        rows = self.base.inputs.repeated(len(senders))
         edits: list[Edit] = []
         for site in inputs.values():
             for receiver in sites:

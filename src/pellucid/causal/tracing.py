@@ -28,130 +28,144 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import beside, bootstrap, numbers, repeated
+from pellucid.causal.contrast import beside, numbers, placed
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
+from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.metrics import Answers, BoundMetric, Metric, probability
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import answer_position
+from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import settle, technique
 
 ROLES = ("first subject", "middle subject", "last subject", "first further", "further", "last")
 Case = tuple[str, int, int, int]  # part, centre layer, position, window
 
 
+@technique
 def tracing(
     model: Model,
     prompt: Any,
-    answer: Answers | None = None,
+    target: Answers | None = None,
     *,
     subject: str | Sequence[str] | tuple[int, int],
     parts: Sequence[str] = ("resid_post", "attn.out", "mlp.out"),
     window: int = 10,
     noise: float = 3.0,
-    samples: int = 10,
+    draws: int = 10,
     metric: Callable[[Answers], Metric] = probability,
     reference: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """The indirect effect of every layer and position, for the residual and for windows of attention and MLP outputs.
 
     `prompt` is one prompt, several, or `tasks.Prompts`; `subject` its words (one text per prompt), its tokens (start, stop),
-    or the name of a span of the task. `answer` is by default the model's own prediction. For one prompt gives `effect`
-    [part, layer, position] with the bootstrap interval over noise samples; for several their average [part, layer, role],
+    or the name of a span of the task. `target` is by default the model's own prediction (at the mask of a
+    masked model). For one prompt gives `effect`
+    [part, layer, position] with its interval over `draws` of the noise; for several their average [part, layer, role],
     with the interval over prompts and `each` prompt's own [prompt, part, layer, role]. Also `share` of the total effect,
     `clean` and `corrupted` of every prompt, `total_effect` with its interval. With `checkpoint`, a path, what is done is
     kept in files that begin with it, one a prompt, and an interrupted trace goes on there.
 
     >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
     """
-    questions = list(_questions(model, prompt, answer, subject))
-    sigma = _sigma(model, reference, questions)
-    found: list[tuple[_Noised, np.ndarray]] = []
     layers = len(model.anatomy.stacks[0].blocks)
-    for i, question in enumerate(questions):
-        noised = _Noised.of(model, question, parts, metric, noise * sigma, samples, seed + i)
+
+    def cases(question: _Question, alone: bool) -> list[Case]:
         # roles begin with the subject: what stands before it is only of interest in a picture of one prompt
-        columns = range(0 if len(questions) == 1 else question.span[0], first_stream(question.inputs).ids.shape[1])
-        cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in columns]
-        restored = noised.restored(cases, progress=progress, checkpoint=beside(checkpoint, i))
-        change = numbers(restored - noised.corrupted)
-        found.append((noised, change.reshape(len(parts), layers, len(columns), samples)))
+        columns = range(0 if alone else question.span[0], question.length)
+        return [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in columns]
+
+    asked = (model, prompt, target, subject, parts, noise, draws, metric, reference, seed, checkpoint)
+    found, sigma = _traced(*asked, cases)
+    questions = [noised.question for noised, _ in found]
+    effects = [change.reshape(len(parts), layers, -1, draws) for _, change in found]
     coords: dict[str, Any] = {"part": list(parts), "layer": range(layers)}
     if len(found) == 1:
-        noised, effect = found[0]
-        labels = list(first_stream(noised.question.inputs).labels[0])
-        span = noised.question.span
+        labels, span = list(first_stream(questions[0].inputs).labels[0]), questions[0].span
         where = ["subject" if span[0] <= i < span[1] else "" for i in range(len(labels))]
         coords |= {"position": range(len(labels)), "token": ("position", labels), "in_subject": ("position", where)}
-        dim, drawn = "position", np.moveaxis(effect, -1, 0)
+        dim, drawn = "position", np.moveaxis(effects[0], -1, 0)
+        title = f"What brings back {questions[0].target!r}"
     else:
         coords["role"] = list(ROLES)
-        dim, drawn = "role", np.stack([_by_role(noised.question, effect.mean(-1)) for noised, effect in found])
+        dim, title = "role", f"What brings back {len(found)} facts"
+        drawn = np.stack([_by_role(q, effect.mean(-1)) for q, effect in zip(questions, effects, strict=True)])
     variables = _described(drawn, ("part", "layer", dim), [noised for noised, _ in found], seed)
-    if len(found) > 1:
-        variables["each"] = (("prompt", "part", "layer", "role"), drawn)
-    about = _provenance(
-        model, "tracing", questions, seed, subject=subject, answer=[q.answer for q in questions], parts=parts,
-        window=window, noise=noise, sigma=sigma, samples=samples, metric=found[0][0].metric.name,
-    )  # fmt: skip
-    title = (
-        f"What brings back {questions[0].answer!r}" if len(questions) == 1 else f"What brings back {len(found)} facts"
-    )
-    return Result(xr.Dataset(variables, coords), kind="causal tracing", title=title, provenance=about)
+    data = xr.Dataset(variables, coords, {"sigma": sigma, "metric": found[0][0].metric.name})
+    return Result(data, kind="causal tracing", title=title)
 
 
+@technique
 def window_curve(
     model: Model,
     prompt: Any,
-    answer: Answers | None = None,
+    target: Answers | None = None,
     *,
     subject: str | Sequence[str] | tuple[int, int],
     part: str = "mlp.out",
-    at: int | None = None,
+    positions: int | None = None,
     windows: Iterable[int] = (1, 2, 4, 6, 8, 10, 15, 20),
     noise: float = 3.0,
-    samples: int = 10,
+    draws: int = 10,
     metric: Callable[[Answers], Metric] = probability,
     reference: Any = None,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """How much the picture owes to the window: the indirect effect [window, layer] at one position of each prompt.
 
-    `at` is by default the subject's last token. Prompts, intervals and the rest as for `tracing`.
+    `positions` names it, by default the subject's last token. Prompts, intervals and the rest as for `tracing`.
     """
-    questions = list(_questions(model, prompt, answer, subject))
-    sigma = _sigma(model, reference, questions)
     widths, layers = list(windows), len(model.anatomy.stacks[0].blocks)
-    found: list[tuple[_Noised, np.ndarray]] = []
-    positions: list[int] = []
-    for i, question in enumerate(questions):
-        noised = _Noised.of(model, question, [part], metric, noise * sigma, samples, seed + i)
-        length = first_stream(question.inputs).ids.shape[1]
-        positions.append(question.span[1] - 1 if at is None else range(length)[at])
-        cases = [(part, layer, positions[-1], w) for w in widths for layer in range(layers)]
-        restored = noised.restored(cases, progress=progress, checkpoint=beside(checkpoint, i))
-        found.append((noised, numbers(restored - noised.corrupted).reshape(len(widths), layers, samples)))
-    one = len(found) == 1
-    drawn = np.moveaxis(found[0][1], -1, 0) if one else np.stack([effect.mean(-1) for _, effect in found])
+
+    def cases(question: _Question, alone: bool) -> list[Case]:
+        return [(part, layer, question.read(positions), width) for width in widths for layer in range(layers)]
+
+    asked = (model, prompt, target, subject, [part], noise, draws, metric, reference, seed, checkpoint)
+    found, sigma = _traced(*asked, cases)
+    effects = [change.reshape(len(widths), layers, draws) for _, change in found]
+    drawn = np.moveaxis(effects[0], -1, 0) if len(found) == 1 else np.stack([e.mean(-1) for e in effects])
     variables = _described(drawn, ("window", "layer"), [noised for noised, _ in found], seed)
-    if not one:
-        variables["each"] = (("prompt", "window", "layer"), drawn)
-    about = _provenance(
-        model, "window_curve", questions, seed, subject=subject, answer=[q.answer for q in questions], part=part,
-        at=positions, noise=noise, sigma=sigma, samples=samples,
-    )  # fmt: skip
-    where = f"at {positions[0]}" if one else "at the subject's last token" if at is None else f"at {at}"
-    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, {"part": part, "position": positions})
-    return Result(data, kind="window curve", title=f"{part} {where} in windows of layers", provenance=about)
+    at = [noised.question.read(positions) for noised, _ in found]
+    where = "the subject's last token" if positions is None else positions
+    attributes = {"part": part, "position": at, "sigma": sigma}
+    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, attributes)
+    return Result(data, kind="window curve", title=f"{part} at {where} in windows of layers")
+
+
+def _traced(
+    model: Model,
+    prompt: Any,
+    target: Any,
+    subject: Any,
+    parts: Sequence[str],
+    noise: float,
+    draws: int,
+    metric: Any,
+    reference: Any,
+    seed: int,
+    checkpoint: str | Path | None,
+    cases: Callable[[_Question, bool], list[Case]],
+) -> tuple[list[tuple[_Noised, np.ndarray]], float]:
+    """Every prompt and the change [case, draw] that restoring each of its cases makes; and sigma."""
+    questions = list(_questions(model, prompt, target, subject))
+    settle(target=[q.target for q in questions])
+    sigma = _sigma(model, reference, questions)
+    found = []
+    for i, question in enumerate(questions):
+        noised = _Noised.of(model, question, parts, metric, noise * sigma, draws, seed + i)
+        edits = [noised.edits(*case) for case in cases(question, len(questions) == 1)]
+        swept = model.sweep(noised.rows, edits, noised.metric, checkpoint=beside(checkpoint, i))
+        found.append((noised, numbers(swept.values) - numbers(noised.corrupted)))
+    return found, sigma
 
 
 # ---- what is asked
@@ -162,30 +176,40 @@ class _Question:
     """One prompt, its answer, and the tokens [start, stop) of its subject."""
 
     inputs: Inputs
-    answer: Answers
+    target: Answers
     span: tuple[int, int]
 
+    @property
+    def length(self) -> int:
+        return int(first_stream(self.inputs).ids.shape[1])
 
-def _questions(model: Model, prompt: Any, answer: Any, subject: Any) -> Iterable[_Question]:
+    def read(self, position: int | None) -> int:
+        """A position counted from the start; by default the subject's last."""
+        return self.span[1] - 1 if position is None else range(self.length)[position]
+
+
+def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable[_Question]:
     spans: Sequence[Any] | None = None
     if isinstance(prompt, Prompts):
         if isinstance(subject, str) and subject in prompt.spans:
             spans = prompt.spans[subject]
-        answer = [each if isinstance(each, str) else [each] for each in prompt.answers] if answer is None else answer
+        target = [each if isinstance(each, str) else [each] for each in prompt.answers] if target is None else target
         prompt = prompt.clean
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    answers = answer if isinstance(answer, list | tuple) else [answer] * len(prompts)
+    targets = target if isinstance(target, list | tuple) else [target] * len(prompts)
     subjects = spans or ([subject] * len(prompts) if isinstance(subject, str | tuple) else list(subject))
-    if not len(prompts) == len(answers) == len(subjects):
+    if not len(prompts) == len(targets) == len(subjects):
         raise InputError(
-            f"{len(prompts)} prompts, {len(answers)} answers and {len(subjects)} subjects: give one of each per prompt"
+            f"{len(prompts)} prompts, {len(targets)} targets and {len(subjects)} subjects: give one of each per prompt"
         )
-    for text, right, about in zip(prompts, answers, subjects, strict=True):
+    for text, right, about in zip(prompts, targets, subjects, strict=True):
         inputs = model.inputs(text)
         span = about if isinstance(about, tuple) else _span(model, text, about)
         if right is None:
+            position = answer_position(model, inputs)
             with torch.no_grad():
-                right = int(model.run(inputs).logits[0, -1].argmax())
+                logits = model.run(inputs).logits[0]
+            right = int((logits if position is None else logits[position]).argmax())
         yield _Question(inputs, right, span)
 
 
@@ -222,31 +246,27 @@ class _Noised:
 
     @classmethod
     def of(
-        cls, model: Model, question: _Question, parts: Sequence[str], metric: Any, scale: float, samples: int, seed: int
+        cls, model: Model, question: _Question, parts: Sequence[str], metric: Any, scale: float, draws: int, seed: int
     ) -> _Noised:
         inputs, (start, stop) = question.inputs, question.span
-        if not 0 <= start < stop <= first_stream(inputs).ids.shape[1]:
+        if not 0 <= start < stop <= question.length:
             raise InputError(f"the subject's tokens {start}:{stop} are not in the prompt {inputs.texts[0]!r}")
         check_embeddings(model, inputs)
-        vectors = embed(model, first_stream(inputs).ids).repeat(samples, 1, 1)
+        vectors = embed(model, first_stream(inputs).ids).repeat(draws, 1, 1)
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randn(samples, stop - start, vectors.shape[-1], generator=generator) * scale
+        drawn = torch.randn(draws, stop - start, vectors.shape[-1], generator=generator) * scale
         vectors[:, start:stop] += drawn.to(vectors.device, vectors.dtype)
-        rows = from_embeddings(repeated(inputs, samples), vectors)
+        rows = from_embeddings(inputs.repeated(draws), vectors)
         prefix = model.anatomy.stacks[0].prefix
         with torch.no_grad():
             run = model.run(inputs, keep=[f"{prefix}layers.*.{part}" for part in parts])
-            clean = model.score(run, metric(question.answer))
-            bound = model.bind(metric(question.answer), samples)
+            asked = placed(model, inputs, metric(question.target))
+            clean, bound = model.score(run, asked), model.bind(asked, draws)
             corrupted = model.score(model.run(rows), bound)
         return cls(model, question, rows, run, bound, clean, corrupted)
 
-    def restored(self, cases: Sequence[Case], **options: Any) -> Tensor:
-        """The metric [case, sample] with the clean values of each case's layers back in place; options of `sweep`."""
-        edits = [self._edits(*case) for case in cases]
-        return self.model.sweep(self.rows, edits, self.metric, **options).values.to(self.corrupted)
-
-    def _edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
+    def edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
+        """The clean values of a case's layers back in place."""
         stack = self.model.anatomy.stacks[0]
         made: list[Edit] = []
         for i in range(max(0, layer - window // 2), min(len(stack.blocks), layer - (-window // 2))):
@@ -277,21 +297,19 @@ def _by_role(question: _Question, effect: np.ndarray) -> np.ndarray:
 
 
 def _described(drawn: np.ndarray, dims: tuple[str, ...], noised: Sequence[_Noised], seed: int) -> dict[str, Any]:
-    """Means and intervals of effects [sample or prompt, ...], beside the metric's clean and corrupted values."""
+    """Means and intervals of effects [draw or prompt, ...], beside the metric's clean and corrupted values.
+
+    A prompt may lack a role (a subject of one token has no middle): each is averaged over the prompts that have it.
+    """
     clean = np.array([float(n.clean[0]) for n in noised])
-    corrupted = np.array([float(n.corrupted.mean()) for n in noised])
-    total = clean - (numbers(noised[0].corrupted) if len(noised) == 1 else corrupted)
-    # a prompt may lack a role (a subject of one token has no middle): each is averaged over the prompts that have it
-    there = [each[~np.isnan(each).reshape(len(each), -1).any(1)] for each in np.moveaxis(drawn, -1, 0)]
-    effect = np.stack([each.mean(0) if len(each) else np.full(each.shape[1:], np.nan) for each in there], -1)
-    low, high = (np.stack(ends, -1) for ends in zip(*(bootstrap(each, seed) for each in there), strict=True))
-    total_low, total_high = bootstrap(total, seed)
-    variables = {"effect": effect, "low": low, "high": high, "share": effect / total.mean()}
-    made: dict[str, Any] = {name: (dims, value) for name, value in variables.items()}
-    made |= {"clean": ("prompt", clean), "corrupted": ("prompt", corrupted)}
-    return made | {"total_effect": total.mean(), "total_low": total_low, "total_high": total_high}
-
-
-def _provenance(model: Model, method: str, questions: Sequence[_Question], seed: int, **arguments: Any) -> Provenance:
-    texts = [text for q in questions for text in q.inputs.texts]
-    return Provenance(method, model.name, digest=model.digest, inputs=texts, arguments=arguments, seed=seed)
+    blurred = np.array([float(n.corrupted.mean()) for n in noised])
+    total = clean - (numbers(noised[0].corrupted) if len(noised) == 1 else blurred)
+    known = (~np.isnan(drawn)).sum(0)
+    effect = np.where(known > 0, np.nansum(drawn, 0) / np.maximum(known, 1), np.nan)
+    low, high = interval(drawn, seed)
+    made: dict[str, Any] = {"effect": effect, "low": low, "high": high, "share": effect / total.mean()}
+    made = {name: (dims, value) for name, value in made.items()}
+    if len(noised) > 1:
+        made["each"] = (("prompt", *dims), drawn)
+    sides = {"clean": ("prompt", clean), "corrupted": ("prompt", blurred)}
+    return made | sides | described("total_effect", total, seed, "total_")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from pellucid.circuits.passing import Listener, forward
-from pellucid.circuits.question import chosen
 from pellucid.circuits.wiring import Wiring
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
@@ -98,7 +97,7 @@ def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: i
         if batch < 2:
             raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
         shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
-        reference = chosen(inputs, [(i + shift) % batch for i in range(batch)])
+        reference = inputs.rows([(i + shift) % batch for i in range(batch)])
     for stack in wiring.stages:
         ours, theirs = inputs.stream(stack), reference.stream(stack)
         if theirs.ids.shape != ours.ids.shape or not torch.equal(theirs.mask, ours.mask):

@@ -12,7 +12,7 @@ because all edges before it are still on, and several edges are tried in one bat
 been cut; the batch counts up to the first that has to stay, and batches grow only while everything is cut. An edge
 whose cut leaves what its reader computes the same to the bit is cut without a run: everything before the reader
 is as in the clean run, so this is known from its own projection.
-`forwards` in the provenance says what it cost, in full passes of the prompts (a run from block l of L on counts
+`forwards` in the circuit's `attrs` says what it cost, in full passes of the prompts (a run from block l of L on counts
 (L - l) / L, and every variant of a batch counts, tried in vain or not).
 """
 
@@ -24,27 +24,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import Runner, capacity, wire
 from pellucid.circuits.graph import Split
-from pellucid.circuits.question import ask
-from pellucid.circuits.scores import provenance
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
+from pellucid.technique import technique
 
 Distance = Literal["metric", "kl"]
 Far = Callable[[Tensor], Tensor]  # masks [variant, source, reader] -> [variant] how far the answer has moved
 
 
+@technique
 def acdc(
     model: Model,
     prompts: Any,
     metric: Metric | Any = None,
     *,
     threshold: float,
-    ablation: How,
+    how: How,
     reference: Any = None,
     distance: Distance = "metric",
     split: Split | None = None,
@@ -57,25 +59,15 @@ def acdc(
     `batch`: how many edges are tried at once at most; 1 is the algorithm as published. The verdicts are the
     same.
 
-    >>> acdc(model, prompts, threshold=0.05, ablation="resample").edges    # doctest: +SKIP
+    >>> acdc(model, prompts, threshold=0.05, how="resample").edges    # doctest: +SKIP
     """
     if not threshold > 0:
         raise InputError(f"a threshold must be positive, got {threshold}: it is how far the answer may move")
     wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
-    runner = Runner.of(wiring, question, ablation, seed)
+    runner = Runner.of(wiring, question, how, seed)
     on, scores = cut(runner, _distance(runner, distance), threshold, min(batch, capacity(runner)))
-    about = provenance(
-        "acdc",
-        model,
-        question,
-        seed,
-        ablation=ablation,
-        threshold=threshold,
-        distance=distance,
-        forwards=runner.forwards,
-    )
-    return Circuit(wiring.graph, on, scores, ablation, about)
+    return Circuit(wiring.graph, on, scores, how, {"forwards": runner.forwards})
 
 
 def acdc_scores(thresholds: Sequence[float], circuits: Sequence[Circuit]) -> Tensor:
@@ -92,7 +84,7 @@ def cut(runner: Runner, far: Far, threshold: float, batch: int) -> tuple[Tensor,
     graph = runner.wiring.graph
     on, scores = graph.possible.clone(), torch.zeros(graph.possible.shape)
     now = 0.0
-    for r in range(len(graph.readers) - 1, -1, -1):
+    for r in progress(range(len(graph.readers) - 1, -1, -1), "readers"):
         if graph.readers[r].kind != "logits" and not any(bool(on[i].any()) for i in graph.owners(r)):
             on[:, r] = False  # nobody hears what this reader is for: its edges cannot matter
             continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pellucid.circuits.graph import Graph, Reader, Source, Split
+from pellucid.circuits.graph import Graph
 from pellucid.errors import InputError
 from pellucid.results import Provenance
 
@@ -25,13 +25,14 @@ FORMAT = {"format": "pellucid-circuit", "version": 1}
 
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    """Edges that are on: `on` [source, reader], their `scores` (signed; 0 where there are none), `ablation`
-    for the rest."""
+    """Edges that are on: `on` [source, reader], `how` the rest is switched off, and `scores`: how much each supports the
+    answer (0 where nobody measured it; minus its effect where `EdgeScores` did). `attrs` are what finding it cost."""
 
     graph: Graph
     on: Tensor
     scores: Tensor
-    ablation: str = ""
+    how: str = ""
+    attrs: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=lambda: Provenance("circuit"))
 
     # ---- making one
@@ -135,18 +136,13 @@ class Circuit:
     # ---- keeping it
 
     def save(self, path: str | Path) -> Path:
-        """One JSON file: the graph's nodes, the edges with their scores, the provenance."""
-        nodes = {
-            "sources": [asdict(s) for s in self.graph.sources],
-            "readers": [asdict(r) for r in self.graph.readers],
-        }
+        """One JSON file: the graph's nodes, the edges with their scores, the provenance (but not arrays it was given)."""
         edges = [[s, r, float(self.scores[s, r])] for s, r in self.on.nonzero().tolist()]
-        about = {**FORMAT, "ablation": self.ablation, "provenance": asdict(self.provenance)}
         named = [self.graph.name(s, r) for s, r, _ in edges]
-        text = json.dumps(
-            {**about, **nodes, "split": asdict(self.graph.split), "edges": edges, "names": named}, allow_nan=False
+        about = {**FORMAT, "how": self.how, "attrs": self.attrs, "provenance": self.provenance.as_dict()}
+        Path(path).write_text(
+            json.dumps({**about, **self.graph.plain(), "edges": edges, "names": named}, allow_nan=False)
         )
-        Path(path).write_text(text)
         return Path(path)
 
     @classmethod
@@ -156,13 +152,11 @@ class Circuit:
             about = json.loads(Path(path).read_text())
             if {k: about.get(k) for k in FORMAT} != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            sources = tuple(Source(**s) for s in about["sources"])
-            readers = tuple(Reader(**r) for r in about["readers"])
-            graph = Graph(sources, readers, Split(**about["split"]))
+            graph = Graph.of_plain(about)
             on, scores = torch.zeros_like(graph.possible), torch.zeros(graph.possible.shape)
             for s, r, score in about["edges"]:
                 on[s, r], scores[s, r] = True, score
-            return cls(graph, on, scores, about["ablation"], Provenance(**about["provenance"]))
+            return cls(graph, on, scores, about["how"], about["attrs"], Provenance(**about["provenance"]))
         except OSError as error:
             raise InputError(f"cannot read a circuit from {str(path)!r}: {error.strerror or error}") from None
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -172,7 +166,7 @@ class Circuit:
         """Nodes are sources and the logits; edges carry `port` (q, k, v, mlp, logits) and `score`."""
         import networkx
 
-        made = networkx.MultiDiGraph(ablation=self.ablation)
+        made = networkx.MultiDiGraph(how=self.how)
         made.add_nodes_from(
             (s.name, {"kind": s.kind, "layer": s.layer}) for s in self.graph.sources if s.name in set(self.nodes)
         )

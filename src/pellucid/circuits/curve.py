@@ -18,18 +18,22 @@ import xarray as xr
 from pellucid.circuits.ablation import How
 from pellucid.circuits.bench import Bench
 from pellucid.circuits.scores import SIZES, By, EdgeScores, ranked
+from pellucid.engine.pausing import progress
 from pellucid.metrics import Metric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.statistics import weights
+from pellucid.technique import technique
 
 
+@technique
 def faithfulness_curve(
     model: Model,
     scores: EdgeScores,
     prompts: Any,
     metric: Metric | Any = None,
     *,
-    ablation: How,
+    how: How,
     reference: Any = None,
     sizes: Sequence[float] = SIZES,
     seed: int = 0,
@@ -39,19 +43,19 @@ def faithfulness_curve(
     Attributes: `CPR` (of `signed`; higher is better), `CMD` (of `sized`; lower is better), and both for
     random edges.
 
-    >>> faithfulness_curve(model, scores, held_out, ablation="resample").sized    # doctest: +SKIP
+    >>> faithfulness_curve(model, scores, held_out, how="resample").sized    # doctest: +SKIP
     """
     graph = scores.graph
-    bench = Bench(model, graph, prompts, metric, ablation, reference, seed)
+    bench = Bench(model, graph, prompts, metric, how, reference, seed)
     counts = [max(1, round(size * len(graph))) for size in sizes]
     noise = torch.rand(graph.possible.shape, generator=torch.Generator().manual_seed(seed))
     rankings: dict[str, tuple[torch.Tensor, By]] = {
-        "signed": (scores.tensor, "sign"), "sized": (scores.tensor, "size"), "random": (noise, "size"),
+        "signed": (-scores.tensor, "sign"), "sized": (-scores.tensor, "size"), "random": (noise, "size"),
     }  # fmt: skip
     whole, empty = (float(v.mean()) for v in bench.each([graph.possible, torch.zeros_like(graph.possible)]))
     found = {}
     for name, (key, by) in rankings.items():
-        made = ranked(graph, key, counts, by, ablation, scores.provenance)
+        made = ranked(graph, key, counts, by, how)
         found[name] = (bench.each([c.on for c in made]).mean(1).numpy() - empty) / (whole - empty)
     share = np.asarray(sizes)
     areas = {
@@ -62,36 +66,31 @@ def faithfulness_curve(
     data = xr.Dataset(
         {name: ("size", f) for name, f in found.items()},
         {"size": share, "edges": ("size", counts)},
-        {**{k: float(v) for k, v in areas.items()}, "model": whole, "empty": empty, "ablation": ablation},
+        {**{k: float(v) for k, v in areas.items()}, "model": whole, "empty": empty, "how": how},
     )
-    about = bench.provenance("faithfulness_curve", sizes=list(sizes), scores=scores.kind)
-    return Result(data, kind="faithfulness curve", title="Faithfulness by circuit size", provenance=about)
+    return Result(data, kind="faithfulness curve", title="Faithfulness by circuit size")
 
 
-def stability(scores: EdgeScores, n: int, *, samples: int = 200, seed: int = 0) -> Result:
+@technique
+def stability(scores: EdgeScores, n: int, *, draws: int = 200, seed: int = 0) -> Result:
     """How much of the circuit of `n` edges stays when the prompts are drawn anew: Jaccard overlap over
     bootstraps.
 
     Costs no pass of the model: scores are known prompt by prompt. Variables: `jaccard` [sample], `kept`
     [source, reader], the share of bootstraps in which each edge of the circuit is found.
     """
-    rng = np.random.default_rng(seed)
     base = scores.circuit(n)
     overlap, kept = [], torch.zeros(base.on.shape)
-    for _ in range(samples):
-        rows = torch.from_numpy(rng.integers(0, len(scores.each), len(scores.each)))
-        (again,) = ranked(scores.graph, scores.each[rows].mean(0), [n], "size", scores.ablation, scores.provenance)
+    for counts in progress(weights(len(scores.each), draws, seed), "circuits drawn"):
+        mean = torch.from_numpy(counts).to(scores.each) @ scores.each.flatten(1) / len(scores.each)
+        (again,) = ranked(scores.graph, -mean.reshape(base.on.shape), [n], "size", scores.how)
         overlap.append(base.jaccard(again))
         kept += again.on
-    shares = (kept / samples).masked_fill(~base.on, float("nan")).numpy()
+    shares = (kept / draws).masked_fill(~base.on, float("nan")).numpy()
+    low, high = np.quantile(overlap, (0.025, 0.975))
     data = xr.Dataset(
         {"jaccard": ("sample", overlap), "kept": (("source", "reader"), shares)},
-        {"source": scores.data["source"], "reader": scores.data["reader"]},
-        {
-            "mean": float(np.mean(overlap)),
-            "low": float(np.quantile(overlap, 0.025)),
-            "high": float(np.quantile(overlap, 0.975)),
-        },
+        {name: scores.result[name].values for name in ("source", "reader")},
+        {"mean": float(np.mean(overlap)), "low": float(low), "high": float(high)},
     )
-    about = Provenance("stability", scores.provenance.model, arguments={"n": n, "samples": samples}, seed=seed)
-    return Result(data, kind="circuit stability", title=f"Which of {n} edges stay", provenance=about)
+    return Result(data, kind="circuit stability", title=f"Which of {n} edges stay")

@@ -87,7 +87,7 @@ def draw(circuit: Circuit, *, title: str = "", table_rows: int = 100) -> Drawing
         for depth, label in rows.items()
     ) + "".join(f'<text x="{x:.1f}" y="{high - 6}">{html.escape(f"@{p}")}</text>' for p, x in centres.items() if p)
     about = f"{len(circuit)} of {len(graph)} edges ({circuit.fraction:.2%}), {len(circuit.nodes)} nodes"
-    about += f"; the rest switched off by {circuit.ablation}" if circuit.ablation else ""
+    about += f"; the rest switched off by {circuit.how}" if circuit.how else ""
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:.0f} {high}" width="{wide:.0f}" role="img" '
         f'aria-label="{html.escape(f"Circuit of {about}; the table lists its edges", quote=True)}">{paths}{boxes}{labels}</svg>'

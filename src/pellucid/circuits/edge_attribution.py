@@ -3,7 +3,7 @@
 To first order, switching the edge s -> r off changes the metric by the change of its message times the
 gradient at r:
 
-    score(s -> r) = sum over positions of  (message of s - its replacement) . dm/d(input of r)
+    effect(s -> r) = sum over positions of  (replacement of s's message - the message) . dm/d(input of r)
 
 "eap"                  the gradient on the clean prompts (Syed et al. 2023; attribution patching, Nanda 2023)
 "eap-ig-inputs"        its mean over `steps` points k = 0 .. steps-1 between the replaced and the clean
@@ -14,8 +14,8 @@ gradient at r:
 
 No pass with split queries, keys and values is needed: the gradient at the input of a head's query is the
 gradient at its columns of the projection, pushed back through the weights and the Jacobian of the norm.
-Scores have the sign of `exact_patching`: positive where the edge supports the answer, the opposite of
-EAP-IG's released code. Two faults of that code are not repeated: its "mean" hands every source one and the
+Effects have the sign of `exact_patching` and of everything here, switched off minus on: negative where the edge
+supports the answer, as in EAP-IG's released code. Two faults of that code are not repeated: its "mean" hands every source one and the
 same vector, and its neuron scores are those of the node.
 """
 
@@ -27,27 +27,30 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pellucid.causal.contrast import Asked, ask
 from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
 from pellucid.circuits.execution import wire
 from pellucid.circuits.graph import Split
+from pellucid.circuits.nodes import places
 from pellucid.circuits.passing import Listener, Score, forward
-from pellucid.circuits.question import Question, ask, places
-from pellucid.circuits.scores import EdgeScores, provenance
+from pellucid.circuits.scores import EdgeScores
 from pellucid.circuits.wiring import Reading, Stage, Wiring
-from pellucid.engine.pausing import pause
+from pellucid.engine.pausing import pause, progress
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
+from pellucid.technique import technique
 
 Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
 
 
+@technique
 def edge_attribution(
     model: Model,
     prompts: Any,
     metric: Metric | Any = None,
     *,
-    ablation: How,
+    how: How,
     reference: Any = None,
     method: Method = "eap",
     steps: int = 5,
@@ -62,7 +65,7 @@ def edge_attribution(
     "resample" or those a mean is taken over.
 
     >>> task = tasks.indirect_objects(model.tokenizer)                      # doctest: +SKIP
-    >>> scores = edge_attribution(model, task, ablation="resample")         # doctest: +SKIP
+    >>> scores = edge_attribution(model, task, how="resample")         # doctest: +SKIP
     >>> scores.circuit(fraction=0.02) # doctest: +SKIP
     """
     if method not in get_args(Method):
@@ -71,18 +74,14 @@ def edge_attribution(
         raise InputError(f"integrated gradients need at least one step, got {steps}")
     wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
-    replaced = alternatives(wiring, question.inputs, ablation, question.reference, seed)
+    replaced = alternatives(wiring, question.inputs, how, question.reference, seed)
     each = {"eap": _plain, "eap-ig-inputs": _over_inputs, "eap-ig-activations": _over_activations}[method](
         wiring, question, replaced, steps
     )
-    arguments = {"ablation": ablation, "method": method, "split": str(wiring.graph.split)} | (
-        {} if method == "eap" else {"steps": steps}
-    )
-    about = provenance("edge_attribution", model, question, seed, **arguments)
-    return EdgeScores(wiring.graph, each.cpu(), f"edge attribution ({method})", ablation, about)
+    return EdgeScores.of(wiring.graph, each.cpu(), f"edge attribution ({method})", how)
 
 
-def _plain(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
+def _plain(wiring: Wiring, question: Asked, replaced: Tensor, steps: int) -> Tensor:
     """The one clean pass gives both the messages and the gradients."""
     difference = replaced if replaced.is_contiguous() else replaced.clone()
     recorder = Recorder(len(wiring.base.sources), wiring.width(question.inputs), minus=difference)
@@ -90,20 +89,20 @@ def _plain(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> 
     return _dots(wiring, question, difference, gradients(wiring, question, listener))
 
 
-def _over_inputs(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
+def _over_inputs(wiring: Wiring, question: Asked, replaced: Tensor, steps: int) -> Tensor:
     clean = messages_of(wiring, question.inputs)
     embeds = wiring.embedding
     start, way = replaced[embeds], clean[embeds] - replaced[embeds]
     difference = clean.neg_().add_(replaced)
     total: Tensor | float = 0.0
-    for k in range(steps):
+    for k in progress(range(steps), "steps"):
         listener = Gradients(points=list(start + k / steps * way))
         total = total + _dots(wiring, question, difference, gradients(wiring, question, listener))
     assert isinstance(total, Tensor)
     return total / steps
 
 
-def _over_activations(wiring: Wiring, question: Question, replaced: Tensor, steps: int) -> Tensor:
+def _over_activations(wiring: Wiring, question: Asked, replaced: Tensor, steps: int) -> Tensor:
     """Sources that write together move together: the embedding, the heads of an attention, an MLP with its
     neurons."""
     clean = messages_of(wiring, question.inputs)
@@ -115,7 +114,7 @@ def _over_activations(wiring: Wiring, question: Question, replaced: Tensor, step
         for span in wiring.spans().values()
     ]
     for first, last, writing in [*groups, *((w.first, w.first + w.count, w) for w in wiring.writings)]:
-        for k in range(steps):
+        for k in progress(range(steps), "steps"):
             moved = (1 - k / steps) * difference[first:last]
             if writing is None:
                 points = clean.clone()
@@ -169,7 +168,7 @@ class Gradients(Listener):
         return native
 
 
-def gradients(wiring: Wiring, question: Question, listener: Gradients) -> Gradients:
+def gradients(wiring: Wiring, question: Asked, listener: Gradients) -> Gradients:
     """The listener, with `pulled`: d(metric, summed over prompts) / d(what a reading is computed into)."""
     pause()
     score = Score(wiring, question.inputs, question.metric)
@@ -182,13 +181,13 @@ def gradients(wiring: Wiring, question: Question, listener: Gradients) -> Gradie
 
 def _dots(
     wiring: Wiring,
-    question: Question,
+    question: Asked,
     difference: Tensor,
     listener: Gradients,
     lowest: int = 0,
     highest: int | None = None,
 ) -> Tensor:
-    """[batch, source, reader] minus the difference of each message times the gradient at each reader, which
+    """[batch, source, reader] the difference of each message times the gradient at each reader, which
     comes back to an early source through the norms between. For the sources from `lowest` up to `highest`."""
     split = wiring.graph.split
     where = places(question.inputs, split.positions).to(difference.device)
@@ -209,7 +208,7 @@ def _dots(
                 first, last = max(stage.first, lowest), last if highest is None else min(last, highest)
                 if first < last:
                     own = difference[first:last, :, : grad.shape[2]]
-                    each[:, first:last, reading.readers] = -_products(own, grad, where, each.shape[-1])
+                    each[:, first:last, reading.readers] = _products(own, grad, where, each.shape[-1])
     return wiring.graph.unfold(each)
 
 

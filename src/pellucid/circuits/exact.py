@@ -1,6 +1,6 @@
-"""What does the metric lose when one edge, and no other, is switched off? Measured, edge by edge.
+"""What happens to the metric when one edge, and no other, is switched off? Measured, edge by edge.
 
-    score(s -> r) = m(every edge on) - m(every edge on but s -> r)
+    effect(s -> r) = m(every edge on but s -> r) - m(every edge on)
 
 This is the truth that attribution estimates: activation patching at the level of edges. It costs about half a
 pass per edge, so name the `edges` on a large model.
@@ -20,21 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
 from pellucid.circuits.execution import Runner, capacity, chunks, wire
 from pellucid.circuits.graph import Split
-from pellucid.circuits.question import ask
-from pellucid.circuits.scores import EdgeScores, provenance
+from pellucid.circuits.scores import EdgeScores
+from pellucid.engine.pausing import progress
 from pellucid.metrics import Metric
 from pellucid.model import Model
+from pellucid.technique import technique
 
 
+@technique
 def exact_patching(
     model: Model,
     prompts: Any,
     metric: Metric | Any = None,
     *,
-    ablation: How,
+    how: How,
     reference: Any = None,
     edges: Iterable[str] | None = None,
     split: Split | None = None,
@@ -47,31 +50,30 @@ def exact_patching(
     "resample" or those a mean is taken over. Refused where the model's readers cannot be parted.
 
     >>> task = tasks.indirect_objects(model.tokenizer, 4)                   # doctest: +SKIP
-    >>> scores = exact_patching(model, task, ablation="resample")           # doctest: +SKIP
+    >>> scores = exact_patching(model, task, how="resample")           # doctest: +SKIP
     >>> scores.circuit(20).edges[:3] # doctest: +SKIP
     """
     wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
-    runner = Runner.of(wiring, question, ablation, seed)
+    runner = Runner.of(wiring, question, how, seed)
     graph = wiring.graph
     chosen = list(graph.edges()) if edges is None else [graph.edge(e) for e in edges]
     each = torch.zeros(len(question.inputs), *graph.possible.shape)
     clean = runner.scores(graph.possible)[0]
     for s, r, score in one_by_one(runner, chosen):
-        each[:, s, r] = (clean - score).float().cpu()
-    about = provenance(
-        "exact_patching", model, question, seed, ablation=ablation, split=str(wiring.graph.split), edges=len(chosen)
-    )
-    return EdgeScores(graph, each, "exact patching", ablation, about)
+        each[:, s, r] = (score - clean).float().cpu()
+    return EdgeScores.of(graph, each, "exact patching", how)
 
 
 def one_by_one(runner: Runner, edges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
     """(source, reader, metric [batch]) with each edge alone off; edges of one reader run together, from its
     layer on."""
     possible = runner.wiring.graph.possible
-    for reader in sorted({r for _, r in edges}):
-        for some in chunks([s for s, r in edges if r == reader], capacity(runner)):
-            on = possible.repeat(len(some), 1, 1)
-            on[torch.arange(len(some)), torch.tensor(some), reader] = False
-            for source, score in zip(some, runner.scores(on), strict=True):
-                yield source, reader, score
+    with progress(what="edges", total=len(edges)) as bar:
+        for reader in sorted({r for _, r in edges}):
+            for some in chunks([s for s, r in edges if r == reader], capacity(runner)):
+                on = possible.repeat(len(some), 1, 1)
+                on[torch.arange(len(some)), torch.tensor(some), reader] = False
+                for source, score in zip(some, runner.scores(on), strict=True):
+                    yield source, reader, score
+                bar.step(len(some))

@@ -22,18 +22,18 @@ from torch import Tensor
 
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
+from pellucid.causal.contrast import Asked
 from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
 from pellucid.circuits.finding import find_wiring
 from pellucid.circuits.graph import Split
-from pellucid.circuits.nodes import graph_of
+from pellucid.circuits.nodes import graph_of, places
 from pellucid.circuits.passing import Listener, Score, forward
-from pellucid.circuits.question import Question, chosen, places
 from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.pausing import pause
 from pellucid.engine.recording import Recording, record
-from pellucid.engine.rungs import told
 from pellucid.engine.stubbed import skipping
+from pellucid.engine.trial import told
 from pellucid.errors import Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
@@ -71,7 +71,7 @@ def prove(wiring: Wiring) -> None:
     tensors = wiring.model.anatomy.inputs
     one, other = (read_inputs(wiring.model.module, None, {k: _row(v, i) for k, v in tensors.items()}) for i in (0, 1))
     free = as_metric(lambda logits: logits.flatten(1)[:, 0]).bind(None, 1)
-    runner = Runner(wiring, Question(one, other, free), messages_of(wiring, other))
+    runner = Runner(wiring, Asked(one, other, free), messages_of(wiring, other))
     on = wiring.graph.possible.to(runner.replacements.dtype)
     with torch.no_grad():
         wanted = [main_output(wiring.model.module(**each.tensors)) for each in (one, other)]
@@ -219,7 +219,7 @@ class Runner:
     run from block l of L on is (L - l) / L, edges into the logits are unembedded from what is known, and the passes
     that record what replaces messages (1, for means and resampling) and the clean run (2) are counted too."""
 
-    def __init__(self, wiring: Wiring, question: Question, replacements: Tensor) -> None:
+    def __init__(self, wiring: Wiring, question: Asked, replacements: Tensor) -> None:
         self.wiring, self.question, self.replacements = wiring, question, replacements
         self.score = Score(wiring, question.inputs, question.metric)
         self.forwards = 0.0
@@ -230,10 +230,10 @@ class Runner:
         self._recording: Recording | None = None
 
     @classmethod
-    def of(cls, wiring: Wiring, question: Question, ablation: How, seed: int = 0) -> Runner:
-        made = alternatives(wiring, question.inputs, ablation, question.reference, seed)
+    def of(cls, wiring: Wiring, question: Asked, how: How, seed: int = 0) -> Runner:
+        made = alternatives(wiring, question.inputs, how, question.reference, seed)
         runner = cls(wiring, question, made)
-        runner.forwards = 0.0 if ablation == "zero" else 1.0
+        runner.forwards = 0.0 if how == "zero" else 1.0
         return runner
 
     def scores(self, on: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class Runner:
             return found if found and torch.equal(heard(cut(found)[None])[0], before) else []
 
     def _grown(self, n: int) -> Inputs:
-        return chosen(self.question.inputs, list(range(len(self.question.inputs))) * n)
+        return self.question.inputs.repeated(n)
 
 
 def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

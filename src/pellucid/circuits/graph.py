@@ -20,10 +20,10 @@ al. 2025).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,6 +119,18 @@ class Graph:
             for p in places
         )
         return Graph(sources, readers, self.split)
+
+    # ---- as plain values, to be kept
+
+    def plain(self) -> dict[str, Any]:
+        return {"sources": list(map(asdict, self.sources)), "readers": list(map(asdict, self.readers)),
+                "split": asdict(self.split)}  # fmt: skip
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Graph:
+        """What `plain` gave. KeyError or TypeError for anything else."""
+        sources, readers = (Source(**s) for s in values["sources"]), (Reader(**r) for r in values["readers"])
+        return cls(tuple(sources), tuple(readers), Split(**values["split"]))
 
     # ---- sizes
 

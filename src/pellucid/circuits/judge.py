@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pellucid.anatomy.weights import linear_map
 from pellucid.circuits.ablation import How
-from pellucid.circuits.bench import Bench, interval
+from pellucid.circuits.bench import Bench, gap
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import wire
 from pellucid.circuits.graph import Split
@@ -38,54 +38,58 @@ from pellucid.circuits.wiring import Wiring
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.statistics import interval
+from pellucid.technique import technique
 
 Classes = Mapping[str, Sequence[str]]
 
 
+@technique
 def judge(
     model: Model,
     circuit: Circuit,
     prompts: Any,
     metric: Metric | Any = None,
     *,
-    ablation: How,
+    how: How,
     reference: Any = None,
     classes: Classes | None = None,
-    samples: int = 10,
+    draws: int = 10,
     greedy: int = 3,
     screen: int = 8,
     seed: int = 0,
 ) -> Result:
     """The verdict on a circuit, in one call.
 
-    `classes`: sets of heads that belong together, for completeness and minimality; `samples`: random sets K
+    `classes`: sets of heads that belong together, for completeness and minimality; `draws`: random sets K
     and random circuits; `greedy`: size of the greedy K; `screen`: how many heads each of its steps measures.
 
     Variables: `normalised`, its bootstrap interval over prompts `low`, `high`; `model_score`,
     `circuit_score`, `empty` (F), `difference`; `control` [which]; `in_model`, `in_circuit`, `incompleteness`
     [removed], and `sort`: random, class or greedy; `minimality` [node]; the last two with `_low` and `_high`.
 
-    >>> judge(model, scores.circuit(fraction=0.02), held_out, ablation="resample").normalised # doctest: +SKIP
+    >>> judge(model, scores.circuit(fraction=0.02), held_out, how="resample").normalised # doctest: +SKIP
     """
-    bench = Bench(model, circuit.graph, prompts, metric, ablation, reference, seed)
+    bench = Bench(model, circuit.graph, prompts, metric, how, reference, seed)
     classes = classes or by_layer(circuit)
     rng = np.random.default_rng(seed)
     whole, empty, found = bench.each([circuit.graph.possible, torch.zeros_like(circuit.on), circuit.on])
-    low, high = _interval(found, whole, empty, rng)
+    above, whole_above = ((x - empty).double().numpy() for x in (found, whole))
+    low, high = interval(above, seed, over=whole_above)
     base, span = float(empty.mean()), float(whole.mean() - empty.mean())
-    control = {k: (v - base) / span for k, v in controls(bench, circuit, samples, rng).items()}
-    sets = [*_sets(circuit, classes, samples, rng), *_grown(bench, circuit, greedy, screen)]
+    control = {k: (v - base) / span for k, v in controls(bench, circuit, draws, rng).items()}
+    sets = [*_sets(circuit, classes, draws, rng), *_grown(bench, circuit, greedy, screen)]
     in_model, in_circuit = (bench.without(on, [k for *_, k in sets]) for on in (circuit.graph.possible, circuit.on))
-    gap_low, gap_high = interval(in_circuit - in_model, rng)
+    gap_low, gap_high = gap(in_circuit - in_model, seed)
     minimal = minimality(bench, circuit, classes)
     change = torch.stack(list(minimal.values())) if minimal else torch.zeros(0, len(found))
-    change_low, change_high = interval(change, rng)
+    change_low, change_high = gap(change, seed)
     data = xr.Dataset(
         {
             "normalised": float((found.mean() - base) / span),
-            "low": low,
-            "high": high,
+            "low": float(low),
+            "high": float(high),
             "model_score": float(whole.mean()),
             "circuit_score": float(found.mean()),
             "empty": base,
@@ -95,28 +99,26 @@ def judge(
             "in_model": ("removed", in_model.mean(1).numpy()),
             "in_circuit": ("removed", in_circuit.mean(1).numpy()),
             "incompleteness": ("removed", (in_circuit - in_model).mean(1).abs().numpy()),
-            "incompleteness_low": ("removed", gap_low.numpy()),
-            "incompleteness_high": ("removed", gap_high.numpy()),
+            "incompleteness_low": ("removed", gap_low),
+            "incompleteness_high": ("removed", gap_high),
             "minimality": ("node", change.mean(1).abs().numpy()),
-            "minimality_low": ("node", change_low.numpy()),
-            "minimality_high": ("node", change_high.numpy()),
+            "minimality_low": ("node", change_low),
+            "minimality_high": ("node", change_high),
         },
         {"which": list(control), "removed": [name for _, name, _ in sets], "node": list(minimal)},
-        {"edges": len(circuit), "fraction": circuit.fraction, "ablation": ablation},
+        {"edges": len(circuit), "fraction": circuit.fraction, "how": how},
     )
-    about = bench.provenance("judge", edges=len(circuit), samples=samples, greedy=greedy, screen=screen)
-    return Result(
-        data, kind="circuit verdict", title=f"Is the circuit of {len(circuit)} edges right?", provenance=about
-    )
+    return Result(data, kind="circuit verdict", title=f"Is the circuit of {len(circuit)} edges right?")
 
 
+@technique
 def test(
     model: Model,
     hypothesis: str | Sequence[str] | Classes,
     prompts: Any,
     metric: Any = None,  # noqa: PT028
     *,
-    ablation: How,
+    how: How,
     mlps: bool = True,  # noqa: PT028
     split: Split | None = None,  # noqa: PT028
     **options: Any,
@@ -128,7 +130,7 @@ def test(
     taken out together for completeness. Other options are those of `judge`. InputError for a name the model does
     not have, with the nearest.
 
-    >>> test(model, ["9.9", "10.0", "9.6"], prompts, ablation="position_mean")    # doctest: +SKIP
+    >>> test(model, ["9.9", "10.0", "9.6"], prompts, how="position_mean")    # doctest: +SKIP
     """
     classes = dict(hypothesis) if isinstance(hypothesis, Mapping) else None
     names = [n for each in classes.values() for n in each] if classes is not None else hypothesis
@@ -141,12 +143,8 @@ def test(
         raise InputError("a hypothesis is either heads or edges, not both: write all of it as edges")
     if edges and classes:
         raise InputError("classes are of heads: name heads such as '9.9' in them, or give edges without classes")
-    about = Provenance("hypothesis", model.name, digest=model.digest, arguments={"hypothesis": names, "mlps": mlps})
-    if edges:
-        circuit = Circuit.from_edges(graph, edges, provenance=about)
-    else:
-        circuit = Circuit.from_nodes(graph, names, mlps=mlps, provenance=about)
-    return judge(model, circuit, prompts, metric, ablation=ablation, classes=classes, **options)
+    circuit = Circuit.from_edges(graph, edges) if edges else Circuit.from_nodes(graph, names, mlps=mlps)
+    return judge(model, circuit, prompts, metric, how=how, classes=classes, **options)
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # pytest takes it for one of its own
@@ -165,10 +163,10 @@ def by_layer(circuit: Circuit) -> dict[str, list[str]]:
     return found
 
 
-def _sets(circuit: Circuit, classes: Classes, samples: int, rng: np.random.Generator) -> list[Removed]:
+def _sets(circuit: Circuit, classes: Classes, draws: int, rng: np.random.Generator) -> list[Removed]:
     """The classes, and random sets in which each head is with probability one half."""
     heads = circuit.heads
-    drawn = [[h for h, c in zip(heads, rng.random(len(heads)) < 0.5, strict=True) if c] for _ in range(samples)]
+    drawn = [[h for h, c in zip(heads, rng.random(len(heads)) < 0.5, strict=True) if c] for _ in range(draws)]
     found: list[Removed] = [("class", name, list(nodes)) for name, nodes in classes.items()]
     return found + [("random", f"random {i}", k) for i, k in enumerate(drawn) if heads]
 
@@ -222,15 +220,15 @@ def minimality(bench: Bench, circuit: Circuit, classes: Classes) -> dict[str, Te
 # ---- controls
 
 
-def controls(bench: Bench, circuit: Circuit, samples: int, rng: np.random.Generator) -> dict[str, float]:
+def controls(bench: Bench, circuit: Circuit, draws: int, rng: np.random.Generator) -> dict[str, float]:
     """F of random circuits of the same size, and of the edges between the largest weights."""
     places = circuit.graph.possible.flatten().nonzero().flatten()
     masks = {}
-    for i in range(samples):
+    for i in range(draws):
         on = torch.zeros(circuit.on.numel(), dtype=torch.bool)
         on[places[torch.from_numpy(rng.permutation(len(places))[: len(circuit)])]] = True
         masks[f"random {i}"] = on.reshape(circuit.on.shape)
-    (top,) = ranked(bench.graph, weight_scores(bench.wiring), [len(circuit)], "size", "", circuit.provenance)
+    (top,) = ranked(bench.graph, weight_scores(bench.wiring), [len(circuit)], "size", "")
     masks["largest weights"] = top.on
     return dict(zip(masks, bench.each(list(masks.values())).mean(1).tolist(), strict=True))
 
@@ -264,14 +262,6 @@ def weight_scores(wiring: Wiring) -> Tensor:
             values[rows] = values[rows] / values[rows].mean().clamp_min(1e-12)
     every = (out[:, None] * into[None])[..., None].expand(-1, -1, max(1, len(wiring.graph.split.places)))
     return wiring.graph.unfold(every)
-
-
-def _interval(found: Tensor, whole: Tensor, empty: Tensor, rng: np.random.Generator) -> tuple[float, float]:
-    """The 95% bootstrap interval over prompts of normalised faithfulness."""
-    rows = torch.from_numpy(rng.integers(0, len(found), (1000, len(found))))
-    f, m, e = (x[rows].mean(1) for x in (found, whole, empty))
-    values = ((f - e) / (m - e)).numpy()
-    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
 def _short(head: str) -> str:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pellucid.anatomy.structure import Anatomy, Block, Stack
 from pellucid.circuits.graph import Graph, Reader, Source, Split
+from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused
 
 PARTS = ("attn", "mixer", "cross", "mlp")  # in the order they add to the stream
@@ -159,4 +161,24 @@ def _neurons(anatomy: Anatomy, split: Split) -> dict[tuple[str, int], list[int]]
         if n in mine:
             raise InputError(f"the neuron {name!r} is named twice")
         mine.append(n)
+    return found
+
+
+def places(inputs: Inputs, positions: Sequence[str]) -> Tensor:
+    """[batch, position] which of some addresses each position belongs to; none of them: len(positions), the rest.
+
+    InputError where two of them name the same position.
+    """
+    stream = inputs.stream("")
+    found = torch.full(stream.ids.shape, len(positions))
+    for i, at in enumerate(positions):
+        columns = stream.find(int(at) if re.fullmatch(r"-?\d+", at) else at)
+        if columns is None:
+            raise InputError(f"'@{at}' is every position: expected some, such as -1 or a span of the prompts")
+        rows = torch.arange(len(columns))[:, None]
+        taken = found[rows, columns.cpu()]
+        if bool((taken < len(positions)).any()):
+            both = positions[int(taken.min())]
+            raise InputError(f"'@{both}' and '@{at}' name the same position of a prompt: positions must not overlap")
+        found[rows, columns.cpu()] = i
     return found

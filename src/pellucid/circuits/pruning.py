@@ -28,15 +28,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import Runner, wire
 from pellucid.circuits.graph import Split
-from pellucid.circuits.question import ask
-from pellucid.circuits.scores import provenance
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
+from pellucid.technique import technique
 
 LOW, HIGH, B = -0.1, 1.1, 2 / 3  # of the hard-concrete distribution
 Mask = Literal["hard-concrete", "sigmoid"]
@@ -48,7 +49,7 @@ class Pruning:
     """An estimator in scikit-learn's manner: `fit` leaves `circuit_`, `mask_` [source, reader] and `losses_`
     [step].
 
-    >>> Pruning(strength=0.5, steps=300).fit(model, prompts, ablation="resample").circuit_    # doctest: +SKIP
+    >>> Pruning(strength=0.5, steps=300).fit(model, prompts, how="resample").circuit_    # doctest: +SKIP
     """
 
     mask: Mask = "hard-concrete"
@@ -66,13 +67,14 @@ class Pruning:
             if value not in known:
                 raise InputError(f"no {what} {value!r}: expected one of {', '.join(known)}")
 
+    @technique
     def fit(
         self,
         model: Model,
         prompts: Any,
         metric: Metric | Any = None,
         *,
-        ablation: How,
+        how: How,
         reference: Any = None,
         split: Split | None = None,
     ) -> Pruning:
@@ -80,7 +82,7 @@ class Pruning:
         prompts."""
         wiring = wire(model, split)
         question = ask(model, prompts, metric, reference)
-        runner = Runner.of(wiring, question, ablation, self.seed)
+        runner = Runner.of(wiring, question, how, self.seed)
         possible = wiring.graph.possible
         whole = runner.scores(torch.stack([possible, torch.zeros_like(possible)]))
         clean, scale = whole[0], (whole[0].mean() - whole[1].mean()).abs().clamp_min(1e-6)
@@ -90,7 +92,7 @@ class Pruning:
         generator = torch.Generator().manual_seed(self.seed)
         self.losses_ = []
         with torch.enable_grad():
-            for _ in range(self.steps):
+            for _ in progress(range(self.steps), "steps"):
                 on, share = self._sample(theta, generator)
                 on = on.expand(possible.shape) * possible
                 far = ((runner.scores(on)[0] - clean) / scale).square().mean()
@@ -99,11 +101,7 @@ class Pruning:
                 optimiser.step()
                 self.losses_.append(float(loss.detach()))
         self.mask_ = (self._settled(theta.detach()).expand(possible.shape) * possible).float()
-        about = provenance(
-            "pruning", model, question, self.seed, ablation=ablation, mask=self.mask, unit=self.unit,
-            strength=self.strength, steps=self.steps, learning_rate=self.learning_rate,
-        )  # fmt: skip
-        self.circuit_ = Circuit(wiring.graph, self.mask_ > 0.5, self.mask_, ablation, about)
+        self.circuit_ = Circuit(wiring.graph, self.mask_ > 0.5, self.mask_, how)
         return self
 
     def _sample(self, theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

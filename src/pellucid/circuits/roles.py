@@ -31,25 +31,27 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.causal.contrast import Asked
 from pellucid.circuits.ablation import alternatives
 from pellucid.circuits.execution import Masked, Runner, wire
 from pellucid.circuits.passing import forward
-from pellucid.circuits.question import Question
 from pellucid.circuits.wiring import Wiring
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.prompts import Prompts
+from pellucid.technique import technique
 
 
+@technique
 def head_roles(
     model: Model,
     prompts: Prompts | None = None,
     *,
     words: Sequence[str] | None = None,
     length: int = 20,
-    samples: int = 8,
+    draws: int = 8,
     top: int = 5,
     candidates: int = 8,
     threshold: float = 0.3,
@@ -68,7 +70,7 @@ def head_roles(
     heads = {b.attentions["attn"].heads if "attn" in b.attentions else 0 for b in model.anatomy.stacks[0].blocks}
     if len(heads) > 1:
         raise Refused(f"head roles need the same number of heads in every layer, this model has {sorted(heads)}")
-    scores, chance = repeated(model, length, samples, seed)
+    scores, chance = repeated(model, length, draws, seed)
     if prompts is not None:
         missing = {"IO", "S1", "S2"} - set(prompts.spans)
         if missing:
@@ -103,12 +105,7 @@ def head_roles(
         attrs={"chance": chance},
     )
     data = data.assign_coords(layer=range(role.shape[0]), head=range(role.shape[1]))
-    about = Provenance(
-        "head_roles", model.name, digest=model.digest, seed=seed,
-        inputs=None if prompts is None else prompts.clean,
-        arguments={"length": length, "samples": samples, "top": top, "threshold": threshold},
-    )  # fmt: skip
-    return Result(data, kind="head roles", title="What each head does", provenance=about)
+    return Result(data, kind="head roles", title="What each head does")
 
 
 def patterns(model: Model, prompt: Any) -> Tensor:
@@ -120,14 +117,14 @@ def patterns(model: Model, prompt: Any) -> Tensor:
     ).float()
 
 
-def repeated(model: Model, length: int, samples: int, seed: int) -> tuple[dict[str, Tensor], float]:
+def repeated(model: Model, length: int, draws: int, seed: int) -> tuple[dict[str, Tensor], float]:
     """previous, duplicate and induction [layer, head] on random tokens said twice, after a BOS where there is
     one; and what equal attention to every position gives."""
     size = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     generator = torch.Generator().manual_seed(seed)
-    once = torch.stack([torch.randperm(size, generator=generator)[:length] for _ in range(samples)])
+    once = torch.stack([torch.randperm(size, generator=generator)[:length] for _ in range(draws)])
     bos = getattr(model.tokenizer, "bos_token_id", None)
-    start = [] if bos is None or bos >= size else [torch.full((samples, 1), bos)]
+    start = [] if bos is None or bos >= size else [torch.full((draws, 1), bos)]
     found = patterns(model, torch.cat([*start, once, once], 1))
     first = len(start) + length
     i = torch.arange(first + 1, first + length)
@@ -205,7 +202,7 @@ def inhibition(wiring: Wiring, prompts: Prompts, scores: dict[str, Tensor], cand
         return made
     queries = [graph.reader(f"{layer}.{head}.q") for layer, head in movers]
     inputs = model.inputs(prompts.clean)
-    question = Question(inputs, None, as_metric(lambda logits: logits.flatten(1)[:, 0]).bind(None, len(inputs)))
+    question = Asked(inputs, None, as_metric(lambda logits: logits.flatten(1)[:, 0]).bind(None, len(inputs)))
     runner = Runner(wiring, question, alternatives(wiring, inputs, "mean"))
     latest = max(layer for layer, _ in movers)
     order = scores["to_s2"].flatten().argsort(descending=True).tolist()

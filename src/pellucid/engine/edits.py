@@ -7,18 +7,17 @@ written to is the engine's business. All edits let gradients through, to the old
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
+from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.inputs import Stream
+from pellucid.engine.locate import locate
 from pellucid.errors import InputError
-
-if TYPE_CHECKING:
-    from pellucid.engine.run import Run
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -32,6 +31,18 @@ class Step:
 
 
 Condition = Callable[[Step], "bool | Tensor"]
+
+
+class Source(Protocol):
+    """A run that kept the site an edit takes values from."""
+
+    anatomy: Anatomy
+
+    def everywhere(self, site: Site, /) -> tuple[Tensor, Tensor]:
+        """The values of the site's unit, [batch, position, ...], and which positions are real, [batch, position]."""
+
+    def stream(self, site: Site, /) -> Stream:
+        """The tokens the site's positions are counted on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +145,7 @@ class Patch(Edit):
     [batch, n, ...]).
     """
 
-    source: Run | Tensor | str | Sequence[str]
+    source: Source | Tensor | str | Sequence[str]
     source_at: Position = None
 
     @property
@@ -306,3 +317,51 @@ def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
             f"{what} for {str(place.site)!r} is {list(value.shape)}: it does not broadcast to {list(x.shape)}"
         )
     return value
+
+
+# ---- many units at once
+
+
+@dataclass(frozen=True, eq=False)
+class Swap(Edit):
+    """Units of a site take other values, position by position: many heads or neurons of a layer in one edit.
+
+    values: [batch or 1, position, unit, ...] (or [batch or 1, position, ...] without units), position 0 the first real
+    token.
+    """
+
+    values: Tensor
+    units: tuple[int, ...] | None = None
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        rows = torch.arange(len(x), device=x.device)[:, None] if len(self.values) > 1 else 0
+        new = self.values[rows, place.positions.clamp(max=self.values.shape[1] - 1)].to(x.dtype)
+        if self.units is None:
+            return new
+        x = x.clone()
+        x[:, :, list(self.units)] = new
+        return x
+
+
+def swaps(sites: Sequence[Site], source: Source) -> list[Edit]:
+    """Edits that give all `sites` together the values of a run that kept them (their `whole`)."""
+    units: dict[Site, list[Site]] = {}
+    for site in sites:
+        units.setdefault(replace(site.whole, at=site.at), []).append(site)
+    made: list[Edit] = []
+    for whole, some in units.items():
+        if len(some) == 1 or "key" in whole.dims:
+            made += [Patch(site, source) for site in some]
+            continue
+        chosen = [locate(source.anatomy, site).unit for site in some]
+        values = aligned_values(source, whole.whole)
+        if None in chosen:  # the whole and some of its units
+            made.append(Swap(whole, values))
+        else:
+            made.append(Swap(whole, values[:, :, chosen], tuple(chosen)))  # type: ignore[arg-type]
+    return made
+
+
+def aligned_values(run: Source, site: Site) -> Tensor:
+    """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
+    return left_aligned(*run.everywhere(site))[0]

@@ -17,12 +17,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from pellucid.anatomy.structure import Anatomy
 from pellucid.anatomy.wiretap import Wiretap
-from pellucid.engine.applying import Window
 from pellucid.engine.edits import Edit, Step
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import Spot
 from pellucid.engine.pausing import pause
 from pellucid.engine.run import Session
+from pellucid.engine.writing import Window
 from pellucid.errors import InputError
 
 

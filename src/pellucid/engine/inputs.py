@@ -134,6 +134,10 @@ class Inputs:
         }
         return Inputs(tensors, {k: cut(s) for k, s in self.streams.items()}, tuple(self.texts[i] for i in index))
 
+    def repeated(self, times: int) -> Inputs:
+        """The same prompts several times over, in order, as one batch."""
+        return self.rows(list(range(len(self))) * times)
+
 
 def read_inputs(
     module: Any, tokenizer: Any, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None

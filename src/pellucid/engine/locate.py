@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from pellucid.anatomy.sites import PARTS, WHOLE, Site, choose
 from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
-from pellucid.errors import Refused, SiteError, nearest
+from pellucid.errors import PellucidError, Refused, SiteError, nearest
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,45 @@ def block_of(anatomy: Anatomy, site: Site) -> Block:
 
 
 def expand(anatomy: Anatomy, text: str | Site) -> list[Site]:
-    """The concrete sites an address with selectors names, in order; sites that a block does not have are skipped."""
+    """The concrete sites an address with selectors names, in order; see `spots`."""
+    return [spot.site for spot in spots(anatomy, text)]
+
+
+def spots(anatomy: Anatomy, text: str | Site) -> list[Spot]:
+    """Where the concrete sites that an address names are met, in order; several layers may lack it, but not all.
+
+    SiteError or Refused where nothing is left, with the reason of the first block that was asked.
+    """
     site = Site.parse(text)
     if site.layer is None:
-        return [site]
-    stack = stack_of(anatomy, site)
-    layers = choose(site.layer, len(stack.blocks), "layer", site)
-    found: list[Site] = []
+        return [locate(anatomy, site)]
+    blocks = stack_of(anatomy, site).blocks
+    layers = choose(site.layer, len(blocks), "layer", site)
+    found: list[Spot] = []
+    missing: list[PellucidError] = []
     for layer in layers:
-        here = replace(site, layer=layer)
-        if site.unit is None or (isinstance(site.unit, int) and site.unit >= 0 and len(layers) == 1):
-            found.append(here)
-        else:
-            size = unit_count(stack.blocks[layer], here)
-            found += [replace(here, unit=u) for u in choose(site.unit, size, site.unit_dim, site)] if size else []
-    if len(layers) == 1 or not found:
-        for concrete in found:
-            locate(anatomy, concrete)
-        return found
-    present = [s for s in found if _has(anatomy, s)]
-    if not present:
-        locate(anatomy, found[0])  # raises with the reason
-    return present
+        try:
+            found += [locate(anatomy, each) for each in _units(blocks[layer], replace(site, layer=layer))]
+        except (SiteError, Refused) as reason:
+            missing.append(reason)
+    if missing and (len(layers) == 1 or not found):
+        raise missing[0]
+    return found
 
 
-def _has(anatomy: Anatomy, site: Site) -> bool:
-    try:
-        locate(anatomy, site)
-    except (SiteError, Refused):
-        return False
-    return True
+def _units(block: Block, site: Site) -> list[Site]:
+    """A block's site, once for each of its units that are named."""
+    if site.unit is None:
+        return [site]
+    size = unit_count(block, site)
+    if size:
+        return [replace(site, unit=u) for u in choose(site.unit, size, site.unit_dim.removeprefix("kv_"), site)]
+    if isinstance(site.unit, int) and site.unit >= 0:  # told when it is met
+        return [site]
+    part = _met_at(site)
+    if part not in block.taps:
+        raise _missing(block, part, site)
+    raise Refused(f"how many units {str(site)!r} has is not known before running: name them by number")
 
 
 def unit_count(block: Block, site: Site) -> int:
@@ -101,8 +110,7 @@ def locate(anatomy: Anatomy, site: Site) -> Spot:
     if site.part == "logits":
         raise SiteError("logits are read from a run (run.logits), not kept or edited; edit 'final_norm' or a residual")
     block = block_of(anatomy, site)
-    part = "attn.z_out" if site.port == "heads" and site.part == "attn.out" else site.part
-    part = "cross.z_out" if site.port == "heads" and site.part == "cross.out" else part
+    part = _met_at(site)
     tap = block.taps.get(part)
     if tap is None:
         raise _missing(block, part, site)
@@ -116,6 +124,11 @@ def locate(anatomy: Anatomy, site: Site) -> Spot:
     position_axis = dims.index("query" if "query" in dims else "position")
     unit_dim = next((d for d in dims if d in ("head", "kv_head")), dims[-1])
     return Spot(site, tap, _unit(block, site, part), dims.index(unit_dim), position_axis, stream, keys)
+
+
+def _met_at(site: Site) -> str:
+    """The part at whose tap a site is met: what a head writes is computed from what enters the output projection."""
+    return site.part.replace(".out", ".z_out") if site.port == "heads" and site.part.endswith(".out") else site.part
 
 
 def _unit(block: Block, site: Site, part: str) -> int | None:
@@ -132,7 +145,7 @@ def _unit(block: Block, site: Site, part: str) -> int | None:
     return unit
 
 
-def _missing(block: Block, part: str, site: Site) -> Exception:
+def _missing(block: Block, part: str, site: Site) -> PellucidError:
     area = part.partition(".")[0]
     reason = block.refused.get(part) or block.refused.get(area)
     if reason is None and part in ("resid_mid", "attn.out", "mlp.out"):

@@ -20,14 +20,13 @@ from pellucid.anatomy.layout import HEADS, PATTERN, Layout
 from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
 from pellucid.anatomy.trace import take
 from pellucid.anatomy.wiretap import Wiretap, explicit_attention
-from pellucid.engine.applying import Window
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.recording import AttentionCall, Recording, Shapes
-from pellucid.engine.run import Written
+from pellucid.engine.writing import Window, Written
 from pellucid.errors import SiteError
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One set of edits, where it enters (block) and from which column on it differs from the clean run."""
 
@@ -46,7 +45,7 @@ class Group:
     hidden: Tensor
 
 
-class Packed(Wiretap):
+class PackedPass(Wiretap):
     """Runs variants through the stack's blocks. `shapes` says which block arguments are per position."""
 
     def __init__(self, anatomy: Anatomy, inputs: Inputs, recording: Recording, shapes: Shapes) -> None:
@@ -152,7 +151,7 @@ class Packed(Wiretap):
 
     # ---- attention
 
-    def __enter__(self) -> Packed:
+    def __enter__(self) -> PackedPass:
         super().__enter__()
         self._stack.enter_context(listening(self))
         return self

@@ -61,6 +61,7 @@ def pause(done: int | None = None, total: int | None = None, busy: bool = False)
 
 # ---- bars
 
+DELAY = 1.0  # seconds before a bar is shown
 
 _silent: ContextVar[bool] = ContextVar("silent", default=False)
 
@@ -92,7 +93,7 @@ class progress(Generic[T]):
     def __init__(self, items: Iterable[T] = (), what: str = "", total: int | None = None, done: int = 0) -> None:
         self.items, self.done = items, done
         self.total = total if total is not None else len(items) if isinstance(items, Sized) else None
-        self.bar = tqdm(desc=what, total=self.total, initial=done, delay=1.0, leave=False, disable=not _watched())
+        self.bar = tqdm(desc=what, total=self.total, initial=done, delay=DELAY, leave=False, disable=not _watched())
 
     def __iter__(self) -> Iterator[T]:
         with self:
@@ -102,9 +103,10 @@ class progress(Generic[T]):
                 self._moved(1)
 
     def step(self, n: int = 1, **said: float) -> None:
-        """`n` more are done; a pause follows. `said` are numbers to show beside the bar."""
+        """`n` more are done; a pause follows if that is not all. `said` are numbers to show beside the bar."""
         self._moved(n, **said)
-        pause(self.done, self.total)
+        if self.total is None or self.done < self.total:
+            pause(self.done, self.total)
 
     def say(self, **numbers: float) -> None:
         """Numbers to show beside the bar."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +14,10 @@ from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy, Tap
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
-from pellucid.engine.applying import Window, apply
-from pellucid.engine.edits import Edit, Place, turned
+from pellucid.engine.edits import Edit, turned
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.engine.locate import Spot, block_of, expand, locate
+from pellucid.engine.locate import Spot, block_of, locate, spots
+from pellucid.engine.writing import Window, Written, Zeros, check_unconditional, placed, shows_one_reader
 from pellucid.errors import InputError, Refused, SiteError, nearest
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Run:
         return stream_of(self.inputs, site)
 
     def _select(self, site: Site, values: dict[Tap, Tensor]) -> Tensor:
-        spot = locate(self.anatomy, self._concrete(site))
+        spot = self._spot(site)
         site = spot.site
         x = values.get(spot.tap)
         if x is None:
@@ -104,8 +104,8 @@ class Run:
         x = x[torch.arange(len(x), device=x.device)[:, None], columns.to(x.device)]
         return x.movedim(1, axis)
 
-    def _concrete(self, site: Site) -> Site:
-        found = expand(self.anatomy, site)
+    def _spot(self, site: Site) -> Spot:
+        found = spots(self.anatomy, site)
         if len(found) != 1:
             raise SiteError(f"{str(site)!r} names {len(found)} sites; ask for one at a time")
         return found[0]
@@ -114,7 +114,7 @@ class Run:
         """The kept values at a site as an xarray with named dimensions; `token` labels the positions."""
         import xarray as xr
 
-        site = self._concrete(Site.parse(site))
+        site = self._spot(Site.parse(site)).site
         values = self.tensor(site).detach().float().cpu().numpy()
         coords: dict[str, Any] = {}
         labels = self.stream(site).labels
@@ -153,100 +153,6 @@ def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
     return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
 
 
-class Written:
-    """An edit at the tap of its own site."""
-
-    def __init__(self, edit: Edit, spot: Spot) -> None:
-        self.edit, self.spot = edit, spot
-        self.taps: tuple[Tap, ...] = (spot.tap,)
-
-    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
-        return apply(self.edit, self.spot, x, window)
-
-
-class Middle(Written):
-    """An edit of resid_mid in a pre-norm block: no module hands that state on alone, so the change is carried by the
-    last of its summands (mid = sum of c * summand, hence new summand = old + (new mid - old mid) / c)."""
-
-    def __init__(self, edit: Edit, spot: Spot, anatomy: Anatomy) -> None:
-        super().__init__(edit, spot)
-        block = block_of(anatomy, spot.site)
-        state = block.states[-1]
-        terms = [t for t in state.terms if not t.source.startswith("mlp")]
-        if len(terms) == 1 and terms[0].source.startswith("state "):  # the middle is a state of its own
-            state = block.states[int(terms[0].source.removeprefix("state "))]
-            terms = list(state.terms)
-        taps = [t.carried or block.taps.get("resid_pre" if t.source == "in" else t.source) for t in terms]
-        if None in taps:
-            raise Refused(f"{str(spot.site)!r} can be kept, but not edited: one of its summands cannot be met")
-        self.constant = state.constant
-        self.coefficients = {tap: t.coefficient for tap, t in zip(taps, terms, strict=True) if tap is not None}
-        self.taps = tuple(self.coefficients)
-        self._met: dict[Tap, Tensor] = {}
-
-    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
-        self._met[tap] = x
-        if len(self._met) < len(self.taps):
-            return x
-        c = self.coefficients[tap]
-        rest: Any = 0.0 if self.constant is None else self.constant
-        for t, value in self._met.items():
-            rest = rest + value * self.coefficients[t] if t is not tap else rest
-        self._met = {}
-        mid = rest + x * c
-        new = apply(self.edit, self.spot, mid, window)
-        if new is mid:
-            return x
-        x = x + (new - mid) / c
-        return x + ((new - (rest + x * c)) / c).detach()  # once more: a zero must come out as a zero, not as 1e-8
-
-
-@dataclass(frozen=True, eq=False)
-class Nothing(Edit):
-    """Adds zeros. Their gradient is that of the state they are added to, all ways out of it counted."""
-
-    added: list[Tensor] = field(default_factory=list)
-
-    def new(self, x: Tensor, place: Place) -> Tensor:
-        self.added.append(torch.zeros_like(x, requires_grad=True))
-        return x + self.added[-1]
-
-
-def written(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
-    """The edits placed on the model's taps, selectors expanded. SiteError or Refused where a site cannot be written to."""
-    placed: list[Written] = []
-    for edit in edits:
-        for site in expand(anatomy, edit.site):
-            spot = locate(anatomy, site)
-            if site.port == "heads" and site.part.endswith(".out"):
-                raise SiteError(
-                    f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}"
-                )
-            if not shows_one_reader(anatomy, spot):
-                placed.append(Written(edit, spot))
-            elif site.part == "resid_mid":
-                placed.append(Middle(edit, spot, anatomy))
-            else:
-                raise Refused(f"{str(site)!r} can be kept, but not edited: this layer is no module of its own")
-    return placed
-
-
-def check_unconditional(edits: Sequence[Edit]) -> None:
-    conditional = next((e for e in edits if e.when is not None), None)
-    if conditional is not None:
-        raise InputError(
-            f"the edit on {str(conditional.site)!r} has a condition, which is asked while generating; a run has no steps"
-        )
-
-
-def shows_one_reader(anatomy: Anatomy, spot: Spot) -> bool:
-    """Whether the tap shows a residual to one of its readers only: what is written there would miss the others."""
-    site = spot.site
-    if site.part not in ("embed", "resid_pre", "resid_mid", "resid_post") or spot.tap.port != "in":
-        return False
-    return site.part == "resid_mid" or not block_of(anatomy, replace(site, stack=spot.stream)).whole
-
-
 class Session:
     """Turns keeps and edits into handlers on taps for one run."""
 
@@ -259,13 +165,14 @@ class Session:
         gradients: bool = False,
     ) -> None:
         self.inputs, self.gradients = inputs, gradients
-        self.sites = [s for k in keep for s in expand(anatomy, k)]
-        spots = {spot.tap: spot for spot in (locate(anatomy, s) for s in self.sites)}
-        self.keeping = set(spots)
+        wanted = [spot for k in keep for spot in spots(anatomy, k)]
+        self.sites = [spot.site for spot in wanted]
+        kept = {spot.tap: spot for spot in wanted}
+        self.keeping = set(kept)
         self.writing: dict[Tap, list[Written]] = {}
-        apart = [s for s in spots.values() if gradients and shows_one_reader(anatomy, s)]
-        self.nothings = {s.tap: Nothing(s.site.whole) for s in apart}
-        for w in [*written(anatomy, edits), *written(anatomy, list(self.nothings.values()))]:
+        apart = [s for s in kept.values() if gradients and shows_one_reader(anatomy, s)]
+        self.zeros = {s.tap: Zeros(s.site.whole) for s in apart}
+        for w in placed(anatomy, [*edits, *self.zeros.values()]):
             for tap in w.taps:
                 self.writing.setdefault(tap, []).append(w)
         self.kept: dict[Tap, Tensor] = {}
@@ -341,7 +248,7 @@ def _differentiate(run: Run, metric: Callable[[Run], Tensor], session: Session) 
     score = metric(run)
     if not score.requires_grad:
         raise InputError("this metric has no gradient (it counts, or reads nothing that was computed with gradients)")
-    wanted = {tap: session.nothings[tap].added[0] if tap in session.nothings else x for tap, x in run.kept.items()}
+    wanted = {tap: session.zeros[tap].added[0] if tap in session.zeros else x for tap, x in run.kept.items()}
     found = torch.autograd.grad(score.sum(), list(wanted.values()), allow_unused=True)
     run.gradients = {
         t: torch.zeros_like(x) if g is None else g for (t, x), g in zip(wanted.items(), found, strict=True)

@@ -1,6 +1,4 @@
-"""In which ways may the variants of a sweep be run on this model? Found out by trying, once per model.
-
-Rungs, cheapest first:
+"""The ways to run the variants of a sweep, cheapest first.
 
     packed, suffix   variants join one growing batch of tokens at their first edited block and position
     packed           the same, all positions (encoders, and wherever attention looks ahead)
@@ -8,53 +6,61 @@ Rungs, cheapest first:
     batched          rows of one batch through the whole forward
     single           one run after another
 
-A rung that does not reproduce plain runs on the probe is not used on the model. What passes there might still not hold
-for longer inputs (experts with a capacity, sparse attention), so the first batch of a sweep over inputs of a new size
-is checked against a plain run too.
+Each is a value without a state of its own: what is run, and what was recorded for it, is on the `Job`. Whether a rung
+gives the numbers of plain runs is not for it to say: see `pellucid.engine.trial`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.modes import evaluating
-from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Anatomy, Stack
-from pellucid.engine.edits import Ablate, Edit, Replace
-from pellucid.engine.inputs import Inputs, read_inputs
-from pellucid.engine.packed import Packed, Variant
-from pellucid.engine.reading import Reader
+from pellucid.engine.edits import Ablate, Edit
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.packed import PackedPass, Variant
+from pellucid.engine.reading import Reader, Reads
 from pellucid.engine.recording import Recording, Shapes, record
-from pellucid.engine.run import check_unconditional, execute, written
+from pellucid.engine.run import execute
 from pellucid.engine.stubbed import run_rows
-from pellucid.errors import PellucidError, Refused
-
-RUNGS = ("packed, suffix", "packed", "stubbed", "batched", "single")
+from pellucid.engine.writing import check_unconditional, placed
 
 
 @dataclass(eq=False)
-class Executor:
-    """Runs variants on inputs and gives the logits that a metric reads, [batch, n, k] (or [batch, classes])."""
+class Job:
+    """Inputs of a model, the metric that says which logits of them are read, and the clean run that rungs start from."""
 
     anatomy: Anatomy
     inputs: Inputs
-    bound: Any
-    shapes: Shapes | None = None
+    metric: Reads
+    shapes: Callable[[], Shapes]  # which axes of the blocks' arguments are what; learnt once per model
+
+    @property
+    def stack(self) -> Stack:
+        return self.anatomy.stacks[-1]
+
+    @property
+    def length(self) -> int:
+        return self.inputs.stream("").ids.shape[1]
+
+    @property
+    def read(self) -> int:
+        """How many positions the metric reads."""
+        return self.length if self.metric.positions is None else len(self.metric.positions)
 
     @cached_property
     def reader(self) -> Reader:
-        return Reader(self.anatomy, self.inputs, self.bound)
+        return Reader(self.anatomy, self.inputs, self.metric)
 
     @cached_property
     def recording(self) -> Recording:
-        return record(self.anatomy, self.anatomy.stacks[-1], self.inputs, **self.forward)
+        return record(self.anatomy, self.stack, self.inputs, **self.forward)
 
     def forget(self) -> None:
         """Let go of the recorded run, which holds what every block was given."""
@@ -67,46 +73,231 @@ class Executor:
         accepted = inspect.signature(self.anatomy.module.forward).parameters
         if "use_cache" in accepted:
             options["use_cache"] = False
-        positions = self.bound.positions
+        positions = self.metric.positions
         if "logits_to_keep" in accepted and positions and max(positions) < 0 and not self.inputs.stream("").padded:
             options["logits_to_keep"] = -min(positions)
         return options
 
-    def clean(self, rung: str) -> Tensor:
-        logits = execute(self.anatomy, self.inputs).logits if rung in ("batched", "single") else self.recording.logits
-        return self.reader.read(logits)
+    @cached_property
+    def shares(self) -> tuple[float, float]:
+        """The shares of the unembedding and of the blocks in one forward pass, by parameters."""
+        module = self.anatomy.module
+        body = sum(p.numel() for b in self.stack.blocks for p in module.get_submodule(b.module).parameters())
+        name = self.anatomy.head.unembed if self.anatomy.head is not None else None
+        head = sum(p.numel() for p in module.get_submodule(name).parameters()) if name else 0
+        return head / max(1, head + body), body / max(1, head + body)
 
     def plain(self, variant: Variant) -> Tensor:
-        """The whole forward pass, of one variant."""
+        """What the metric reads of the whole forward pass of one variant: the truth that rungs are held against."""
         return self.reader.read(run_rows(self.anatomy, self.inputs, [variant], None)[0])
 
-    def run(self, rung: str, variants: Sequence[Variant]) -> list[Tensor]:
-        """The logits read of each variant; on the rung "stubbed" they enter at the earliest one's block."""
-        if rung.startswith("packed"):
-            assert self.shapes is not None
-            done = dict(Packed(self.anatomy, self.inputs, self.recording, self.shapes).final(variants))
-            picked = [self.reader.pick(done[v], v.start, self.recording.final) for v in variants]
-            return list(self.reader.unembed(torch.stack(picked)))
-        recording = self.recording if rung == "stubbed" else None
-        return [
-            self.reader.read(rows) for rows in run_rows(self.anatomy, self.inputs, variants, recording, **self.forward)
-        ]
+
+class Rung(Protocol):
+    """One way to run variants."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in `executor=` and in plans."""
+
+    def unsuited(self, anatomy: Anatomy) -> str:
+        """Why the map of a model forbids it; empty if it does not. Half precision might hide that from a trial."""
+
+    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
+        """Why these variants, inputs or this metric cannot be run so; empty if they can."""
+
+    def batches(self, job: Job, variants: Sequence[Variant], memory: float) -> Iterator[list[Variant]]:
+        """The variants, as they are run here, in batches of at most `memory` bytes."""
+
+    def room(self, job: Job, v: Variant) -> float:
+        """The bytes that a variant adds to its batch: tensors of a block, and the logits."""
+
+    def clean(self, job: Job) -> Tensor:
+        """The logits that the metric reads without any edit, [batch, n, k] (or [batch, classes])."""
+
+    def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
+        """The same of each variant of one of `batches`."""
+
+    def cost(self, job: Job, v: Variant) -> float:
+        """At most how much of a plain forward pass a variant takes."""
+
+    def note(self, job: Job) -> str:
+        """What a plan says about it besides."""
 
 
-def certified(anatomy: Anatomy) -> Rungs:
-    """What is known about the rungs on this model."""
-    if anatomy.rungs is None:
-        anatomy.rungs = Rungs(anatomy)
-    return anatomy.rungs
+class Single:
+    """One run after another. Each class below does as the one above it, and spares more of it."""
+
+    name = "single"
+
+    def unsuited(self, anatomy: Anatomy) -> str:
+        return ""
+
+    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
+        return ""
+
+    def batches(self, job: Job, variants: Sequence[Variant], memory: float) -> Iterator[list[Variant]]:
+        batch: list[Variant] = []
+        used = 0.0
+        for v in sorted(map(self.entering, variants), key=lambda v: (v.layer, v.start, v.index)):
+            size = self.room(job, v)
+            if batch and (used + size > memory or not self.together(batch[0], v)):
+                yield batch
+                batch, used = [], 0.0
+            batch.append(v)
+            used += size
+        if batch:
+            yield batch
+
+    def entering(self, v: Variant) -> Variant:
+        """The variant with the first column that is computed here."""
+        return replace(v, start=0)
+
+    def together(self, first: Variant, other: Variant) -> bool:
+        """Whether two variants may be in one batch."""
+        return False
+
+    def clean(self, job: Job) -> Tensor:
+        return job.reader.read(execute(job.anatomy, job.inputs).logits)
+
+    def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
+        return self._rows(job, chunk, None)
+
+    def _rows(self, job: Job, chunk: Sequence[Variant], recording: Recording | None) -> list[Tensor]:
+        logits = run_rows(job.anatomy, job.inputs, chunk, recording, **job.forward)
+        return [job.reader.read(rows) for rows in logits]
+
+    def cost(self, job: Job, v: Variant) -> float:
+        return 1.0
+
+    def note(self, job: Job) -> str:
+        return ""
+
+    def room(self, job: Job, v: Variant) -> float:
+        block, d = job.stack.blocks[0], job.stack.d_model
+        heads = sum(a.heads for a in block.attentions.values())
+        width = 12 * d + 3 * block.sizes.get("neuron", 4 * d) + 3 * heads * job.length
+        answered = not job.metric.classes and job.anatomy.head is not None  # else a few classes, or the residual itself
+        logits = self.unembedded(job) if answered else 0
+        return 4.0 * len(job.inputs) * ((job.length - v.start) * width + 2 * logits)
+
+    def unembedded(self, job: Job) -> int:
+        """How many logits are computed of each prompt."""
+        return job.forward.get("logits_to_keep", job.length) * _vocabulary(job)
 
 
-def deviation(got: Tensor, truth: Tensor, slack: float = 1.0) -> str:
-    """How far `got` is off, if that is more than the dtype explains."""
-    if got.shape != truth.shape:
-        return f"gives {list(got.shape)} where plain runs give {list(truth.shape)}"
-    worst = float((got - truth).abs().max()) / max(1.0, float(truth.abs().max()))
-    allowed = TOLERANCE.get(truth.dtype, 4e-2)
-    return "" if worst <= max(allowed, min(4e-2, slack * allowed)) else f"differs from plain runs by {worst:.1e}"
+class Batched(Single):
+    """Rows of one batch through the whole forward."""
+
+    name = "batched"
+
+    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
+        return "your own hooks on the model must see every run by itself" if own_hooks(job.anatomy.module) else ""
+
+    def together(self, first: Variant, other: Variant) -> bool:
+        return True
+
+
+class Stubbed(Batched):
+    """Rows of one batch, which enter at the block that the first edit of all of them is in."""
+
+    name = "stubbed"
+
+    def unsuited(self, anatomy: Anatomy) -> str:
+        blocks = anatomy.stacks[-1].blocks
+        return SHARED if _elsewhere(anatomy.stacks[-1]) or any(b.nth for b in blocks) else ""
+
+    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
+        outside = "an edit lies outside the last stack's blocks" if any(v.layer < 0 for v in variants) else ""
+        return super().unfit(job, variants) or outside
+
+    def together(self, first: Variant, other: Variant) -> bool:
+        return first.layer == other.layer
+
+    def clean(self, job: Job) -> Tensor:
+        return job.reader.read(job.recording.logits)
+
+    def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
+        return self._rows(job, chunk, job.recording)
+
+    def cost(self, job: Job, v: Variant) -> float:
+        head, body = job.shares
+        layers = len(job.stack.blocks)
+        return body * (layers - v.layer) / layers + head
+
+
+class Packed(Stubbed):
+    """One row of the tokens of all variants, each from its first edited block on; only what is read is unembedded."""
+
+    name = "packed"
+
+    def unsuited(self, anatomy: Anatomy) -> str:
+        stack = anatomy.stacks[-1]
+        if _elsewhere(stack):
+            return SHARED
+        if anatomy.head is None or any(p.name == "unembedding" and not p.holds for p in anatomy.proofs):
+            return "no proven head"
+        if any(a.route != "interface" for b in stack.blocks for a in b.attentions.values()):
+            return "attention does not go through the interface"
+        if any(t.source.startswith("mixer") for b in stack.blocks for s in b.states for t in s.terms):
+            return "something other than attention mixes positions"
+        if any(b.unmapped or not b.whole for b in stack.blocks):
+            return "its blocks are not modules that can be called, or attend in ways that are not on the map"
+        return ""
+
+    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
+        why = super().unfit(job, variants)
+        if not why and any(w.spot.site.part == "final_norm" for v in variants for w in v.writers):
+            why = "an edit lies outside the last stack's blocks"
+        if not why and (job.metric.classes or job.anatomy.head is None):
+            why = "the metric does not read logits of the unembedding"
+        return why
+
+    def together(self, first: Variant, other: Variant) -> bool:
+        return True
+
+    def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
+        done = dict(PackedPass(job.anatomy, job.inputs, job.recording, job.shapes()).final(chunk))
+        picked = [job.reader.pick(done[v], v.start, job.recording.final) for v in chunk]
+        return list(job.reader.unembed(torch.stack(picked)))
+
+    def cost(self, job: Job, v: Variant) -> float:
+        (head, body), layers = job.shares, len(job.stack.blocks)
+        blocks = body * (layers - v.layer) / layers * (job.length - v.start) / job.length
+        return blocks + (head * job.read / job.length if job.metric.tokens is None else 0.0)
+
+    def note(self, job: Job) -> str:
+        tokens = job.metric.tokens
+        rows = "all vocabulary rows" if tokens is None else f"{tokens.shape[1]} vocabulary rows"
+        return f"unembedded: {job.read} position{'s' * (job.read > 1)}, {rows}"
+
+    def unembedded(self, job: Job) -> int:
+        return job.read * (_vocabulary(job) if job.metric.tokens is None else job.metric.tokens.shape[1])
+
+
+class Suffix(Packed):
+    """Packed, each variant from its first edited position on."""
+
+    name = "packed, suffix"
+
+    def unsuited(self, anatomy: Anatomy) -> str:
+        return super().unsuited(anatomy) or ("" if anatomy.stacks[-1].causal else "attention looks ahead")
+
+    def entering(self, v: Variant) -> Variant:
+        return v
+
+
+LADDER: tuple[Rung, ...] = (Suffix(), Packed(), Stubbed(), Batched(), Single())
+
+SHARED = "its layers share modules, whose calls are counted from the first layer on"
+
+
+def _elsewhere(stack: Stack) -> bool:
+    """Whether a layer has taps in modules that are not its own and are called for other layers too."""
+    return any(t.nth and not t.module.startswith(b.module) for b in stack.blocks for t in b.taps.values())
+
+
+def _vocabulary(job: Job) -> int:
+    return getattr(job.anatomy.module.config, "vocab_size", None) or 0
 
 
 def own_hooks(module: nn.Module) -> bool:
@@ -115,139 +306,11 @@ def own_hooks(module: nn.Module) -> bool:
     return any(not str(getattr(h, "__module__", "")).startswith("pellucid.") for h in list(hooks))
 
 
-class _AllLogits:
-    """The metric of the trial: the logits themselves."""
-
-    name, positions, tokens, classes = "trial", None, None, False
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        return logits
-
-
-class Rungs:
-    """Which rungs reproduce plain runs on the probe of one model; each is tried when it is first asked about."""
-
-    def __init__(self, anatomy: Anatomy) -> None:
-        self.anatomy = anatomy
-        self.shapes: Shapes | None = None
-        self.settled: dict[Any, str] = {}  # (rung, sizes of the inputs) -> why not; "" if it was right on them
-        self._refused: dict[str, str] = {"single": ""}
-
-    def refused(self, rung: str) -> str:
-        """Why a rung is not used on this model; empty if it is."""
-        if rung not in self._refused:
-            with torch.no_grad(), evaluating(self.anatomy.module):
-                try:
-                    _fit(self.anatomy, rung)
-                    self._refused[rung] = self._try(rung)
-                except Refused as error:
-                    self._refused[rung] = str(error)
-                except Exception as error:
-                    self._refused[rung] = f"the trial failed ({told(error)})"
-        return self._refused[rung]
-
-    def _try(self, rung: str) -> str:
-        inputs, variants, truth = self._truth
-        prepared = [prepare(self.anatomy, inputs, i, v) for i, v in enumerate(variants)]
-        if rung != "packed, suffix":
-            for v in prepared:
-                v.start = 0
-        if rung.startswith("packed"):
-            self.shapes = self.shapes or _learn_shapes(self.anatomy)
-        executor = Executor(self.anatomy, inputs, _AllLogits(), self.shapes)
-        batches = [prepared]
-        if rung == "stubbed":  # a batch enters at one block
-            batches = [[v for v in prepared if v.layer == layer] for layer in sorted({v.layer for v in prepared})]
-        made = {
-            v.index: logits for batch in batches for v, logits in zip(batch, executor.run(rung, batch), strict=True)
-        }
-        return deviation(torch.stack([made[i] for i in range(len(variants))]), truth)
-
-    @cached_property
-    def _truth(self) -> tuple[Inputs, list[Edit], Tensor]:
-        """The probe, edits of it, and the logits of plain runs under each."""
-        inputs = read_inputs(self.anatomy.module, None, self.anatomy.inputs)
-        tried = {v: _tried(self.anatomy, inputs, v) for v in _variants(self.anatomy.stacks[-1])}
-        found = {v: logits for v, logits in tried.items() if logits is not None}
-        return inputs, list(found), torch.stack(list(found.values()))
-
-
-def _tried(anatomy: Anatomy, inputs: Inputs, edit: Edit) -> Tensor | None:
-    try:
-        return execute(anatomy, inputs, edits=[edit]).logits
-    except PellucidError:  # a family may refuse some edits
-        return None
-
-
-def told(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-
-
-def _variants(stack: Stack) -> list[Edit]:
-    """Strong edits of the residual at the ends and in the middle of the stack, and edits inside attention."""
-    last = len(stack.blocks) - 1
-    sites = [f"{stack.prefix}layers.{layer}.resid_pre" for layer in sorted({0, last // 2, last})]
-    variants: list[Edit] = [
-        Replace(site + at, _flipped) for site in sites for at in ("@-3", "")[: 1 + (site == sites[0])]
-    ]
-    for part in ("attn.heads.0", "attn.heads.0.k@-4"):
-        having = [b.index for b in stack.blocks if ("attn.k" if "k@" in part else "attn.z_out") in b.taps]
-        variants += [
-            Replace(f"{stack.prefix}layers.{layer}.{part}", _flipped) for layer in sorted({*having[:1], *having[-1:]})
-        ]
-    return variants
-
-
-def _flipped(x: Tensor) -> Tensor:
-    return x.flip(-1) * 1.5
-
-
-def _fit(anatomy: Anatomy, rung: str) -> None:
-    """Refused for what the map already tells; the trial alone might not see it in half precision."""
-    stack = anatomy.stacks[-1]
-    shared = any(t.nth and not t.module.startswith(b.module) for b in stack.blocks for t in b.taps.values())
-    if (rung != "batched" and shared) or (rung == "stubbed" and any(b.nth for b in stack.blocks)):
-        raise Refused("its layers share modules, whose calls are counted from the first layer on")
-    if not rung.startswith("packed"):
-        return
-    if anatomy.head is None or any(p.name == "unembedding" and not p.holds for p in anatomy.proofs):
-        raise Refused("no proven head")
-    if any(a.route != "interface" for b in stack.blocks for a in b.attentions.values()):
-        raise Refused("attention does not go through the interface")
-    if any(t.source.startswith("mixer") for b in stack.blocks for s in b.states for t in s.terms):
-        raise Refused("something other than attention mixes positions")
-    if any(b.unmapped or not b.whole for b in stack.blocks):
-        raise Refused("its blocks are not modules that can be called, or attend in ways that are not on the map")
-    if rung == "packed, suffix" and not stack.causal:
-        raise Refused("attention looks ahead")
-
-
-def _learn_shapes(anatomy: Anatomy) -> Shapes:
-    """From recordings of the probe and of a probe of another size, both padded so that masks are there too."""
-    recordings = []
-    for extra, cut in ((0, 0), (1, 2)):
-        tensors = dict(anatomy.inputs)
-        for name in ("input_ids", "decoder_input_ids"):
-            if name in tensors:
-                ids = tensors[name]
-                ids = torch.cat([ids, ids[:extra]])
-                tensors[name] = ids[:, : ids.shape[1] - cut - (cut > 0 and name == "input_ids")]
-        mask = torch.ones_like(tensors["input_ids"])
-        mask[-1, -1] = 0
-        tensors["attention_mask"] = mask
-        inputs = read_inputs(anatomy.module, None, tensors)
-        recordings.append(
-            record(anatomy, anatomy.stacks[-1], inputs, **Executor(anatomy, inputs, _AllLogits()).forward)
-        )
-    return Shapes(*recordings)
-
-
 def prepare(anatomy: Anatomy, inputs: Inputs, index: int, edits: Edit | Sequence[Edit]) -> Variant:
     """Place a variant's edits and find its first edited block (-1: before the last stack) and column."""
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     check_unconditional(edits)
-    writers = written(anatomy, edits)
+    writers = placed(anatomy, edits)
     last = anatomy.stacks[-1]
     layer = len(last.blocks) if writers else 0
     start = inputs.stream("").ids.shape[1] - 1

@@ -6,15 +6,16 @@ pass for each batch gives every variant the gradient of its own metric. Variants
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.engine.edits import Edit, Place
+from pellucid.engine.pausing import progress as shown
+from pellucid.engine.pausing import quiet
 from pellucid.engine.sweep import Plan
 from pellucid.errors import InputError, Refused
 
@@ -45,15 +46,15 @@ def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterato
 
     Refused in training mode, InputError for a metric without a gradient.
     """
-    if plan.anatomy.module.training:
+    if plan.job.anatomy.module.training:
         raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
     with torch.no_grad():
         plan.settle()
-        plan.executor.clean(plan.rung)  # recorded without a graph
-    with tqdm(total=len(leaves), unit="run", disable=not progress or not sys.stderr.isatty()) as bar:
+        plan.rung.clean(plan.job)  # recorded without a graph
+    with nullcontext() if progress else quiet(), shown(what="runs", total=len(leaves)) as bar:
         for chunk in plan.chunks(plan.variants):
             with torch.enable_grad():
-                scores = [plan.bound(read) for read in plan.logits(chunk)]
+                scores = [plan.metric(read) for read in plan.logits(chunk)]
                 whole = torch.stack(scores)
                 if not whole.requires_grad:
                     raise InputError(
@@ -63,5 +64,5 @@ def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterato
             for variant, score, gradient in zip(chunk, scores, found, strict=True):
                 leaves[variant.index].put.clear()
                 yield Slope(variant.index, score.detach(), gradient)
-            bar.update(len(chunk))
-    plan.executor.forget()
+            bar.step(len(chunk))
+    plan.job.forget()

@@ -16,11 +16,10 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Anatomy, Tap
 from pellucid.anatomy.wiretap import Wiretap
-from pellucid.engine.applying import Window
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
 from pellucid.engine.recording import Recording
-from pellucid.engine.run import Written
+from pellucid.engine.writing import Window, Written
 from pellucid.errors import Refused, SiteError
 
 _lock = threading.Lock()  # stubbing changes a module's forward for a moment: one sweep at a time

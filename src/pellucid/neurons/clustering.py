@@ -29,7 +29,8 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.harvest import Harvest
 from pellucid.neurons.weights import input_weights, output_weights
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Method = Literal["agglomerative", "spectral", "kmeans"]
 NUMBERS = (2, 4, 8, 16, 32, 64)
@@ -50,8 +51,6 @@ class UnitVectors:
     names: tuple[str, ...]
     centred: bool = False
     source: str = "features"
-    model: str = ""
-    digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or len(self.values) != len(self.names):
@@ -59,15 +58,20 @@ class UnitVectors:
                 f"{len(self.names)} units have features {list(self.values.shape)}: expected [unit, feature]"
             )
 
+    def __repr__(self) -> str:
+        return f"<UnitVectors of {len(self.names)} units by {self.source}: {list(self.values.shape)}>"
+
     @classmethod
+    @technique
     def activations(cls, harvest: Harvest, sites: Sequence[str] | None = None) -> UnitVectors:
         """The activations of every unit of these sites (by default all) at the harvest's uniform sample of tokens."""
         sites = harvest.names if sites is None else sites
         values = torch.cat([harvest.sample(site)[1].T for site in sites])
         names = [f"{site}.{i}" for site in sites for i in range(harvest.tally(site).top.shape[0])]
-        return cls(values.numpy(), tuple(names), True, "activations", harvest.plan.model, harvest.plan.digest)
+        return cls(values.numpy(), tuple(names), True, "activations")
 
     @classmethod
+    @technique
     def weights(
         cls, model: Model, sites: str | Sequence[str], side: Literal["input", "output"] = "output"
     ) -> UnitVectors:
@@ -82,7 +86,7 @@ class UnitVectors:
             found.append(torch.nn.functional.normalize(rows.float(), dim=-1).transpose(0, 1).flatten(1))
             names += [f"{site}.{i}" for i in range(len(found[-1]))]
         values = torch.cat(found).detach().cpu().numpy()
-        return cls(values, tuple(names), False, f"{side} weights", model.name, model.digest)
+        return cls(values, tuple(names), False, f"{side} weights")
 
     def normalised(self, columns: np.ndarray | None = None) -> np.ndarray:
         """[unit, feature] of length 1 (0 for a unit that never varies), over some features."""
@@ -101,7 +105,7 @@ class UnitVectors:
     def shuffled(self, rng: np.random.Generator) -> UnitVectors:
         """Each unit's features in an order of its own: nothing in common is left."""
         values = rng.permuted(self.values, axis=1)
-        return UnitVectors(values, self.names, self.centred, self.source, self.model, self.digest)
+        return UnitVectors(values, self.names, self.centred, self.source)
 
 
 @dataclass(eq=False)
@@ -117,16 +121,19 @@ class UnitClusters:
     limit: int = 4000
     seed: int = 0
 
-    labels_: np.ndarray | None = field(default=None, init=False)
+    labels_: np.ndarray | None = field(default=None, init=False, repr=False)
     n_: int = field(default=0, init=False)
     silhouette_: float = field(default=float("nan"), init=False)
     fitted_: int = field(default=0, init=False)
 
+    @technique
     def fit(self, vectors: Any) -> UnitClusters:
         """Cluster vectors [unit, feature] of length 1. InputError for an unknown method or as many clusters as units."""
         if self.method not in get_args(Method):
             raise InputError(f"there is no method {self.method!r}: expected one of {', '.join(get_args(Method))}")
         x = np.asarray(vectors, dtype=np.float32)
+        if x.ndim != 2 or not np.isfinite(x).all():
+            raise InputError(f"these vectors are {list(x.shape)}: expected finite numbers [unit, feature]")
         alive = np.abs(x).sum(1) > 0
         if alive.sum() < 3 or (self.n is not None and not 2 <= self.n < alive.sum()):
             wanted = "a number" if self.n is None else self.n
@@ -197,6 +204,7 @@ def silhouette(vectors: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
     return float(silhouette_score(distance, y, metric="precomputed"))
 
 
+@technique
 def unit_clusters(
     features: UnitVectors, clusters: UnitClusters | None = None, *, draws: int = 5, seed: int = 0
 ) -> Result:
@@ -211,6 +219,8 @@ def unit_clusters(
     """
     from sklearn.metrics import adjusted_rand_score
 
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1")
     clusters = clusters or UnitClusters()
     vectors = features.normalised()
     clusters.fit(vectors)
@@ -249,10 +259,4 @@ def unit_clusters(
         {"unit": list(features.names), "cluster_number": range(clusters.n_)},
         {"method": clusters.method, "fitted": clusters.fitted_, "units": len(labels)},
     )
-    about = Provenance(
-        "unit_clusters", features.model, digest=features.digest, inputs=features.source, seed=seed,
-        arguments={"n": clusters.n, "method": clusters.method, "limit": clusters.limit, "draws": draws},
-    )  # fmt: skip
-    return Result(
-        data, kind="unit clusters", title=f"{clusters.n_} clusters of units by {features.source}", provenance=about
-    )
+    return Result(data, kind="unit clusters", title=f"{clusters.n_} clusters of units by {features.source}")

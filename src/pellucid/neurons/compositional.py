@@ -22,24 +22,24 @@ come as often and as bunched as before, on other words. Searching among many for
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, nearest
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.statistics import interval
+from pellucid.technique import technique
 
 OR, AND, NOT = "OR", "AND", "AND NOT"
 OPERATIONS = (OR, AND, NOT)
 UNITS = 256  # that search together
-DRAWS = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,8 @@ class Concepts:
     masks: np.ndarray
 
     def __post_init__(self) -> None:
+        if not self.names:
+            raise InputError("there is no concept: give at least one")
         if self.masks.ndim != 2 or self.masks.shape[1] != len(self.names) or self.masks.dtype != bool:
             raise InputError(
                 f"the masks are {list(self.masks.shape)} of {self.masks.dtype}: expected bool, one row per token and a "
@@ -62,9 +64,17 @@ class Concepts:
         if len(set(self.names)) < len(self.names):
             raise InputError("two concepts have one name")
 
+    def __repr__(self) -> str:
+        return f"<Concepts on {len(self.masks)} tokens: {len(self.names)} ({', '.join(self.names[:4])} ...)>"
+
     @classmethod
     def of(cls, masks: dict[str, Any]) -> Concepts:
-        return cls(tuple(masks), np.stack([np.asarray(m, dtype=bool) for m in masks.values()], 1))
+        columns = [np.asarray(m, dtype=bool) for m in masks.values()]
+        if len({column.shape for column in columns}) > 1:
+            raise InputError(
+                f"the masks are of {', '.join(str(len(c)) for c in columns)} tokens: expected the same number"
+            )
+        return cls(tuple(masks), np.stack(columns, 1) if columns else np.zeros((0, 0), dtype=bool))
 
     @classmethod
     def labels(cls, labels: Sequence[str], least: int = 1, prefix: str = "") -> Concepts:
@@ -116,6 +126,9 @@ class Formula:
     def holds(self, concepts: Concepts) -> np.ndarray:
         """[token] where the formula is true."""
         column = {name: i for i, name in enumerate(concepts.names)}
+        for name in (self.first, *(concept for _, concept in self.steps)):
+            if name not in column:
+                raise InputError(f"there is no concept {name!r}{nearest(name, column)}")
         found = concepts.masks[:, column[self.first]].copy()
         for operation, concept in self.steps:
             mask = concepts.masks[:, column[concept]]
@@ -136,42 +149,35 @@ class Beam:
             raise InputError(f"{self}: expected a length and width of at least 1 and a penalty above 0 and at most 1")
 
 
-def fires(activations: Any, share: float = 0.01) -> np.ndarray:
-    """[token, unit] True on the `share` of tokens with a unit's largest activations [token, unit] (ties are left out)."""
-    if not 0 < share < 1:
-        raise InputError(f"share={share}: expected more than 0 and less than 1")
-    values = np.asarray(activations, dtype=np.float32)
-    return values > np.quantile(values, 1 - share, axis=0)
-
-
+@technique
 def compositional(
-    firing: np.ndarray,
+    activations: Any,
     concepts: Concepts,
     *,
+    quantile: float = 0.99,
     groups: Any = None,
     beam: Beam | None = None,
     held_out: float = 0.5,
     seed: int = 0,
     units: Sequence[str] | None = None,
-    progress: bool = True,
 ) -> Result:
-    """The formula that describes each unit's firings `firing` [token, unit] best.
+    """The formula that describes best where each unit fires.
 
-    `groups` [token] are the texts, of which the share `held_out` is not searched on (by default each token is a text).
+    `activations` [token, unit]: a unit fires where it is above its `quantile` (so that ties are left out), or where it is
+    True. `groups` [token] are the texts, of which the share `held_out` is not searched on (by default each token is a text).
     Gives over `unit`: `formula` (text), `length`, `iou` and `score` where searched, `held_out` (IoU on the rest, with its
-    95 % interval `low` to `high` by bootstrap over texts), `control` and `control_held_out`, the same for the shifted
-    firings with `control_formula`, and `share`, how often the unit fires. A unit that never fires has IoU 0. InputError
+    95 % interval `low` to `high` over texts), `control` and `control_held_out`, the same for the shifted
+    firings with `control_formula`, and `density`, how often the unit fires. A unit that never fires has IoU 0. InputError
     for masks that do not fit.
 
-    >>> compositional(fires(activations), Concepts.labels(tags), groups=texts).to_frame()  # doctest: +SKIP
+    >>> compositional(activations, Concepts.labels(tags), groups=texts).to_frame()  # doctest: +SKIP
     """
     beam = beam or Beam()
-    firing = np.asarray(firing)
-    if firing.dtype != bool or firing.ndim != 2 or len(firing) != len(concepts.masks):
-        raise InputError(
-            f"the firings are {list(firing.shape)} of {firing.dtype}: expected bool [token, unit] for "
-            f"{len(concepts.masks)} tokens (see fires)"
-        )
+    firing = firings(activations, quantile)
+    if len(firing) != len(concepts.masks):
+        raise InputError(f"there are {len(firing)} tokens with activations, but {len(concepts.masks)} with concepts")
+    if units is not None and len(units) != firing.shape[1]:
+        raise InputError(f"{len(units)} names for {firing.shape[1]} units: expected one each")
     _, text = np.unique(np.arange(len(firing)) if groups is None else np.asarray(groups), return_inverse=True)
     if len(text) != len(firing) or not 0 < held_out < 1 or text.max() < 1:
         raise InputError(
@@ -182,38 +188,56 @@ def compositional(
     tested = np.isin(text, order[: max(1, round(held_out * len(order)))])
     parts = [Concepts(concepts.names, concepts.masks[at]) for at in (~tested, tested)]
     shifted = [_shifted(firing[at], rng) for at in (~tested, tested)]
-    with tqdm(total=2 * firing.shape[1], unit="unit", disable=not progress or not sys.stderr.isatty()) as bar:
+    with progress(what="units explained", total=2 * firing.shape[1]) as bar:
         found = search(firing[~tested], parts[0], beam, bar)
         null = search(shifted[0], parts[0], beam, bar)
-    overlap, low, high = held(firing[tested], [f for f, _ in found], parts[1], text[tested], rng)
-    placebo, _, _ = held(shifted[1], [f for f, _ in null], parts[1], text[tested], rng)
+    both, either = held(firing[tested], [f for f, _ in found], parts[1], text[tested])
+    low, high = interval(both, seed, over=either, within=(0, 1))
+    placebo = held(shifted[1], [f for f, _ in null], parts[1], text[tested])
     data = xr.Dataset(
         {
             "iou": ("unit", [v for _, v in found]),
             "score": ("unit", [v * beam.penalty ** (len(f) - 1) for f, v in found]),
             "formula": ("unit", np.array([str(f) for f, _ in found], dtype=object)),
             "length": ("unit", [len(f) for f, _ in found]),
-            "held_out": ("unit", overlap),
+            "held_out": ("unit", overlap(both, either)),
             "low": ("unit", low),
             "high": ("unit", high),
             "control": ("unit", [v for _, v in null]),
-            "control_held_out": ("unit", placebo),
+            "control_held_out": ("unit", overlap(*placebo)),
             "control_formula": ("unit", np.array([str(f) for f, _ in null], dtype=object)),
-            "share": ("unit", firing.mean(0)),
+            "density": ("unit", firing.mean(0)),
         },
         {"unit": list(units) if units is not None else range(firing.shape[1])},
     )
-    about = Provenance(
-        "compositional", inputs=f"{len(firing)} tokens of {len(order)} texts", seed=seed,
-        arguments={"concepts": len(concepts.names), "beam": asdict(beam), "held_out": held_out},
-    )  # fmt: skip
-    return Result(data, kind="compositional explanations", title="What units fire on", provenance=about)
+    return Result(data, kind="compositional explanations", title="What units fire on")
 
 
 # ---- the search
 
 
-def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: tqdm | None = None) -> list[tuple[Formula, float]]:
+def firings(activations: Any, quantile: float) -> np.ndarray:
+    """[token, unit] where each unit fires."""
+    values = np.asarray(activations)
+    if values.ndim != 2 or values.dtype.kind not in "biuf" or not len(values):
+        raise InputError(
+            f"the activations are {list(values.shape)} of {values.dtype}: expected numbers or bool [token, unit]"
+        )
+    if values.dtype == bool:
+        return values
+    if not 0 < quantile < 1:
+        raise InputError(f"quantile={quantile}: expected more than 0 and less than 1")
+    if np.isnan(values).any():
+        token, unit = np.argwhere(np.isnan(values))[0].tolist()
+        raise InputError(
+            f"the activation of unit {unit} at token {token} is NaN: leave such tokens out, here and in the concepts"
+        )
+    return values > np.quantile(values.astype(np.float32), quantile, axis=0)
+
+
+def search(
+    firing: np.ndarray, concepts: Concepts, beam: Beam, bar: progress[Any] | None = None
+) -> list[tuple[Formula, float]]:
     """Each unit's best formula, and its IoU."""
     masks = torch.from_numpy(np.ascontiguousarray(concepts.masks.T)).float()  # [concept, token]
     found: list[tuple[Formula, float]] = []
@@ -221,7 +245,7 @@ def search(firing: np.ndarray, concepts: Concepts, beam: Beam, bar: tqdm | None 
         part = torch.from_numpy(np.ascontiguousarray(firing[:, start : start + UNITS].T))
         found += _Block(part, masks, concepts.names).search(beam)
         if bar is not None:
-            bar.update(len(part))
+            bar.step(len(part))
     return found
 
 
@@ -318,9 +342,9 @@ def _applied(holds: Tensor, source: Tensor, operation: Tensor, masks: Tensor) ->
 
 
 def held(
-    firing: np.ndarray, formulas: Sequence[Formula], concepts: Concepts, text: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """IoU of each unit's formula on other tokens, and its 95 % interval over texts."""
+    firing: np.ndarray, formulas: Sequence[Formula], concepts: Concepts, text: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[text, unit] on how many tokens both a unit and its formula hold, and on how many either does."""
     _, text = np.unique(text, return_inverse=True)
     texts = int(text.max()) + 1
     both, either = np.zeros((2, texts, len(formulas)))
@@ -328,9 +352,12 @@ def held(
         holds = formula.holds(concepts)
         both[:, i] = np.bincount(text, holds & firing[:, i], minlength=texts)
         either[:, i] = np.bincount(text, holds | firing[:, i], minlength=texts)
-    drawn = rng.multinomial(texts, np.full(texts, 1 / texts), size=DRAWS).astype(float)
-    low, high = np.quantile(drawn @ both / np.maximum(drawn @ either, 1), [0.025, 0.975], axis=0)
-    return both.sum(0) / np.maximum(either.sum(0), 1), low, high
+    return both, either
+
+
+def overlap(both: np.ndarray, either: np.ndarray) -> np.ndarray:
+    """[unit] the IoU over all texts."""
+    return np.asarray(both.sum(0) / np.maximum(either.sum(0), 1))
 
 
 def _shifted(firing: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -20,15 +20,17 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.locate import stack_of
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights, passed
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import texts
+from pellucid.technique import technique
 
 CELLS = 1 << 24  # numbers of logits held at a time
 
 
+@technique
 @torch.no_grad()
 def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor], *, top: int = 10) -> Result:
     """The `top` tokens each unit raises and lowers most, by its output weights alone.
@@ -43,6 +45,11 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
     named = {k: v.flatten() for k, v in units.items()} if isinstance(units, Mapping) else _directions(model, units)
     if not named:
         raise InputError("no unit was given: name neurons, or give directions")
+    at_least(1, top=top)
+    wrong = next((k for k, v in named.items() if len(v) != model.anatomy.stacks[-1].d_model), None)
+    if wrong is not None:
+        width = model.anatomy.stacks[-1].d_model
+        raise InputError(f"{wrong!r} has {len(named[wrong])} numbers: a direction of {model.name} has {width}")
     rows = torch.stack([v.float() for v in named.values()])
     found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
     vocabulary = effects(model, rows[:1]).shape[1]
@@ -57,11 +64,8 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
         values = torch.cat(parts).cpu().numpy()
         made[name] = (("unit", "rank"), texts(model.tokenizer, values) if name.endswith("token") else values)
     made["size"] = ("unit", rows.norm(dim=1).cpu().numpy())
-    provenance = Provenance(
-        "logit_effects", model.name, digest=model.digest, arguments={"units": list(named)[:20], "top": top}
-    )
     data = xr.Dataset(made, coords={"unit": list(named)}, attrs={"unit": "logits at a residual of size 1"})
-    return Result(data, kind="logit effects", title=f"What {len(named)} units write", provenance=provenance)
+    return Result(data, kind="logit effects", title=f"What {len(named)} units write")
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ out is the same to the last bit. Texts are run in batches of like length; paddin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,25 +22,30 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import CONTEXT, SEGMENT, Corpus, Place, Row, by_length, inputs, longest, segments
 from pellucid.engine.checkpoint import fingerprint
-from pellucid.engine.pausing import pause
+from pellucid.engine.marks import special_ids
+from pellucid.engine.pausing import progress
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
-from pellucid.errors import InputError, nearest
+from pellucid.errors import InputError, at_least, nearest
 from pellucid.model import Model
-from pellucid.neurons.corpus import Shelf, Text, batches, inputs_of, place, read, segments, where
+from pellucid.neurons.dictionaries.dictionary import Dictionary
+from pellucid.neurons.shelf import Shelf, place, where
 from pellucid.neurons.tally import Sampler, Tally
+from pellucid.technique import technique
 
-INDEX = "harvest.json"
+INDEX, VERSION = "harvest.json", 2
+TOKENS = 2048  # run at once
+NONE = fingerprint(None)  # of a site's own units
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
     """Functions of the values at a site, each a unit: directions [unit, d] (or one, [d]) that values are projected on, or a
-    callable from values [token, ...] (the site's dimensions) to activations [token, unit], a dictionary's encoder say.
+    callable from values [token, ...] (the site's dimensions) to activations [token, unit], a `Dictionary` say.
 
     >>> Units("layers.3.resid_post", torch.eye(4)[:2], name="axes").activations(torch.ones(1, 4))
     tensor([[1., 1.]])
@@ -50,17 +55,31 @@ class Units:
     read: Tensor | Callable[[Tensor], Tensor] | None = None  # None: the site's own units
     name: str = ""
 
+    def __repr__(self) -> str:
+        read = f"directions {list(self.read.shape)}" if isinstance(self.read, Tensor) else self.read
+        more = "".join(f", {part}" for part in (read, self.name and f"name={self.name!r}") if part)
+        return f"Units({self.site!r}{more})"
+
     @property
     def label(self) -> str:
         return self.name or self.site
 
     def activations(self, values: Tensor) -> Tensor:
         """[token, unit] float32 on the CPU."""
+        tokens = len(values)
         if isinstance(self.read, Tensor):
-            directions = self.read.to(values)
-            values = values.flatten(1) @ (directions if directions.ndim == 2 else directions[None]).T
+            directions, values = self.read.to(values).view(-1, self.read.shape[-1]), values.flatten(1)
+            if directions.shape[1] != values.shape[1]:
+                raise InputError(
+                    f"{self.label!r} has directions of {directions.shape[1]} numbers, {self.site!r} of {values.shape[1]}"
+                )
+            values = values @ directions.T
         elif self.read is not None:
             values = self.read(values)
+        if not isinstance(values, Tensor) or values.ndim < 1 or len(values) != tokens:
+            raise InputError(
+                f"{self.label!r} must give activations [token, unit] for {tokens} tokens, not {getattr(values, 'shape', values)}"
+            )
         return values.reshape(len(values), -1).float().cpu()
 
 
@@ -82,7 +101,7 @@ class Plan:
     digest: str
     labels: tuple[str, ...]
     sites: tuple[str, ...]
-    readers: str  # a fingerprint
+    readers: tuple[str, ...]  # a fingerprint of each
     top: int
     sample: int
     context: int
@@ -104,6 +123,14 @@ class Harvest:
     shelf: Shelf
     readers: dict[str, Units]
     count: int = 0  # tokens
+    read: Place = field(default_factory=Place)  # how far the corpus was read
+
+    def __repr__(self) -> str:
+        units = sum(len(tally.top) for tally in self.tallies.values())
+        of = f" of {self.plan.model}" if self.plan.model else ""
+        return (
+            f"<Harvest{of}: {units} units at {len(self.tallies)} sites, {self.read.texts} texts, {self.count} tokens>"
+        )
 
     @property
     def names(self) -> list[str]:
@@ -117,6 +144,7 @@ class Harvest:
 
     def find(self, unit: str) -> tuple[str, int]:
         """The site (or name) and the number of a unit. InputError if it was not harvested."""
+        unit = str(unit)
         if unit in self.tallies and len(self.tallies[unit].top) == 1:
             return unit, 0
         name, _, number = unit.rpartition(".")
@@ -181,11 +209,11 @@ class Harvest:
 
     def mean(self, name: str) -> Tensor:
         """[unit] over all tokens."""
-        return self.tally(name).mean(self.count)
+        return self.tally(name).mean
 
     def std(self, name: str) -> Tensor:
         """[unit] over all tokens."""
-        return self.tally(name).std(self.count)
+        return self.tally(name).std
 
     def positive(self, name: str) -> Tensor:
         """[unit] the share of tokens with a positive activation."""
@@ -193,6 +221,8 @@ class Harvest:
 
     def quantiles(self, name: str, q: Sequence[float]) -> Tensor:
         """[quantile, unit] of the uniform sample, with linear interpolation."""
+        if not all(0 <= each <= 1 for each in q):
+            raise InputError(f"quantiles {list(q)}: expected numbers from 0 to 1")
         return self.sample(name)[1].quantile(torch.tensor(q, dtype=torch.float32), dim=0)
 
     def coactivation(self, unit: str, name: str | None = None) -> Tensor:
@@ -223,11 +253,12 @@ class Harvest:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{str(path)!r} is not empty: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        _write_units(folder, self.readers)
         shelf = Shelf(folder)
         for first, end in zip(self.shelf.firsts, [*self.shelf.firsts[1:], len(self.shelf)], strict=True):
             rows = range(first, end)
             shelf.append({name: [self.shelf.row(i, name) for i in rows] for name in ("given", "read")})
-        Harvest(self.plan, self.tallies, self.sampler, shelf, self.readers, self.count)._write()
+        replace(self, shelf=shelf)._write()
         return folder
 
     def _write(self) -> None:
@@ -240,13 +271,8 @@ class Harvest:
         }
         state |= {"keys": self.sampler.keys, "places": self.sampler.places}
         save_file(state, str(folder / f"state-{number:05d}.safetensors"))
-        about = {
-            "pellucid-harvest": 1,
-            **asdict(self.plan),
-            "count": self.count,
-            "firsts": self.shelf.firsts,
-            "prompts": len(self.shelf),
-        }
+        about = {"pellucid-harvest": VERSION, **asdict(self.plan), "count": self.count}
+        about |= {"firsts": self.shelf.firsts, "prompts": len(self.shelf), "read": asdict(self.read)}
         part = folder / (INDEX + ".part")
         part.write_text(json.dumps(about, indent=1))
         part.replace(folder / INDEX)
@@ -255,92 +281,96 @@ class Harvest:
                 old.unlink()
 
     @classmethod
+    @technique
     def load(cls, path: str | Path, units: Sequence[Units] = ()) -> Harvest:
-        """What was harvested into a folder. `units` are those of your own, for activations to be computed again.
+        """What was harvested into a folder; `check(model)` says whether it belongs to a model.
 
-        InputError if it is no harvest.
+        Directions and dictionaries come back with it. Other functions do not: where their activations are to be computed
+        again, give those `units` as they were. InputError if it is no harvest, or for other units.
         """
-        folder = Path(path)
+        made = cls._read(Path(path))
+        given = {u.label: u for u in units}
+        for i, (label, site) in enumerate(zip(made.plan.labels, made.plan.sites, strict=True)):
+            own = given.get(label)
+            if own is not None and fingerprint(own.read) != made.plan.readers[i]:
+                raise InputError(f"{label!r} was harvested with another function or other directions than those given")
+            made.readers[label] = own or Units(site, _read_units(Path(path), i, made.plan.readers[i]), label)
+        return made
+
+    @classmethod
+    def _read(cls, folder: Path) -> Harvest:
+        """Without its readers."""
         try:
             about = json.loads((folder / INDEX).read_text())
-            if about.pop("pellucid-harvest") != 1:
-                raise ValueError("another version")
-            count, firsts, prompts = (about.pop(key) for key in ("count", "firsts", "prompts"))
-            plan = Plan(**{**about, "labels": tuple(about["labels"]), "sites": tuple(about["sites"])})
+            if (version := about.pop("pellucid-harvest")) != VERSION:
+                raise InputError(
+                    f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again"
+                )
+            count, firsts, prompts, read = (about.pop(key) for key in ("count", "firsts", "prompts", "read"))
+            plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
             state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{str(path)!r} is no harvest: expected a folder with a readable {INDEX}") from error
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{str(folder)!r} is no harvest: expected a folder with a readable {INDEX}") from error
         tallies = {
             label: Tally(**{key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{i}/")})
             for i, label in enumerate(plan.labels)
         }
-        given = {u.label: u for u in units}
-        readers = {
-            label: given.get(label, Units(site, name=label))
-            for label, site in zip(plan.labels, plan.sites, strict=True)
-        }
-        return cls(
-            plan,
-            tallies,
-            Sampler(state["keys"], state["places"], plan.seed),
-            Shelf(folder, firsts, prompts),
-            readers,
-            count,
-        )
+        sampler = Sampler(state["keys"], state["places"], plan.seed)
+        return cls(plan, tallies, sampler, Shelf(folder, firsts, prompts), {}, count, Place(**read))
 
 
+@technique
 def harvest(
     model: Model,
-    texts: Iterable[Any],
+    texts: Any,
     sites: Sites = "layers.*.mlp.neurons",
     *,
     path: str | Path | None = None,
     top: int = 20,
     sample: int = 1024,
-    context: int = 256,
+    context: int | None = None,
     skip: int = 0,
-    batch: int = 2048,
+    batch_tokens: int = TOKENS,
     seed: int = 0,
-    progress: bool = True,
 ) -> Harvest:
     """Run the texts once and keep of every unit what `Harvest` says.
 
-    `texts` are strings, token ids, or (source, target) pairs for the decoder of an encoder-decoder; each is cut off after
-    `context` tokens. `sites` are sites of one stack (with `*`), or `Units`: directions or features read at a site. `top` is
-    k, `sample` the size of the uniform sample, drawn by `seed`; the first `skip` tokens of each text do not count (a decoder's
-    first token is often a sink with activations of its own). `batch` is in tokens. With a `path` (a folder) the harvest is
-    kept on disk and an interrupted one continues. InputError for sites of several stacks or without positions, and for a
-    folder that holds another harvest.
+    `texts` are what `pl.Corpus` takes, or one: strings, token ids, pairs (source, target) for an encoder-decoder, rows of
+    `datasets`, a file of lines, in a list or as they come. One of more than `context` tokens (256, or what the model holds)
+    is read in several rows, "prompts" of the harvest, unless a Corpus says otherwise. `sites` are sites of one stack (with `*`), or `Units`:
+    directions or features read at a site. `top` is k, `sample` the size of the uniform sample, drawn by `seed`; the first
+    `skip` tokens of each row do not count (a decoder's first token is often a sink with activations of its own). Up to
+    `batch_tokens` tokens are run at once. With a `path` (a folder) the harvest is kept on disk and an interrupted one
+    continues. InputError for sites of several stacks or without positions, for a folder that holds another harvest, and for
+    texts that are none, by their number.
 
     >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
     >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
     """
+    context = min(CONTEXT, longest(model)) if context is None else context
+    at_least(1, top=top, sample=sample, context=context, batch_tokens=batch_tokens)
+    at_least(0, skip=skip)
+    corpus = Corpus.of(texts, context=context, packed=False, long="windows")
     readers = _readers(model, sites)
     plan = Plan(
         model.digest, tuple(readers), tuple(u.site for u in readers.values()),
-        fingerprint([u.read for u in readers.values()]), top, sample, context, skip, seed, model.name,
+        tuple(fingerprint(u.read) for u in readers.values()), top, sample, corpus.context or context, skip, seed, model.name,
     )  # fmt: skip
     made = _begin(plan, readers, None if path is None else Path(path))
-    special = set(getattr(model.tokenizer, "all_special_ids", ()))
-    size = len(texts) if isinstance(texts, Sequence) else None
-    before, done = len(made.shelf), 0
-    with tqdm(total=size, unit="text", disable=not progress) as bar:
-        for segment in segments(read(model, texts, context)):
-            if segment[0].number < before:
-                _compare(made.shelf, segment)
-                done = segment[-1].number + 1
-                bar.update(len(segment))
-            else:
-                rows: dict[int, list[int]] = {}
-                for group in batches(segment, batch):
-                    rows |= _run(model, made, group, special)
-                    bar.update(len(group))
-                    pause(bar.n, size)
-                _put_away(made.shelf, segment, rows)
-                if path is not None:
-                    made._write()
-    if done < before:
-        raise InputError(f"this folder holds a harvest of {before} texts, not of the first {done}: use another folder")
+    special = special_ids(model.tokenizer)
+    size = len(corpus.texts) if hasattr(corpus.texts, "__len__") else None
+    with progress(what="texts harvested", total=size, done=made.read.texts) as bar:
+        for segment in segments(corpus.rows(model, after=made.read), SEGMENT):
+            rows: dict[int, list[int]] = {}
+            for group in by_length(segment, batch_tokens):
+                rows |= _run(model, made, group, special)
+                bar.step(len(group))
+            _put_away(made.shelf, segment, rows)
+            made.read = segment[-1].place
+            if path is not None:
+                made._write()
     if not made.count:
         raise InputError("no token was counted: give texts of more tokens than are skipped")
     return made
@@ -360,6 +390,8 @@ def _readers(model: Model, sites: Sites) -> dict[str, Units]:
             if one.label in found:
                 raise InputError(f"{one.label!r} is named twice: give Units a name of their own")
             found[one.label] = one
+    if not found:
+        raise InputError("there are no sites to harvest: name some, such as layers.*.mlp.neurons")
     if len({Site.parse(u.site).stack for u in found.values()}) > 1:
         raise InputError("these sites are of several stacks, which read different tokens: harvest them one by one")
     return found
@@ -368,22 +400,49 @@ def _readers(model: Model, sites: Sites) -> dict[str, Units]:
 def _begin(plan: Plan, readers: dict[str, Units], folder: Path | None) -> Harvest:
     if folder is None or not (folder / INDEX).exists():
         if folder is not None:
+            if folder.is_file():
+                raise InputError(f"{str(folder)!r} is a file: a harvest is kept in a folder")
             folder.mkdir(parents=True, exist_ok=True)
+            _write_units(folder, readers)
         return Harvest(plan, {}, Sampler.empty(plan.sample, plan.seed), Shelf(folder), readers)
-    made = Harvest.load(folder, list(readers.values()))
+    made = Harvest._read(folder)
     differ = [key for key, value in asdict(plan).items() if key != "model" and value != getattr(made.plan, key)]
     if differ:
         raise InputError(f"{str(folder)!r} holds another harvest (other {', '.join(differ)}): use another folder")
+    made.readers = readers
     return made
 
 
-def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) -> dict[int, list[int]]:
+def _write_units(folder: Path, readers: Mapping[str, Units]) -> None:
+    """The readers that can be kept: directions and dictionaries."""
+    for i, units in enumerate(readers.values()):
+        if isinstance(units.read, Dictionary):
+            units.read.save(folder / f"units-{i}")
+        elif isinstance(units.read, Tensor):
+            save_file({"directions": units.read.detach().cpu().contiguous()}, str(folder / f"units-{i}.safetensors"))
+
+
+def _read_units(folder: Path, i: int, known: str) -> Tensor | Callable[[Tensor], Tensor] | None:
+    if known == NONE:
+        return None
+    if (folder / f"units-{i}").exists():
+        return Dictionary.load(folder / f"units-{i}")
+    if (file := folder / f"units-{i}.safetensors").exists():
+        return load_file(str(file))["directions"]
+    return _lost
+
+
+def _lost(values: Tensor) -> Tensor:
+    raise InputError("this harvest has units of its own: give their function to Harvest.load(path, units=[...])")
+
+
+def _run(model: Model, made: Harvest, group: Sequence[Row], special: frozenset[int]) -> dict[int, list[int]]:
     """Count one batch in; returns the tokens each prompt was read as."""
-    inputs = inputs_of(model, group)
+    given = inputs(model, group)
     sites = {name: Site.parse(u.site) for name, u in made.readers.items()}
-    stream = stream_of(inputs, next(iter(sites.values())))
+    stream = stream_of(given, next(iter(sites.values())))
     ids, real = stream.ids.cpu(), stream.mask.bool().cpu()
-    rows = {text.number: ids[i][real[i]].tolist() for i, text in enumerate(group)}
+    rows = {row.number: ids[i][real[i]].tolist() for i, row in enumerate(group)}
     columns = torch.arange(ids.shape[1])
     position = columns - stream.starts.cpu()[:, None]
     counted = real & (position >= made.plan.skip)
@@ -392,11 +451,11 @@ def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) 
     chosen = counted.flatten().nonzero()[:, 0]
     if not len(chosen):
         return rows
-    number = torch.tensor([text.number for text in group])[:, None]
+    number = torch.tensor([row.number for row in group])[:, None]
     places = place(number.expand_as(position), position).flatten()[chosen]
     drawn = torch.zeros(ids.shape, dtype=torch.float64)
-    for i, text in enumerate(group):
-        drawn[i, real[i]] = made.sampler.draws(text.number, len(rows[text.number]))
+    for i, row in enumerate(group):
+        drawn[i, real[i]] = made.sampler.draws(row.number, len(rows[row.number]))
     taken = made.sampler.offer(drawn.flatten()[chosen], places)
     everything = bool(counted.all())
 
@@ -410,24 +469,17 @@ def _run(model: Model, made: Harvest, group: Sequence[Text], special: set[int]) 
 
         return count
 
-    watch(model.anatomy, inputs, together({name: counter(name) for name in sites}, sites))
+    watch(model.anatomy, given, together({name: counter(name) for name in sites}, sites))
     made.tallies = {name: made.tallies[name] for name in made.readers}  # as asked for, not as the blocks came
     made.count += len(chosen)
     return rows
 
 
-def _put_away(shelf: Shelf, segment: Sequence[Text], rows: Mapping[int, list[int]]) -> None:
-    given = [text.ids for text in segment]
-    seen = [rows.get(text.number, []) for text in segment]
+def _put_away(shelf: Shelf, segment: Sequence[Row], rows: Mapping[int, list[int]]) -> None:
+    given = [row.ids for row in segment]
+    seen = [rows.get(row.number, []) for row in segment]
     alike = all(list(a) == b for a, b in zip(given, seen, strict=True))
     shelf.append({"given": given} if alike else {"given": given, "read": seen})
-
-
-def _compare(shelf: Shelf, segment: Sequence[Text]) -> None:
-    """A segment that was done before must hold the same texts."""
-    for text in segment:
-        if text.number >= len(shelf) or shelf.row(text.number, "given") != list(text.ids):
-            raise InputError(f"text {text.number} is not what this folder was begun with: use another folder")
 
 
 def _moments(values: Tensor, places: Tensor) -> list[Moment]:

@@ -19,8 +19,8 @@ import torch
 from pellucid.errors import InputError
 from pellucid.metrics import logit_difference
 from pellucid.model import Model
-from pellucid.neurons.excerpts import Context
-from pellucid.neurons.statistical import Description, plain
+from pellucid.neurons.contexts import Context
+from pellucid.neurons.naming import Description, plain
 
 Simulate = Callable[[str, Sequence[str]], Any]  # description, tokens -> a number for each token
 

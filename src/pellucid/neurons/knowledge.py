@@ -9,9 +9,9 @@ w are the inputs of the down projection, that is, behind the activation; in gate
 package takes GPT-2's before the activation. Layers are scaled one at a time, all neurons of a layer together.
 
 Knowledge neurons of a fact are those which several wordings of it share ("refining"): of each wording the neurons above
-`threshold` times its largest attribution, of these the ones in at least `share` of the wordings; `share` is then moved by
-.05 until 2 to 5 are left, as the released code does. Neurons that any fact would have ("an answer comes", "a city comes")
-pass this test as well; `against` takes attributions of other facts, and drops what more than `common` of their wordings
+`threshold` times its largest attribution, of these the ones in at least the part `shared` of the wordings, which is then moved
+by .05 until 2 to 5 are left, as the released code does. Neurons that any fact would have ("an answer comes", "a city comes")
+pass this test as well; `others` takes attributions of other facts, and drops what more than `common` of their wordings
 have too (EleutherAI's package has such a filter, which does nothing there). The paper tests them by suppressing (times 0) and amplifying
 (times 2): `knowledge_effect`, which does the same to as many random neurons, and to as many of the most active ones.
 """
@@ -29,52 +29,52 @@ from torch import Tensor
 from pellucid.engine.edits import Scale
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.slopes import Leaf, slopes
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.metrics import Answers, log_odds, probability
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import answer_position
+from pellucid.results import Result
+from pellucid.technique import technique
 
 FEW, MANY = 2, 5  # neurons a fact ends up with
-Neurons = Sequence[tuple[int, int]]  # (layer, neuron)
+Neurons = Result | Sequence[str | tuple[int, int]]  # as `knowledge_neurons` gives them, by site, or (layer, neuron)
 
 
+@technique
 def knowledge_attribution(
     model: Model,
     prompt: Any,
-    answer: Answers,
+    target: Answers,
     *,
     steps: int = 20,
     metric: Any = None,
-    progress: bool = True,
 ) -> Result:
-    """The share of every neuron of every layer of the last stack in the probability of `answer`.
+    """The share of every neuron of every layer of the last stack in the probability of `target`.
 
-    `prompt` is one prompt or several (answers one each, or one for all), asked at its last position, or at its mask token
+    `prompt` is one prompt or several (targets one each, or one for all), asked at its last position, or at its mask token
     in a masked model. `metric` replaces the probability. Gives `attribution` [layer, neuron] (with `prompt` in front for
     several), `activation`, likewise, and `score` and `nothing` [layer], the metric as it is and with a layer's neurons at
-    zero. InputError for an answer of several tokens or a prompt with no or several masks, Refused where no layer has
+    zero. InputError for a target of several tokens or a prompt with no or several masks, Refused where no layer has
     neurons.
 
     >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    if steps < 1:
-        raise InputError(f"steps={steps}: expected at least 1")
-    inputs, position = asked(model, prompt)
-    bound = model.bind(probability(answer, position=position) if metric is None else metric, len(inputs))
+    at_least(1, steps=steps)
+    inputs, position = _asked(model, prompt)
+    bound = model.bind(probability(target, position=position) if metric is None else metric, len(inputs))
     sites = neuron_sites(model)
     clean = _activations(model, inputs, sites, position)
     leaves = [Leaf(f"{site}@{position}", _scaled(k / steps)) for site in sites for k in range(steps)]
     plan = model.plan(inputs, leaves, bound)
     total = [torch.zeros_like(w) for w in clean]
     nothing = torch.zeros(len(inputs), len(sites))
-    for slope in slopes(plan, leaves, progress):
+    for slope in slopes(plan, leaves):
         layer, k = divmod(slope.index, steps)
         total[layer] += slope.gradient[:, 0].to(total[layer]) / steps
         if k == 0:
             nothing[:, layer] = slope.score.float().cpu()
     with torch.no_grad():
         score = model.score(model.run(inputs), bound)
-    layers = [layer_of(site) for site in sites]
     data = xr.Dataset(
         {
             "attribution": (
@@ -85,44 +85,52 @@ def knowledge_attribution(
             "score": ("prompt", score.float().cpu().numpy()),
             "nothing": (("prompt", "layer"), nothing.numpy()),
         },
-        coords={"layer": layers},
+        coords={"layer": [layer_of(site) for site in sites], "site": ("layer", np.array(sites, dtype=object))},
         attrs={"attributed": bound.name, "rule": "riemann-left"},
     )
     data = data.isel(prompt=0) if len(inputs) == 1 else data
-    provenance = Provenance(
-        "knowledge_attribution", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"answer": answer, "steps": steps, "metric": bound.name},
-    )  # fmt: skip
-    return Result(data, kind="knowledge attribution", title=f"Neurons behind {answer!r}", provenance=provenance)
+    return Result(data, kind="knowledge attribution", title=f"Neurons behind {target!r}")
 
 
+@technique
 def knowledge_neurons(
     attributions: Result,
     *,
     threshold: float = 0.2,
-    share: float = 0.7,
+    shared: float = 0.7,
     adjust: bool = True,
-    against: Result | None = None,
+    others: Result | None = None,
     common: float = 0.3,
 ) -> Result:
     """The neurons that wordings of one fact share, from their `knowledge_attribution` (several prompts).
 
-    `against` is the attribution of prompts about other facts: neurons above the threshold in more than `common` of these
+    `others` is the attribution of prompts about other facts: neurons above the threshold in more than `common` of these
     are not kept.
 
-    Gives over `neuron` (the most shared first) `share` of the wordings and mean `attribution`, with coordinates `layer` and
-    `unit`; `needed` is the share that was asked for in the end. With `adjust` it is moved until 2 to 5 neurons are left
-    (or it reaches 0 or 1). InputError for another result, or attributions of another model.
+    Gives over `neuron` (the most shared first) `shared`, the part of the wordings that have it, and the mean `attribution`;
+    `neurons` are their sites, `layer` and `unit` their numbers; `needed` is the part that was asked for in the end. With
+    `adjust` it is moved until 2 to 5 neurons are left (or it reaches 0 or 1). InputError for another result, attributions of
+    another model, or numbers that are no parts.
     """
+    parts = {"threshold": threshold, "shared": shared, "common": common}
+    wrong = next((f"{name}={value}" for name, value in parts.items() if not 0 <= value <= 1), None)
+    if wrong is not None:
+        raise InputError(f"{wrong}: expected a number from 0 to 1")
     values = _attributions(attributions)
     array = np.nan_to_num(values.values)
     counts = _passing(array, threshold)
-    if against is not None:
-        others = np.nan_to_num(_attributions(against).values)
-        if others.shape[1:] != array.shape[1:]:
-            raise InputError(f"`against` is of {others.shape[1:]} neurons (layers, width), these are {array.shape[1:]}")
-        counts = np.where(_passing(others, threshold) > common, 0.0, counts)
-    needed = share
+    if others is not None:
+        rest, digests = (
+            np.nan_to_num(_attributions(others).values),
+            [attributions.provenance.digest, others.provenance.digest],
+        )
+        if rest.shape[1:] != array.shape[1:] or digests[0] != digests[1]:
+            raise InputError(
+                f"`others` are of {rest.shape[1:]} neurons (layers, width) of the weights {str(digests[1])[:12]}, "
+                f"these of {array.shape[1:]} of {str(digests[0])[:12]}: attribute both in one model"
+            )
+        counts = np.where(_passing(rest, threshold) > common, 0.0, counts)
+    needed = shared
     while adjust and not FEW <= (found := int((counts >= needed - 1e-9).sum())) <= MANY:
         step = 0.05 if found > MANY else -0.05
         if not 0 < needed + step <= 1 or (step < 0 and int((counts >= needed + step - 1e-9).sum()) > MANY):
@@ -133,22 +141,20 @@ def knowledge_neurons(
     rows, units = [at[0] for at in order], [at[1] for at in order]
     data = xr.Dataset(
         {
-            "share": ("neuron", counts[rows, units]),
+            "shared": ("neuron", counts[rows, units]),
             "attribution": ("neuron", array.mean(0)[rows, units]),
+            "neurons": ("neuron", np.array([f"{values.site.values[i]}.{n}" for i, n in order], dtype=object)),
             "needed": needed,
         },
         coords={"layer": ("neuron", values.layer.values[rows]), "unit": ("neuron", np.array(units, dtype=int))},
     )
-    about = attributions.provenance
-    provenance = Provenance(
-        "knowledge_neurons", about.model, digest=about.digest, inputs=about.inputs,
-        arguments={"threshold": threshold, "share": share, "adjust": adjust, "against": against is not None, "common": common},
-    )  # fmt: skip
-    return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons", provenance=provenance)
+    return Result(data, kind="knowledge neurons", title=f"{len(order)} knowledge neurons")
 
 
 def _attributions(result: Result) -> xr.DataArray:
     """[prompt, layer, neuron]"""
+    if not isinstance(result, Result):
+        raise InputError(f"{result!r} is no result of knowledge_attribution")
     if "attribution" not in result.data or result.kind != "knowledge attribution":
         raise InputError(f"knowledge neurons are refined from knowledge attributions, not from {result.kind!r}")
     values = result.data["attribution"]
@@ -161,48 +167,41 @@ def _passing(array: np.ndarray, threshold: float) -> np.ndarray:
     return (array > threshold * array.max((1, 2), keepdims=True)).mean(0)
 
 
-def chosen(found: Result) -> list[tuple[int, int]]:
-    """(layer, neuron) of the neurons of a `knowledge_neurons` result."""
-    return list(zip(found.data.layer.values.tolist(), found.data.unit.values.tolist(), strict=True))
-
-
+@technique
 def knowledge_effect(
     model: Model,
     prompt: Any,
-    answer: Answers,
+    target: Answers,
     neurons: Neurons,
     *,
     factors: Sequence[float] = (0.0, 2.0),
-    controls: int = 10,
+    draws: int = 10,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
-    """What scaling these neurons at the answer's position does to the log-odds of `answer`, beside two controls.
+    """What scaling these neurons at the answer's position does to the log-odds of `target`, beside two controls.
 
-    Controls are `controls` draws of as many neurons of the same layers (`seed`), and as many with the largest activations
-    on this prompt. Gives `effect` [group, factor], the change of the log-odds in nats (the mean over prompts), for the
+    `neurons` are a `knowledge_neurons` result, sites, or (layer, neuron) pairs. Controls are `draws` draws of as many neurons
+    of the same layers (`seed`), and as many with the largest activations on this prompt. Gives `effect` [group, factor], the change of the log-odds in nats (the mean over prompts), for the
     groups "neurons", "random" and "most active"; `spread`, the standard deviation over the random draws; `clean`.
-    `factors`: 0 suppresses, 2 amplifies. InputError without neurons.
+    `factors`: 0 suppresses, 2 amplifies. InputError without neurons, or for
+    some that the model does not have.
 
     >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 1234), (23, 77)])  # doctest: +SKIP
     """
-    if not len(neurons):
-        raise InputError("there are no neurons to scale: refine with a lower share, or name some as (layer, neuron)")
-    inputs, position = asked(model, prompt)
-    bound = model.bind(log_odds(answer, position=position), len(inputs))
+    at_least(1, draws=draws, factors=len(factors))
+    inputs, position = _asked(model, prompt)
+    bound = model.bind(log_odds(target, position=position), len(inputs))
     sites = {layer_of(site): site for site in neuron_sites(model)}
-    unknown = next(((layer, n) for layer, n in neurons if layer not in sites), None)
-    if unknown is not None:
-        raise InputError(f"layer {unknown[0]} of {model.name} has no neurons; those with neurons are {sorted(sites)}")
     clean = dict(zip(sites, _activations(model, inputs, list(sites.values()), position), strict=True))
-    groups: list[tuple[str, Neurons]] = [("neurons", neurons), ("most active", _most_active(clean, len(neurons)))]
+    chosen = _numbered(model, neurons, {layer: values.shape[1] for layer, values in clean.items()})
+    groups = [("neurons", chosen), ("most active", _most_active(clean, len(chosen)))]
     rng = np.random.default_rng(seed)
-    for _ in range(controls):
-        groups.append(("random", [(layer, int(rng.integers(clean[layer].shape[1]))) for layer, _ in neurons]))
+    for _ in range(draws):
+        groups.append(("random", [(layer, int(rng.integers(clean[layer].shape[1]))) for layer, _ in chosen]))
     variants = [
         [Scale(f"{sites[layer]}.{n}@{position}", f) for layer, n in group] for _, group in groups for f in factors
     ]
-    swept = model.sweep(inputs, variants, bound, progress=progress)
+    swept = model.sweep(inputs, variants, bound)
     change = (swept.values - swept.clean).mean(1).double().reshape(len(groups), len(factors)).numpy()
     of = {name: change[[g == name for g, _ in groups]] for name in ("neurons", "random", "most active")}
     data = xr.Dataset(
@@ -211,43 +210,24 @@ def knowledge_effect(
                 ("group", "factor"),
                 np.stack([rows.mean(0) if len(rows) else np.full(len(factors), np.nan) for rows in of.values()]),
             ),
-            "spread": ("factor", of["random"].std(0, ddof=1) if controls > 1 else np.full(len(factors), np.nan)),
+            "spread": ("factor", of["random"].std(0, ddof=1) if draws > 1 else np.full(len(factors), np.nan)),
             "clean": float(swept.clean.double().mean()),
         },
         coords={"group": list(of), "factor": list(factors)},
     )
-    provenance = Provenance(
-        "knowledge_effect", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"answer": answer, "neurons": [list(n) for n in neurons], "factors": factors, "controls": controls},
-    )  # fmt: skip
-    return Result(data, kind="knowledge effect", title=f"Scaling {len(neurons)} neurons", provenance=provenance)
+    return Result(data, kind="knowledge effect", title=f"Scaling {len(chosen)} neurons")
 
 
 # ---- where
 
 
-def asked(model: Model, prompt: Any) -> tuple[Inputs, int]:
-    """The prompts and the position at which they are answered, counted from the end: the last, or that of the mask in a
-    model that looks ahead. InputError where prompts have their masks at different places, or not exactly one.
-    """
+def _asked(model: Model, prompt: Any) -> tuple[Inputs, int]:
+    """The prompts and the position at which they are answered. InputError where that is no single token."""
     inputs = model.inputs(prompt)
-    stream, mask = inputs.stream(""), getattr(model.tokenizer, "mask_token_id", None)
-    if model.anatomy.stacks[-1].causal or mask is None:
-        at = [-1] * len(inputs)
-    else:
-        found = [
-            (row[real.bool()] == mask).nonzero().flatten().tolist()
-            for row, real in zip(stream.ids, stream.mask, strict=True)
-        ]
-        wrong = next((n for n in found if len(n) != 1), None)
-        if wrong is not None:
-            raise InputError(
-                f"a prompt has {len(wrong)} mask tokens: write {model.tokenizer.mask_token!r} once, where the answer goes"
-            )
-        at = [n[0] - int(length) for n, length in zip(found, stream.lengths, strict=True)]
-    if len(set(at)) > 1:
-        raise InputError("the prompts have their masks at different places from the end: ask them one at a time")
-    return inputs, at[0]
+    position = answer_position(model, inputs)
+    if position is None:
+        raise InputError(f"{model.name} does not answer at one token, where its neurons could be read")
+    return inputs, position
 
 
 def neuron_sites(model: Model) -> list[str]:
@@ -264,6 +244,31 @@ def neuron_sites(model: Model) -> list[str]:
 
 def layer_of(site: str) -> int:
     return int(site.partition("layers.")[2].partition(".")[0])
+
+
+def _numbered(model: Model, neurons: Neurons, widths: dict[int, int]) -> list[tuple[int, int]]:
+    """(layer, neuron) of each; `widths` by layer."""
+    given = neurons["neurons"].values.tolist() if isinstance(neurons, Result) else list(neurons)
+    if not given:
+        raise InputError("there are no neurons to scale: refine with a lower `shared`, or name some as (layer, neuron)")
+    found: list[tuple[int, int]] = []
+    for each in given:
+        if isinstance(each, str):
+            sites = model.sites(each)
+            wrong = next((s for s in sites if s.part != "mlp.neurons" or s.unit is None), None)
+            if wrong is not None:
+                raise InputError(f"{str(wrong)!r} is no neuron: name one as layers.3.mlp.neurons.17")
+            found += [(site.layer, site.unit) for site in sites]  # type: ignore[misc]
+        elif isinstance(each, tuple | list) and len(each) == 2 and all(isinstance(i, int | np.integer) for i in each):
+            found.append((int(each[0]), int(each[1])))
+        else:
+            raise InputError(f"{each!r} is no neuron: name one as (layer, neuron) or as layers.3.mlp.neurons.17")
+    for layer, n in found:
+        if layer not in widths:
+            raise InputError(f"layer {layer} of {model.name} has no neurons; those with neurons are {sorted(widths)}")
+        if not isinstance(n, int) or not 0 <= n < widths[layer]:
+            raise InputError(f"there is no neuron {n} in layer {layer} of {model.name}, which has {widths[layer]}")
+    return found
 
 
 def _activations(model: Model, inputs: Inputs, sites: Sequence[str], position: int) -> list[Tensor]:

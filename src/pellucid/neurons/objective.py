@@ -53,7 +53,7 @@ class Objective:
 
     def __init__(self, model: Model, unit: Unit, vocabulary: Vocabulary, fluency: float = 0.0) -> None:
         self.model, self.vocabulary, self.fluency, self.spread = model, vocabulary, fluency, 1.0
-        units, self.number = unit if isinstance(unit, tuple) else (unit, 0)
+        units, self.number = unit if isinstance(unit, tuple) else (unit, None)
         self.units = units if isinstance(units, Units) else None
         name = units.site if isinstance(units, Units) else str(units)
         sites = model.sites(name)
@@ -161,7 +161,11 @@ class Objective:
         """[n, column] from the values at the site."""
         if self.units is None:
             return values
-        return self.units.activations(values.flatten(0, 1))[:, self.number].view(values.shape[:2])
+        every = self.units.activations(values.flatten(0, 1))
+        if not 0 <= (number := self.number or 0) < every.shape[1] or (self.number is None and every.shape[1] > 1):
+            asked = "none was named" if self.number is None else f"{self.number} was asked for"
+            raise InputError(f"{self.units.label!r} has {every.shape[1]} units and {asked}: give (Units, number)")
+        return every[:, number].view(values.shape[:2])
 
     @cached_property
     def _entrance(self) -> str:

@@ -23,23 +23,23 @@ exchanges drawn blindly (a gradient counts as three evaluations); the best conte
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pellucid.errors import InputError
+from pellucid.engine.pausing import progress
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.harvest import Units
 from pellucid.neurons.objective import ROWS_OF_TOKENS, Found, Objective, Unit
 from pellucid.neurons.vocabulary import Vocabulary
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 STARTS = 64  # random texts: the restarts are the best of them, and they give the unit's spread
 GRADIENT = 3  # a forward and backward pass, in evaluations
@@ -59,10 +59,10 @@ class Exchanges:
     readable: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.top, self.trials) < 1:
-            raise InputError(f"top={self.top}, trials={self.trials}: expected at least 1 of each")
+        at_least(1, top=self.top, trials=self.trials)
 
 
+@technique
 def activating_inputs(
     model: Model,
     unit: Unit,
@@ -71,12 +71,11 @@ def activating_inputs(
     steps: int = 30,
     restarts: int = 4,
     fluency: float = 0.0,
-    corpus: Sequence[str] = (),
+    texts: Sequence[str] = (),
     exchanges: Exchanges | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
-    """Texts of `length` tokens that activate a unit, beside what blind search and a corpus (of texts) give.
+    """Texts of `length` tokens that activate a unit, beside what blind search and a corpus (`texts`) give.
 
     `unit` is a site with one number per position ("layers.3.mlp.neurons.17"), or `Units`, a direction or function read at a
     site, or (Units, number) for one of several (a feature of a dictionary). Where a model is causal its activation at the
@@ -92,17 +91,18 @@ def activating_inputs(
 
     >>> activating_inputs(model, "layers.12.mlp.neurons.7", fluency=0.5)  # doctest: +SKIP
     """
-    if min(length, restarts, steps) < 1:
-        raise InputError(f"length={length}, steps={steps}, restarts={restarts}: expected at least 1 of each")
+    at_least(1, length=length, steps=steps, restarts=restarts)
+    if isinstance(texts, str):
+        raise InputError("expected several texts: put the one text into a list")
     exchanges = exchanges or Exchanges()
     vocabulary, generator = Vocabulary.of(model, exchanges.readable), torch.Generator().manual_seed(seed)
     aim = Objective(model, unit, vocabulary, fluency)
     drawn = aim.score(vocabulary.draw(max(STARTS, restarts), length, generator))
     aim.spread = float(drawn.activation.std()) or 1.0
-    given, windows = from_corpus(aim, corpus, length) if corpus else ({}, None)
+    given, windows = from_corpus(aim, texts, length) if texts else ({}, None)
     known = [] if windows is None else [best(aim, windows, (restarts + 1) // 2)]
     start = Found.joined([*known, best(aim, drawn, restarts - sum(len(each.rows) for each in known))])
-    with tqdm(total=2 * steps, unit="step", disable=not progress or not sys.stderr.isatty()) as bar:
+    with progress(what="steps of the search", total=2 * steps) as bar:
         climb = Climb(aim, start, exchanges.trials, steps, bar)
         climb.run(_steepest(aim, exchanges.top, generator))
         controls = given
@@ -115,12 +115,7 @@ def activating_inputs(
                 controls["random texts"] = best(aim, aim.score(rows), 1)
         except KeyboardInterrupt:
             pass
-    about = Provenance(
-        "activating_inputs", model.name, digest=model.digest, inputs=f"{len(corpus)} texts of a corpus", seed=seed,
-        arguments={"unit": _named(unit), "length": length, "steps": steps, "restarts": restarts, "fluency": fluency,
-                   "exchanges": asdict(exchanges)},
-    )  # fmt: skip
-    return _result(aim, climb, controls, about)
+    return _result(aim, climb, controls, _named(unit))
 
 
 @dataclass(eq=False)
@@ -131,7 +126,7 @@ class Climb:
     found: Found
     trials: int
     steps: int
-    bar: tqdm
+    bar: progress[Any]
     interrupted: bool = False
 
     def __post_init__(self) -> None:
@@ -148,7 +143,7 @@ class Climb:
         try:
             for _ in range(self.steps):
                 self._step(propose)
-                self.bar.update()
+                self.bar.step()
         except KeyboardInterrupt:
             self.interrupted = True
 
@@ -272,26 +267,24 @@ def _named(unit: Unit) -> str:
     return unit.label if isinstance(unit, Units) else str(unit)
 
 
-def _result(aim: Objective, climb: Climb, controls: dict[str, Found], about: Provenance) -> Result:
+def _result(aim: Objective, climb: Climb, controls: dict[str, Found], unit: str) -> Result:
     order = torch.argsort(climb.path[-1], descending=True, stable=True)
     found, path = climb.found.at(order), torch.stack(climb.path, 1)[order]
-    data: dict[str, Any] = {**_columns(aim, found, "restart"), "tokens": (("restart", "position"), found.rows.numpy())}
-    data["path"] = (("restart", "step"), path.numpy())
+    made: dict[str, Any] = {**_columns(aim, found, "restart"), "tokens": (("restart", "position"), found.rows.numpy())}
+    made["path"] = (("restart", "step"), path.numpy())
     if controls:
         each = [_columns(aim, one, "control") for one in controls.values()]
         for name in each[0]:
-            data[f"control_{name}"] = ("control", np.concatenate([one[name][1] for one in each]))
-    data |= {"spread": aim.spread, "evaluations": climb.evaluations + GRADIENT * len(found.rows) * climb.steps}
+            made[f"control_{name}"] = ("control", np.concatenate([one[name][1] for one in each]))
+    made |= {"spread": aim.spread, "evaluations": climb.evaluations + GRADIENT * len(found.rows) * climb.steps}
     counted = "last token" if aim.causal else "largest over the tokens"
     attrs = {
         "activation": counted,
         "fluency": "own cross-entropy" if aim.speaks else "none",
         "interrupted": climb.interrupted,
     }
-    title = f"Inputs that activate {about.arguments['unit']}"
-    return Result(
-        xr.Dataset(data, {"control": list(controls)}, attrs), kind="activating inputs", title=title, provenance=about
-    )
+    data = xr.Dataset(made, {"control": list(controls)}, attrs)
+    return Result(data, kind="activating inputs", title=f"Inputs that activate {unit}")
 
 
 def _columns(aim: Objective, found: Found, dim: str) -> dict[str, tuple[str, np.ndarray]]:

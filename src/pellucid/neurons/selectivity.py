@@ -24,19 +24,21 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Row, by_length, inputs
 from pellucid.engine.watching import watch
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
-from pellucid.neurons.corpus import Text, batches
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import technique
 
 Place = tuple[int, int, int]  # text, first character, last character + 1
 UNITS = 1024  # ranked at a time
 TOKENS = 2048  # run at a time
-DRAWS = 1000  # of texts, for an interval
 
 
+@technique
 def neuron_selectivity(
     model: Model,
     texts: Sequence[str],
@@ -46,7 +48,7 @@ def neuron_selectivity(
     *,
     pool: Literal["last", "mean"] = "last",
     shuffle: Literal["all", "within texts"] = "all",
-    permutations: int = 100,
+    draws: int = 100,
     best: int = 5,
     seed: int = 0,
     memory: int = 1 << 30,
@@ -54,7 +56,7 @@ def neuron_selectivity(
     """How well every unit of `sites` tells each label from the others, at places (text, first character, last + 1).
 
     A place's activation is that of its last token, or the mean over its tokens. Over `concept` x `unit`, on the half of the
-    texts that `seed` chooses: `auroc`, `point_biserial`, `f1` and `p`, corrected for all units by `permutations`. Over
+    texts that `seed` chooses: `auroc`, `point_biserial`, `f1` and `p`, corrected for all units by `draws` shuffles. Over
     `concept`: `significant`, how many units have p < .05, `shuffled`, the AUROC of the best unit after a shuffle (mean), and
     `examples`. Over `concept` x `rank`: `found`, the `best` units by their distance from 1/2, and on the other half their
     `held_out` AUROC with its 95 % interval `low` to `high`. Activations are read in as many passes as `memory` bytes need.
@@ -63,11 +65,20 @@ def neuron_selectivity(
     >>> words = bank.spans  # doctest: +SKIP
     >>> neuron_selectivity(model, words.texts, words.where, bank.tags().labels).found  # doctest: +SKIP
     """
+    at_least(1, draws=draws, best=best)
+    for name, given, known in (("pool", pool, ("last", "mean")), ("shuffle", shuffle, ("all", "within texts"))):
+        if given not in known:
+            raise InputError(f"{name}={given!r}: expected {known[0]!r} or {known[1]!r}")
+    if isinstance(texts, str):
+        raise InputError("expected several texts: put the one text into a list")
+    wrong = next((place for place in places if len(place) != 3 or not 0 <= place[0] < len(texts)), None)
+    if wrong is not None:
+        raise InputError(f"{wrong!r} is no place in {len(texts)} texts: expected (text, first character, last + 1)")
     marks, concepts = _marks(places, labels)
     groups = np.array([text for text, _, _ in places])
     first = _half(groups, marks, concepts, seed)
-    shuffles = _shuffles(groups[first], marks[first], shuffle, permutations, seed)
-    extremes = np.zeros((permutations, len(concepts)))  # distances from 1/2
+    shuffles = _shuffles(groups[first], marks[first], shuffle, draws, seed)
+    extremes = np.zeros((draws, len(concepts)))  # distances from 1/2
     parts: dict[str, list[np.ndarray]] = {"auroc": [], "point_biserial": [], "f1": []}
     names: list[str] = []
     leaders: list[list[Leader]] = [[] for _ in concepts]
@@ -103,11 +114,7 @@ def neuron_selectivity(
         },
         coords={"concept": concepts, "unit": names},
     )
-    provenance = Provenance(
-        "neuron_selectivity", model.name, digest=model.digest, inputs=f"{len(places)} places in {len(set(groups))} texts",
-        arguments={"sites": sites, "pool": pool, "shuffle": shuffle, "permutations": permutations}, seed=seed,
-    )  # fmt: skip
-    return Result(data, kind="neuron selectivity", title=f"Neurons of {model.name} by concept", provenance=provenance)
+    return Result(data, kind="neuron selectivity", title=f"Neurons of {model.name} by concept")
 
 
 class Leader(NamedTuple):
@@ -175,21 +182,20 @@ def best_f1(less: Tensor, marks: np.ndarray) -> np.ndarray:
 
 
 def _outside(leaders: list[Leader], marks: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    """[leader, 3] the AUROC of units on texts they were not chosen on, and its interval over draws of texts."""
-    texts, inverse = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(texts), np.full(len(texts), 1 / len(texts)), DRAWS)[:, inverse]
-    weights = np.concatenate([np.ones((1, len(groups)), dtype=int), weights])
-    rows = np.empty((len(leaders), 3))
-    for i, (_, _, x) in enumerate(leaders):
-        order = np.argsort(x, kind="stable")
-        starts = np.flatnonzero(np.diff(x[order], prepend=-np.inf))
-        of, rest = (np.add.reduceat(weights[:, order] * y[order], starts, axis=1) for y in (marks, 1 - marks))
-        below = rest.cumsum(1) - rest / 2
-        with np.errstate(invalid="ignore"):  # a draw without the concept says nothing
-            drawn = (of * below).sum(1) / (of.sum(1) * rest.sum(1))
-        rows[i] = drawn[0], *np.nanquantile(drawn[1:], [0.025, 0.975])
-    return rows
+    """[leader, 3] the AUROC of units on texts they were not chosen on, and its interval over texts."""
+    orders = [np.argsort(x, kind="stable") for _, _, x in leaders]
+    starts = [np.flatnonzero(np.diff(x[o], prepend=-np.inf)) for o, (_, _, x) in zip(orders, leaders, strict=True)]
+
+    def weighed(weights: np.ndarray) -> np.ndarray:
+        """[draw, leader] with each place as often as `weights` [draw, place] say."""
+        found = []
+        for order, start in zip(orders, starts, strict=True):
+            of, rest = (np.add.reduceat((weights * y)[:, order], start, axis=1) for y in (marks, 1 - marks))
+            below = rest.cumsum(1) - rest / 2
+            found.append((of * below).sum(1) / (of.sum(1) * rest.sum(1)))
+        return np.stack(found, 1)
+
+    return np.stack([weighed(np.ones((1, len(groups))))[0], *interval(weighed, seed, groups=groups, within=(0, 1))], 1)
 
 
 # ---- labels
@@ -199,6 +205,9 @@ def _marks(places: Sequence[Place], labels: Sequence[str]) -> tuple[np.ndarray, 
     """[place, concept] 1 where the place has that label."""
     if len(places) != len(labels) or not len(places):
         raise InputError(f"{len(places)} places but {len(labels)} labels: give one for each, and at least one")
+    missing = next((i for i, label in enumerate(labels) if label is None or label != label), None)  # NaN is not itself
+    if missing is not None:
+        raise InputError(f"place {missing} has no label ({labels[missing]!r}): leave it out")
     concepts, each = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     if len(concepts) < 2:
         raise InputError(f"all places are labelled {concepts[0]!r}: there is nothing to tell apart")
@@ -215,12 +224,12 @@ def _half(groups: np.ndarray, marks: np.ndarray, concepts: list[str], seed: int)
     return first
 
 
-def _shuffles(groups: np.ndarray, marks: np.ndarray, shuffle: str, permutations: int, seed: int) -> np.ndarray:
-    """[place, permutation * concept] the marks in random orders."""
+def _shuffles(groups: np.ndarray, marks: np.ndarray, shuffle: str, draws: int, seed: int) -> np.ndarray:
+    """[place, draw * concept] the marks in random orders."""
     rng = np.random.default_rng(seed)
     keys = np.zeros(len(groups)) if shuffle == "all" else groups
     home = np.argsort(keys, kind="stable")
-    made = np.empty((permutations, *marks.shape), dtype=np.float32)
+    made = np.empty((draws, *marks.shape), dtype=np.float32)
     for each in made:
         each[home] = marks[np.lexsort((rng.random(len(groups)), keys))]
     return made.transpose(1, 0, 2).reshape(len(groups), -1)
@@ -242,7 +251,7 @@ def _read(
     of: dict[int, list[int]] = {}
     for i, (text, _, _) in enumerate(places):
         of.setdefault(text, []).append(i)
-    rows = [Text(number, tuple(cut[number][0])) for number in of]
+    rows = [Row(number, tuple(cut[number][0]), number) for number in of]
     widths = _widths(model, rows[0], sites)
     fitting = max(1, memory // (4 * len(places) * max(widths)))
     for at in range(0, len(sites), fitting):
@@ -250,15 +259,15 @@ def _read(
             site: torch.empty(len(places), width)
             for site, width in list(zip(sites, widths, strict=True))[at : at + fitting]
         }
-        for group in batches(rows, TOKENS):
-            inputs = model.inputs([list(text.ids) for text in group])
-            starts = inputs.stream(sites[0].stack).starts.tolist()
+        for group in by_length(rows, TOKENS):
+            given = inputs(model, group)
+            starts = given.stream(sites[0].stack).starts.tolist()
             where = [
                 (b, starts[b] + spans[i][0], starts[b] + spans[i][1], i)
-                for b, text in enumerate(group)
-                for i in of[text.number]
+                for b, row in enumerate(group)
+                for i in of[row.number]
             ]
-            watch(model.anatomy, inputs, {site: _pooler(rows, where) for site, rows in made.items()})
+            watch(model.anatomy, given, {site: _pooler(rows, where) for site, rows in made.items()})
         while made:
             site = next(iter(made))
             yield str(site), made.pop(site)
@@ -272,11 +281,11 @@ def _pooler(rows: Tensor, where: list[tuple[int, int, int, int]]) -> Callable[[T
     return pool
 
 
-def _widths(model: Model, text: Text, sites: Sequence[Site]) -> list[int]:
+def _widths(model: Model, row: Row, sites: Sequence[Site]) -> list[int]:
     found: dict[Site, int] = {}
     watch(
         model.anatomy,
-        model.inputs([list(text.ids)]),
+        inputs(model, [row]),
         {site: lambda x, site=site: found.__setitem__(site, x[0, 0].numel()) for site in sites},  # type: ignore[misc]
     )
     return [found[site] for site in sites]

@@ -25,12 +25,14 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import trange
 
-from pellucid.errors import InputError
+from pellucid.controls import random_directions
+from pellucid.engine.pausing import progress
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.neurons.weights import output_weights
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 CHUNK = 1024  # rows of an interference matrix at once
 
@@ -56,41 +58,43 @@ def interference(vectors: Tensor) -> Tensor:
     return (torch.cat(rows, -1) - (units * vectors).sum(-1).pow(2)).clamp_min(0)
 
 
+@technique
 def toy_model(
     sparsity: float | Sequence[float],
     *,
     features: int = 20,
     hidden: int = 5,
     importance: Tensor | Sequence[float] | None = None,
-    copies: int = 1,
+    restarts: int = 1,
     steps: int = 5000,
     batch: int = 512,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
-    """Train the toy model once for every sparsity and copy, all in one batch.
+    """Train the toy model once for every sparsity and restart, all in one batch.
 
-    `importance` [features] weighs the features (default: all 1). Gives over `sparsity`, `copy` and `feature`
+    `importance` [features] weighs the features (default: all 1). Gives over `sparsity`, `restart` and `feature`
     `dimensionality`, `norm` and `interference`, `weights` with `hidden` besides and `bias`; `loss` over `sparsity` and
-    `copy`, and `linear`, the loss of the best model without superposition: the most important features kept, one per
-    dimension, all others answered by their mean. Copies differ by their random start.
+    `restart`, and `linear`, the loss of the best model without superposition: the most important features kept, one per
+    dimension, all others answered by their mean. Restarts differ by their random start.
 
-    >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3, progress=False).dimensionality.shape
+    >>> toy_model([0.9, 0.99], features=4, hidden=2, steps=3).dimensionality.shape
     (2, 1, 4)
     """
+    at_least(1, features=features, hidden=hidden, restarts=restarts, steps=steps, batch=batch)
+    at_least(0, learning_rate=learning_rate)
     given = [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     if not given or not all(0 <= s < 1 for s in given):
         raise InputError(f"sparsity is the chance that a feature is absent, from 0 to below 1: got {given}")
     weights = torch.ones(features) if importance is None else torch.as_tensor(importance, dtype=torch.float32)
     if weights.shape != (features,) or bool((weights < 0).any()):
         raise InputError(f"importance= must be {features} numbers of at least 0, not {list(weights.shape)}")
-    absent = torch.tensor(given).repeat_interleave(copies)[:, None, None]
-    w, b = _train(absent, weights, hidden, steps, batch, learning_rate, seed, progress)
+    absent = torch.tensor(given).repeat_interleave(restarts)[:, None, None]
+    w, b = _train(absent, weights, hidden, steps, batch, learning_rate, seed)
     loss = _loss(w, b, _draw(absent, 20 * batch, features, torch.Generator().manual_seed(seed + 1)), weights)
-    shape = (len(given), copies)
+    shape = (len(given), restarts)
     vectors = w.mT.reshape(*shape, features, hidden)
-    over = ("sparsity", "copy", "feature")
+    over = ("sparsity", "restart", "feature")
     data = xr.Dataset(
         {
             "dimensionality": (over, dimensionality(vectors).numpy()),
@@ -103,12 +107,7 @@ def toy_model(
         },
         coords={"sparsity": given, "importance": ("feature", weights.numpy())},
     )
-    provenance = Provenance(
-        "toy_model", seed=seed, inputs=f"{features} features in {hidden} dimensions",
-        arguments={"sparsity": given, "importance": weights.tolist(), "copies": copies, "steps": steps, "batch": batch,
-                   "learning_rate": learning_rate},
-    )  # fmt: skip
-    return Result(data, kind="toy model", title="Features in superposition", provenance=provenance)
+    return Result(data, kind="toy model", title="Features in superposition")
 
 
 def _draw(absent: Tensor, rows: int, features: int, generator: torch.Generator) -> Tensor:
@@ -124,14 +123,14 @@ def _loss(w: Tensor, b: Tensor, x: Tensor, importance: Tensor) -> Tensor:
 
 
 def _train(
-    absent: Tensor, importance: Tensor, hidden: int, steps: int, batch: int, rate: float, seed: int, progress: bool
+    absent: Tensor, importance: Tensor, hidden: int, steps: int, batch: int, rate: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     n, features = len(absent), len(importance)
     w = torch.randn(n, hidden, features, generator=generator) * (2 / (hidden + features)) ** 0.5
     w, b = w.requires_grad_(), torch.zeros(n, 1, features, requires_grad=True)
     adam = torch.optim.Adam([w, b], lr=rate, fused=True)
-    for _ in trange(steps, unit="step", disable=not progress):
+    for _ in progress(range(steps), "steps"):
         with torch.enable_grad():
             loss = _loss(w, b, _draw(absent, batch, features, generator), importance).sum()
         w.grad, b.grad = torch.autograd.grad(loss, [w, b])
@@ -145,6 +144,7 @@ def _linear(absent: float, importance: Tensor, hidden: int) -> float:
     return float(importance.sort(descending=True).values[hidden:].sum() * (p / 3 - p * p / 4))
 
 
+@technique
 def crowding(
     model: Model, sites: str = "layers.*.mlp.neurons", *, directions: Mapping[str, Tensor] | None = None, seed: int = 0
 ) -> Result:
@@ -159,19 +159,20 @@ def crowding(
     """
     rows = directions or {str(site): output_weights(model, str(site)) for site in model.sites(sites)}
     names = list(rows)
+    wrong = next((name for name in names if rows[name].ndim != 2 or not len(rows[name])), "" if names else "nothing")
+    if wrong:
+        raise InputError(f"{wrong!r} holds no directions: expected [n, d] for each of at least one name")
     found: dict[str, list[float]] = {}
     for kind in ("", "random_"):
         for number, name in enumerate(names):
             vectors = rows[name].detach().float()
             if kind:
-                generator = torch.Generator().manual_seed(seed + number)
-                vectors = torch.randn(vectors.shape, generator=generator).to(vectors.device)
+                vectors = random_directions(len(vectors), vectors, seed=seed + number)
             for measure, value in _crowd(torch.nn.functional.normalize(vectors, dim=1)).items():
                 found.setdefault(kind + measure, []).append(value)
     data = xr.Dataset({k: ("site", np.array(v)) for k, v in found.items()},
                       coords={"site": names, "directions": ("site", [len(v) for v in rows.values()])})  # fmt: skip
-    provenance = Provenance("crowding", model.name, digest=model.digest, inputs=names, seed=seed)
-    return Result(data, kind="crowding", title=f"Directions written in {model.name}", provenance=provenance)
+    return Result(data, kind="crowding", title=f"Directions written in {model.name}")
 
 
 def _crowd(units: Tensor) -> dict[str, float]:

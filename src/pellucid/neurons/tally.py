@@ -4,7 +4,9 @@ Three things in memory that does not grow with the corpus:
 
 * the k largest activations of each unit and where they were. A block of tokens is compared with each unit's k-th best so far;
   only what is larger is merged, which soon is next to nothing (k tokens in all that were seen), so no block is sorted;
-* the number of tokens, and for each unit the sums of its activations, of their squares, and how many were positive;
+* the number of tokens, and for each unit the mean of its activations, the sum of their squared deviations from it, and how
+  many were positive. Slices are joined as in Chan, Golub and LeVeque 1979: sums of squares less the squared mean would lose
+  the spread of a unit whose mean is large;
 * one uniform sample of tokens, with the activations of *all* units there: each token draws a number by its place in the
   corpus and the seed, and those with the smallest numbers are kept. Quantiles, histograms, samples from quantile bins and
   correlations between any two units are read from it.
@@ -55,16 +57,18 @@ class Tally:
 
     top: Tensor  # [unit, k] float32, largest first; -inf where fewer tokens were seen
     places: Tensor  # [unit, k] int64; -1 likewise
-    total: Tensor  # [unit] float64
-    squares: Tensor  # [unit] float64
-    positive: Tensor  # [unit] float64
+    count: Tensor  # [] float64: tokens
+    mean: Tensor  # [unit] float64
+    deviations: Tensor  # [unit] float64: the sum over tokens of (activation - mean)^2
+    positive: Tensor  # [unit] float64: tokens
     sample: Tensor  # [sample, unit] float32
 
     @classmethod
     def empty(cls, units: int, k: int, sample: int) -> Tally:
-        total, squares, positive = torch.zeros(3, units, dtype=torch.float64).unbind()
+        mean, deviations, positive = torch.zeros(3, units, dtype=torch.float64).unbind()
         top, places = torch.full((units, k), -torch.inf), torch.full((units, k), -1)
-        return cls(top, places, total, squares, positive, torch.full((sample, units), torch.nan))
+        count = torch.zeros((), dtype=torch.float64)
+        return cls(top, places, count, mean, deviations, positive, torch.full((sample, units), torch.nan))
 
     def add(self, block: Tensor, places: Tensor, taken: tuple[Tensor, Tensor]) -> None:
         """A block [token, unit] of float32 with the tokens' places; `taken` are the rows and slots of the sample."""
@@ -73,10 +77,21 @@ class Tally:
         ones = torch.ones(SLICE)
         for x, at in zip(block.split(SLICE), places.split(SLICE), strict=True):
             one = ones[: len(x)]
-            self.total += one @ x
-            self.squares += one @ (x * x)
+            self._join(x, one)
             self.positive += one @ (x > 0).float()
             self._merge(x, at)
+
+    def _join(self, x: Tensor, one: Tensor) -> None:
+        """Mean and deviations of a slice [token, unit] and of all before it. `one` [token] holds ones: a product adds faster."""
+        n = len(x)
+        middle = (one @ x) / n
+        x = x - middle
+        rest = (one @ x).double()  # not 0 where float32 could not say the mean
+        more = middle + rest / n - self.mean
+        self.deviations += one @ (x * x) - rest * rest / n
+        self.deviations += more * more * (self.count * n / (self.count + n))
+        self.count += n
+        self.mean += more * (n / self.count)
 
     def _merge(self, x: Tensor, places: Tensor) -> None:
         """Of equal activations those met first are kept."""
@@ -95,8 +110,7 @@ class Tally:
         k = self.top.shape[1]
         self.top[units], self.places[units] = values[:, :k], where.gather(1, order[:, :k])
 
-    def mean(self, count: int) -> Tensor:
-        return self.total / count
-
-    def std(self, count: int) -> Tensor:
-        return (self.squares / count - self.mean(count) ** 2).clamp_min(0).sqrt()
+    @property
+    def std(self) -> Tensor:
+        """[unit] the standard deviation of all tokens (divided by their number)."""
+        return (self.deviations / self.count).clamp_min(0).sqrt()

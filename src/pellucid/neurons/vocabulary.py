@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError
 from pellucid.model import Model
 
@@ -62,7 +63,7 @@ class Vocabulary:
         """[n] ids that are no special tokens and whose text has no broken character."""
         if self.tokenizer is None:
             return torch.arange(self.size)
-        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
+        special = special_ids(self.tokenizer) | set(getattr(self.tokenizer, "added_tokens_decoder", {}))
         ids = [i for i in range(min(self.size, len(self.tokenizer))) if i not in special]
         if self.readable:
             texts = self._decode([[i] for i in ids])

@@ -16,12 +16,14 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.model import Model, shuffled
+from pellucid.controls import shuffled
+from pellucid.model import Model
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
 from pellucid.probing.splits import Scores
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
 def control_task(examples: Examples, seed: int = 0) -> Examples:
@@ -39,6 +41,7 @@ def control_task(examples: Examples, seed: int = 0) -> Examples:
     return examples.relabelled(given[each], f"control of {examples.name}")
 
 
+@technique
 def selectivity(
     source: Model | Features,
     examples: Examples,
@@ -76,7 +79,7 @@ def selectivity(
             "majority": majority(examples, protocol),
         }
     )
-    return result(data, "selectivity", f"Selectivity for {examples.name}", features, examples, protocol)
+    return result(data, "selectivity", f"Selectivity for {examples.name}", features)
 
 
 def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -> Model:
@@ -85,10 +88,12 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     `keep_embeddings` leaves the token embeddings (and an unembedding tied to them): what is then readable beyond them
     the random layers have mixed in from the context.
     """
-    embeddings: Any = model.module.get_input_embeddings
-    return shuffled(model, seed, keep=embeddings().parameters() if keep_embeddings else ())
+    embeddings: Any = model.module.get_input_embeddings()
+    kept = set(map(id, embeddings.parameters())) if keep_embeddings else set()
+    return shuffled(model, seed, [name for name, p in model.module.named_parameters() if id(p) in kept])
 
 
+@technique
 def beside_random(
     model: Model,
     examples: Examples,
@@ -121,4 +126,4 @@ def beside_random(
         }
     )
     title = f"Probes of {examples.name} beside random weights"
-    return result(data, "beside random", title, features, examples, protocol, keep_embeddings=keep_embeddings)
+    return result(data, "beside random", title, features)

@@ -89,7 +89,7 @@ def _circuit(thing: Circuit) -> Document:
 
 @_document.register
 def _scores(thing: EdgeScores) -> Document:
-    return _made(thing.title, maps.circuit(thing.circuit(min(EDGES, len(thing.graph)))), thing)
+    return _made(thing.result.title, maps.circuit(thing.circuit(min(EDGES, len(thing.graph)))), thing.result)
 
 
 def _made(title: str, data: s.View, thing: Any) -> Document:

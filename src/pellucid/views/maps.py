@@ -42,7 +42,7 @@ def circuit(found: Any, groups: Mapping[str, str] | None = None) -> s.Circuit:
         port = reader.kind if reader.kind in ("q", "k", "v") else ""
         edges += [(source, t, port, float(found.scores[source, r])) for t in to]
     about = f"{len(found)} of {len(graph)} edges ({found.fraction:.2%}), {len(found.nodes)} parts"
-    about += f"; the rest switched off by {found.ablation}." if found.ablation else "."
+    about += f"; the rest switched off by {found.how}." if found.how else "."
     sources, targets, ports, scores = zip(*edges, strict=True) if edges else ((), (), (), ())
     return s.Circuit(nodes=tuple(nodes), sources=Numbers.of(np.array(sources, int)), targets=Numbers.of(np.array(targets, int)), ports=tuple(ports),
                      scores=Numbers.of(np.array(scores, float)), about=about)  # fmt: skip

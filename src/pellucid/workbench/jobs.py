@@ -152,7 +152,7 @@ def head_ablation(question: Question, options: dict[str, Any]) -> Document:
     """`how`: zero or mean (over the prompt's tokens)."""
     how = _one_of(options, "how", "zero", ("zero", "mean"))
     over = f"{question.model.anatomy.stacks[-1].prefix}layers.*.attn.heads.*{question.at}"
-    found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric, progress=False)  # type: ignore[arg-type]
+    found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric)  # type: ignore[arg-type]
     line = f"pl.causal.ablation(model, prompt, over={over!r}, how={how!r}, metric=metric).show()"
     care = f"Change of the {question.metric_name}. Other heads can make up for one that is off, which does not show."
     return _made(document(found), question, line, care)
@@ -170,7 +170,7 @@ def neuron_ablation(question: Question, options: dict[str, Any]) -> Document:
     top = _count(options, "top", 50, 1000)
     rows, _, _ = finder.neurons(question, finder.Wanted(sort, options.get("layer"), None, top))
     over = [row.component for row in rows]
-    found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric, progress=False)  # type: ignore[arg-type]
+    found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric)  # type: ignore[arg-type]
     line = f"pl.causal.ablation(model, prompt, over={over!r}, how={how!r}, metric=metric).show()"
     care = f"Change of the {question.metric_name}; the neurons are the first by {sort} on this prompt, so they are no random sample."
     return _made(document(found), question, line, care)
@@ -184,15 +184,15 @@ def circuit(question: Question, options: dict[str, Any]) -> Document:
     reference = None if other is None else [other]
     model, inputs, metric = question.model, question.inputs, question.metric
     scores = edge_attribution(
-        model, inputs, metric, ablation=how, reference=reference, method="eap-ig-inputs", steps=steps
+        model, inputs, metric, how=how, reference=reference, method="eap-ig-inputs", steps=steps
     )
     n = min(edges, len(scores.graph))
     judged = faithfulness_curve(
-        model, scores, inputs, metric, ablation=how, reference=reference, sizes=[n / len(scores.graph)]
+        model, scores, inputs, metric, how=how, reference=reference, sizes=[n / len(scores.graph)]
     )
     given = ", reference=[other]" if other is not None else ""
     lines = [
-        f'scores = pl.circuits.edge_attribution(model, prompt, metric, ablation="{how}"{given}, method="eap-ig-inputs", steps={steps})',
+        f'scores = pl.circuits.edge_attribution(model, prompt, metric, how="{how}"{given}, method="eap-ig-inputs", steps={steps})',
         f"scores.circuit({n})",
     ]
     care = (

@@ -68,7 +68,7 @@ def test_changing_nothing_changes_nothing_and_a_splice_loses_the_error():
 def test_steering_a_feature_is_steering_by_its_direction():
     model = opened("llama")
     d = dictionary(model)
-    ours = model.run(PROMPTS, edits=d.edits(5, "steer", 4.0, at=-1)).logits
+    ours = model.run(PROMPTS, edits=d.edits(5, "steer", 4.0, positions=-1)).logits
     plain = model.run(PROMPTS, edits=[Steer(f"{SITE}@-1", d.direction(5), 4.0)]).logits
     torch.testing.assert_close(ours, plain)
 
@@ -96,7 +96,7 @@ def test_a_transcoder_hears_one_site_and_writes_to_the_other(reads):
     torch.testing.assert_close(at_site(model, d.splice(), PROMPTS[0], d.writes), d.decode(f), rtol=1e-4, atol=1e-5)
     off = at_site(model, d.edits([2, 4], "ablate"), PROMPTS[0], d.writes)
     torch.testing.assert_close(off, y - f[..., [2, 4]] @ d.decoder[[2, 4]], rtol=1e-4, atol=1e-5)
-    narrow = at_site(model, d.edits(2, "ablate", at=-1), PROMPTS[0], d.writes)
+    narrow = at_site(model, d.edits(2, "ablate", positions=-1), PROMPTS[0], d.writes)
     torch.testing.assert_close(narrow[:, :-1], y[:, :-1])
     with pytest.raises(InputError, match="read at another site"):
         d.patch(2, PROMPTS[0])
@@ -107,8 +107,8 @@ def test_a_sweep_over_features_gives_what_runs_give(writes):
     model = opened("llama")
     d = dictionary(model, "layers.1.resid_mid", writes)
     variants = [d.edits(i, "ablate") for i in range(6)] + [d.splice(), d.edits([1, 2], "steer", 3.0)]
-    variants += [d.edits([1, 2], "scale", 3.0, at=-1), d.edits(3, "set", 3.0, at="1:3")]
-    swept = model.sweep(PROMPTS[0], variants, logit(7), progress=False).values[:, 0]
+    variants += [d.edits([1, 2], "scale", 3.0, positions=-1), d.edits(3, "set", 3.0, positions="1:3")]
+    swept = model.sweep(PROMPTS[0], variants, logit(7)).values[:, 0]
     one_by_one = [model.score(model.run(PROMPTS[0], edits=v), logit(7)).item() for v in variants]
     np.testing.assert_allclose(swept.numpy(), one_by_one, rtol=1e-4, atol=1e-5)
 

@@ -24,7 +24,7 @@ def test_a_feature_has_its_strongest_tokens_and_its_page(tmp_path):
     g = torch.Generator().manual_seed(0)
     decoder = normalize(torch.randn(12, 32, generator=g), dim=1)
     d = Dictionary(decoder.T.contiguous(), torch.zeros(12), decoder, torch.zeros(32), TopK(3), SITE)
-    found = harvest(model, TEXTS, Units(SITE, d, name="features"), path=tmp_path, progress=False)
+    found = harvest(model, TEXTS, Units(SITE, d, name="features"), path=tmp_path)
     f = d.features(model, TEXTS).data.activation
     feature = int(f.feature[0])
     best = found.top(f"features.{feature}")[0]
@@ -34,4 +34,4 @@ def test_a_feature_has_its_strongest_tokens_and_its_page(tmp_path):
     assert float(page["activation"].max()) == pytest.approx(best.value, rel=1e-3)
     other = replace(d, encoder=d.encoder + 1)
     with pytest.raises(InputError):
-        harvest(model, TEXTS, Units(SITE, other, name="features"), path=tmp_path, progress=False)
+        harvest(model, TEXTS, Units(SITE, other, name="features"), path=tmp_path)

@@ -13,7 +13,6 @@ import pellucid
 from pellucid.engine.edits import Replace
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries import Dictionary, ReLU, TopK, dictionary_quality
-from pellucid.neurons.dictionaries.rows import token_rows
 from tests.zoo import build, tokenizer
 
 SITE = "layers.0.resid_post"
@@ -33,8 +32,12 @@ def both_signs(d):
     return Dictionary(rows.T.contiguous(), torch.zeros(2 * d), rows, torch.zeros(d), ReLU(), SITE)
 
 
+def token_rows(model):
+    return [list(row.ids) for row in pellucid.Corpus(TEXTS, context=16, tokens=400).rows(model)]
+
+
 def quality(model, d):
-    return dictionary_quality(model, d, TEXTS, tokens=400, context=16, batch=5, progress=False)
+    return dictionary_quality(model, d, TEXTS, tokens=400, context=16, batch=5)
 
 
 def test_a_complete_dictionary_recovers_all_and_the_mean_nothing(model):
@@ -43,7 +46,7 @@ def test_a_complete_dictionary_recovers_all_and_the_mean_nothing(model):
     assert found.recovered.item() == pytest.approx(1, abs=1e-4)
     assert found.explained.item() == pytest.approx(1, abs=1e-5)
     assert found.l0.item() == pytest.approx(32)
-    rows = token_rows(model, TEXTS, 16)[:25]
+    rows = token_rows(model)
     x = model.run(rows, keep=[SITE]).tensor(SITE)
     nothing = replace(d, encoder=torch.zeros(32, 64), decoder_bias=x.flatten(0, 1).mean(0).detach())
     found = quality(model, nothing)
@@ -55,7 +58,7 @@ def test_a_complete_dictionary_recovers_all_and_the_mean_nothing(model):
 def test_losses_are_those_of_plain_runs_under_the_plain_edits(model):
     d = replace(both_signs(32), activation=TopK(5))
     found = quality(model, d)
-    rows = token_rows(model, TEXTS, 16)[:25]
+    rows = token_rows(model)
     x = model.run(rows, keep=[SITE]).tensor(SITE)
 
     def loss(edits):
@@ -75,7 +78,7 @@ def test_losses_are_those_of_plain_runs_under_the_plain_edits(model):
 
 
 def test_rows_beyond_the_limit_are_in_no_number(model):
-    rows = token_rows(model, TEXTS, 16)[:25]
+    rows = token_rows(model)
     norms = model.run(rows, keep=[SITE]).tensor(SITE).detach().norm(dim=-1)
     limit = float(norms.median())
     found = quality(model, replace(both_signs(32), activation=TopK(5), limit=limit))
@@ -89,9 +92,7 @@ def test_models_that_predict_no_next_token_are_refused():
     with pytest.raises(InputError, match="give a causal language model"):
         quality(model, both_signs(32))
     with pytest.raises(InputError, match="not one row"):
-        dictionary_quality(
-            pellucid.load(m := build("gpt2"), tokenizer=tokenizer(m)), both_signs(32), ["a cat"], progress=False
-        )
+        dictionary_quality(pellucid.load(m := build("gpt2"), tokenizer=tokenizer(m)), both_signs(32), ["a cat"])
 
 
 def test_a_transcoder_is_measured_where_it_writes(model):
@@ -101,7 +102,7 @@ def test_a_transcoder_is_measured_where_it_writes(model):
         TopK(4), "layers.1.resid_mid", "layers.1.mlp.out",
     )  # fmt: skip
     found = quality(model, d)
-    rows = token_rows(model, TEXTS, 16)[:25]
+    rows = token_rows(model)
     run = model.run(rows, keep=[d.site, d.writes])
     x, y = run.tensor(d.site).detach(), run.tensor(d.writes).detach()
     logits = model.run(rows, edits=d.splice()).logits.detach()

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries import Dictionary, Gated, JumpReLU, ReLU, TopK
-from pellucid.neurons.dictionaries.saelens import load
 
 G = torch.Generator().manual_seed(0)
 T = {
@@ -49,15 +48,15 @@ def test_a_dictionary_comes_back_as_it_was_saved(tmp_path, activation, writes):
 def test_the_input_bias_is_taken_off_as_the_file_says(tmp_path):
     names = (*BASIC, "b_enc")
     place = {"metadata": {"hook_name": "blocks.2.hook_resid_pre", "model_name": "m", "sae_lens_version": "6.1.0"}}
-    taken = load(written(tmp_path, names, architecture="standard", **place))
+    taken = Dictionary.load(written(tmp_path, names, architecture="standard", **place))
     torch.testing.assert_close(taken.encode(X), ((X - T["b_dec"]) @ T["W_enc"] + T["b_enc"]).relu())
     assert (taken.site, taken.writes, taken.model) == ("layers.2.resid_pre", "layers.2.resid_pre", "m")
-    left = load(written(tmp_path, names, architecture="standard", apply_b_dec_to_input=False, **place))
+    left = Dictionary.load(written(tmp_path, names, architecture="standard", apply_b_dec_to_input=False, **place))
     torch.testing.assert_close(left.encode(X), (X @ T["W_enc"] + T["b_enc"]).relu())
 
 
 def test_a_gated_file_is_read_by_its_two_biases(tmp_path):
-    d = load(written(tmp_path, (*BASIC, "b_gate", "b_mag", "r_mag"), architecture="gated"), site="embed")
+    d = Dictionary.load(written(tmp_path, (*BASIC, "b_gate", "b_mag", "r_mag"), architecture="gated"), site="embed")
     c = X - T["b_dec"]
     expected = ((c @ T["W_enc"] + T["b_gate"]) > 0) * (c @ (T["W_enc"] * T["r_mag"].exp()) + T["b_mag"]).relu()
     torch.testing.assert_close(d.encode(X), expected, rtol=1e-4, atol=1e-4)
@@ -65,13 +64,13 @@ def test_a_gated_file_is_read_by_its_two_biases(tmp_path):
 
 def test_files_from_before_version_six_are_read(tmp_path):
     old = {"hook_point": "blocks.1.hook_mlp_out", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
-    d = load(written(tmp_path, (*BASIC, "b_enc"), normalize_activations=False, **old))
+    d = Dictionary.load(written(tmp_path, (*BASIC, "b_enc"), normalize_activations=False, **old))
     torch.testing.assert_close(d.encode(X), TopK(4)((X - T["b_dec"]) @ T["W_enc"] + T["b_enc"]))
     assert d.site == "layers.1.mlp.out"
 
 
 def test_top_k_of_activations_times_decoder_norms_is_folded(tmp_path):
-    d = load(
+    d = Dictionary.load(
         written(tmp_path, (*BASIC, "b_enc"), architecture="topk", k=2, rescale_acts_by_decoder_norm=True),
         site="embed",
     )
@@ -96,4 +95,4 @@ def test_top_k_of_activations_times_decoder_norms_is_folded(tmp_path):
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path, names, config, message):
     with pytest.raises(InputError, match=message):
-        load(written(tmp_path, names, **config))
+        Dictionary.load(written(tmp_path, names, **config))

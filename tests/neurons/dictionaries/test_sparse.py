@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.neurons.dictionaries import sparse
-from pellucid.neurons.dictionaries.activations import TopK
+from pellucid.neurons.dictionaries.functions import TopK
 from pellucid.neurons.dictionaries.objectives import GatedLoss, JumpReLULoss, L1Loss, TopKLoss
 
 

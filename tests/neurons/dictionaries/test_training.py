@@ -17,7 +17,7 @@ from pellucid.neurons.dictionaries import (
     TopKLoss,
     training,
 )
-from pellucid.neurons.dictionaries.rows import batches, token_rows
+from pellucid.neurons.dictionaries.rows import batches
 from pellucid.store import store_activations
 from tests.zoo import build, tokenizer
 
@@ -55,7 +55,7 @@ def found(directions, dictionary):
 )
 def test_directions_that_data_were_made_of_are_found(objective, at_least):
     x, directions, _ = planted()
-    dictionary = trainer(objective, steps=800).fit(x * 7 + 3, progress=False).dictionary_
+    dictionary = trainer(objective, steps=800).fit(x * 7 + 3).dictionary_
     random = normalize(torch.randn(64, 24, generator=torch.Generator().manual_seed(5)), dim=1)
     chance = float((directions @ random.T).amax(1).mean())
     assert found(directions, dictionary) > at_least > chance + 0.3
@@ -65,8 +65,8 @@ def test_directions_that_data_were_made_of_are_found(objective, at_least):
 
 def test_scaling_and_shifting_the_data_scales_the_activations_and_nothing_else():
     x, _, _ = planted(4000)
-    plain = trainer(steps=60).fit(x, progress=False)
-    moved = trainer(steps=60).fit(x * 8 + 2, progress=False)
+    plain = trainer(steps=60).fit(x)
+    moved = trainer(steps=60).fit(x * 8 + 2)
     torch.testing.assert_close(plain.transform(x) * 8, moved.transform(x * 8 + 2), rtol=2e-2, atol=2e-2)
 
 
@@ -75,33 +75,29 @@ def test_a_transcoder_learns_what_one_site_makes_of_another():
     g = torch.Generator().manual_seed(9)
     answers = normalize(torch.randn(48, 10, generator=g), dim=1)
     y = on @ answers - 1
-    t = trainer(writes="layers.0.mlp.out").fit((x, y), progress=False).dictionary_
+    t = trainer(writes="layers.0.mlp.out").fit((x, y)).dictionary_
     left = (y - t.decode(t.encode(x))).pow(2).sum() / (y - y.mean(0)).pow(2).sum()
     assert left < 0.3
     assert (t.site, t.writes, tuple(t.decoder.shape)) == (SITE, "layers.0.mlp.out", (64, 10))
 
 
 @pytest.mark.parametrize("objective", [TopKLoss(3), JumpReLULoss(resample=20)], ids=["topk", "jumprelu"])
-def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, objective):
+def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
     x, _, _ = planted(3000)
-    whole = trainer(objective, steps=60, dead_after=2000).fit(x, progress=False)
+    whole = trainer(objective, steps=60, dead_after=2000).fit(x)
     stopped = trainer(objective, steps=60, dead_after=2000)
+    step = training._Fit.step
 
-    class Stop(Exception):
-        pass
+    def failing(fit, batch, number):
+        if number == 45:
+            raise KeyboardInterrupt
+        return step(fit, batch, number)
 
-    update = stopped._update
-
-    def failing(state, *batch):
-        if state.step == 45:
-            raise Stop
-        update(state, *batch)
-
-    stopped._update = failing
-    with pytest.raises(Stop):
-        stopped.fit(x, checkpoint=tmp_path / "fit.safetensors", every=10, progress=False)
-    again = trainer(objective, steps=60, dead_after=2000)
-    again.fit(x, checkpoint=tmp_path / "fit.safetensors", every=10, progress=False)
+    kept = {"checkpoint": tmp_path / "fit.safetensors", "every": 10}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Fit, "step", failing)
+        stopped.fit(x, **kept)
+    again = trainer(objective, steps=60, dead_after=2000).fit(x, **kept)
     for name in ("encoder", "encoder_bias", "decoder", "decoder_bias"):
         assert torch.equal(getattr(again.dictionary_, name), getattr(whole.dictionary_, name)), name
     assert again.history_ == whole.history_
@@ -109,12 +105,18 @@ def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, objective):
 
 def test_a_checkpoint_of_another_fit_is_refused_by_what_differs(tmp_path):
     x, _, _ = planted(1000)
-    trainer(steps=3).fit(x, checkpoint=tmp_path / "fit.safetensors", progress=False)
-    with pytest.raises(InputError, match=r"another fit \(seed differ\)"):
-        trainer(steps=3, seed=2).fit(x, checkpoint=tmp_path / "fit.safetensors", progress=False)
+    trainer(steps=3).fit(x, checkpoint=tmp_path / "fit.safetensors")
+    for changed, data, message in (
+        ({"seed": 2}, x, "seed was 1, is 2"),
+        ({"learning_rate": 1e-4}, x, "learning_rate was 0.005"),
+        ({"objective": TopKLoss(4)}, x, "k was 3, is 4"),
+        ({}, x + 1, "data was"),
+    ):
+        with pytest.raises(InputError, match=rf"another fit \({message}"):
+            trainer(**{"steps": 3} | changed).fit(data, checkpoint=tmp_path / "fit.safetensors")
     (tmp_path / "other").write_text("no")
     with pytest.raises(InputError, match="no checkpoint of a fit"):
-        trainer(steps=3).fit(x, checkpoint=tmp_path / "other", progress=False)
+        trainer(steps=3).fit(x, checkpoint=tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -127,15 +129,15 @@ def test_a_checkpoint_of_another_fit_is_refused_by_what_differs(tmp_path):
 )
 def test_dead_features_come_back(monkeypatch, objective, without, how_dead):
     x, directions, _ = planted()
-    begin = training._State.begin
+    begin = training._Fit.begin
 
     def half_dead(*given):
         state = begin(*given)
         state.parameters["encoder_bias"].data[:40] = how_dead  # 24 are left for 48 directions
         return state
 
-    monkeypatch.setattr(training._State, "begin", half_dead)
-    helped, left = (trainer(o, dead_after=2000).fit(x, progress=False).dictionary_ for o in (objective, without))
+    monkeypatch.setattr(training._Fit, "begin", half_dead)
+    helped, left = (trainer(o, dead_after=2000).fit(x).dictionary_ for o in (objective, without))
     alive = [int((d.encode(x)[:, :40] > 0).any(0).sum()) for d in (helped, left)]
     assert alive[0] > alive[1] + 10
     assert found(directions, helped) > found(directions, left) + 0.05
@@ -145,7 +147,7 @@ def test_rows_far_longer_than_the_others_are_left_out():
     x, _, _ = planted(4000)
     wild = x + 1
     wild[::50] *= 1000
-    d = trainer(steps=50).fit(wild, progress=False).dictionary_
+    d = trainer(steps=50).fit(wild).dictionary_
     assert not d.encode(wild[::50]).any()
     kept = list(batches(wild, SITE, SITE, 256, d.limit, torch.Generator().manual_seed(0)))
     assert len(kept) == int((wild.norm(dim=1) <= d.limit).sum()) // 256
@@ -154,10 +156,10 @@ def test_rows_far_longer_than_the_others_are_left_out():
 def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
     module = build("gpt2")
     model = pellucid.load(module, tokenizer=tokenizer(module))
-    rows = token_rows(model, TEXTS, 16)
+    rows = pellucid.Corpus(TEXTS, context=16, packed=True)
     store = store_activations(model, rows, [SITE], tmp_path, dtype=torch.float32, shard_rows=40)
     stream = Stream(model, TEXTS, [SITE], context=16, batch=4)
-    assert {len(r) for r in rows} == {16}
+    assert {len(r.ids) for r in rows.rows(model)} == {16}
     g = torch.Generator()
     pooled = [
         torch.cat([x for x, _ in batches(data, SITE, SITE, 1, float("inf"), g.manual_seed(3))])
@@ -167,15 +169,20 @@ def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
     for other in others:
         torch.testing.assert_close(first, other)
     sae = trainer(features=8, batch=32, steps=5)
-    assert sae.fit(store, progress=False).dictionary_.digest == model.digest
-    assert sae.fit(stream, progress=False).dictionary_.model == model.name
+    assert sae.fit(store).dictionary_.digest == model.digest
+    assert sae.fit(stream).dictionary_.model == model.name
+    sae.fit(stream, checkpoint=tmp_path / "fit.safetensors")
+    for other in (Stream(model, TEXTS[1:], [SITE], context=16, batch=4), store):  # A25
+        with pytest.raises(InputError, match="another fit .*data was"):
+            sae.fit(other, checkpoint=tmp_path / "fit.safetensors")
+    with pytest.raises(InputError, match="read only once"):
+        Stream(model, (t for t in TEXTS), [SITE])
 
 
 def test_texts_of_an_encoder_are_rows_of_their_own():
     module = build("bert")
     model = pellucid.load(module, tokenizer=tokenizer(module))
-    assert len(token_rows(model, TEXTS, 8)) == len(TEXTS)
-    pieces = list(Stream(model, TEXTS[:3], [SITE, "layers.0.mlp.out"], context=8, batch=2))
+    pieces = list(Stream(model, TEXTS[:3], [SITE, "layers.0.mlp.out"], context=48, batch=2))
     assert [len(p) for p in pieces] == [2, 2]
     assert pieces[0][0].shape == pieces[0][1].shape
 
@@ -188,8 +195,10 @@ def test_texts_of_an_encoder_are_rows_of_their_own():
         (3, "not int"),
         (iter([torch.zeros(4, 3)]), "not list_iterator"),
         (torch.randn(20, 3), "fewer rows than one batch"),
+        (torch.full((300, 3), float("nan")), "row [0-9]+ is not finite"),
+        (torch.zeros(0, 3), "there are no rows"),
     ],
 )
 def test_data_that_is_no_rows_is_refused(data, message):
     with pytest.raises(InputError, match=message):
-        trainer().fit(data, progress=False)
+        trainer().fit(data)

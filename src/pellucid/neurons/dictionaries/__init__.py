@@ -1,10 +1,10 @@
 """Which directions does a site write in, when there are more of them than dimensions?"""
 
-from pellucid.neurons.dictionaries.activations import Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
+from pellucid.neurons.dictionaries.functions import Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.objectives import GatedLoss, JumpReLULoss, L1Loss, TopKLoss
 from pellucid.neurons.dictionaries.quality import dictionary_quality, untrained
-from pellucid.neurons.dictionaries.rows import Stream, token_rows
+from pellucid.neurons.dictionaries.rows import Stream
 from pellucid.neurons.dictionaries.training import SparseAutoencoder
 
 __all__ = [
@@ -20,6 +20,5 @@ __all__ = [
     "TopK",
     "TopKLoss",
     "dictionary_quality",
-    "token_rows",
     "untrained",
 ]

@@ -12,9 +12,10 @@ Some tokens (the first one of many models) carry a residual a hundred times as l
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, SupportsIndex
 
 import torch
 import xarray as xr
@@ -26,13 +27,19 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
-from pellucid.neurons.dictionaries.activations import Activation
-from pellucid.results import Provenance, Result
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-Change = Literal["ablate", "scale", "set", "steer"]
+from pellucid.neurons.dictionaries import saelens
+from pellucid.neurons.dictionaries.editing import (
+    Change,
+    ChangeFeatures,
+    PatchFeatures,
+    Positions,
+    Splice,
+    placed,
+    values_of,
+)
+from pellucid.neurons.dictionaries.functions import Activation
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,8 @@ class Dictionary:
     digest: str = ""
 
     def __post_init__(self) -> None:
+        if self.encoder.ndim != 2 or self.decoder.ndim != 2:
+            raise InputError("expected an encoder [d_in, features] and a decoder [features, d_out]")
         d_in, n = self.encoder.shape
         expected = ((n,), (n, self.decoder.shape[-1]), (self.decoder.shape[-1],))
         found = tuple(tuple(t.shape) for t in (self.encoder_bias, self.decoder, self.decoder_bias))
@@ -81,6 +90,8 @@ class Dictionary:
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations [..., features] of what is met at the site, [..., d_in]; 0 on rows beyond the limit."""
+        if x.shape[-1] != len(self.encoder):
+            raise InputError(f"this dictionary reads {len(self.encoder)} numbers at {self.site!r}, not {x.shape[-1]}")
         x = x.to(self.encoder)
         return self.activation(x @ self.encoder + self.encoder_bias) * self.within(x)[..., None]
 
@@ -90,12 +101,15 @@ class Dictionary:
 
     def decode(self, f: Tensor) -> Tensor:
         """What the features write, [..., d_out], of activations [..., features]."""
+        if f.shape[-1] != len(self):
+            raise InputError(f"this dictionary has {len(self)} features, not {f.shape[-1]}")
         return f.to(self.decoder) @ self.decoder + self.decoder_bias
 
     def within(self, x: Tensor) -> Tensor:
         """[...] whether each row is one the dictionary is for."""
         return x.float().norm(dim=-1) <= self.limit
 
+    @technique
     def features(self, model: Model, prompt: Any) -> Result:
         """Activations of prompts over `batch`, `position` and `feature`: those features that are on somewhere.
 
@@ -114,9 +128,7 @@ class Dictionary:
             values.numpy(), dims=("batch", "position", "feature"), name="activation",
             coords={"position": range(width), "feature": on.numpy(), "token": (("batch", "position"), tokens)},
         )  # fmt: skip
-        provenance = Provenance("features", model.name, digest=model.digest, inputs=list(run.inputs.texts),
-                                arguments={"site": self.site, "writes": self.writes, "features": len(self)})  # fmt: skip
-        return Result(data, kind="features", title=f"Features at {self.site}", provenance=provenance)
+        return Result(data, kind="features", title=f"Features at {self.site}")
 
     def check(self, model: Model) -> None:
         """InputError if it belongs to other weights; SiteError or Refused if the model lacks its sites."""
@@ -139,51 +151,51 @@ class Dictionary:
         change: Change = "ablate",
         value: float | Sequence[float] | Tensor = 0.0,
         *,
-        at: int | str | None = None,
+        positions: Positions = None,
     ) -> list[Edit]:
         """Edits that change features and nothing else: what the dictionary does not explain stays.
 
         "ablate" sets them to 0, "scale" multiplies them by `value`, "set" puts `value`, "steer" adds `value` whether they
-        are on or not. `value` is one number, or one per feature; `at` are positions as in a site. For model.run, generate
-        and sweep.
+        are on or not. `value` is one number, or one per feature. For model.run, generate and sweep.
         """
-        from pellucid.neurons.dictionaries.editing import change_edits
+        chosen = self._known(feature)
+        numbers = values_of(change, value, chosen)
+        return placed(ChangeFeatures, self, positions, features=tuple(chosen), change=change, value=numbers)
 
-        return change_edits(self, self._known(feature), change, value, at)
-
-    def patch(self, feature: int | Sequence[int], source: Any, *, at: int | str | None = None) -> list[Edit]:
+    def patch(self, feature: int | Sequence[int], source: Any, *, positions: Positions = None) -> list[Edit]:
         """Edits that give features the activations they have in another run or prompt, at the same positions."""
-        from pellucid.neurons.dictionaries.editing import patch_edits
+        if self.writes != self.site:
+            raise InputError(
+                "features of a transcoder are read at another site than they write to: set them to a value instead of "
+                "patching them"
+            )
+        return placed(PatchFeatures, self, positions, features=tuple(self._known(feature)), source=source)
 
-        return patch_edits(self, self._known(feature), source, at)
+    def splice(self, *, constant: Tensor | None = None, positions: Positions = None) -> list[Edit]:
+        """Edits that put the reconstruction in place of the site: what the dictionary does not explain is lost.
 
-    def splice(self, *, at: int | str | None = None) -> list[Edit]:
-        """Edits that put the reconstruction in place of the site: what the dictionary does not explain is lost."""
-        from pellucid.neurons.dictionaries.editing import splice_edits
-
-        return splice_edits(self, at)
+        With `constant` [d_out], that instead, on the same rows: the control.
+        """
+        return placed(Splice, self, positions, constant=constant)
 
     def _known(self, feature: int | Sequence[int]) -> list[int]:
-        chosen = [feature] if isinstance(feature, int) else list(feature)
-        wrong = [i for i in chosen if not 0 <= i < len(self)]
+        chosen = list(feature) if isinstance(feature, Iterable) else [feature]
+        wrong = [i for i in chosen if not isinstance(i, SupportsIndex) or not 0 <= int(i) < len(self)]
         if wrong or not chosen:
             raise InputError(f"feature {wrong or chosen} is not in this dictionary: expected 0 to {len(self) - 1}")
-        return chosen
+        return [int(i) for i in chosen]
 
     # ---- files
 
     def save(self, path: str | Path) -> Path:
         """A folder with cfg.json and sae_weights.safetensors, as SAELens reads them."""
-        from pellucid.neurons.dictionaries.saelens import save
-
-        return save(self, Path(path))
+        return saelens.write(vars(self), Path(path))
 
     @classmethod
+    @technique
     def load(cls, path: str | Path, *, site: str = "", writes: str = "") -> Dictionary:
         """A folder that `save` or SAELens wrote; `site` and `writes` where it does not say them, or in names not known here.
 
         InputError says what is missing or not understood.
         """
-        from pellucid.neurons.dictionaries.saelens import load
-
-        return load(Path(path), site, writes)
+        return cls(**saelens.read(Path(path), site, writes))

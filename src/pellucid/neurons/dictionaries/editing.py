@@ -13,16 +13,30 @@ to is edited.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.sites import Site
+from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.edits import Edit, Patch, Place
 from pellucid.errors import InputError
-from pellucid.neurons.dictionaries.dictionary import Change, Dictionary
+
+Change = Literal["ablate", "scale", "set", "steer"]
+Positions = int | Sequence[int] | slice | str | None
+
+
+class Coder(Protocol):
+    """What the edits need of a dictionary."""
+
+    site: str
+    writes: str
+    decoder: Tensor
+
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, f: Tensor) -> Tensor: ...
+    def within(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +54,13 @@ class Hear(Edit):
 class DictionaryEdit(Edit):
     """Base: `read` gives what the dictionary reads, whether here or where `ear` heard it, which then forgets it."""
 
-    dictionary: Dictionary
+    dictionary: Coder
     ear: Hear | None = None
 
     def read(self, x: Tensor) -> Tensor:
+        width = self.dictionary.decoder.shape[1]
+        if x.shape[-1] != width:
+            raise InputError(f"{str(self.site)!r} holds {x.shape[-1]} numbers, but this dictionary writes {width}")
         if self.ear is None:
             return x
         if not self.ear.heard:
@@ -103,33 +120,38 @@ class PatchFeatures(DictionaryEdit):
         return x + (more * self.dictionary.within(x)[..., None] @ self.dictionary.decoder[chosen]).to(x.dtype)
 
 
-def splice_edits(d: Dictionary, at: Any, constant: Tensor | None = None) -> list[Edit]:
-    return _placed(d, Splice(_at(d.writes, at), d, constant=constant), at)
+def placed(kind: type[DictionaryEdit], dictionary: Coder, positions: Positions, **how: Any) -> list[Edit]:
+    """The edit at the site that is written to; for a transcoder with an ear at the one that is read."""
+    at = _position(positions)
+    here, there = (Site.parse(site).at_position(at) for site in (dictionary.writes, dictionary.site))
+    if here == there:
+        return [kind(here, dictionary, **how)]
+    ear = Hear(there)
+    return [ear, kind(here, dictionary, ear, **how)]
 
 
-def change_edits(
-    d: Dictionary, features: Sequence[int], change: Change, value: float | Sequence[float] | Tensor, at: Any
-) -> list[Edit]:
-    if change not in ("ablate", "scale", "set", "steer"):
+def values_of(change: Change, value: float | Sequence[float] | Tensor, features: Sequence[int]) -> Tensor:
+    """One number, or one for each feature; InputError for other shapes and unknown changes."""
+    if change not in get_args(Change):
         raise InputError(f"a feature cannot be changed by {change!r}: expected 'ablate', 'scale', 'set' or 'steer'")
-    numbers = torch.as_tensor(0.0 if change == "ablate" else value, dtype=torch.float32)
+    try:
+        numbers = torch.as_tensor(0.0 if change == "ablate" else value, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"value={value!r}: expected a number, or one for each feature") from error
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) != len(features)):
-        raise InputError(f"value= has the shape {list(numbers.shape)}: expected one number, or one for each of {len(features)} features")  # fmt: skip
-    return _placed(d, ChangeFeatures(_at(d.writes, at), d, features=tuple(features), change=change, value=numbers), at)
+        raise InputError(
+            f"value= has the shape {list(numbers.shape)}: expected one number, or one for each of {len(features)} features"
+        )
+    return numbers
 
 
-def patch_edits(d: Dictionary, features: Sequence[int], source: Any, at: Any) -> list[Edit]:
-    if d.writes != d.site:
-        raise InputError("features of a transcoder are read at another site than they write to: set them to a value instead of patching them")  # fmt: skip
-    return [PatchFeatures(_at(d.site, at), d, features=tuple(features), source=source)]
-
-
-def _placed(d: Dictionary, edit: DictionaryEdit, at: Any) -> list[Edit]:
-    if d.writes == d.site:
-        return [edit]
-    ear = Hear(_at(d.site, at))
-    return [ear, replace(edit, ear=ear)]
-
-
-def _at(site: str, at: Any) -> Site:
-    return replace(Site.parse(site), at=at)
+def _position(positions: Positions) -> Position:
+    """As a site has it after '@'."""
+    if isinstance(positions, slice) and positions.step in (None, 1):
+        first, last = ("" if end is None else end for end in (positions.start, positions.stop))
+        return f"{first}:{last}"
+    if positions is None or isinstance(positions, int | str):
+        return positions
+    if isinstance(positions, slice) or not positions:
+        raise InputError(f"positions={positions!r}: expected an index, some, a slice of step 1, or a span's name")
+    return ",".join(map(str, positions)) if len(positions) > 1 else int(positions[0])

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pellucid.neurons.dictionaries.activations import Activation, Gated, JumpReLU, ReLU, TopK
+from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.sparse import decode, encode, gradients
 
 Parameters = dict[

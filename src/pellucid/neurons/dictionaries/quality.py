@@ -24,84 +24,90 @@ import torch
 import xarray as xr
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import Site
+from pellucid.controls import random_directions
+from pellucid.corpus import Corpus, batches, inputs, longest
 from pellucid.engine.early import run_until
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.errors import InputError
+from pellucid.engine.pausing import progress, quiet
+from pellucid.errors import InputError, at_least
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.neurons.dictionaries.activations import TopK
 from pellucid.neurons.dictionaries.dictionary import Dictionary
-from pellucid.neurons.dictionaries.editing import splice_edits
-from pellucid.neurons.dictionaries.rows import token_rows
-from pellucid.results import Provenance, Result
+from pellucid.neurons.dictionaries.functions import TopK
+from pellucid.neurons.dictionaries.rows import CONTEXT
+from pellucid.results import Result
+from pellucid.statistics import interval
+from pellucid.technique import technique
 
 STATES = ("clean", "spliced", "mean", "zero", "untrained")
-DRAWS = 1000
 
 
+@technique
 def dictionary_quality(
     model: Model,
     dictionary: Dictionary,
-    texts: Sequence[str],
+    texts: Any,
     *,
     tokens: int = 20_000,
-    context: int = 128,
+    context: int | None = None,
     batch: int = 8,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """Explained variance, L0, dead share and loss recovered of a dictionary, on the first `tokens` tokens of held-out text.
 
-    `loss` over `state` (clean, spliced, mean, zero, untrained) in nats per token; `recovered`, its 95 % bootstrap interval
-    `low` to `high` over rows of text and `recovered_from_zero`; `explained`, `l0`, `dead`, and `beyond`, the share of tokens
+    `loss` over `state` (clean, spliced, mean, zero, untrained) in nats per token; `recovered`, its 95 % interval `low` to
+    `high` over rows of text and `recovered_from_zero`; `explained`, `l0`, `dead`, and `beyond`, the share of tokens
     over the limit. InputError for a model that does not predict next tokens, or other weights than the dictionary's.
 
     >>> dictionary_quality(model, sae.dictionary_, held_out).recovered  # doctest: +SKIP
     """
     dictionary.check(model)
+    context = min(CONTEXT, longest(model)) if context is None else context
+    at_least(1, tokens=tokens, batch=batch)
+    at_least(2, context=context)
     if not model.anatomy.stacks[-1].causal or model.anatomy.head is None or len(model.anatomy.stacks) > 1:
         raise InputError("loss recovered is measured on next tokens: give a causal language model")
-    rows = token_rows(model, texts, context)[: max(1, tokens // context)]
-    groups = [model.inputs(rows[i : i + batch]) for i in range(0, len(rows), batch)]
-    held = _Sums.over(model, dictionary, groups, progress)
+    corpus = Corpus.of(texts, context=context, tokens=tokens, long="windows")
+    groups = [inputs(model, rows) for rows in batches(corpus.rows(model), batch)]
+    if not groups:
+        raise InputError(
+            f"there is not one row of {corpus.context} tokens in these texts: give more text, or a smaller context="
+        )
+    held = _Sums.over(model, dictionary, groups)
     mean = held.mean.float()
     variants = [
         dictionary.splice(),
-        splice_edits(dictionary, None, mean),
-        splice_edits(dictionary, None, torch.zeros_like(mean)),
+        dictionary.splice(constant=mean),
+        dictionary.splice(constant=torch.zeros_like(mean)),
         untrained(dictionary, round(held.l0), seed).splice(),
     ]
     losses = []
-    for inputs in tqdm(groups, unit="batch", disable=not progress):
-        sweep = model.sweep(inputs, variants, NextToken(inputs.stream("")), progress=False)
+    for group in progress(groups, "batches of held-out text"):
+        with quiet():
+            sweep = model.sweep(group, variants, NextToken(group.stream("")))
         losses.append(torch.cat([sweep.clean[None], sweep.values]).double().cpu().numpy())
     loss = np.concatenate(losses, 1)  # [state, row]
     clean, spliced, gone, zero, _ = loss.mean(1)
-    drawn = loss[:, np.random.default_rng(seed).integers(loss.shape[1], size=(DRAWS, loss.shape[1]))].mean(2)
-    low, high = np.quantile((drawn[2] - drawn[1]) / (drawn[2] - drawn[0]), [0.025, 0.975])
+    low, high = interval(loss[2] - loss[1], seed, over=loss[2] - loss[0])
     data = xr.Dataset(
         {"loss": ("state", loss.mean(1)), "recovered": (gone - spliced) / (gone - clean), "low": low, "high": high,
          "recovered_from_zero": (zero - spliced) / (zero - clean), "explained": held.explained, "l0": held.l0,
          "dead": held.dead, "beyond": held.beyond},
-        coords={"state": list(STATES)}, attrs={"unit": "nats", "tokens": sum(map(len, rows))},
+        coords={"state": list(STATES)}, attrs={"unit": "nats", "tokens": sum(int(group.stream("").mask.sum()) for group in groups)},
     )  # fmt: skip
-    provenance = Provenance(
-        "dictionary_quality", model.name, digest=model.digest, inputs=f"{len(rows)} rows of held-out text", seed=seed,
-        arguments={"dictionary": repr(dictionary), "tokens": tokens, "context": context},
-    )  # fmt: skip
-    return Result(data, kind="dictionary quality", title=f"{dictionary!r} in {model.name}", provenance=provenance)
+    return Result(data, kind="dictionary quality", title=f"{dictionary!r} in {model.name}")
 
 
+@technique
 def untrained(dictionary: Dictionary, k: int, seed: int = 0) -> Dictionary:
     """A dictionary of as many random directions, the k that point most along a row being on: the control."""
-    generator = torch.Generator().manual_seed(seed)
-    n, (d_in, _) = len(dictionary), dictionary.encoder.shape
-    decoder = F.normalize(torch.randn(dictionary.decoder.shape, generator=generator), dim=1).to(dictionary.decoder)
-    same = dictionary.site == dictionary.writes
-    encoder = decoder.T if same else F.normalize(torch.randn(d_in, n, generator=generator), dim=0).to(decoder)
+    decoder, same = (
+        random_directions(len(dictionary), dictionary.decoder, seed=seed),
+        dictionary.site == dictionary.writes,
+    )
+    encoder = decoder.T if same else random_directions(len(dictionary), dictionary.encoder.T, seed=seed + 1).T
     bias = -dictionary.decoder_bias @ encoder if same else torch.zeros_like(dictionary.encoder_bias)
     return replace(dictionary, encoder=encoder, encoder_bias=bias, decoder=decoder, activation=TopK(max(1, k)))
 
@@ -135,13 +141,13 @@ class _Sums:
     beyond: float
 
     @classmethod
-    def over(cls, model: Model, d: Dictionary, groups: Sequence[Inputs], progress: bool) -> _Sums:
+    def over(cls, model: Model, d: Dictionary, groups: Sequence[Inputs]) -> _Sums:
         total = torch.zeros(d.decoder.shape[1], dtype=torch.float64)
         square = error = on = 0.0
         rows = seen = 0
         lit = torch.zeros(len(d), dtype=torch.bool)
-        for inputs in tqdm(groups, unit="batch", disable=not progress):
-            run = run_until(model.anatomy, inputs, dict.fromkeys((d.site, d.writes)))
+        for group in progress(groups, "batches read"):
+            run = run_until(model.anatomy, group, dict.fromkeys((d.site, d.writes)))
             (x, real), (y, _) = (run.everywhere(Site.parse(s)) for s in (d.site, d.writes))
             x, y = x[real], y[real]
             within = d.within(x)

@@ -15,55 +15,52 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Corpus, inputs, longest
+from pellucid.corpus import batches as row_batches
 from pellucid.engine.early import run_until
-from pellucid.store import ActivationStore
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.model import Model
+from pellucid.store import ActivationStore
 
+CONTEXT = 128  # tokens in a row
 WINDOW = 16  # shards in memory at once
 BLOCK = 65_536  # rows of a stream mixed at once
 
 Block = tuple[Tensor, Tensor]  # what is read [rows, d_in] and what is to be written [rows, d_out]
 
 
-def token_rows(model: Model, texts: Sequence[str], context: int = 128) -> list[list[int]]:
-    """Texts as rows of at most `context` tokens, which `model.run` and `store_activations` take as prompts.
-
-    For a causal model they stand behind one another, each ended by the tokenizer's end token, and are cut into rows of
-    equal length; for others each text is a row of its own. InputError without a tokenizer or text.
-    """
-    if isinstance(texts, str) or model.tokenizer is None:
-        raise InputError("expected several texts and a model with a tokenizer: give a list of texts")
-    if not model.anatomy.stacks[-1].causal or len(model.anatomy.stacks) > 1:
-        rows = [model.tokenizer(t, truncation=True, max_length=context)["input_ids"] for t in texts if t.strip()]
-    else:
-        end = [i for i in (model.tokenizer.eos_token_id,) if i is not None]
-        ids = [i for t in texts for i in (*model.tokenizer(t)["input_ids"], *end)]
-        rows = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
-    if not rows:
-        raise InputError(
-            f"there is not one row of {context} tokens in these texts: give more text, or a shorter context="
-        )
-    return rows
-
-
 @dataclass(frozen=True, eq=False)
 class Stream:
     """Activations of texts at some sites (one to read, or one to read and one to write), as the model gives them.
 
-    Texts are cut into rows as by `token_rows` and run `batch` at a time, anew in every pass over them.
+    `texts` are what `pl.Corpus` takes, or one, in rows of `context` tokens (128, or what
+    the model holds). They are run `batch` rows at a time, anew in every
+    pass over them, so an iterator that ends is refused.
     """
 
     model: Model
-    texts: Sequence[str]
+    texts: Any
     sites: Sequence[str]
-    context: int = 128
+    context: int | None = None
     batch: int = 8
 
+    def __post_init__(self) -> None:
+        at_least(1, batch=self.batch)
+        if isinstance(self.corpus.texts, Iterator):
+            raise InputError(
+                "these texts can be read only once, but training reads them many times: give a list or a Path"
+            )
+
+    def __repr__(self) -> str:
+        return f"<Stream of {self.corpus!r} through {self.model.name} at {', '.join(self.sites)}>"
+
+    @property
+    def corpus(self) -> Corpus:
+        return Corpus.of(self.texts, context=self.context or min(CONTEXT, longest(self.model)), long="windows")
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        rows = token_rows(self.model, self.texts, self.context)
-        for i in range(0, len(rows), self.batch):
-            run = run_until(self.model.anatomy, self.model.inputs(rows[i : i + self.batch]), self.sites)
+        for rows in row_batches(self.corpus.rows(self.model), self.batch):
+            run = run_until(self.model.anatomy, inputs(self.model, rows), self.sites)
             found = (run.everywhere(Site.parse(site)) for site in self.sites)
             yield tuple(values[real].float() for values, real in found)
 

@@ -8,7 +8,8 @@
 Read are also the older form (before version 6: activation_fn_str, hook_point, and b_dec taken off the input unless
 said otherwise) and weights whose top-k is taken of u |W_dec|. All is brought to the one form of `Dictionary`; what
 that form cannot express (input normalised row by row, unknown tensors) is refused. Top-k and gated transcoders are
-written under names of their own ("topk_transcoder"), which SAELens does not read. The limit, the model's digest and
+written under names of their own ("topk_transcoder"), which SAELens does not read. Here a dictionary is the mapping of
+its fields. The limit, the model's digest and
 our site names go into the metadata.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.errors import InputError, SiteError
-from pellucid.neurons.dictionaries.activations import Activation, Gated, JumpReLU, ReLU, TopK
-from pellucid.neurons.dictionaries.dictionary import Dictionary
+from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # of the format that is written
@@ -34,11 +35,12 @@ HOOKS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_po
          "attn.out": "hook_attn_out", "mlp.out": "hook_mlp_out", "mlp.neurons": "mlp.hook_post"}  # fmt: skip
 
 
-def save(d: Dictionary, folder: Path) -> Path:
+def write(d: Mapping[str, Any], folder: Path) -> Path:
     """Write a dictionary; returns the folder."""
-    tensors = {"W_enc": d.encoder, "W_dec": d.decoder, "b_dec": d.decoder_bias}
+    site, writes, bias = d["site"], d["writes"], d["encoder_bias"]
+    tensors = {"W_enc": d["encoder"], "W_dec": d["decoder"], "b_dec": d["decoder_bias"], "b_enc": bias}
     extra: dict[str, Any] = {}
-    match d.activation:
+    match d["activation"]:
         case ReLU():
             name = "standard"
         case TopK(k):
@@ -47,19 +49,19 @@ def save(d: Dictionary, folder: Path) -> Path:
             name, tensors["threshold"] = "jumprelu", threshold
         case Gated(rescale, shift):
             name = "gated"
-            tensors |= {"r_mag": rescale, "b_gate": d.encoder_bias, "b_mag": shift + d.encoder_bias * rescale.exp()}
-        case _:
-            raise InputError(f"a {type(d.activation).__name__} dictionary has no SAELens form: expected ReLU, TopK, JumpReLU or Gated")  # fmt: skip
-    if name != "gated":
-        tensors["b_enc"] = d.encoder_bias
-    own = {"site": d.site, "writes": d.writes, "digest": d.digest, "limit": d.limit if math.isfinite(d.limit) else None}
-    metadata = {"sae_lens_version": VERSION, "model_name": d.model, "hook_name": _hook(d.site), "pellucid": own}
-    if d.writes != d.site:
+            tensors |= {"r_mag": rescale, "b_gate": tensors.pop("b_enc"), "b_mag": shift + bias * rescale.exp()}
+        case other:
+            kind = type(other).__name__
+            raise InputError(f"a {kind} dictionary has no SAELens form: expected ReLU, TopK, JumpReLU or Gated")
+    own = {key: d[key] for key in ("site", "writes", "digest", "limit")}
+    own["limit"] = own["limit"] if math.isfinite(own["limit"]) else None
+    metadata = {"sae_lens_version": VERSION, "model_name": d["model"], "hook_name": _hook(site), "pellucid": own}
+    if writes != site:
         name = "transcoder" if name == "standard" else f"{name}_transcoder"
-        extra["d_out"] = d.decoder.shape[1]
-        metadata["hook_name_out"] = _hook(d.writes)
+        extra["d_out"] = d["decoder"].shape[1]
+        metadata["hook_name_out"] = _hook(writes)
     config = {
-        "architecture": name, "d_in": d.encoder.shape[0], "d_sae": len(d), "dtype": "float32", "device": "cpu",
+        "architecture": name, "d_in": len(d["encoder"]), "d_sae": len(d["decoder"]), "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none",
         **extra, "metadata": metadata,
     }  # fmt: skip
@@ -69,7 +71,7 @@ def save(d: Dictionary, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, site: str = "", writes: str = "") -> Dictionary:
+def read(folder: Path, site: str = "", writes: str = "") -> dict[str, Any]:
     """Read a dictionary; `site` and `writes` say where it belongs if the file does not, or in names not known here."""
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -98,10 +100,18 @@ def load(folder: Path, site: str = "", writes: str = "") -> Dictionary:
     if not (found and out):
         raise InputError(f"{str(folder)!r} does not say where it belongs: give site= (and writes= for a transcoder)")  # fmt: skip
     limit = own.get("limit")
-    return Dictionary(
-        w_enc, bias, w_dec, b_dec, activation, _site(found, folder), _site(out, folder),
-        float("inf") if limit is None else limit, str(metadata.get("model_name") or ""), own.get("digest", ""),
-    )  # fmt: skip
+    return {
+        "encoder": w_enc,
+        "encoder_bias": bias,
+        "decoder": w_dec,
+        "decoder_bias": b_dec,
+        "activation": activation,
+        "site": _site(found, folder),
+        "writes": _site(out, folder),
+        "limit": float("inf") if limit is None else limit,
+        "model": str(metadata.get("model_name") or ""),
+        "digest": own.get("digest", ""),
+    }
 
 
 def _rule(rule: str, config: dict[str, Any], t: dict[str, Tensor]) -> tuple[Tensor, Activation]:

@@ -110,7 +110,7 @@ def _places(question: Question) -> tuple[list[int], list[int]]:
 def _patched(
     question: Question, layers: list[int], positions: list[int]
 ) -> tuple[np.ndarray, float, float, tuple[Result, ...]]:
-    """Effects [layer, position], and the metric without patches on the prompt and on the counterfactual."""
+    """Shares of the total effect [layer, position], and the metric without patches on the prompt and on the counterfactual."""
     model, metric = question.model, question.metric
     depth, length = len(model.anatomy.stacks[0].blocks), len(question.tokens)
     chosen = "*" if len(layers) == depth else ",".join(map(str, layers))
@@ -118,7 +118,7 @@ def _patched(
         found: tuple[Result, ...] = (
             patching(model, question.prompt, question.counterfactual, over=_over(question), metric=metric),
         )
-        effect = found[0]["effect"].values
+        effect = found[0]["share"].values
     else:
         found = tuple(
             patching(
@@ -127,11 +127,10 @@ def _patched(
                 question.counterfactual,
                 over=_over(question, chosen, p),
                 metric=metric,
-                progress=False,
             )
             for p in positions
         )
-        effect = np.stack([f["effect"].values.reshape(len(layers)) for f in found], 1)
+        effect = np.stack([f["share"].values.reshape(len(layers)) for f in found], 1)
     return effect, float(found[0]["clean"]), float(found[0]["corrupted"]), found
 
 

@@ -21,18 +21,20 @@ import xarray as xr
 from torch import Tensor
 from torch.nn import functional as F
 
-from pellucid.errors import PellucidError
+from pellucid.errors import PellucidError, at_least
 from pellucid.model import Model
 from pellucid.neurons.contexts import activations, apart
 from pellucid.neurons.effects import logit_effects
 from pellucid.neurons.harvest import Harvest, Moment
 from pellucid.neurons.weights import input_weights, output_weights
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import texts
+from pellucid.technique import technique
 
 BINS = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
+@technique
 def neuron_page(
     model: Model,
     harvest: Harvest,
@@ -55,6 +57,8 @@ def neuron_page(
 
     >>> neuron_page(model, found, "layers.3.mlp.neurons.17").save_html("neuron.html")  # doctest: +SKIP
     """
+    at_least(0, each=each, window=min(window))
+    at_least(1, contexts=contexts, top=top, neighbours=neighbours)
     name, n = harvest.find(unit)
     groups = [("top", apart(harvest.top(unit))[:contexts])]
     bins = harvest.binned(unit, BINS, each)
@@ -77,11 +81,7 @@ def neuron_page(
         "high": ("bin", edges[1:].numpy()),
     }
     data = xr.Dataset(made, coords=coords, attrs={"unit": unit})
-    provenance = Provenance(
-        "neuron_page", model.name, digest=model.digest, inputs=f"{len(harvest.shelf)} texts, {harvest.count} tokens",
-        arguments={"unit": unit, "contexts": contexts, "each": each, "window": window}, seed=harvest.plan.seed,
-    )  # fmt: skip
-    return Result(data, kind="neuron page", title=f"What excites {unit}", provenance=provenance)
+    return Result(data, kind="neuron page", title=f"What excites {unit}")
 
 
 def _contexts(

@@ -11,7 +11,7 @@ import torch
 import pellucid
 from pellucid.errors import InputError
 from pellucid.neurons import Units, harvest
-from pellucid.neurons.excerpts import Context, read_contexts
+from pellucid.neurons.contexts import Context, read_contexts
 from tests.zoo import build, tokenizer
 
 TEXTS = [
@@ -30,7 +30,7 @@ def opened(family):
 @cache
 def found(family, site, skip=0):
     texts = [(text, text) for text in TEXTS] if "decoder" in site else TEXTS
-    return harvest(opened(family), texts, site, top=8, sample=32, skip=skip, progress=False)
+    return harvest(opened(family), texts, site, top=8, sample=32, skip=skip)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_tokens_the_harvest_skipped_do_not_count():
 def test_directions_have_contexts_as_neurons_do():
     model, site = opened("gpt2"), "layers.0.mlp.neurons"
     axis = Units(site, torch.eye(model.anatomy.stacks[0].blocks[0].sizes["neuron"])[[4]], "axis")
-    made = harvest(model, TEXTS, [site, axis], top=8, sample=32, progress=False)
+    made = harvest(model, TEXTS, [site, axis], top=8, sample=32)
     one, other = read_contexts(model, made, [f"{site}.4", "axis.0"])
     assert one.level == pytest.approx(other.level) and len(one.shown) == len(other.shown)
     for a, b in zip(one.shown, other.shown, strict=True):
@@ -103,7 +103,7 @@ def test_marks_stand_around_words_and_not_around_their_spaces():
 
 def test_other_weights_and_no_units_are_one_clear_error():
     made = found("gpt2", "layers.1.mlp.neurons")
-    with pytest.raises(InputError, match="no unit was named"):
+    with pytest.raises(InputError, match="expected a list of units, at least one"):
         read_contexts(opened("gpt2"), made, [])
     with pytest.raises(InputError, match="belongs to other weights"):
         read_contexts(opened("bert"), made, ["layers.1.mlp.neurons.0"])

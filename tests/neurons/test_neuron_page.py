@@ -14,13 +14,14 @@ from pellucid.lenses import direct_logit_attribution
 from pellucid.neurons import (
     Harvest,
     Units,
-    activations,
     harvest,
     input_weights,
     logit_effects,
     neuron_page,
     output_weights,
 )  # fmt: skip
+from pellucid.neurons.contexts import activations
+from pellucid.neurons.dictionaries import Dictionary, ReLU
 from pellucid.neurons.effects import effects
 from pellucid.views import document
 from pellucid.views.schema import Document
@@ -41,7 +42,7 @@ def gathered(family):
     model = opened(family)
     stack = model.anatomy.stacks[-1].prefix
     texts = [(t, t) for t in TEXTS] if stack else TEXTS
-    return harvest(model, texts, [f"{stack}layers.*.mlp.neurons"], top=16, sample=64, progress=False)
+    return harvest(model, texts, [f"{stack}layers.*.mlp.neurons"], top=16, sample=64)
 
 
 # ---- weights
@@ -162,16 +163,35 @@ def test_many_units_and_texts_are_run_together_and_padding_counts_nothing():
             torch.testing.assert_close(values[:, i], run.tensor(unit)[0].detach(), atol=1e-5, rtol=1e-4)
 
 
-def test_features_of_ones_own_have_pages_and_must_be_given_again(tmp_path):
+DIRECTIONS = torch.eye(32)[:4] - 0.1
+READS = {
+    "directions": DIRECTIONS,
+    "a dictionary": Dictionary(
+        DIRECTIONS.T.contiguous(), torch.zeros(4), DIRECTIONS, torch.zeros(32), ReLU(), "layers.0.resid_post"
+    ),
+    "a function": lambda x: x @ DIRECTIONS.T,
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_units_of_ones_own_have_pages_and_come_back_from_disk_but_for_functions(kind, tmp_path):
     model = opened("llama")
-    features = Units("layers.0.resid_post", torch.eye(32)[:4] - 0.1, "mine")
-    found = harvest(model, TEXTS, features, top=4, sample=32, path=tmp_path, progress=False)
+    features = Units("layers.0.resid_post", READS[kind], "mine")
+    found = harvest(model, TEXTS, features, top=4, sample=32, path=tmp_path / "one")
     page = neuron_page(model, found, "mine.2")
     assert "raised" not in page.data and page.data.relation.values.tolist() == ["activation"]
-    with pytest.raises(InputError, match="units of its own"):
-        neuron_page(model, Harvest.load(tmp_path), "mine.2")
-    again = neuron_page(model, Harvest.load(tmp_path, [features]), "mine.2")
-    assert again.allclose(page)
+    assert neuron_page(model, Harvest.load(tmp_path / "one", [features]), "mine.2").allclose(page)
+    for folder in (tmp_path / "one", found.save(tmp_path / "two")):
+        back = Harvest.load(folder)
+        back.check(model)
+        assert repr(back) == repr(found) and back.plan == found.plan
+        if kind == "a function":
+            with pytest.raises(InputError, match="units of its own"):
+                neuron_page(model, back, "mine.2")
+        else:
+            assert neuron_page(model, back, "mine.2").allclose(page)
+    with pytest.raises(InputError, match="another function"):
+        Harvest.load(tmp_path / "one", [Units("layers.0.resid_post", DIRECTIONS + 1, "mine")])
 
 
 @pytest.mark.parametrize(
@@ -184,7 +204,7 @@ def test_features_of_ones_own_have_pages_and_must_be_given_again(tmp_path):
 )
 def test_units_without_weights_of_their_own_have_pages_too(family, site, relations):
     model = opened(family)
-    found = harvest(model, TEXTS, site, top=4, sample=32, progress=False)
+    found = harvest(model, TEXTS, site, top=4, sample=32)
     page = neuron_page(model, found, f"{site}.30").data
     assert page.relation.values.tolist() == relations
     assert ("raised" in page) == ("output weights" in relations)

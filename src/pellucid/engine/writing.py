@@ -1,16 +1,23 @@
-"""Writing an edit into a tensor: to its unit, at its positions, in the rows and steps where it holds."""
+"""Writing edits into the tensors of a forward pass: where each is met, in whose rows, columns and steps it holds.
+
+An edit knows values (`pellucid.engine.edits`); here it gets its place on the map (`placed`), and the tensor of its tap as
+the model has it there is changed at the edit's unit and positions only (`apply`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.structure import Anatomy, Tap
 from pellucid.engine.edits import Edit, Place, turned
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.engine.locate import Spot
-from pellucid.errors import Refused
+from pellucid.engine.locate import Spot, block_of, spots
+from pellucid.errors import InputError, Refused, SiteError
 
 
 @dataclass(eq=False)
@@ -114,3 +121,97 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
     out = x.clone()
     out.select(spot.unit_axis, spot.unit).copy_(new)
     return out
+
+
+# ---- edits on their taps
+
+
+class Written:
+    """An edit at the tap of its own site."""
+
+    def __init__(self, edit: Edit, spot: Spot) -> None:
+        self.edit, self.spot = edit, spot
+        self.taps: tuple[Tap, ...] = (spot.tap,)
+
+    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
+        return apply(self.edit, self.spot, x, window)
+
+
+class Middle(Written):
+    """An edit of resid_mid in a pre-norm block: no module hands that state on alone, so the change is carried by the
+    last of its summands (mid = sum of c * summand, hence new summand = old + (new mid - old mid) / c)."""
+
+    def __init__(self, edit: Edit, spot: Spot, anatomy: Anatomy) -> None:
+        super().__init__(edit, spot)
+        block = block_of(anatomy, spot.site)
+        state = block.states[-1]
+        terms = [t for t in state.terms if not t.source.startswith("mlp")]
+        if len(terms) == 1 and terms[0].source.startswith("state "):  # the middle is a state of its own
+            state = block.states[int(terms[0].source.removeprefix("state "))]
+            terms = list(state.terms)
+        taps = [t.carried or block.taps.get("resid_pre" if t.source == "in" else t.source) for t in terms]
+        if None in taps:
+            raise Refused(f"{str(spot.site)!r} can be kept, but not edited: one of its summands cannot be met")
+        self.constant = state.constant
+        self.coefficients = {tap: t.coefficient for tap, t in zip(taps, terms, strict=True) if tap is not None}
+        self.taps = tuple(self.coefficients)
+        self._met: dict[Tap, Tensor] = {}
+
+    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
+        self._met[tap] = x
+        if len(self._met) < len(self.taps):
+            return x
+        c = self.coefficients[tap]
+        rest: Any = 0.0 if self.constant is None else self.constant
+        for t, value in self._met.items():
+            rest = rest + value * self.coefficients[t] if t is not tap else rest
+        self._met = {}
+        mid = rest + x * c
+        new = apply(self.edit, self.spot, mid, window)
+        if new is mid:
+            return x
+        x = x + (new - mid) / c
+        return x + ((new - (rest + x * c)) / c).detach()  # once more: a zero must come out as a zero, not as 1e-8
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros(Edit):
+    """Adds zeros. Their gradient is that of the state they are added to, all ways out of it counted."""
+
+    added: list[Tensor] = field(default_factory=list)
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        self.added.append(torch.zeros_like(x, requires_grad=True))
+        return x + self.added[-1]
+
+
+def placed(anatomy: Anatomy, edits: Sequence[Edit]) -> list[Written]:
+    """The edits on the model's taps, selectors expanded. SiteError or Refused where a site cannot be written to."""
+    return [_placed(anatomy, edit, spot) for edit in edits for spot in spots(anatomy, edit.site)]
+
+
+def _placed(anatomy: Anatomy, edit: Edit, spot: Spot) -> Written:
+    site = spot.site
+    if site.port == "heads" and site.part.endswith(".out"):
+        raise SiteError(f"{str(site)!r} cannot be edited: edit the head itself, {str(site).replace('.out', '')!r}")
+    if not shows_one_reader(anatomy, spot):
+        return Written(edit, spot)
+    if site.part == "resid_mid":
+        return Middle(edit, spot, anatomy)
+    raise Refused(f"{str(site)!r} can be kept, but not edited: this layer is no module of its own")
+
+
+def check_unconditional(edits: Sequence[Edit]) -> None:
+    conditional = next((e for e in edits if e.when is not None), None)
+    if conditional is not None:
+        raise InputError(
+            f"the edit on {str(conditional.site)!r} has a condition, which is asked while generating; a run has no steps"
+        )
+
+
+def shows_one_reader(anatomy: Anatomy, spot: Spot) -> bool:
+    """Whether the tap shows a residual to one of its readers only: what is written there would miss the others."""
+    site = spot.site
+    if site.part not in ("embed", "resid_pre", "resid_mid", "resid_post") or spot.tap.port != "in":
+        return False
+    return site.part == "resid_mid" or not block_of(anatomy, replace(site, stack=spot.stream)).whole

@@ -11,7 +11,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
 
 
-def bound(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Run]) -> list[Edit]:
+def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Run]) -> list[Edit]:
     """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites."""
     wanted: dict[Any, list[Site]] = {}
     for edit in edits:

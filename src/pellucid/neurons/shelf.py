@@ -1,24 +1,20 @@
-"""A corpus as tokens: read from texts in segments, run in batches of like length, kept so that contexts can be cut again.
+"""The tokens a harvest has read, kept so that contexts can be cut again.
 
 A token's place is its prompt and its position among the prompt's tokens, as one number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
-from pellucid.model import Model
 
-SEGMENT = 32_768  # tokens read, sorted by length, run, and then counted as done
 BITS = 20  # of a place: the position
 
 
@@ -35,61 +31,6 @@ def where(places: Tensor) -> tuple[Tensor, Tensor]:
     return places >> BITS, places & ((1 << BITS) - 1)
 
 
-@dataclass(frozen=True)
-class Text:
-    """One prompt: what the model is given, and the decoder's text in an encoder-decoder."""
-
-    number: int
-    ids: tuple[int, ...]
-    target: str | None = None
-
-
-def read(model: Model, texts: Iterable[Any], context: int) -> Iterator[Text]:
-    """Texts, token ids, or pairs of source and target, each as tokens and cut off after `context` of them."""
-    if isinstance(texts, str):
-        raise InputError("expected several texts: put the one text into a list")
-    for number, given in enumerate(texts):
-        target = None
-        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str):
-            given, target = given
-        if isinstance(given, str):
-            if model.tokenizer is None:
-                raise InputError("this model was opened without a tokenizer: give token ids")
-            given = model.tokenizer(given, truncation=True, max_length=context)["input_ids"] if given.strip() else ()
-        yield Text(number, tuple(given)[:context], target)
-
-
-def segments(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Consecutive texts of about SEGMENT tokens."""
-    found: list[Text] = []
-    size = 0
-    for text in texts:
-        found.append(text)
-        size += len(text.ids)
-        if size >= SEGMENT:
-            yield found
-            found, size = [], 0
-    if found:
-        yield found
-
-
-def batches(segment: Sequence[Text], tokens: int) -> Iterator[list[Text]]:
-    """Texts of like length together, at most `tokens` tokens with their padding (but one text at least)."""
-    group: list[Text] = []
-    for text in sorted((t for t in segment if t.ids), key=lambda t: len(t.ids)):
-        if group and len(text.ids) * (len(group) + 1) > tokens:
-            yield group
-            group = []
-        group.append(text)
-    if group:
-        yield group
-
-
-def inputs_of(model: Model, group: Sequence[Text]) -> Inputs:
-    target = None if all(t.target is None for t in group) else [t.target or "" for t in group]
-    return model.inputs([list(t.ids) for t in group], decoder=target)
-
-
 @dataclass(eq=False)
 class Shelf:
     """The tokens of every prompt, by segments: in memory, or in files of a folder, read when they are asked for.
@@ -99,7 +40,7 @@ class Shelf:
     """
 
     folder: Path | None = None
-    firsts: list[int] = field(default_factory=list)  # number of the first prompt of each segment
+    firsts: list[int] = field(default_factory=list, repr=False)  # number of the first prompt of each segment
     count: int = 0
     _parts: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
