@@ -244,8 +244,10 @@ class _Replay:
             args, kwargs = _filled(op.args, made), _filled(op.kwargs, made)
             if in_place(op.name):
                 args = (args[0].clone(), *args[1:])
-            module = op.call.module if op.call is not None else None
-            out = (op.func or module)(*args, **kwargs)
+            func = op.func or (op.call.module if op.call is not None else None)
+            if func is None:
+                raise Unread(f"{op.name!r} behind the projection cannot be run again")
+            out = func(*args, **kwargs)
             results = list(tensors(args[:1] if op.name == "__setitem__" else out))
             if len(results) != len(op.outputs):
                 raise Unread(f"what {op.name!r} does behind the projection cannot be run again")
