@@ -177,7 +177,7 @@ class Model:
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
-        inputs = self._padding.fit(left_padded(inputs))
+        inputs = self._padding.fit(left_padded(inputs), generating=True)
         return generate(
             self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
