@@ -19,8 +19,7 @@ import pellucid as pl
 from benchmarks.circuits import gpt2  # the same model
 from benchmarks.clock import beside
 from pellucid.lenses import TunedLens, lens_quality
-from pellucid.lenses.logit_lens import lens_sites
-from pellucid.lenses.tuned_lens import last_residual
+from pellucid.lenses.lens import last_residual, lens_sites
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 LAYERS = [f"layers.{n}.resid_post" for n in (5, 15, 25)]
@@ -38,7 +37,9 @@ def steps(repetitions: int) -> None:
 
     for name, share in SHARES.items():
         lens = TunedLens(share=share)
-        lens._begin(model, names)
+        d = model.anatomy.stacks[-1].d_model
+        lens.biases_ = {n: torch.zeros(d, requires_grad=True) for n in names}
+        lens.weights_ = {n: torch.zeros(d, d, requires_grad=True) for n in names}
         print(
             f"{name:28s}{beside(plain, lambda lens=lens: lens._step(model, inputs, names, 0), repetitions)} forwards",
             flush=True,
@@ -52,8 +53,7 @@ def quality(data: Path, tokens: int) -> None:
     model = pl.load(str(smollm2()))
     train, held_out = (text(data / f"en_ewt-ud-{part}.conllu") for part in ("train", "dev"))
     for name, share in SHARES.items():
-        lens = TunedLens(sites=LAYERS, share=share)
-        lens.fit(model, train, tokens=tokens, context=128, progress=False)
+        lens = TunedLens(sites=LAYERS, share=share, tokens=tokens, context=128).fit(model, train)
         found = lens_quality(model, held_out, lens, tokens=8192, context=128, share=0.25).data
         print(
             f"{name:28s} held-out KL at layers 5, 15, 25: {' '.join(f'{x:.2f}' for x in found.tuned.values)}",

@@ -71,9 +71,7 @@ def effects(model: Model, prompts: Prompts) -> None:
     shown(heads, "heads", 8)
     shown(mediation(model, prompts, over="layers.*.mlp.out"), "MLPs", 5)
     shown(mediation(model, prompts, over="layers.*.attn.out"), "attentions", 5)
-    blocks = [block.index for block in model.anatomy.stacks[0].blocks]
-    layers = {f"layer {i}": [f"layers.{i}.attn.out", f"layers.{i}.mlp.out"] for i in blocks}
-    shown(mediation(model, prompts, over=layers), "layers (attention and MLP together)", 5)
+    shown(mediation(model, prompts, over="layers.*"), "layers (attention and MLP together)", 5)
 
 
 def neurons(model: Model, prompts: Prompts, checked: int) -> None:
@@ -81,21 +79,15 @@ def neurons(model: Model, prompts: Prompts, checked: int) -> None:
     right, wrong = ([[ids[0] for ids in each] for each in side] for side in (prompts.answer_ids, prompts.wrong_ids))
     odds = logit_difference(wrong, right)
     found = attribution_patching(model, prompts.clean, prompts.corrupted, over="layers.*.mlp.neurons.*", metric=odds,
-                                 check=checked)  # fmt: skip
+                                 denoise=False, check=checked)  # fmt: skip
     sizes = np.sort(np.abs(found.estimate.values).ravel())[::-1]
     counts = [int(np.searchsorted(sizes.cumsum() / sizes.sum(), share)) + 1 for share in (0.5, 0.8, 0.9)]
     print(f"neurons: {sizes.size} estimates of the change of the log odds; of their summed sizes half in {counts[0]}, 80% "
           f"in {counts[1]}, 90% in {counts[2]}; against exact patches of {checked} top and {checked} random ones: rank "
           f"correlation {found['spearman'].item():.2f}, largest random effect {found['missed'].item():.2f} of the largest")  # fmt: skip
     top = [str(name) for name in found.checked.values[found.ranked_high.values]]
-    exact = (
-        mediation(model, prompts, over=top)
-        .data[["nie", "nie_low", "nie_high", "nde", "log_nie"]]
-        .to_dataframe()
-        .dropna()
-    )
-    for (layer, neuron), row in exact.loc[exact.nie.abs().sort_values(ascending=False).index[:6]].iterrows():
-        print(f"  layer {layer} neuron {neuron}: NIE {row.nie:+.3f} [{row.nie_low:+.3f}, {row.nie_high:+.3f}], "
+    for row in mediation(model, prompts, over=top).top(6).itertuples():
+        print(f"  {row.site}: NIE {row.nie:+.3f} [{row.nie_low:+.3f}, {row.nie_high:+.3f}], "
               f"NDE {row.nde:+.3f}; {row.log_nie:+.2f} nats")  # fmt: skip
     together = mediation(model, prompts, over={"top": top})
     print(f"  these {len(top)} neurons together: NIE {together.nie.item():+.3f}")

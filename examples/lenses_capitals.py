@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5, help="of noise")
     options = parser.parse_args()
     model = pl.load(str(smollm2()))
-    tuned = TunedLens.load(model, options.lens)
+    tuned = TunedLens.load(options.lens)
     countries, capitals = list(CAPITALS), list(CAPITALS.values())
     prompts = [PROMPT.format(c) for c in countries]
 

@@ -52,14 +52,17 @@ def main() -> None:
     train, held_out = (text(options.data / f"en_ewt-ud-{part}.conllu") for part in ("train", "dev"))
 
     began = time.process_time()
-    lens = TunedLens().fit(model, train, tokens=options.tokens, context=128, batch=8, checkpoint=options.keep)
-    print(f"{len(lens.losses)} steps, {time.process_time() - began:.0f} s of CPU")
+    unfinished = options.keep and options.keep.with_suffix(".fit.safetensors")
+    lens = TunedLens(tokens=options.tokens, context=128).fit(model, train, checkpoint=unfinished)
+    if options.keep:
+        lens.save(options.keep)
+    print(f"{len(lens.losses_)} steps, {time.process_time() - began:.0f} s of CPU")
     found = lens_quality(model, held_out, lens, tokens=8192, context=128, share=0.25).data
     print("KL(model || layer) in nats, held-out text")
     for row in range(found.sizes["layer"]):
         at = found.isel(layer=row)
         print(
-            f"{at.layer.item():24s} tuned {at.tuned.item():6.3f}  logit {at.logit.item():7.3f}  gain {at.gain.item():7.3f} "
+            f"{at.site.item():24s} tuned {at.tuned.item():6.3f}  logit {at.logit.item():7.3f}  gain {at.gain.item():7.3f} "
             f"[{at.low.item():.3f}, {at.high.item():.3f}]  same first choice {at.agreement.item():.2f}"
         )
     print("better at every layer:", bool((found.low > 0).all()))
@@ -75,7 +78,7 @@ def main() -> None:
         )
 
     print("\na patchscope: what the state of the last word of a name says of itself, by layer")
-    scope = patchscope(model, "The president of the country France", "France", layers="0:12", max_new_tokens=6)
+    scope = patchscope(model, "The president of the country France", "France", layers=slice(12), max_new_tokens=6)
     for layer, said in zip(scope.data.layer.values, scope.data.text.values, strict=True):
         print(f"  layer {layer}: {said!r}")
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pellucid.neurons.shelf import where
 
 import pellucid as pl
 from pellucid.neurons import Harvest, apart, harvest, neuron_page, neuron_selectivity
+from pellucid.neurons.shelf import where
 from pellucid.probing import Treebank
 from pellucid.views import save_html
 

@@ -21,7 +21,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from pellucid.neurons.shelf import where
 
 import pellucid as pl
 from pellucid.neurons import (
@@ -46,6 +45,7 @@ from pellucid.neurons import (
     unit_clusters,
 )
 from pellucid.neurons.compositional import firings
+from pellucid.neurons.shelf import where
 from pellucid.probing import Treebank
 from pellucid.results import Result
 from pellucid.tasks.tokens import covering, encode

@@ -1,6 +1,6 @@
 """Is the truth of a simple statement readable from SmolLM2's residual stream, at which layers, on topics never seen?
 
-    python examples/probing_truth.py --data FOLDER [--model MODEL] [--n 80] [--shuffles 5]
+    python examples/probing_truth.py --data FOLDER [--model MODEL] [--n 80] [--draws 5]
 
 FOLDER holds relation files of the LRE data (factual/country_capital_city.json, ...). Each topic gives true statements and as
 many false ones, which take another subject's answer; probes are trained on all topics but one and judged on that one. The
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--n", type=int, default=80)
-    parser.add_argument("--shuffles", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=5)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from scripts.demo_model import smollm2
@@ -52,7 +52,7 @@ def main() -> None:
     sites = ["embed", *(f"layers.{i}.resid_post" for i in range(2, len(model.anatomy.stacks[-1].blocks), 3))]
     features = read(model, asked, sites=sites, pool="last")
     for kind in ("mean", "logistic"):
-        found = questions(features, asked, kind=kind, shuffles=options.shuffles)
+        found = questions(features, asked, kind=kind, draws=options.draws)
         print(f"\n{kind}: layer, accuracy on held-out topics [95 % interval], labels shuffled [range]")
         for layer in range(found.layer.size):
             here = found.data.isel(layer=layer)

@@ -81,9 +81,9 @@ def test_long_texts_are_named_and_read_as_the_corpus_says(model, tmp_path):
     with pytest.raises(InputError, match="text 1 of the corpus has 12 tokens, more than 8"):
         store_activations(model, pl.Corpus(texts, context=8), SITES[:1], tmp_path / "a")
     cut = store_activations(model, pl.Corpus(texts, context=8, long="cut"), SITES[:1], tmp_path / "b")
-    assert cut["prompts"].tolist() == [0] * 4 + [1] * 8
+    assert cut["prompts"].tolist() == [0] * 3 + [1] * 8
     windows = store_activations(model, pl.Corpus(texts, context=8, long="windows"), SITES[:1], tmp_path / "c")
-    assert windows["prompts"].tolist() == [0] * 4 + [1] * 8 + [2] * 4
+    assert windows["prompts"].tolist() == [0] * 3 + [1] * 8 + [2] * 4
     with pytest.raises(InputError, match="no text whose activations"):
         store_activations(model, [""], SITES[:1], tmp_path / "d")
 

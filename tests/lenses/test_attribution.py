@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import pellucid
+import pellucid as pl
 from pellucid.errors import InputError, Refused
 from pellucid.lenses import direct_logit_attribution
 from pellucid.results import Result
@@ -97,11 +98,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone():
 
 def test_any_single_position_can_be_read():
     model = opened("llama")
-    dla = direct_logit_attribution(model, PROMPT, " Paris", position="' capital'")
+    dla = direct_logit_attribution(model, PROMPT, " Paris", positions="' capital'")
     paris = model.tokenizer.convert_tokens_to_ids("▁Paris")
     assert float(dla.total) == pytest.approx(float(model.run(PROMPT).logits[0, 1, paris]), abs=1e-5)
     with pytest.raises(InputError, match="reads one position"):
-        direct_logit_attribution(model, PROMPT, " Paris", position="0:2")
+        direct_logit_attribution(model, PROMPT, " Paris", positions="0:2")
 
 
 def test_the_models_own_prediction_is_the_default_target():
@@ -113,7 +114,23 @@ def test_the_models_own_prediction_is_the_default_target():
 @pytest.mark.parametrize(("family", "why"), [("bert", "is not linear"), ("deepseek_v4", "mixes its residual streams")])
 def test_families_whose_head_or_stream_is_not_linear_are_refused_by_name(family, why):
     with pytest.raises(Refused, match=why):
-        direct_logit_attribution(opened(family), PROMPT, " Paris")
+        direct_logit_attribution(opened(family), PROMPT, " Paris", positions=-1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("by", ["layer", "head", "neuron"])
+def test_an_edited_run_is_split_and_adds_up(family, by):
+    model = opened(family)
+    edits = [pl.Ablate("layers.0.attn.heads.1"), pl.Scale("layers.1.mlp.out", factor=0.5)]
+    dla = direct_logit_attribution(model, PROMPT, " Paris", by=by, edits=edits).data
+    paris = model.tokenizer("▁Paris", add_special_tokens=False)["input_ids"][-1]
+    assert float(dla.total) == pytest.approx(float(model.run(PROMPT, edits=edits).logits[0, -1, paris]), abs=1e-4)
+    assert abs(float(dla.gap)) < 1e-4
+    if by == "head":
+        gone = dla.contribution[(dla.part == "attn.heads") & (dla.layer == 0) & (dla.unit == 1)]
+        assert gone.values.tolist() == [0.0]
+    with pytest.raises(Refused, match="an edit adds to the residual itself"):
+        direct_logit_attribution(model, PROMPT, " Paris", edits=[pl.Scale("layers.0.resid_post", factor=2.0)])
 
 
 def test_an_unknown_split_is_an_error():

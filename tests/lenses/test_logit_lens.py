@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import pellucid
+import pellucid as pl
 from pellucid.errors import InputError, Refused
 from pellucid.lenses import logit_lens, unembed
 from pellucid.results import Result
@@ -54,17 +55,18 @@ def test_the_last_row_is_the_models_own_answer(family):
     assert float(abs(last.kl).max()) < 1e-5
     assert float(last["rank"].max()) == 0
     assert last.top_token[:, 0].values.tolist() == last.prediction.values.tolist()
-    assert lens.data.layer.values.tolist() == ["embed", *range(lens.data.sizes["layer"] - 1)]
+    assert lens.data.layer.values.tolist() == list(range(-1, lens.data.sizes["layer"] - 1))
+    assert lens.data.site.values[0].endswith("embed")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama", "t5"])
 def test_a_padded_batch_gives_what_each_prompt_gives_alone(family):
     model = opened(family)
     prompts, texts = [PROMPT, "Mary"], ["Paris is", "Rome"]
-    option = {"target": texts} if family == "t5" else {}
+    option = {"decoder": texts} if family == "t5" else {}
     together = logit_lens(model, prompts, **option).data
     for i, prompt in enumerate(prompts):
-        alone = logit_lens(model, prompt, **({"target": texts[i]} if option else {})).data
+        alone = logit_lens(model, prompt, **({"decoder": texts[i]} if option else {})).data
         n = alone.sizes["position"]
         for name in ("probability", "kl", "entropy", "log_probability"):
             np.testing.assert_allclose(together[name].isel(prompt=i, position=slice(n)), alone[name], atol=1e-4)
@@ -84,6 +86,39 @@ def test_positions_and_sites_narrow_what_is_read():
     assert whole.data.token[3] == narrow.data.token[0]
     with pytest.raises(InputError, match="is no residual at every position"):
         logit_lens(model, PROMPT, sites="layers.*.attn.z")
+
+
+@pytest.mark.parametrize(
+    ("positions", "columns"), [([1, 2], [1, 2]), ([-1], [-1]), (slice(1, 3), [1, 2]), (slice(-2, None), [-2, -1])]
+)
+def test_positions_are_lists_and_slices_too(positions, columns):
+    """F12: a list was a raw TypeError."""
+    whole = logit_lens(opened("gpt2"), PROMPT).data
+    some = logit_lens(opened("gpt2"), PROMPT, positions=positions).data
+    np.testing.assert_allclose(some.kl, whole.kl.isel(position=columns), atol=1e-5)
+    assert some.token.values.tolist() == whole.token.isel(position=columns).values.tolist()
+
+
+@pytest.mark.parametrize("positions", [[], [1.5], slice(0, 4, 2), ["a"]])
+def test_positions_that_are_none_are_named(positions):
+    with pytest.raises(InputError, match="positions="):
+        logit_lens(opened("gpt2"), PROMPT, positions=positions)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_an_edited_run_is_read_as_the_model_with_those_weights_would_be(family):
+    """B11: with a head's weights at zero and with the head ablated the lens is one and the same."""
+    model = opened(family)
+    edits = [pl.Ablate("layers.0.attn.heads.1"), pl.Scale("layers.1.mlp.out", factor=0.5)]
+    found = logit_lens(model, PROMPT, edits=edits).data
+    run = model.run(PROMPT, edits=edits, keep=[*found.site.values])
+    for i, site in enumerate(found.site.values):
+        log_p = unembed(model, run.tensor(site))[0].log_softmax(-1)
+        kl = (run.logits[0].softmax(-1) * (run.logits[0].log_softmax(-1) - log_p)).sum(-1)
+        np.testing.assert_allclose(found.kl[i], kl.detach(), atol=1e-4)
+    assert float(abs(found.kl[-1]).max()) < 1e-5
+    assert float(abs(found.kl - logit_lens(model, PROMPT).data.kl).max()) > 1e-3
+    assert logit_lens(model, PROMPT, edits=edits).provenance.call.count("pl.") >= 3  # and the record names them
 
 
 def test_one_layers_logits_are_read_in_parts_without_a_change(monkeypatch):

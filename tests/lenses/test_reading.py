@@ -33,7 +33,7 @@ from tests.zoo import build, tokenizer
 def test_the_decoder_reads_each_encoder_layer_in_the_last_ones_place(family):
     """The slow version hands the decoder the normed layer as `encoder_outputs`."""
     model = opened(family)
-    found = decoder_lens(model, PROMPT, answer="Paris is", max_new_tokens=3, progress=False)
+    found = decoder_lens(model, PROMPT, target="Paris is", max_new_tokens=3)
     encoder, ids = model.module.get_encoder(), model.tokenizer("Paris is", add_special_tokens=False)["input_ids"]
     norm = {"t5": getattr(encoder, "final_layer_norm", None)}.get(family) or (lambda x: x)
     inputs = model.inputs(PROMPT)
@@ -79,15 +79,13 @@ def test_the_logit_lens_is_the_patchscope_into_the_same_prompts_last_layer(famil
 
 def test_a_state_is_read_as_a_plain_patch_of_the_target_prompt_gives_it():
     model = opened("llama")
-    found = patchscope(
-        model, PROMPT, "France", layers="0", into="Paris is in a city", into_position=2, max_new_tokens=3
-    )
+    found = patchscope(model, PROMPT, "France", layers=0, into="Paris is in a city", into_positions=2, max_new_tokens=3)
     state = model.run(PROMPT, keep=["layers.0.resid_post"]).tensor("layers.0.resid_post")[:, 3:4]
     edit = Patch("layers.0.resid_post@2", state)
     p = model.run("Paris is in a city", edits=[edit]).logits[0, -1].softmax(-1)
     np.testing.assert_allclose(found.data.probability[0], p.topk(5).values.detach(), atol=1e-6)
     assert str(found.data.text[0].values) == model.generate("Paris is in a city", edits=[edit], max_new_tokens=3).text
-    assert found.data.layer.values.tolist() == [0, "none"]
+    assert found.data.layer.values.tolist() == [0, -2] and found.data.site.values[-1] == "none"
     plain = model.run("Paris is in a city").logits[0, -1].softmax(-1)
     np.testing.assert_allclose(found.data.probability[-1], plain.topk(5).values.detach(), atol=1e-6)
 
@@ -124,16 +122,14 @@ def test_streamed_ridge_regression_equals_the_closed_form_on_all_rows(rows, seed
 
 def test_the_last_residual_foresees_the_next_token_exactly_and_later_ones_less():
     model = opened("llama")
-    lens = FutureLens(ahead=2).fit(model, TEXTS, context=16, progress=False)
+    lens = FutureLens(ahead=2, context=16).fit(model, TEXTS)
     found = lens.score(model, HELD_OUT, context=16).data
-    assert float(found.precision.sel(layer="layers.1.resid_post", ahead=0)) > 0.98
+    assert float(found.precision.sel(layer=1, ahead=0)) > 0.98
     assert (found.precision.sel(ahead=0) >= found.precision.sel(ahead=2)).all()
     assert 0 < float(found.most_frequent) < 1
     read = lens.read(model, PROMPT).data
     own = model.run(PROMPT).logits[0, -1]
-    assert str(read.top_token.sel(layer="layers.1.resid_post", ahead=0)[0].values) == model.tokenizer.decode(
-        [int(own.argmax())]
-    )
+    assert str(read.top_token.sel(layer=1, ahead=0)[0].values) == model.tokenizer.decode([int(own.argmax())])
 
 
 def test_there_is_no_future_where_the_model_looks_ahead():
@@ -166,9 +162,9 @@ def test_what_a_head_raises_is_its_direct_logit_attribution_for_every_token(fami
 
 def test_heads_have_translators_of_their_own():
     model = opened("llama")
-    lens = TunedLens(sites="layers.*.attn.heads.*.out", share=0.5).fit(model, TEXTS, **SMALL)
-    assert len(lens.biases) == 2 * 4
-    assert np.mean(lens.losses[-1]) < np.mean(lens.losses[0])
+    lens = TunedLens(sites="layers.*.attn.heads.*.out", share=0.5, **SMALL).fit(model, TEXTS)
+    assert len(lens.biases_) == 2 * 4
+    assert np.mean(lens.losses_[-1]) < np.mean(lens.losses_[0])
     found = head_lens(model, PROMPT, through=lens).data
     assert (found.raised >= 0).all() and (found.raised.sum("top") <= 1 + 1e-6).all()
     assert "lowered" not in found

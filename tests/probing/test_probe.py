@@ -61,7 +61,7 @@ def test_a_probe_finds_what_is_there_where_it_is():
     assert found.low.values[0] < 1 / 3 + 0.1
     assert (found.low.values <= accuracy).all() and (accuracy <= found.high.values).all()
     assert found.loss.values[2] < 0.5 < 1.4 < found.loss.values[0] < 1.8  # log2 3 = 1.58 bits are all there are
-    assert found.layer.values.tolist() == ["embed", "0", "1"]
+    assert found.layer.values.tolist() == [-1, 0, 1]
 
 
 def test_a_regression_probe_explains_the_share_that_is_there(tmp_path):

@@ -28,7 +28,7 @@ def test_truth_is_found_where_all_topics_share_its_direction_and_not_where_each_
     own[np.arange(len(truth)), topic] += 4 * sign  # direction t for topic t
     values = torch.tensor(np.stack([own, shared]), dtype=torch.float32)
     features = Features(values, ("embed", "layers.0.resid_post"), examples.spans, "drawn", None, "last")
-    found = questions(features, examples, kind=kind, shuffles=3)
+    found = questions(features, examples, kind=kind, draws=3)
     assert found.accuracy.values[1] > 0.9 and found.low.values[1] > 0.85
     assert found.accuracy.values[0] < 0.65
     assert (abs(found.shuffled.values - 0.5) < 0.12).all()

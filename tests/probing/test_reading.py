@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from pellucid.store import store_activations
 from pellucid.errors import InputError
-from pellucid.probing import Examples, Spans, Treebank, read
+from pellucid.probing import Examples, Inlp, Leace, LogisticProbe, RidgeProbe, Spans, Treebank, read
+from pellucid.store import store_activations
 from tests.probing.trees import CONLLU, tiny
 
 TEXTS = ["The capital of France is Paris", "he drank", "When John went home Mary cried bitterly", "a bc def"]
@@ -22,7 +23,7 @@ def model():
 def test_a_word_is_its_tokens_pooled_as_a_run_of_its_text_alone_has_them(model, pool):
     spans = Spans.words(TEXTS)
     features = read(model, spans, pool=pool, batch=3)
-    assert features.layers == ["embed", "0", "1"]
+    assert features.layers == [-1, 0, 1]
     for i, (text, start, stop) in enumerate(spans.where):
         run = model.run(TEXTS[text], keep=list(features.sites))
         offsets = model.tokenizer(TEXTS[text], return_offsets_mapping=True)["offset_mapping"]
@@ -105,3 +106,47 @@ def test_damaged_treebanks_are_refused_by_line():
         Treebank.parse(CONLLU.replace("text = Mary", "text = Mark"))
     with pytest.raises(InputError, match="no sentence"):
         Treebank.parse("")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), float("inf")])
+def test_a_missing_label_is_named_by_its_row(missing):
+    """A16: NaN fitted a probe with R2 .90, None became the class "None"."""
+    spans, numbers = Spans.words(["a b c"]), isinstance(missing, float | np.floating)
+    labels = [0.5, 1.0, missing] if numbers else ["x", "y", missing]
+    with pytest.raises(InputError, match="row 2 has no label"):
+        Examples(spans, labels)
+    x = torch.randn(6, 2)
+    for fit in (LogisticProbe().fit, RidgeProbe().fit, Leace().fit, Inlp().fit):
+        with pytest.raises(InputError, match="row 5 has no label"):
+            fit(x, [0.0, 1.0, 0.0, 1.0, 0.0, missing])
+    x[3, 0] = float("nan")
+    with pytest.raises(InputError, match="row 3 of the features"):
+        LogisticProbe().fit(x, list("ababab"))
+
+
+def test_whole_numbers_are_classes_only_where_asked():
+    """A27: counts became classes."""
+    spans = Spans.words(["a b c"])
+    depth = Examples(spans, [1, 2, 10])
+    assert depth.numeric and depth.labels.tolist() == [1.0, 2.0, 10.0]
+    with pytest.raises(InputError, match="kind='classes'"):
+        depth.classes  # noqa: B018
+    assert Examples(spans, [1, 2, 10], kind="classes").classes == ("1", "10", "2")
+    assert Examples(spans, [True, False, True]).classes == ("False", "True")
+    assert Examples(spans, np.array(["x", "y", "x"])).classes == ("x", "y")
+    again = Examples(spans, [1, 2, 10], kind="classes")[[0, 2]]
+    assert again.classes == ("1", "10")
+
+
+def test_a_text_the_model_cannot_hold_is_named(model):
+    """B9: one long text ended the reading at its batch, unnamed."""
+    limit = model.module.config.max_position_embeddings
+    with pytest.raises(InputError, match=rf"text 1 of the corpus has {limit + 1} tokens, more than {limit}"):
+        read(model, Spans.whole(["a b", " ".join(["the"] * (limit + 1)), "c"]))
+
+
+def test_what_holds_much_prints_little(model):
+    """B14."""
+    spans, bank = Spans.words(TEXTS), Treebank.parse(CONLLU)
+    for thing in (spans, Examples(spans, ["x"] * len(spans)), read(model, spans), bank):
+        assert len(repr(thing)) < 160, repr(thing)

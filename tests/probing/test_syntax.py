@@ -17,7 +17,7 @@ from pellucid.probing.structural import spanning_tree, tree_distances
 from pellucid.statistics import spearman
 from tests.probing.trees import drawn
 
-FAST = Training(hidden=16, epochs=25, dropout=0.0, lr=1e-2)
+FAST = Training(hidden=16, epochs=25, dropout=0.0, learning_rate=1e-2)
 
 
 def random_tree(n: int, rng: np.random.Generator) -> list[int]:

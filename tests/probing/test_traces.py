@@ -126,7 +126,7 @@ def test_a_trace_shows_itself_with_the_threshold_and_curve_of_every_layer(fitted
     assert shown.data.rows.components == tuple(probes.probes_)
     np.testing.assert_allclose(shown.data.values.array(), found["score"].values, rtol=1e-6)
     np.testing.assert_allclose(shown.data.thresholds.array(), probes.result_["threshold"].values, rtol=1e-6)
-    assert "ProbeTraces(" in shown.code.python and ".fit(...)" in shown.code.python
+    assert "ProbeTraces(" in shown.code.python and ".fit(model, " in shown.code.python
     curves = document(probes.result_).data
     assert isinstance(curves, s.Curves) and curves.lines[-1].name == "chance" and curves.x.name == "false alarms"
 

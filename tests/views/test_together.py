@@ -37,7 +37,7 @@ def test_methods_on_one_prompt_stand_side_by_side_with_their_agreement() -> None
 
 
 def test_logit_and_tuned_lens_share_a_grid_each_with_its_own_numbers(llama: pl.Model) -> None:
-    tuned = pl.lenses.TunedLens(share=1.0).fit(llama, [PROMPT] * 40, tokens=200, context=16, progress=False)
+    tuned = pl.lenses.TunedLens(share=1.0, tokens=200, context=16).fit(llama, [PROMPT] * 40)
     plain = pl.lenses.logit_lens(llama, PROMPT, top=3, targets=[" Paris"])
     other = pl.lenses.logit_lens(llama, PROMPT, top=3, targets=[" Paris"], through=tuned)
     shown = pl.views.compare({"logit": plain, "tuned": other})
@@ -52,11 +52,11 @@ def test_logit_and_tuned_lens_share_a_grid_each_with_its_own_numbers(llama: pl.M
 
 
 def test_what_a_fit_leaves_behind_is_a_curve_of_its_training(llama: pl.Model) -> None:
-    tuned = pl.lenses.TunedLens(share=1.0).fit(llama, [PROMPT] * 40, tokens=200, context=16, progress=False)
+    tuned = pl.lenses.TunedLens(share=1.0, tokens=200, context=16).fit(llama, [PROMPT] * 40)
     shown = document(tuned)
     assert isinstance(shown.data, s.Curves) and shown.data.x.name == "step"
-    assert [line.name for line in shown.data.lines] == list(tuned.biases)
-    np.testing.assert_allclose(shown.data.lines[0].y.array(), [step[0] for step in tuned.losses], rtol=1e-6)
+    assert [line.name for line in shown.data.lines] == list(tuned.biases_)
+    np.testing.assert_allclose(shown.data.lines[0].y.array(), [step[0] for step in tuned.losses_], rtol=1e-6)
 
 
 def along(name: str, values: list[float]) -> Result:

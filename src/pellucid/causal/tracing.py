@@ -76,36 +76,29 @@ def tracing(
 
     >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
     """
-    questions = list(_questions(model, prompt, target, subject))
-    sigma = _sigma(model, reference, questions)
-    found: list[tuple[_Noised, np.ndarray]] = []
     layers = len(model.anatomy.stacks[0].blocks)
-    for i, question in enumerate(questions):
-        noised = _Noised.of(model, question, parts, metric, noise * sigma, draws, seed + i)
+
+    def cases(question: _Question, alone: bool) -> list[Case]:
         # roles begin with the subject: what stands before it is only of interest in a picture of one prompt
-        columns = range(0 if len(questions) == 1 else question.span[0], first_stream(question.inputs).ids.shape[1])
-        cases = [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in columns]
-        restored = noised.restored(cases, checkpoint=beside(checkpoint, i))
-        change = numbers(restored - noised.corrupted)
-        found.append((noised, change.reshape(len(parts), layers, len(columns), draws)))
+        columns = range(0 if alone else question.span[0], question.length)
+        return [(p, layer, at, _width(p, window)) for p in parts for layer in range(layers) for at in columns]
+
+    asked = (model, prompt, target, subject, parts, noise, draws, metric, reference, seed, checkpoint)
+    found, sigma = _traced(*asked, cases)
+    questions = [noised.question for noised, _ in found]
+    effects = [change.reshape(len(parts), layers, -1, draws) for _, change in found]
     coords: dict[str, Any] = {"part": list(parts), "layer": range(layers)}
     if len(found) == 1:
-        noised, effect = found[0]
-        labels = list(first_stream(noised.question.inputs).labels[0])
-        span = noised.question.span
+        labels, span = list(first_stream(questions[0].inputs).labels[0]), questions[0].span
         where = ["subject" if span[0] <= i < span[1] else "" for i in range(len(labels))]
         coords |= {"position": range(len(labels)), "token": ("position", labels), "in_subject": ("position", where)}
-        dim, drawn = "position", np.moveaxis(effect, -1, 0)
+        dim, drawn = "position", np.moveaxis(effects[0], -1, 0)
+        title = f"What brings back {questions[0].target!r}"
     else:
         coords["role"] = list(ROLES)
-        dim, drawn = "role", np.stack([_by_role(noised.question, effect.mean(-1)) for noised, effect in found])
+        dim, title = "role", f"What brings back {len(found)} facts"
+        drawn = np.stack([_by_role(q, effect.mean(-1)) for q, effect in zip(questions, effects, strict=True)])
     variables = _described(drawn, ("part", "layer", dim), [noised for noised, _ in found], seed)
-    if len(found) > 1:
-        variables["each"] = (("prompt", "part", "layer", "role"), drawn)
-    settle(target=[q.target for q in questions])
-    title = (
-        f"What brings back {questions[0].target!r}" if len(questions) == 1 else f"What brings back {len(found)} facts"
-    )
     data = xr.Dataset(variables, coords, {"sigma": sigma, "metric": found[0][0].metric.name})
     return Result(data, kind="causal tracing", title=title)
 
@@ -131,29 +124,48 @@ def window_curve(
 
     `positions` names it, by default the subject's last token. Prompts, intervals and the rest as for `tracing`.
     """
-    questions = list(_questions(model, prompt, target, subject))
-    sigma = _sigma(model, reference, questions)
     widths, layers = list(windows), len(model.anatomy.stacks[0].blocks)
-    found: list[tuple[_Noised, np.ndarray]] = []
-    at: list[int] = []
-    for i, question in enumerate(questions):
-        noised = _Noised.of(model, question, [part], metric, noise * sigma, draws, seed + i)
-        length = first_stream(question.inputs).ids.shape[1]
-        at.append(question.span[1] - 1 if positions is None else range(length)[positions])
-        cases = [(part, layer, at[-1], w) for w in widths for layer in range(layers)]
-        restored = noised.restored(cases, checkpoint=beside(checkpoint, i))
-        found.append((noised, numbers(restored - noised.corrupted).reshape(len(widths), layers, draws)))
-    one = len(found) == 1
-    drawn = np.moveaxis(found[0][1], -1, 0) if one else np.stack([effect.mean(-1) for _, effect in found])
+
+    def cases(question: _Question, alone: bool) -> list[Case]:
+        return [(part, layer, question.read(positions), width) for width in widths for layer in range(layers)]
+
+    asked = (model, prompt, target, subject, [part], noise, draws, metric, reference, seed, checkpoint)
+    found, sigma = _traced(*asked, cases)
+    effects = [change.reshape(len(widths), layers, draws) for _, change in found]
+    drawn = np.moveaxis(effects[0], -1, 0) if len(found) == 1 else np.stack([e.mean(-1) for e in effects])
     variables = _described(drawn, ("window", "layer"), [noised for noised, _ in found], seed)
-    if not one:
-        variables["each"] = (("prompt", "window", "layer"), drawn)
+    at = [noised.question.read(positions) for noised, _ in found]
+    where = "the subject's last token" if positions is None else positions
+    attributes = {"part": part, "position": at, "sigma": sigma}
+    data = xr.Dataset(variables, {"window": widths, "layer": range(layers)}, attributes)
+    return Result(data, kind="window curve", title=f"{part} at {where} in windows of layers")
+
+
+def _traced(
+    model: Model,
+    prompt: Any,
+    target: Any,
+    subject: Any,
+    parts: Sequence[str],
+    noise: float,
+    draws: int,
+    metric: Any,
+    reference: Any,
+    seed: int,
+    checkpoint: str | Path | None,
+    cases: Callable[[_Question, bool], list[Case]],
+) -> tuple[list[tuple[_Noised, np.ndarray]], float]:
+    """Every prompt and the change [case, draw] that restoring each of its cases makes; and sigma."""
+    questions = list(_questions(model, prompt, target, subject))
     settle(target=[q.target for q in questions])
-    where = f"at {at[0]}" if one else "at the subject's last token" if positions is None else f"at {positions}"
-    data = xr.Dataset(
-        variables, {"window": widths, "layer": range(layers)}, {"part": part, "position": at, "sigma": sigma}
-    )
-    return Result(data, kind="window curve", title=f"{part} {where} in windows of layers")
+    sigma = _sigma(model, reference, questions)
+    found = []
+    for i, question in enumerate(questions):
+        noised = _Noised.of(model, question, parts, metric, noise * sigma, draws, seed + i)
+        edits = [noised.edits(*case) for case in cases(question, len(questions) == 1)]
+        swept = model.sweep(noised.rows, edits, noised.metric, checkpoint=beside(checkpoint, i))
+        found.append((noised, numbers(swept.values) - numbers(noised.corrupted)))
+    return found, sigma
 
 
 # ---- what is asked
@@ -166,6 +178,14 @@ class _Question:
     inputs: Inputs
     target: Answers
     span: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        return int(first_stream(self.inputs).ids.shape[1])
+
+    def read(self, position: int | None) -> int:
+        """A position counted from the start; by default the subject's last."""
+        return self.span[1] - 1 if position is None else range(self.length)[position]
 
 
 def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable[_Question]:
@@ -229,7 +249,7 @@ class _Noised:
         cls, model: Model, question: _Question, parts: Sequence[str], metric: Any, scale: float, draws: int, seed: int
     ) -> _Noised:
         inputs, (start, stop) = question.inputs, question.span
-        if not 0 <= start < stop <= first_stream(inputs).ids.shape[1]:
+        if not 0 <= start < stop <= question.length:
             raise InputError(f"the subject's tokens {start}:{stop} are not in the prompt {inputs.texts[0]!r}")
         check_embeddings(model, inputs)
         vectors = embed(model, first_stream(inputs).ids).repeat(draws, 1, 1)
@@ -245,12 +265,8 @@ class _Noised:
             corrupted = model.score(model.run(rows), bound)
         return cls(model, question, rows, run, bound, clean, corrupted)
 
-    def restored(self, cases: Sequence[Case], **options: Any) -> Tensor:
-        """The metric [case, sample] with the clean values of each case's layers back in place; options of `sweep`."""
-        edits = [self._edits(*case) for case in cases]
-        return self.model.sweep(self.rows, edits, self.metric, **options).values.to(self.corrupted)
-
-    def _edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
+    def edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
+        """The clean values of a case's layers back in place."""
         stack = self.model.anatomy.stacks[0]
         made: list[Edit] = []
         for i in range(max(0, layer - window // 2), min(len(stack.blocks), layer - (-window // 2))):
@@ -293,5 +309,7 @@ def _described(drawn: np.ndarray, dims: tuple[str, ...], noised: Sequence[_Noise
     low, high = interval(drawn, seed)
     made: dict[str, Any] = {"effect": effect, "low": low, "high": high, "share": effect / total.mean()}
     made = {name: (dims, value) for name, value in made.items()}
+    if len(noised) > 1:
+        made["each"] = (("prompt", *dims), drawn)
     sides = {"clean": ("prompt", clean), "corrupted": ("prompt", blurred)}
     return made | sides | described("total_effect", total, seed, "total_")

@@ -6,7 +6,8 @@ from pellucid.lenses.decoder_lens import decoder_lens
 from pellucid.lenses.depth import prediction_depth
 from pellucid.lenses.future_lens import FutureLens
 from pellucid.lenses.head_lens import head_lens
-from pellucid.lenses.logit_lens import logit_lens, unembed
+from pellucid.lenses.lens import unembed
+from pellucid.lenses.logit_lens import logit_lens
 from pellucid.lenses.patchscope import patchscope
 from pellucid.lenses.tuned_lens import TunedLens, lens_quality
 

@@ -15,7 +15,7 @@ are checked to add up to the model's own logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -29,17 +29,23 @@ from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
 from pellucid.anatomy.weights import linear_map
-from pellucid.anatomy.wiretap import tapped
+from pellucid.anatomy.wiretap import Handler, Wiretap
+from pellucid.engine.edits import Edit
 from pellucid.engine.frozen import Map, affine, linearised
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.run import Session
 from pellucid.errors import InputError, Refused
+from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import answer_position
+from pellucid.results import Result
+from pellucid.technique import settle, technique
 
 By = Literal["layer", "head", "neuron"]
 
 
+@technique
 def direct_logit_attribution(
     model: Model,
     prompt: Any,
@@ -47,33 +53,39 @@ def direct_logit_attribution(
     *,
     against: Answers | None = None,
     by: By = "layer",
-    position: int | str = -1,
-    forced: str | None = None,
+    positions: Positions = None,
+    decoder: str | None = None,
+    edits: Sequence[Edit] = (),
 ) -> Result:
     """Split the logit of `target` (minus that of `against`) at one position into what each component wrote.
 
     `by` "layer": embedding, each attention, each MLP; "head": each head, and what the attention adds beside
     them (`rest`: biases); "neuron": each neuron, and the rest of its MLP. A block without heads or neurons
-    stays whole. The target is by default the model's own prediction. Gives `contribution` [component] with
+    stays whole. The target is by default the model's own prediction, read at the one position of `positions`, by default
+    where the prompts are answered (the last token, the mask). Gives `contribution` [component] with
     coordinates `layer`, `part` and `unit` (-1 where there is none), `total`, the logit (difference) they add
-    up to, and `gap`, how far they miss it; `prompt` comes first for several prompts. `forced` is the
-    decoder's text in an encoder-decoder.
+    up to, and `gap`, how far they miss it; `prompt` comes first for several prompts. `decoder` is the
+    decoder's text in an encoder-decoder. Under `edits` it is the edited run that is split; a site they write to counts as
+    edited.
 
-    Refused where the head is not linear after its norms (masked models with a transform), or a proof it needs
-    failed.
+    Refused where the head is not linear after its norms (masked models with a transform), where an edit adds to the
+    residual itself (it is no component), or a proof it needs failed. InputError for more than one position.
 
     >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")  # doctest: +SKIP
     >>> dla.top(3)  # doctest: +SKIP
     """
     if by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
-    inputs = model.inputs(prompt, decoder=forced)
-    shares = Shares(model, inputs, position, by)
-    target = target if target is not None else shares.prediction
+    inputs = model.inputs(prompt, decoder=decoder)
+    positions = answer_position(model, inputs) if positions is None else positions
+    shares = Shares(model, inputs, positions, by, edits)
+    if target is None:
+        target = shares.prediction
+        settle(target=target)
     wanted = logit(target) if against is None else logit_difference(target, against)
     bound = model.bind(wanted, len(inputs))
     shares.split(bound.score)
-    return shares.result(target, against)
+    return shares.result(target)
 
 
 @dataclass(eq=False)
@@ -98,8 +110,9 @@ class Shares:
 
     model: Model
     inputs: Inputs
-    position: int | str
+    positions: Positions
     by: By
+    edits: Sequence[Edit] = ()
     components: list[Component] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -110,14 +123,9 @@ class Shares:
             raise Refused(f"direct logit attribution is refused on this model: {why}")
         self.head = anatomy.head
         taps = {tap for block in self.stack.blocks for tap in self._taps(block)}
-        module, tensors = anatomy.module, self.inputs.tensors
-        kept, output = tapped(module, taps, len(self.inputs), lambda: module(**tensors))
+        kept, output = self._met(taps)
         stream = self.inputs.stream("")
-        columns = stream.find(self.position)
-        if columns is None or columns.shape[1] != 1:
-            raise InputError(
-                f"direct logit attribution reads one position, not {self.position!r}: give an index or token"
-            )
+        columns = one_column(self.inputs, self.positions, "direct logit attribution")[:, None]
         last = kept[self.stack.blocks[-1].taps["resid_post"]]
         if last.shape[:2] != stream.ids.shape or main_output(output).shape[:2] != stream.ids.shape:
             raise Refused("direct logit attribution needs one residual and one row of logits for every token")
@@ -127,6 +135,29 @@ class Shares:
         logits = main_output(output)
         self.native = logits[rows, columns].detach()
         self.constant = torch.zeros(len(self.inputs), device=logits.device)
+
+    def _met(self, taps: set[Tap]) -> tuple[dict[Tap, Tensor], Any]:
+        """What the run, under its edits, holds at some taps, and its output."""
+        anatomy, session = (
+            self.model.anatomy,
+            Session(self.model.anatomy, self.inputs, (), self.model.bound(self.edits)),
+        )
+        writing, kept = session.handlers(), {}
+
+        def heard(tap: Tap) -> Handler:
+            def handle(x: Tensor) -> Tensor | None:
+                made = writing[tap](x) if tap in writing else None
+                if tap in taps:
+                    kept[tap] = (x if made is None else made).detach().clone()
+                return made
+
+            return handle
+
+        handlers = {tap: heard(tap) for tap in dict.fromkeys((*writing, *taps))}
+        with torch.no_grad(), Wiretap(anatomy.module, handlers, len(self.inputs)) as wire:
+            output = anatomy.module(**self.inputs.tensors)
+        session.check(wire)
+        return kept, output
 
     def _taps(self, block: Block) -> Iterator[Tap]:
         terms = [t for s in block.states for t in s.terms]
@@ -251,13 +282,14 @@ class Shares:
 
     # ---- what is handed back
 
-    def result(self, target: Any, against: Any) -> Result:
+    def result(self, target: Any) -> Result:
         rows = [row for component in self.components for row in component.rows()]
         shares = torch.stack([row[4] for row in rows], 1)
         gap = shares.double().sum(1) - self.total.double()
         worst, scale = float(gap.abs().max()), max(1.0, float(shares.abs().max()))
         if worst > 30 * TOLERANCE.get(self.native.dtype, 4e-2) * scale:
-            raise Refused(f"the shares miss the logit by {worst:.1e}: the map of this model is not additive")
+            why = "an edit adds to the residual itself" if self.edits else "the map of this model is not additive"
+            raise Refused(f"the shares miss the logit by {worst:.1e}: {why}")
         tokens = [row[i] for row, i in zip(self.inputs.stream("").labels, self.read.tolist(), strict=True)]
         data = xr.Dataset(
             {
@@ -275,13 +307,7 @@ class Shares:
             attrs={"attributed": "logit before the soft cap" if self.capped else "logit", "by": self.by},
         )
         data = data.isel(prompt=0) if len(self.inputs) == 1 else data
-        provenance = Provenance(
-            "direct_logit_attribution", self.model.name,
-            digest=self.model.digest, inputs=list(self.inputs.texts),
-            arguments={"target": target, "against": against, "by": self.by, "position": self.position},
-        )  # fmt: skip
-        title = f"What wrote {target!r}"
-        return Result(data, kind="direct logit attribution", title=title, provenance=provenance)
+        return Result(data, kind="direct logit attribution", title=f"What wrote {target!r}")
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

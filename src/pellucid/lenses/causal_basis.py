@@ -11,7 +11,7 @@ question: `ablation` measures the same divergence by running the model with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,42 +19,47 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.engine.edits import Replace
+from pellucid.engine.edits import Edit, Replace
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
-from pellucid.lenses.logit_lens import unembed
-from pellucid.lenses.tuned_lens import TunedLens
+from pellucid.lenses.lens import Lens, lens_sites, logits
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
-Lens = Callable[[Tensor], Tensor]  # states [n, d] -> log-probabilities [n, vocabulary]
+Reader = Callable[[Tensor], Tensor]  # states [n, d] -> log-probabilities [n, vocabulary]
 
 
+@technique
 def causal_basis(
     model: Model,
     prompts: Any,
     site: str,
     *,
-    lens: TunedLens | None = None,
+    through: Lens | None = None,
     size: int = 8,
     steps: int = 60,
     states: int = 256,
     restarts: int = 4,
     seed: int = 0,
+    edits: Sequence[Edit] = (),
 ) -> Result:
-    """The `size` directions of a residual along which its lens (tuned, or the logit lens) is most sensitive.
+    """The `size` directions of a residual along which its lens (`through`, or the logit lens) is most sensitive.
 
     Influence is measured on at most `states` positions of the prompts. Each direction is sought by projected gradient
     ascent from `restarts` starting points: the states' main directions and random ones (`seed`). Gives `influence` [rank] in
     nats, `direction` [rank, d_model], and two things to hold them against: `random`, the mean influence of random
     directions, and `used` [rank], KL of the model's own predictions when the direction is replaced in the running model
-    (`used_random` for random ones). InputError for an unknown site or a size beyond the width.
+    (`used_random` for random ones). `edits` hold in every run. InputError for an unknown site or a size beyond the width.
     """
-    if lens is not None:
-        lens.check(model)
-    name = str(model.sites(site)[0])
+    if through is not None:
+        through.check(model)
+    if len(names := lens_sites(model, site)) != 1:
+        raise InputError(f"{site!r} names {len(names)} sites: a causal basis is of one")
+    (name,) = names
     inputs = model.inputs(prompts)
     with torch.no_grad():
-        run = model.run(inputs, keep=[name])
+        run = model.run(inputs, keep=[name], edits=edits)
     real = inputs.stream("").mask.bool()
     h = run.tensor(name)[real].float()
     generator = torch.Generator().manual_seed(seed)
@@ -64,39 +69,34 @@ def causal_basis(
     mean = h.mean(0)
 
     def read(x: Tensor) -> Tensor:
-        moved = x if lens is None else lens.translate(name, x)
-        return unembed(model, moved[None].to(run.tensor(name).dtype))[0].float().log_softmax(-1)
+        return logits(model, x, name, through).log_softmax(-1)
 
     basis = torch.zeros(0, h.shape[1])
     influence: list[float] = []
-    for _ in range(size):
+    for _ in progress(range(size), "causal basis"):
         v, value = _strongest(read, h, mean, basis, steps, restarts, generator)
         basis, influence = torch.cat([basis, v[None]]), [*influence, value]
     chance = torch.nn.functional.normalize(torch.randn(8, h.shape[1], generator=generator), dim=1)
     with torch.no_grad():
         random = float(torch.stack([_influence(read, h, mean, v) for v in chance]).mean())
-        used = [_used(model, inputs, name, mean, v, real) for v in basis]
-        used_random = float(np.mean([_used(model, inputs, name, mean, v, real) for v in chance]))
+        used = [_used(model, inputs, edits, name, mean, v, real) for v in basis]
+        used_random = float(np.mean([_used(model, inputs, edits, name, mean, v, real) for v in chance]))
     data = xr.Dataset(
         {"influence": ("rank", np.array(influence)), "direction": (("rank", "d_model"), basis.numpy()),
          "used": ("rank", np.array(used)), "random": random, "used_random": used_random},
         coords={"rank": range(size)}, attrs={"site": name, "unit": "nats"},
     )  # fmt: skip
-    provenance = Provenance(
-        "causal_basis", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"site": name, "size": size, "steps": steps, "states": states, "tuned": lens is not None},
-    )  # fmt: skip
-    return Result(data, kind="causal basis", title=f"Causal basis of {name}", provenance=provenance)
+    return Result(data, kind="causal basis", title=f"Causal basis of {name}")
 
 
-def _influence(read: Lens, h: Tensor, mean: Tensor, v: Tensor) -> Tensor:
+def _influence(read: Reader, h: Tensor, mean: Tensor, v: Tensor) -> Tensor:
     before = read(h)
     after = read(h + ((mean - h) @ v)[:, None] * v)
     return (before.exp() * (before - after)).sum(-1).mean()
 
 
 def _strongest(
-    read: Lens, h: Tensor, mean: Tensor, basis: Tensor, steps: int, restarts: int, generator: torch.Generator
+    read: Reader, h: Tensor, mean: Tensor, basis: Tensor, steps: int, restarts: int, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """Gradient ascent on the sphere in the complement of the basis, with a step that shrinks where it overshoots."""
 
@@ -124,9 +124,9 @@ def _strongest(
     return best, most
 
 
-def _used(model: Model, inputs: Any, name: str, mean: Tensor, v: Tensor, real: Tensor) -> float:
+def _used(model: Model, inputs: Any, edits: Sequence[Edit], name: str, mean: Tensor, v: Tensor, real: Tensor) -> float:
     """KL of the model's predictions, in nats, when its states' part along v is replaced by its mean."""
     edit = Replace(name, lambda x: x + ((mean.to(x) - x) @ v.to(x))[..., None] * v.to(x))
-    before = model.run(inputs).logits[real].float().log_softmax(-1)
-    after = model.run(inputs, edits=[edit]).logits[real].float().log_softmax(-1)
+    before = model.run(inputs, edits=edits).logits[real].float().log_softmax(-1)
+    after = model.run(inputs, edits=[*edits, edit]).logits[real].float().log_softmax(-1)
     return float((before.exp() * (before - after)).sum(-1).mean())

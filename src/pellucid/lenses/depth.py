@@ -11,9 +11,11 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def prediction_depth(lens: Result) -> Result:
     """[prompt?, position] index of that row of a lens result (`logit_lens`); 0 is its first row, often the embedding.
 
@@ -31,9 +33,4 @@ def prediction_depth(lens: Result) -> Result:
         settled, dims=rank.dims[1:], name="depth",
         coords={k: v for k, v in lens.data.coords.items() if set(v.dims) <= set(rank.dims[1:]) and k != "target"},
     )  # fmt: skip
-    provenance = Provenance(
-        "prediction_depth", lens.provenance.model, digest=lens.provenance.digest, inputs=lens.provenance.inputs
-    )
-    return Result(
-        depth, kind="prediction depth", title=f"Where {lens.provenance.model} makes up its mind", provenance=provenance
-    )
+    return Result(depth, kind="prediction depth", title=lens.title.replace(lens.kind.capitalize(), "Prediction depth"))

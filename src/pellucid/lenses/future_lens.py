@@ -12,30 +12,43 @@ no context (a bigram model k + 1 steps on), and the most frequent token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, Refused
-from pellucid.lenses.chunks import chunks
-from pellucid.lenses.logit_lens import lens_sites, unembed
-from pellucid.lenses.tuned_lens import last_residual, states
+from pellucid.corpus import Row, batches
+from pellucid.corpus import inputs as as_inputs
+from pellucid.engine.edits import Edit
+from pellucid.engine.pausing import progress
+from pellucid.errors import Refused
+from pellucid.lenses.lens import (
+    Affine,
+    Positions,
+    last_residual,
+    layer_coords,
+    lens_sites,
+    logits,
+    one_column,
+    states,
+)  # fmt: skip
+from pellucid.lenses.tuned_lens import corpus_rows
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
-
-Map = tuple[Tensor, Tensor]  # W [d, d], c [d]
+from pellucid.tasks.tokens import texts as as_texts
+from pellucid.technique import technique
 
 
 @dataclass(eq=False)
-class FutureLens:
+class FutureLens(Affine):
     """Maps from the residuals at `sites` to the last residual 0 .. `ahead` positions on; `fit`, then `read` or `score`.
+
+    Fitted by ridge regression (`ridge` times the mean square of the residuals) on the first `tokens` tokens of some texts, rows
+    of `context`, `batch` at a time. `at(k)` is the lens of one distance, for `logit_lens(..., through=lens.at(0))`.
 
     >>> lens = FutureLens(ahead=3).fit(model, texts)  # doctest: +SKIP
     >>> lens.read(model, "Marty McFly, from Back to the").top_token  # doctest: +SKIP
@@ -43,123 +56,113 @@ class FutureLens:
 
     sites: str | Sequence[str] = "layers.*.resid_post"
     ahead: int = 3
-    ridge: float = 1e-3  # times the mean square of the residuals
-    digest: str = ""
-    maps: dict[tuple[str, int], Map] = field(default_factory=dict)
+    tokens: int = 100_000
+    context: int | None = None
+    batch: int = 8
+    ridge: float = 1e-3
+    residual = False
 
-    def fit(
-        self,
-        model: Model,
-        texts: Sequence[str],
-        *,
-        tokens: int = 100_000,
-        context: int = 256,
-        batch: int = 8,
-        progress: bool = True,
-    ) -> FutureLens:
-        """Fit by ridge regression on the first `tokens` tokens of `texts`; sums are kept, not states.
+    @technique
+    def fit(self, model: Model, texts: Any) -> FutureLens:
+        """Fit on texts, read as `Corpus` does; sums are kept, not states.
 
         Refused where the model looks ahead, InputError without text.
         """
         if not model.anatomy.stacks[-1].causal or len(model.anatomy.stacks) > 1:
             raise Refused(f"{model.name} does not read from left to right: there is no future to foresee")
-        names = self._names(model)
+        names = list(dict.fromkeys(["embed", *lens_sites(model, self.sites)]))
         sums = {(name, k): Moments(model.anatomy.stacks[-1].d_model) for name in names for k in range(self.ahead + 1)}
-        data = chunks(model, texts, tokens, context, batch)
-        if not data:
-            raise InputError("there is no text to fit the lens on: give more of it, or a shorter context=")
-        for inputs in tqdm(data, unit="batch", disable=not progress):
-            run = states(model, inputs, names)
+        rows = corpus_rows(model, texts, self.tokens, self.context)
+        for group in progress(list(batches(rows, self.batch)), "future lens"):
+            run = states(model, as_inputs(model, group), names)
             final = run.tensor(last_residual(model))
             for (name, k), moments in sums.items():
                 x, y = run.tensor(name)[:, : final.shape[1] - k], final[:, k:]
                 moments.add(x.flatten(0, 1), y.flatten(0, 1))
-        self.maps, self.digest = {key: moments.solve(self.ridge) for key, moments in sums.items()}, model.digest
+        solved = {f"{name}+{k}": moments.solve(self.ridge) for (name, k), moments in sums.items()}
+        self.weights_, self.biases_ = ({key: maps[i] for key, maps in solved.items()} for i in (0, 1))
+        self.digest_, self.losses_ = model.digest, []
         return self
 
-    def _names(self, model: Model) -> list[str]:
-        return list(dict.fromkeys(["embed", *lens_sites(model, self.sites)]))
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(key.rpartition("+")[0] for key in self.biases_))
 
-    def logits(self, model: Model, site: str, k: int, x: Tensor) -> Tensor:
-        """[cell, vocabulary] foreseen k positions on, from residuals [cell, d]."""
-        if self.digest != model.digest:
-            raise InputError(f"this lens was not fitted on the weights of {model.name}: call fit(model, texts)")
-        weight, constant = self.maps[site, k]
-        return unembed(model, (x.float() @ weight.T + constant).to(x.dtype)[None])[0].float()
+    def at(self, ahead: int) -> Affine:
+        """The lens of one distance."""
+        lens = _Ahead()
+        lens.weights_, lens.biases_ = (
+            {k.rpartition("+")[0]: v for k, v in group.items() if k.endswith(f"+{ahead}")}
+            for group in (self.weights_, self.biases_)
+        )
+        lens.digest_, lens.losses_ = self.digest_, []
+        return lens
 
+    @technique
     @torch.no_grad()
-    def read(self, model: Model, prompt: Any, *, position: int | str = -1, top: int = 5) -> Result:
+    def read(
+        self, model: Model, prompt: Any, *, positions: Positions = -1, top: int = 5, edits: Sequence[Edit] = ()
+    ) -> Result:
         """What every layer foresees at one position: `probability` and `top_token` over layer x ahead x top."""
-        names = self._names(model)
-        run = model.run(prompt, keep=names)
-        at = position if isinstance(position, int) else repr(position)
-        rows = [
+        self.check(model)
+        run = model.run(prompt, keep=self._names, edits=edits)
+        column = one_column(run.inputs, positions, "a future lens")[:1]
+        best = [
             [
-                self.logits(model, name, k, run.tensor(f"{name}@{at}")[0]).softmax(-1)[0].topk(top)
+                logits(model, run.tensor(name)[:1, column[0]], f"{name}+{k}", self)[0].softmax(-1).topk(top)
                 for k in range(self.ahead + 1)
             ]
-            for name in names
+            for name in self._names
         ]
-        decode = model.tokenizer.decode
+        ids = np.array([[p.indices.tolist() for p in row] for row in best])
+        dims = ("layer", "ahead", "top")
         data = xr.Dataset(
-            {
-                "probability": (("layer", "ahead", "top"), np.array([[p.values.tolist() for p in row] for row in rows])),
-                "top_token": (("layer", "ahead", "top"), np.array(
-                    [[[decode([i]) for i in p.indices.tolist()] for p in row] for row in rows], dtype=object)),
-            },
-            coords={"layer": names, "ahead": range(self.ahead + 1)},
+            {"probability": (dims, np.array([[p.values.tolist() for p in row] for row in best])),
+             "top_token": (dims, as_texts(model.tokenizer, ids))},
+            coords={**layer_coords(self._names), "ahead": range(self.ahead + 1)},
         )  # fmt: skip
-        provenance = Provenance(
-            "future_lens",
-            model.name,
-            digest=model.digest,
-            inputs=list(run.inputs.texts),
-            arguments={"position": position},
-        )
-        return Result(data, kind="future lens", title=f"Future lens of {model.name}", provenance=provenance)
+        return Result(data, kind="future lens", title=f"Future lens of {model.name}")
 
+    @technique
     @torch.no_grad()
     def score(
-        self, model: Model, texts: Sequence[str], *, tokens: int = 10_000, context: int = 256, seed: int = 0
+        self, model: Model, texts: Any, *, tokens: int = 10_000, context: int | None = None, seed: int = 0
     ) -> Result:
         """Precision on held-out text: how often the token the model really goes on with is foreseen first.
 
-        Gives `precision` over layer x ahead, with its 95 % bootstrap interval `low` to `high` over chunks (1000 draws by
-        `seed`), and `most_frequent` [ahead], the share of the commonest token; the row "embed" is the bigram control.
+        Gives `precision` over layer x ahead, with its 95 % interval `low` to `high` over rows of text, and `most_frequent`,
+        the share of the commonest token; the row "embed" is the bigram control.
         """
-        names = self._names(model)
-        rows = list(self._hits(model, names, chunks(model, texts, tokens, context, 1)))
-        if not rows:
-            raise InputError("there is no text to score the lens on: give more of it, or a shorter context=")
-        hits = np.stack([row for row, _ in rows])  # [chunk, layer, ahead]
+        self.check(model)
+        rows = list(self._hits(model, corpus_rows(model, texts, tokens, context)))
+        hits = np.stack([row for row, _ in rows])  # [row, layer, ahead]
         low, high = interval(hits, seed, within=(0.0, 1.0))
         followed = torch.cat([ids for _, ids in rows])
         commonest = float(torch.bincount(followed).max()) / len(followed)
         dims = ("layer", "ahead")
         data = xr.Dataset(
             {"precision": (dims, hits.mean(0)), "low": (dims, low), "high": (dims, high), "most_frequent": commonest},
-            coords={"layer": names, "ahead": range(self.ahead + 1)},
-        )
-        provenance = Provenance(
-            "future_lens_score", model.name, digest=model.digest, inputs=f"{len(rows)} chunks", seed=seed,
-            arguments={"tokens": tokens, "context": context},
+            coords={**layer_coords(self._names), "ahead": range(self.ahead + 1)}, attrs={"rows": len(rows)},
         )  # fmt: skip
-        return Result(
-            data, kind="future lens score", title=f"How far ahead {model.name} is read", provenance=provenance
-        )
+        return Result(data, kind="future lens score", title=f"How far ahead {model.name} is read")
 
-    def _hits(self, model: Model, names: list[str], data: list[Inputs]) -> Iterator[tuple[np.ndarray, Tensor]]:
-        for inputs in data:
-            run = states(model, inputs, names)
-            said = unembed(model, run.tensor(last_residual(model)))[0].argmax(
+    def _hits(self, model: Model, rows: list[Row]) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for row in progress(rows, "future lens"):
+            run = states(model, as_inputs(model, [row]), self._names)
+            said = logits(model, run.tensor(last_residual(model))[0]).argmax(
                 -1
             )  # by the model itself, at each position
-            found = np.zeros((len(names), self.ahead + 1))
-            for i, name in enumerate(names):
+            found = np.zeros((len(self._names), self.ahead + 1))
+            for i, name in enumerate(self._names):
                 for k in range(self.ahead + 1):
                     x = run.tensor(name)[0, : len(said) - k]
-                    found[i, k] = float((self.logits(model, name, k, x).argmax(-1) == said[k:]).float().mean())
+                    seen = logits(model, x, f"{name}+{k}", self).argmax(-1)
+                    found[i, k] = float((seen == said[k:]).float().mean())
             yield found, said
+
+
+class _Ahead(Affine):
+    residual = False
 
 
 class Moments:
@@ -177,7 +180,8 @@ class Moments:
         self.y += y.double().sum(0)
         self.rows += len(x)
 
-    def solve(self, ridge: float) -> Map:
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """W [d, d] and c [d]."""
         mx, my = self.x / self.rows, self.y / self.rows
         xx = self.xx / self.rows - mx[:, None] * mx
         xy = self.xy / self.rows - mx[:, None] * my

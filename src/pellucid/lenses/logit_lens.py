@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +22,15 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.proofs import TOLERANCE, error
-from pellucid.anatomy.sites import Position, Site
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Stream
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, Refused
+from pellucid.errors import Refused
+from pellucid.lenses.lens import Lens, Positions, columns, last_residual, layer_coords, lens_sites, logits, unembed
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import single_id, texts
-
-if TYPE_CHECKING:
-    from pellucid.lenses.tuned_lens import TunedLens
+from pellucid.technique import technique
 
 CELLS = 1 << 24  # numbers of one layer's logits held at a time
 
@@ -49,21 +48,7 @@ READ: dict[str, tuple[str, ...]] = {
 }
 
 
-def unembed(model: Model, resid: Tensor) -> Tensor:
-    """Logits [batch, position, vocabulary] of residuals [batch, position, d_model], by the model's own head.
-
-    Every step between the last block and the logits is run: norms, transforms, scaling, soft-capping. Refused
-    where the proof `unembedding` does not hold.
-    """
-    head = model.anatomy.head
-    if head is None or "head" in model.anatomy.refusals:
-        why = model.anatomy.refusals.get("head", "this model has no head that reads its last residual")
-        raise Refused(f"{model.name} cannot be read through its head: {why}")
-    for step in head.steps:
-        resid = step(resid)
-    return resid
-
-
+@technique
 @torch.no_grad()
 def logit_lens(
     model: Model,
@@ -72,9 +57,10 @@ def logit_lens(
     top: int = 5,
     targets: Sequence[str | int] | str | None = None,
     sites: str | Sequence[str] = ("embed", "layers.*.resid_post"),
-    positions: Position = None,
-    target: str | Sequence[str] | None = None,
-    through: TunedLens | None = None,
+    positions: Positions = None,
+    decoder: str | Sequence[str] | None = None,
+    through: Lens | None = None,
+    edits: Sequence[Edit] = (),
 ) -> Result:
     """Read the residual stream at `sites` (of the last stack) through the model's own head.
 
@@ -82,26 +68,27 @@ def logit_lens(
     likeliest tokens; `rank`, 0 being the top, and `log_probability` of the token the model itself ends up
     with (`prediction`); `kl`, KL(model || layer), `entropy`, and `surprise`, -log p of the token that really
     comes next (NaN where none does, and in models that look ahead), in nats; for `targets`, `target_rank` and
-    `target_log_probability`. The layer of what enters the first block is "embed". `positions` narrows as `@` does
-    in sites; positions are counted on each prompt's own tokens, those past the end of a shorter prompt are NaN.
-    `target` is the decoder's text in an encoder-decoder. `through` is a fitted `TunedLens`. One layer's logits are
-    held at a time.
+    `target_log_probability`. The layer of what enters the first block is -1, its `site` "embed". `positions` are a number, a
+    list or slice of them, a span's name or a token in quotes; they are counted on each prompt's own tokens, those past
+    the end of a shorter prompt are NaN. `decoder` is the decoder's text in an encoder-decoder. `through` is a fitted lens
+    (`TunedLens`, `FutureLens.at(0)`). Under `edits`, layers and predictions are those of the edited run. One layer's logits
+    are held at a time.
 
     >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
     >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
     """
-    inputs = model.inputs(prompt, decoder=target)
+    inputs = model.inputs(prompt, decoder=decoder)
     names = lens_sites(model, sites)
     if through is not None:
         through.check(model)
-    last = f"{model.anatomy.stacks[-1].prefix}layers.{len(model.anatomy.stacks[-1].blocks) - 1}.resid_post"
-    run = model.run(inputs, keep=[*names, last])
+    run = model.run(inputs, keep=[*names, last_residual(model)], edits=edits)
     stream = inputs.stream("")
-    columns, real = _columns(stream, positions)
-    _check(model, run, last, columns, stream)
-    ids = _target_ids(model, targets)
-    asked = Asked(_following(model, stream, columns).flatten(), ids, min(top, run.logits.shape[-1]))
-    rows = _rows(model, run, names, columns, real, asked, through)
+    at, real = columns(stream, positions)
+    _check(model, run, at, stream)
+    given = [targets] if isinstance(targets, str) else targets or []
+    ids = [single_id(model.tokenizer, t) for t in given]
+    asked = Asked(_following(model, stream, at).flatten(), ids, min(top, run.logits.shape[-1]))
+    rows = _rows(model, run, names, at, real, asked, through)
 
     made: dict[str, Any] = {}
     for name, extra in READ.items():
@@ -109,27 +96,21 @@ def logit_lens(
         values = flat.unflatten(0, tuple(real.shape)).movedim(2, 1).cpu().numpy()
         values = _texts(model, values, real) if name == "top_token" else values
         made[name] = (("prompt", "layer", "position", *extra), values)
-    final = run.logits[torch.arange(len(inputs))[:, None], columns].argmax(-1)[:, None, :]
+    final = run.logits[torch.arange(len(inputs))[:, None], at].argmax(-1)[:, None, :]
     made["prediction"] = (("prompt", "position"), _texts(model, final.cpu().numpy(), real)[:, 0])
     data = xr.Dataset(
         made,
         coords={
-            "layer": np.array([_layer(s) for s in names], dtype=object),
-            "site": ("layer", names),
-            "position": _position_labels(stream, columns, real),
-            "token": (("prompt", "position"), _tokens(stream, columns, real)),
+            **layer_coords(names),
+            "position": _position_labels(stream, at, real),
+            "token": (("prompt", "position"), _tokens(stream, at, real)),
             "target": texts(model.tokenizer, ids).tolist(),
         },
     )
     data = data if ids else data.drop_dims("target")
     data = data.isel(prompt=0) if len(inputs) == 1 else data
-    provenance = Provenance(
-        "logit_lens", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"top": top, "targets": targets, "sites": sites, "positions": positions, "target": target,
-                   "through": None if through is None else f"tuned lens, {len(through.losses)} steps"},
-    )  # fmt: skip
     kind = "logit lens" if through is None else "tuned lens"
-    return Result(data, kind=kind, title=f"{kind.capitalize()} of {model.name}", provenance=provenance)
+    return Result(data, kind=kind, title=f"{kind.capitalize()} of {model.name}")
 
 
 # ---- one layer at a time
@@ -145,7 +126,7 @@ class Asked:
 
 
 def _rows(
-    model: Model, run: Run, sites: list[str], columns: Tensor, real: Tensor, asked: Asked, through: TunedLens | None
+    model: Model, run: Run, sites: list[str], columns: Tensor, real: Tensor, asked: Asked, through: Lens | None
 ) -> list[dict[str, Tensor]]:
     """For every site what its logits say at each of the prompt x position cells; NaN where no token is."""
     picked = torch.arange(len(columns), device=columns.device)[:, None]
@@ -154,10 +135,8 @@ def _rows(
     rows = []
     for site in sites:
         resid = run.tensor(site)[picked, columns].flatten(0, 1)
-        if through is not None:
-            resid = through.translate(site, resid.float()).to(resid.dtype)
         parts = [
-            _read(unembed(model, resid[part][None])[0], final[part], asked.following[part], asked)
+            _read(logits(model, resid[part], site, through), final[part], asked.following[part], asked)
             for part in _parts(*final.shape)
         ]
         row = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -203,8 +182,9 @@ def _following(model: Model, stream: Stream, columns: Tensor) -> Tensor:
     return torch.where(inside, stream.ids[rows, after], -1)
 
 
-def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -> None:
+def _check(model: Model, run: Run, columns: Tensor, stream: Stream) -> None:
     """The last residual must give the model's own logits; checked at the last column of every prompt."""
+    last = last_residual(model)
     if run.logits.shape[:2] != stream.ids.shape or run.tensor(last).shape[:2] != stream.ids.shape:
         raise Refused(f"{model.name} has not one residual and one row of logits for every token: no lens fits")
     rows = torch.arange(len(columns), device=columns.device)[:, None]
@@ -214,40 +194,7 @@ def _check(model: Model, run: Run, last: str, columns: Tensor, stream: Stream) -
         raise Refused(f"the last residual read through the head differs from the model's logits by {gap:.1e}")
 
 
-# ---- sites, positions, labels
-
-
-def lens_sites(model: Model, sites: str | Sequence[str]) -> list[str]:
-    """The residuals, or what is added to them, that patterns name on the last stack. InputError for others."""
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    prefix = model.anatomy.stacks[-1].prefix
-    found = [
-        site
-        for pattern in patterns
-        for site in model.sites(pattern if pattern.startswith(prefix) else prefix + pattern)
-    ]
-    for site in found:
-        if site.dims != ("batch", "position", "d_model") or site.at is not None:
-            raise InputError(
-                f"{str(site)!r} is no residual at every position; the lens reads sites such as layers.*.resid_post"
-            )
-    return [str(site) for site in found]
-
-
-def _layer(site: str) -> int | str:
-    layer = Site.parse(site).layer
-    assert layer is None or isinstance(layer, int)
-    return "embed" if layer is None else layer
-
-
-def _columns(stream: Stream, positions: Position) -> tuple[Tensor, Tensor]:
-    """The columns [prompt, position] to read, and which of them hold a token."""
-    found = stream.find(positions)
-    if found is not None:
-        return found, torch.ones_like(found, dtype=torch.bool)
-    index = torch.arange(int(stream.lengths.max()), device=stream.ids.device)
-    real = index < stream.lengths[:, None]
-    return (stream.starts[:, None] + index).clamp(max=stream.ids.shape[1] - 1), real
+# ---- labels
 
 
 def _position_labels(stream: Stream, columns: Tensor, real: Tensor) -> list[int]:
@@ -264,12 +211,6 @@ def _tokens(stream: Stream, columns: Tensor, real: Tensor) -> np.ndarray:
         for label, at, there in zip(stream.labels, index, real.tolist(), strict=True)
     ]
     return np.array(rows, dtype=object)
-
-
-def _target_ids(model: Model, targets: Sequence[str | int] | str | None) -> list[int]:
-    if targets is None:
-        return []
-    return [single_id(model.tokenizer, t) for t in ([targets] if isinstance(targets, str) else targets)]
 
 
 def _texts(model: Model, ids: np.ndarray, real: Tensor) -> np.ndarray:

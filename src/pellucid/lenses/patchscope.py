@@ -19,83 +19,84 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.engine.edits import Patch
+from pellucid.engine.edits import Edit, Patch
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
+from pellucid.lenses.lens import Affine, Layers, Lens, Positions, layer_numbers, one_column
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
-from pellucid.tasks.tokens import single_id
+from pellucid.results import Result
+from pellucid.tasks.tokens import single_id, texts
+from pellucid.technique import technique
 
+NONE = -2  # the `layer` of the control, into which no state was put
 IDENTITY = "cat -> cat; 1135 -> 1135; hello -> hello; ?"
 
 
+@technique
 @torch.no_grad()
 def patchscope(
     model: Model,
     prompt: Any,
-    position: int | str = -1,
+    positions: Positions = -1,
     *,
-    layers: str | int = "*",
+    layers: Layers = None,
     into: str = IDENTITY,
-    into_position: int | str = -1,
+    into_positions: Positions = -1,
     into_layer: int | None = None,
     into_model: Model | None = None,
-    mapping: Callable[[Tensor], Tensor] | None = None,
+    mapping: Lens | Callable[[Tensor], Tensor] | None = None,
     targets: Sequence[str | int] = (),
     top: int = 5,
     max_new_tokens: int = 0,
+    edits: Sequence[Edit] = (),
 ) -> Result:
     """Read the residual after each of `layers` at one position of `prompt` by putting it into the prompt `into`.
 
     It goes in after block `into_layer` (by default the one it came from, as in the paper's identity patchscope) of
-    `into_model` (by default the same), through `mapping` [1, 1, d] -> [1, 1, d'] if there is one. Gives over `layer`
+    `into_model` (by default the same), through `mapping` if there is one: a lens, or a function [1, 1, d] -> [1, 1, d'].
+    `edits` hold in the run the state is taken from. Gives over `layer`
     `probability` and `top_token` of the `top` likeliest next tokens of the target prompt, `target_rank` and
-    `target_log_probability` for `targets`, and with `max_new_tokens` the generated `text`; the row "none" is the control
-    without a state. InputError where the widths differ and no mapping is given, or a layer does not exist.
+    `target_log_probability` for `targets`, and with `max_new_tokens` the generated `text`; the control without a state is `layer`
+    -2, its `site` "none". InputError where the widths differ and no mapping is given, or a layer does not exist.
 
     >>> patchscope(model, "The Eiffel Tower", "Tower", max_new_tokens=5)  # doctest: +SKIP
     """
     reader = into_model or model
     prefix, into_prefix = model.anatomy.stacks[-1].prefix, reader.anatomy.stacks[-1].prefix
-    sites = model.sites(f"{prefix}layers.{layers}.resid_post")
-    taken = [int(site.layer or 0) for site in sites]
-    at = position if isinstance(position, int) else repr(position)
-    into_at = into_position if isinstance(into_position, int) else repr(into_position)
-    run = model.run(prompt, keep=sites)
+    taken = layer_numbers(model, layers)
+    sites = [f"{prefix}layers.{n}.resid_post" for n in taken]
+    run = model.run(prompt, keep=sites, edits=edits)
     if len(run.inputs) != 1:
         raise InputError(f"a patchscope reads one prompt at a time, got {len(run.inputs)}")
-    edits: list[list[Patch]] = []
+    column = one_column(run.inputs, positions, "a patchscope")[0]
+    into_at = int(one_column(reader.inputs(into), into_positions, "a patchscope")[0])
+    if isinstance(mapping, Affine):
+        mapping.check(model)
+    puts: list[list[Patch]] = []
     for layer, site in zip(taken, sites, strict=True):
-        state = run.tensor(f"{site}@{at}")
-        state = state if mapping is None else mapping(state)
+        state = run.tensor(site)[:1, column][:, None]
+        if mapping is not None:
+            state = mapping.translate(site, state) if hasattr(mapping, "translate") else mapping(state)
         put = layer if into_layer is None else into_layer
-        edits.append([Patch(f"{into_prefix}layers.{put}.resid_post@{into_at}", _fitting(state, reader))])
-    edits.append([])
+        puts.append([Patch(f"{into_prefix}layers.{put}.resid_post@{into_at}", _fitting(state, reader))])
+    puts.append([])
     ids = [single_id(reader.tokenizer, target) for target in targets]
-    rows = [_read(reader.run(into, edits=edit).logits[0, -1], ids, top) for edit in edits]
-    decode = reader.tokenizer.decode
+    rows = [_read(reader.run(into, edits=put).logits[0, -1], ids, top) for put in progress(puts, "patchscope")]
     made: dict[str, Any] = {
         "probability": (("layer", "top"), np.array([p.tolist() for p, _, _, _ in rows])),
-        "top_token": (
-            ("layer", "top"),
-            np.array([[decode([i]) for i in best.tolist()] for _, best, _, _ in rows], dtype=object),
-        ),
+        "top_token": (("layer", "top"), texts(reader.tokenizer, [best.tolist() for _, best, _, _ in rows])),
     }
     if ids:
         made["target_rank"] = (("layer", "target"), np.array([rank for _, _, rank, _ in rows]))
         made["target_log_probability"] = (("layer", "target"), np.array([log_p for _, _, _, log_p in rows]))
     if max_new_tokens:
-        said = [reader.generate(into, edits=edit, max_new_tokens=max_new_tokens).text for edit in edits]
+        said = [reader.generate(into, edits=put, max_new_tokens=max_new_tokens).text for put in puts]
         made["text"] = ("layer", np.array(said, dtype=object))
-    coords: dict[str, Any] = {"layer": np.array([*taken, "none"], dtype=object)}
+    coords: dict[str, Any] = {"layer": [*taken, NONE], "site": ("layer", [*sites, "none"])}
     data = xr.Dataset(
-        made, coords=coords | ({"target": [decode([i]) for i in ids]} if ids else {}), attrs={"into": into}
+        made, coords=coords | ({"target": texts(reader.tokenizer, ids).tolist()} if ids else {}), attrs={"into": into}
     )
-    provenance = Provenance(
-        "patchscope", model.name, digest=model.digest, inputs=list(run.inputs.texts),
-        arguments={"position": position, "layers": layers, "into": into, "into_position": into_position,
-                   "into_layer": into_layer, "into_model": reader.name, "mapping": getattr(mapping, "__name__", mapping)},
-    )  # fmt: skip
-    return Result(data, kind="patchscope", title=f"Patchscope of {model.name}", provenance=provenance)
+    return Result(data, kind="patchscope", title=f"Patchscope of {model.name}")
 
 
 def _fitting(state: Tensor, reader: Model) -> Tensor:

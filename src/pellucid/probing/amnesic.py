@@ -21,10 +21,12 @@ from pellucid.probing.examples import Examples
 from pellucid.probing.features import read
 from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.splits import held_out
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 
+@technique
 def amnesic(
     model: Model,
     examples: Examples,
@@ -87,14 +89,10 @@ def amnesic(
             "majority": float((labels[held] == names[counts.argmax()]).mean()),
         },
         coords={"eraser": list(fitted)},
+        attrs={"site": at, "texts": len(texts)},
     )
-    about = Provenance(
-        "amnesic", model.name, digest=model.digest, seed=seed,
-        inputs={"examples": len(examples), "labels": examples.name, "texts": len(texts)},
-        arguments={"site": at, "erasers": list(fitted), "draws": draws},
-    )  # fmt: skip
     title = f"{examples.name} erased at {at} of {model.name}"
-    return Result(data, kind="amnesic probing", title=title, provenance=about)
+    return Result(data, kind="amnesic probing", title=title)
 
 
 def _compared(model: Model, texts: list[str], variants: Sequence[Sequence[Edit]], batch: int) -> np.ndarray:

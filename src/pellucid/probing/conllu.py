@@ -41,7 +41,7 @@ class Sentence:
     words: tuple[Word, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Treebank:
     """Sentences and the questions they answer; all questions share `spans`, the words.
 
@@ -52,6 +52,9 @@ class Treebank:
     """
 
     sentences: tuple[Sentence, ...]
+
+    def __repr__(self) -> str:
+        return f"<Treebank of {len(self.sentences):,} sentences, {sum(len(s.words) for s in self.sentences):,} words>"
 
     @classmethod
     def read(cls, path: str | Path, limit: int | None = None, words: tuple[int, int] = (1, 60)) -> Treebank:

@@ -23,6 +23,7 @@ from pellucid.probing.features import Features, Pool, features_of, read
 from pellucid.probing.probe import Protocol, judged, majority, result
 from pellucid.probing.splits import Scores
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
 def control_task(examples: Examples, seed: int = 0) -> Examples:
@@ -40,6 +41,7 @@ def control_task(examples: Examples, seed: int = 0) -> Examples:
     return examples.relabelled(given[each], f"control of {examples.name}")
 
 
+@technique
 def selectivity(
     source: Model | Features,
     examples: Examples,
@@ -77,7 +79,7 @@ def selectivity(
             "majority": majority(examples, protocol),
         }
     )
-    return result(data, "selectivity", f"Selectivity for {examples.name}", features, examples, protocol)
+    return result(data, "selectivity", f"Selectivity for {examples.name}", features)
 
 
 def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -> Model:
@@ -91,6 +93,7 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     return shuffled(model, seed, [name for name, p in model.module.named_parameters() if id(p) in kept])
 
 
+@technique
 def beside_random(
     model: Model,
     examples: Examples,
@@ -123,4 +126,4 @@ def beside_random(
         }
     )
     title = f"Probes of {examples.name} beside random weights"
-    return result(data, "beside random", title, features, examples, protocol, keep_embeddings=keep_embeddings)
+    return result(data, "beside random", title, features)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,10 +35,13 @@ from pellucid.probing.linear import STRENGTHS, Scaling
 from pellucid.probing.probe import result
 from pellucid.probing.solver import logistic
 from pellucid.results import Result
+from pellucid.technique import technique
+from pellucid.training import cosine, train
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
+@technique
 def online_code(
     source: Model | Features,
     examples: Examples,
@@ -89,8 +93,7 @@ def online_code(
         },
         coords={"sent": ("block", ends)},
     )
-    return result(data, "online code", f"Online code of {examples.name}", features, examples,
-                  seed=seed, seeds=seeds, l2=tuple(l2), fractions=tuple(fractions))  # fmt: skip
+    return result(data, "online code", f"Online code of {examples.name}", features)
 
 
 def _blocks(x: Tensor, y: np.ndarray, k: int, ends: list[int], l2: Sequence[float]) -> np.ndarray:
@@ -105,6 +108,7 @@ def _blocks(x: Tensor, y: np.ndarray, k: int, ends: list[int], l2: Sequence[floa
     return bits[bits.sum(1).argmin()]
 
 
+@technique
 def variational_code(
     source: Model | Features,
     examples: Examples,
@@ -140,7 +144,7 @@ def variational_code(
         }
     )
     title = f"Variational code of {examples.name}"
-    return result(data, "variational code", title, features, examples, seed=seed, steps=steps)
+    return result(data, "variational code", title, features)
 
 
 def _variational(x: Tensor, y: Tensor, k: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,13 +152,11 @@ def _variational(x: Tensor, y: Tensor, k: int, steps: int, seed: int) -> tuple[n
     layers, n, d = x.shape
     x = torch.cat([x, x.new_ones(layers, n, 1)], 2)
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.zeros(layers, d + 1, k, requires_grad=True)
-    spread = torch.full((layers, d + 1, k), -4.0, requires_grad=True)  # log of q's standard deviation
-    prior = torch.full((layers, 2), -1.0, requires_grad=True)  # of the prior's: weights, intercepts
-    optimizer = torch.optim.Adam([mean, spread, prior], lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    mean = torch.zeros(layers, d + 1, k)
+    spread = torch.full((layers, d + 1, k), -4.0)  # log of q's standard deviation
+    prior = torch.full((layers, 2), -1.0)  # of the prior's: weights, intercepts
 
-    def nats(rows: Tensor) -> Tensor:
+    def nats(rows: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """[layer, row] sampled loss; the noise of the weights is drawn at the logits they make."""
         here = x[:, rows]
         noise = torch.randn(layers, len(rows), k, generator=generator)
@@ -168,16 +170,16 @@ def _variational(x: Tensor, y: Tensor, k: int, steps: int, seed: int) -> tuple[n
         ratio = ((2 * spread).exp() + mean.square()) / (2 * scale).exp()
         return (0.5 * (ratio - 1) + scale - spread).sum((1, 2))
 
-    for _ in range(steps):
-        with torch.enable_grad():
-            rows = torch.randint(n, (min(256, n),), generator=generator)
-            loss = (nats(rows).mean(1) * n + divergence()).sum() / n
-            gradients = torch.autograd.grad(loss, [mean, spread, prior])
-        for parameter, gradient in zip((mean, spread, prior), gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        schedule.step()
+    train(
+        {"mean": mean, "spread": spread, "prior": prior},
+        [torch.randint(n, (min(256, n),), generator=generator) for _ in range(steps)],
+        lambda rows, step: (nats(rows).mean(1) * n + divergence()).sum() / n,
+        partial(torch.optim.Adam, lr=0.02),
+        schedule=cosine,
+        seed=seed,
+        what="variational code",
+    )
     with torch.no_grad():
-        data = torch.stack([nats(torch.arange(n)).sum(1) for _ in range(5)]).mean(0) / math.log(2)
+        data = torch.stack([nats(torch.arange(n), generator).sum(1) for _ in range(5)]).mean(0) / math.log(2)
         model = divergence() / math.log(2) + 2 * 32
     return data.numpy(), model.numpy()

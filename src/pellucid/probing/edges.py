@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ from pellucid.probing.probe import result
 from pellucid.probing.splits import Scores
 from pellucid.results import Result
 from pellucid.statistics import interval, weights
+from pellucid.technique import technique
+from pellucid.training import draws, linear, train
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Training:
     hidden: int = 128
     epochs: int = 12
     batch: int = 128
-    lr: float = 3e-3
+    learning_rate: float = 3e-3
     dropout: float = 0.2
 
 
+@technique
 def edge_probing(
     source: Model | Features,
     examples: Examples,
@@ -100,7 +104,7 @@ def edge_probing(
         }
     )
     title = f"Edge probing of {examples.name}"
-    return result(data, "edge probing", title, features, examples, training, test=test, seeds=seeds, seed=seed)
+    return result(data, "edge probing", title, features)
 
 
 def _expected(scores: np.ndarray) -> np.ndarray:
@@ -117,15 +121,13 @@ class _Probes:
         def drawn(*shape: int) -> Tensor:  # all depths begin alike: they differ by what they may read, not by luck
             return (torch.randn(shape, generator=generator) * shape[0] ** -0.5).repeat(layers, 1, 1)
 
-        self.training, self.generator = training, generator
+        self.dropout = training.dropout
         self.allowed = torch.ones(layers, layers).tril().bool()
         self.parameters = [
             torch.zeros(layers, layers), torch.ones(layers, 1, 1),
             drawn(spans * d, training.hidden), torch.zeros(layers, 1, training.hidden),
             drawn(training.hidden, k), torch.zeros(layers, 1, k),
         ]  # fmt: skip
-        for parameter in self.parameters:
-            parameter.requires_grad_()
 
     def mix(self) -> Tensor:
         """[p, l] the weights of the layers."""
@@ -136,8 +138,7 @@ class _Probes:
         _, gamma, inner, bias, outer, last = self.parameters
         mixed = gamma * (self.mix() @ x.flatten(1)).view(len(inner), x.shape[1], -1)
         if training:
-            keep = 1 - self.training.dropout
-            mixed = mixed * torch.empty(mixed.shape[1:]).bernoulli_(keep, generator=self.generator) / keep
+            mixed = mixed * torch.empty(mixed.shape[1:]).bernoulli_(1 - self.dropout) / (1 - self.dropout)
         return torch.baddbmm(last, torch.baddbmm(bias, mixed, inner).relu(), outer)
 
 
@@ -151,18 +152,22 @@ def _train(
     )
     y = torch.as_tensor(examples.targets)
     probes = _Probes(len(values), values.shape[2], places.shape[1], len(examples.classes), training, generator)
-    optimizer = torch.optim.Adam(probes.parameters, training.lr)
-    train, test = map(torch.as_tensor, parts)
-    for epoch in range(training.epochs):
-        optimizer.param_groups[0]["lr"] = training.lr * (1 - epoch / training.epochs)
-        for rows in train[torch.randperm(len(train), generator=generator)].split(training.batch):
-            with torch.enable_grad():
-                logs = probes.logits(values[:, places[rows]], True).log_softmax(2)
-                loss = -logs.gather(2, y[rows].expand(len(values), -1)[..., None]).mean((1, 2)).sum()
-                gradients = torch.autograd.grad(loss, probes.parameters)
-            for parameter, gradient in zip(probes.parameters, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
+    own, test = map(torch.as_tensor, parts)
+
+    def loss(drawn: Tensor, step: int) -> Tensor:
+        rows = own[drawn]
+        logs = probes.logits(values[:, places[rows]], True).log_softmax(2)
+        return -logs.gather(2, y[rows].expand(len(values), -1)[..., None]).mean((1, 2)).sum()
+
+    train(
+        {str(i): p for i, p in enumerate(probes.parameters)},
+        draws(len(own), training.batch, training.epochs, seed),
+        loss,
+        partial(torch.optim.Adam, lr=training.learning_rate),
+        schedule=linear,
+        seed=seed,
+        what="edge probes",
+    )
     with torch.no_grad():
         found = [probes.logits(values[:, places[r]], False).argmax(2) == y[r] for r in test.split(1024)]
     return torch.cat(found, 1).T.float().numpy(), probes.mix()[-1].detach().numpy()

@@ -22,6 +22,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit, Place
 from pellucid.errors import InputError
+from pellucid.probing.examples import known
 from pellucid.probing.linear import LogisticProbe, features
 
 
@@ -111,7 +112,7 @@ class Inlp(Eraser):
 
     def fit(self, x: Any, labels: Any) -> Inlp:
         """`x` [n, d], `labels` [n] classes."""
-        x, labels = features(x), np.asarray(labels)
+        x, labels = features(x), known(labels)
         most = np.unique(labels, return_counts=True)[1].max() / len(labels)
         self.mean_ = x.mean(0)
         basis, left = x.new_zeros(0, x.shape[1]), x - self.mean_
@@ -155,7 +156,7 @@ class RandomSubspace(Eraser):
 
 def _columns(labels: Any, n: int) -> Tensor:
     """[n, t] numbers, or one column per class."""
-    given = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    given = known(labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels)
     if len(given) != n:
         raise InputError(f"{n} examples but {len(given)} labels: expected one for each")
     if given.ndim == 2 or given.dtype.kind == "f":

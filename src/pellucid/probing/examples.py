@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pellucid.errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Spans:
     """Places in texts: `where` are (text, first character, last character + 1).
 
@@ -40,6 +40,9 @@ class Spans:
 
     def __len__(self) -> int:
         return len(self.where)
+
+    def __repr__(self) -> str:
+        return f"<Spans: {len(self):,} in {len(self.texts):,} texts>"
 
     @classmethod
     def words(cls, texts: Iterable[str | Sequence[str]]) -> Spans:
@@ -71,11 +74,22 @@ class Spans:
         return np.array([text for text, _, _ in self.where])
 
 
-@dataclass(frozen=True, eq=False)
+def known(labels: Any) -> np.ndarray:
+    """Labels as an array. InputError that names the first row without one: None, NaN, an infinite number."""
+    given = list(labels)
+    for row, label in enumerate(given):
+        gone = label is None or type(label).__name__ in ("NAType", "NaTType")
+        if gone or (isinstance(label, float | np.floating) and not np.isfinite(label)):
+            raise InputError(f"row {row} has no label ({label!r}): leave it out")
+    return np.asarray(given)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Examples:
     """Labels on spans. `first` [n] (and `second` [n], for pairs) are rows of `spans`, `types` [n] what an example is
     an instance of (by default the lower-cased word, or pair of words): what must not leak, and what control tasks
-    label. Labels are text (classes) or numbers (regression).
+    label. `labels` are text or truth values (classes) or numbers (regression); numbers are classes only if `kind` is
+    "classes". InputError for a missing one, which names its row.
 
     >>> tags = Examples(Spans.words(["the cat", "the dog"]), ["DET", "NOUN", "DET", "NOUN"])
     >>> tags.classes, tags.types.tolist(), tags.texts.tolist()
@@ -88,10 +102,12 @@ class Examples:
     second: Any = None
     types: Any = None
     name: str = "label"
+    kind: Literal["classes", "numbers"] | None = None
 
     def __post_init__(self) -> None:
-        labels = np.asarray(self.labels)
-        labels = labels.astype(float) if labels.dtype.kind in "f" else labels.astype(str)
+        labels = known(self.labels)
+        numeric = labels.dtype.kind in "iuf" if self.kind is None else self.kind == "numbers"
+        labels = labels.astype(float if numeric else str)
         first = np.arange(len(self.spans)) if self.first is None else np.asarray(self.first, dtype=int)
         second = None if self.second is None else np.asarray(self.second, dtype=int)
         types = self._words(first, second) if self.types is None else np.asarray(self.types).astype(str)
@@ -114,6 +130,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.first)
 
+    def __repr__(self) -> str:
+        asked = "numbers" if self.numeric else f"{len(self.classes)} classes"
+        return f"<Examples of {self.name!r}: {len(self):,} in {len(self.spans.texts):,} texts, {asked}>"
+
     @property
     def numeric(self) -> bool:
         return bool(self.labels.dtype.kind == "f")
@@ -121,7 +141,7 @@ class Examples:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         if self.numeric:
-            raise InputError(f"{self.name!r} has numbers for labels: give text to ask for classes")
+            raise InputError(f"{self.name!r} has numbers for labels: give text, or kind='classes'")
         return tuple(np.unique(self.labels).tolist())
 
     @cached_property

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import Corpus, batches, inputs
+from pellucid.engine.pausing import progress
 from pellucid.engine.run import execute
-from pellucid.store import ActivationStore
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans
+from pellucid.store import ActivationStore
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import technique
 
 Pool = Literal["first", "last", "mean"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Features:
     """What was read: `values` [layer, span, d] in float32, one layer per site, and of which model."""
 
@@ -35,12 +38,14 @@ class Features:
     digest: str | None
     pool: Pool
 
+    def __repr__(self) -> str:
+        sites, spans, d = self.values.shape
+        return f"<Features of {spans:,} spans at {sites} sites of {self.model}, {d} wide, {self.pool} of their tokens>"
+
     @property
-    def layers(self) -> list[str]:
-        """A short name per site: "embed", "0", "1", ...; the whole site where that would not tell them apart."""
-        parsed = [Site.parse(s) for s in self.sites]
-        short = [site.part if site.layer is None else str(site.layer) for site in parsed]
-        return short if len(set(short)) == len(short) else list(self.sites)
+    def layers(self) -> list[int]:
+        """The layer of each site, -1 for what enters the first block."""
+        return [-1 if layer is None else int(str(layer)) for layer in (Site.parse(s).layer for s in self.sites)]
 
     def of(self, examples: Examples, layer: int) -> Tensor:
         """[n, d] of one layer for some examples; for pairs [n, 3 d], both vectors and their product (Liu et al. 2019)."""
@@ -53,6 +58,7 @@ class Features:
         return torch.cat([first, second, first * second], 1)
 
 
+@technique
 def read(
     model: Model,
     spans: Spans | Examples,
@@ -132,13 +138,13 @@ Chunk = tuple[list[int], dict[int, int], Tensor]  # texts, where each begins, va
 
 
 def _run(model: Model, ids: list[list[int]], names: list[str], texts: list[int], batch: int) -> Iterator[Chunk]:
-    """Texts of like length together."""
-    order = sorted(texts, key=lambda text: len(ids[text]))
-    for at in range(0, len(order), batch):
-        chosen = order[at : at + batch]
-        inputs = model.inputs([ids[text] for text in chosen])
+    """Texts of like length together. InputError names one that is longer than the model holds."""
+    rows = list(Corpus(ids, packed=False).rows(model))
+    order = sorted((rows[text] for text in texts), key=lambda row: len(row.ids))
+    for group in progress(list(batches(order, batch)), "texts read"):
+        chosen = [row.text for row in group]
         with torch.no_grad():
-            run = execute(model.anatomy, inputs, names)
+            run = execute(model.anatomy, inputs(model, group), names)
         stream = run.stream(Site.parse(names[0]))
         width = stream.ids.shape[1]
         starts = {text: row * width + int(stream.starts[row]) for row, text in enumerate(chosen)}

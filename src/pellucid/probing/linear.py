@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pellucid.errors import InputError
+from pellucid.probing.examples import known
 from pellucid.probing.solver import logistic, ridge
 from pellucid.probing.splits import folds
 
@@ -52,7 +53,10 @@ def features(x: Any) -> Tensor:
     x = torch.as_tensor(x)
     if x.ndim != 2:
         raise InputError(f"features must be [example, d], got {list(x.shape)}")
-    return x if x.dtype == torch.float64 else x.float()
+    x = x if x.dtype == torch.float64 else x.float()
+    if not bool((finite := x.isfinite().all(1)).all()):
+        raise InputError(f"row {int((~finite).nonzero()[0])} of the features has numbers that are missing or infinite")
+    return x
 
 
 @dataclass
@@ -72,11 +76,11 @@ class LogisticProbe:
     classes_: np.ndarray = field(init=False, repr=False)
     weight_: Tensor = field(init=False, repr=False)
     bias_: Tensor = field(init=False, repr=False)
-    l2_: float = field(init=False)
+    l2_: float = field(init=False, repr=False)
 
     def fit(self, x: Any, labels: Any, groups: Any = None) -> LogisticProbe:
         """`x` [n, d], `labels` [n], `groups` [n] what cross-validation must keep together (nothing, by default)."""
-        x, labels = features(x), np.asarray(labels)
+        x, labels = features(x), known(labels)
         if len(labels) != len(x):
             raise InputError(f"{len(x)} examples but {len(labels)} labels: expected one for each")
         self.classes_, y = np.unique(labels, return_inverse=True)
@@ -130,11 +134,11 @@ class RidgeProbe:
     seed: int = 0
     weight_: Tensor = field(init=False, repr=False)
     bias_: Tensor = field(init=False, repr=False)
-    l2_: float = field(init=False)
+    l2_: float = field(init=False, repr=False)
 
     def fit(self, x: Any, y: Any, groups: Any = None) -> RidgeProbe:
         """`x` [n, d], `y` [n] numbers, `groups` [n] what cross-validation must keep together."""
-        x, y = features(x).double(), torch.as_tensor(np.asarray(y, dtype=float))
+        x, y = features(x).double(), torch.as_tensor(known(y).astype(float))
         if y.shape != x.shape[:1]:
             raise InputError(f"{len(x)} examples but numbers of shape {list(y.shape)}: expected one for each")
         scaling = Scaling.of(x)

@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of
 from pellucid.probing.linear import STRENGTHS, LogisticProbe, RidgeProbe
 from pellucid.probing.splits import By, Scores, groups_of, held_out
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Protocol:
         return [(seed, held_out(groups, self.test, seed), groups) for seed in seeds]
 
 
+@technique
 def probe(
     source: Model | Features,
     examples: Examples,
@@ -80,7 +82,7 @@ def probe(
                 "l2": (("seed", "layer"), l2),
             }
         )
-    return result(data, "probe", f"Probes of {examples.name}", features, examples, protocol)
+    return result(data, "probe", f"Probes of {examples.name}", features)
 
 
 def judged(features: Features, examples: Examples, protocol: Protocol) -> tuple[Scores, Scores, np.ndarray]:
@@ -88,7 +90,7 @@ def judged(features: Features, examples: Examples, protocol: Protocol) -> tuple[
     shape = (protocol.seeds, len(features.sites), len(examples))
     right, bits, l2 = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
     rows = np.arange(len(examples))
-    for layer in range(shape[1]):
+    for layer in progress(range(shape[1]), "layers probed"):
         x = features.of(examples, layer)
         for s, (seed, held, groups) in enumerate(protocol.splits(examples)):
             fitted = LogisticProbe(protocol.l2, protocol.folds, seed).fit(
@@ -117,7 +119,7 @@ def majority(examples: Examples, protocol: Protocol) -> float:
 def _numbers(features: Features, examples: Examples, protocol: Protocol) -> xr.Dataset:
     shape = (protocol.seeds, len(features.sites), len(examples))
     missed, spread, l2 = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
-    for layer in range(shape[1]):
+    for layer in progress(range(shape[1]), "layers probed"):
         x = features.of(examples, layer)
         for s, (seed, held, groups) in enumerate(protocol.splits(examples)):
             own, other = examples.labels[~held], examples.labels[held]
@@ -140,20 +142,11 @@ def _numbers(features: Features, examples: Examples, protocol: Protocol) -> xr.D
     )
 
 
-def result(
-    data: xr.Dataset, kind: str, title: str, features: Features, examples: Examples, options: Any = None, **more: Any
-) -> Result:
-    """A result over layers, with its provenance."""
+def result(data: xr.Dataset, kind: str, title: str, features: Features) -> Result:
+    """A result over layers."""
     if "layer" in data.dims:
         data = data.assign_coords({"layer": features.layers, "site": ("layer", list(features.sites))})
-    arguments = {**(vars(options) if options is not None else {}), **more}
-    seed = arguments.pop("seed", None)
-    provenance = Provenance(
-        kind, features.model, digest=features.digest, seed=seed,
-        inputs={"examples": len(examples), "labels": examples.name, "texts": len(features.spans.texts)},
-        arguments={"sites": list(features.sites), "pool": features.pool, **arguments},
-    )  # fmt: skip
-    return Result(data, kind=kind, title=f"{title} on {features.model}", provenance=provenance)
+    return Result(data, kind=kind, title=f"{title} on {features.model}")
 
 
 def balanced(examples: Examples, seed: int = 0) -> Examples:

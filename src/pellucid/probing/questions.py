@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,12 +20,13 @@ import xarray as xr
 
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.probing.examples import Examples, Spans
+from pellucid.probing.examples import Examples, Spans, known
 from pellucid.probing.features import Features, features_of
 from pellucid.probing.linear import STRENGTHS, LogisticProbe, features
 from pellucid.probing.probe import result
 from pellucid.probing.splits import Scores
 from pellucid.results import Result
+from pellucid.technique import technique
 
 Kind = Literal["logistic", "mean"]
 
@@ -34,13 +35,14 @@ Kind = Literal["logistic", "mean"]
 class MeanDifference:
     """The direction between the two class means, through their middle: `weight_` [d], `bias_`, after `fit`."""
 
-    weight_: torch.Tensor | None = None
-    bias_: float = 0.0
+    weight_: torch.Tensor = field(init=False, repr=False)
+    bias_: float = field(init=False, repr=False)
+    classes_: np.ndarray = field(init=False, repr=False)
 
     def fit(self, x: torch.Tensor, labels: np.ndarray) -> MeanDifference:
         """`x` [n, d], `labels` [n] with two values; the later in order is where the score is positive."""
         x = features(x)
-        self.classes_ = np.unique(labels)
+        self.classes_ = np.unique(known(labels))
         if len(self.classes_) != 2:
             raise InputError(f"the labels have {len(self.classes_)} values: a difference of means needs two")
         low, high = (x[torch.as_tensor(labels == c)].mean(0) for c in self.classes_)
@@ -50,7 +52,6 @@ class MeanDifference:
 
     def predict(self, x: torch.Tensor) -> np.ndarray:
         """[n]"""
-        assert self.weight_ is not None
         return self.classes_[((features(x) @ self.weight_ + self.bias_) > 0).long().numpy()]
 
 
@@ -94,6 +95,7 @@ def relation_statements(folder: str | Path, relations: Sequence[str], n: int = 6
     return statements(texts, truth, topics)
 
 
+@technique
 def questions(
     source: Model | Features,
     asked: Examples,
@@ -101,13 +103,13 @@ def questions(
     sites: str | Sequence[str] | None = None,
     kind: Kind = "logistic",
     l2: float | Sequence[float] = STRENGTHS,
-    shuffles: int = 5,
+    draws: int = 5,
     seed: int = 0,
 ) -> Result:
     """Leave one topic out at a time, on every layer; `asked` are two-class examples whose types are topics.
 
     Over `layer`: `accuracy` on held-out topics with its 95 % interval `low` to `high` (bootstrap of statements);
-    `shuffled`, the mean over `shuffles` of the labels within topics, and `shuffled_low` to `shuffled_high`, the range of
+    `shuffled`, the mean over `draws` shufflings of the labels within topics, and `shuffled_low` to `shuffled_high`, the range of
     them; `by_topic` [layer, topic]. Among the strengths `l2` the choice is by leaving out further topics. From a model,
     the last token is read.
 
@@ -123,7 +125,7 @@ def questions(
     read_ = features_of(source, asked, sites, "last")
     rng = np.random.default_rng(seed)
     deals = []
-    for _ in range(shuffles):
+    for _ in range(draws):
         labels = asked.labels.copy()
         for t in range(len(topics)):
             rows = np.flatnonzero(topic == t)
@@ -148,9 +150,7 @@ def questions(
         },
         coords={"topic": topics},
     )
-    return result(
-        data, "questions", "Yes/no questions", read_, asked, classifier=kind, l2=strengths, shuffles=shuffles, seed=seed
-    )
+    return result(data, "questions", "Yes/no questions", read_)
 
 
 def _left_out(

@@ -16,10 +16,12 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 
+@technique
 def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", seed: int = 0) -> Result:
     """The curve of `scores` [n] against `labels` [n] (truth values), `groups` [n] what is drawn together.
 
@@ -43,8 +45,8 @@ def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", se
         },
         coords={"threshold": np.concatenate([[np.inf], at])},
     )  # fmt: skip
-    about = Provenance("roc", inputs={"positive": int(y.sum()), "other": int((~y).sum())}, seed=seed)
-    return Result(data, kind="roc", title=f"How well {name} tells apart", provenance=about)
+    data = data.assign_attrs(positive=int(y.sum()), other=int((~y).sum()))
+    return Result(data, kind="roc", title=f"How well {name} tells apart")
 
 
 def checked(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ from pellucid.probing.probe import result
 from pellucid.probing.splits import held_out
 from pellucid.results import Result
 from pellucid.statistics import interval, spearman
+from pellucid.technique import technique
+from pellucid.training import draws, linear, train
 
 
 def tree_distances(heads: Sequence[int]) -> np.ndarray:
@@ -71,6 +74,7 @@ def spanning_tree(distances: np.ndarray) -> set[tuple[int, int]]:
     return edges
 
 
+@technique
 def structural(
     source: Model | Features,
     bank: Treebank,
@@ -93,23 +97,21 @@ def structural(
     features = features_of(source, bank.tags(), sites, pool)
     chosen = [i for i, s in enumerate(bank.sentences) if len(s.words) > 1]
     held = held_out(np.arange(len(chosen)), test, seed)
-    train, judged = ([i for i, h in zip(chosen, held, strict=True) if h == side] for side in (False, True))
+    trained, judged = ([i for i, h in zip(chosen, held, strict=True) if h == side] for side in (False, True))
     trees = {i: tree_distances([w.head for w in bank.sentences[i].words]) for i in chosen}
     values = standardised(features.values)
     layers, _, d = values.shape
     generator = torch.Generator().manual_seed(seed)
-    maps = (torch.rand(2, layers, d, min(rank, d), generator=generator) * 0.1 - 0.05).requires_grad_()
-    optimizer = torch.optim.Adam([maps], 2e-3)
-    for epoch in range(epochs):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - epoch / epochs)
-        order = torch.randperm(len(train), generator=generator).tolist()
-        for start in range(0, len(order), 20):
-            with torch.enable_grad():
-                loss = _loss(values, bank, trees, [train[i] for i in order[start : start + 20]], maps)
-                (gradient,) = torch.autograd.grad(loss, [maps])
-            maps.grad = gradient
-            optimizer.step()
-    scores = [_judge(values, bank, trees[i], i, maps.detach()) for i in judged]
+    maps = torch.rand(2, layers, d, min(rank, d), generator=generator) * 0.1 - 0.05
+    train(
+        {"maps": maps},
+        draws(len(trained), 20, epochs, seed),
+        lambda rows, step: _loss(values, bank, trees, [trained[i] for i in rows.tolist()], maps),
+        partial(torch.optim.Adam, lr=2e-3),
+        schedule=linear,
+        what="structural probes",
+    )
+    scores = [_judge(values, bank, trees[i], i, maps) for i in judged]
     hits, edges = (
         np.array([s["hits"] for s in scores]),
         np.array([s["edges"] for s in scores]),
@@ -128,7 +130,7 @@ def structural(
         }
     )
     title = "Structural probes"
-    return result(data, "structural", title, features, bank.tags(), rank=rank, epochs=epochs, test=test, seed=seed)
+    return result(data, "structural", title, features)
 
 
 def _loss(values: Tensor, bank: Treebank, trees: dict[int, np.ndarray], batch: list[int], maps: Tensor) -> Tensor:

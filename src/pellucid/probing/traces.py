@@ -8,7 +8,7 @@ A probe that is read where it was never trained (at every token, when it learnt 
 the trace shows where its verdict comes from, not that it is right there. Part of the texts is held out: on them the ROC
 curve, its area with interval, and the threshold are measured. The threshold is where at most a share `alarms` of the
 held-out examples of other labels lies above. The control is the area of the same probe trained on shuffled labels,
-`shuffles` times: what a direction drawn at random tells apart, which can be much on few or clustered examples.
+`draws` times: what a direction drawn at random tells apart, which can be much on few or clustered examples.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.probe import Protocol, result
 from pellucid.probing.roc import area, area_interval, roc
 from pellucid.probing.splits import groups_of, held_out
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 POINTS = 101  # of a kept ROC curve
 
@@ -51,11 +52,14 @@ class ProbeTraces:
     sites: str | Sequence[str] | None = None
     pool: Pool = "last"
     alarms: float = 0.05
-    shuffles: int = 5
+    draws: int = 5
     protocol: Protocol = field(default_factory=lambda: Protocol(test=0.3))
     probes_: dict[str, LogisticProbe] = field(init=False, repr=False)
     result_: Result = field(init=False, repr=False)
+    label_: str = field(init=False, repr=False)
+    digest_: str | None = field(init=False, repr=False)
 
+    @technique
     def fit(self, source: Model | Features, examples: Examples) -> ProbeTraces:
         """Fit on part of the texts (or types, as `protocol.by` says), judge on the rest.
 
@@ -72,7 +76,7 @@ class ProbeTraces:
         if len(set(truth[held])) < 2 or len(set(truth[~held])) < 2:
             raise InputError(f"{label!r} and the rest are not in both parts: give more texts, or another seed")
         rng = np.random.default_rng(self.protocol.seed)
-        deals = [rng.permutation(examples.labels[~held]) for _ in range(self.shuffles)]
+        deals = [rng.permutation(examples.labels[~held]) for _ in range(self.draws)]
         self.probes_, rows = {}, []
         for layer, site in enumerate(features.sites):
             x = features.of(examples, layer)
@@ -86,9 +90,8 @@ class ProbeTraces:
         data["true_positive"] = (("layer", "false_positive"), np.stack([row["curve"] for row in rows]))
         data = data.assign_coords(false_positive=np.linspace(0, 1, POINTS))
         title = f"How well probes tell {label!r} apart"
-        self.result_ = result(
-            data, "ProbeTraces", title, features, examples, self.protocol, label=label, alarms=self.alarms
-        )
+        self.result_ = result(data, "ProbeTraces", title, features)
+        self.label_, self.digest_ = label, features.digest
         return self
 
     def _judged(self, scores: np.ndarray, truth: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
@@ -101,6 +104,7 @@ class ProbeTraces:
             "curve": np.interp(np.linspace(0, 1, POINTS), curve["false_positive"].values, curve["true_positive"].values),
         }  # fmt: skip
 
+    @technique
     @torch.no_grad()
     def trace(self, model: Model, prompt: Any) -> Result:
         """`score` [layer, position], log odds in nats, of one prompt; with what `result_` says of each layer.
@@ -109,14 +113,13 @@ class ProbeTraces:
         """
         if not hasattr(self, "probes_"):
             raise InputError("these probes are not fitted: call fit(model, examples)")
-        about = self.result_.provenance
-        if about.digest and about.digest != model.digest:
+        if self.digest_ and self.digest_ != model.digest:
             raise InputError(f"these probes were fitted on other weights than those of {model.name}")
         inputs = model.inputs(prompt)
         if len(inputs) != 1:
             raise InputError(f"a trace reads one prompt at a time, got {len(inputs)}: call it once for each")
         run = model.run(inputs, keep=list(self.probes_))
-        label = str(about.arguments["label"])
+        label = self.label_
         rows = []
         for site, probe in self.probes_.items():
             values, real = run.everywhere(Site.parse(site))
@@ -125,11 +128,7 @@ class ProbeTraces:
         judged = self.result_.data
         data = xr.Dataset({"score": (("layer", "position"), np.stack(rows))}, attrs={"unit": f"log odds of {label!r}"})
         data = data.assign_coords(position=range(len(tokens)), token=("position", tokens)).merge(judged)
-        made = Provenance(
-            "ProbeTraces", model.name, digest=model.digest, inputs=list(inputs.texts), seed=about.seed,
-            arguments=about.arguments,
-        )  # fmt: skip
-        return Result(data, kind="probe traces", title=f"Log odds of {label!r} at every token", provenance=made)
+        return Result(data, kind="probe traces", title=f"Log odds of {label!r} at every token")
 
 
 def _range(drawn: np.ndarray) -> dict[str, float]:

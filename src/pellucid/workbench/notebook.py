@@ -29,9 +29,9 @@ VIEWS = {
 }
 MEASURED = {  # need an answer to be measured
     "tokens": "pl.attribution.gradient_x_input(model, prompt, metric).show()",
-    "contributions": 'pl.lenses.direct_logit_attribution(model, prompt, answer, by="head", position=position).show()',
+    "contributions": 'pl.lenses.direct_logit_attribution(model, prompt, answer, by="head", positions=position).show()',
     "heads": 'pl.causal.ablation(model, prompt, over="{prefix}layers.*.attn.heads.*", metric=metric).show()',
-    "neurons": 'pl.lenses.direct_logit_attribution(model, prompt, answer, by="neuron", position=position).top(50)',
+    "neurons": 'pl.lenses.direct_logit_attribution(model, prompt, answer, by="neuron", positions=position).top(50)',
 }
 PATCHING = 'pl.causal.patching(model, prompt, other, over="{prefix}layers.*.resid_pre@*", metric=metric).show()'
 

@@ -115,10 +115,10 @@ def _shares(question: Question, by: Any) -> tuple[Result, str]:
     rival = question.against if question.counterfactual is not None else None
     against = None if rival is None else rival.id
     found = direct_logit_attribution(
-        question.model, question.inputs, question.target.id, against=against, by=by, position=question.last_first
+        question.model, question.inputs, question.target.id, against=against, by=by, positions=question.last_first
     )
     more = "" if against is None else f", against={against}"
-    where = "" if question.last_first == -1 else f", position={question.last_first}"
+    where = "" if question.last_first == -1 else f", positions={question.last_first}"
     call = f"pl.lenses.direct_logit_attribution(model, prompt, {question.target.id}{more}, by={by!r}{where})"
     return found, call
 

@@ -22,7 +22,7 @@ def direct(question: Question, evidence: Evidence) -> Section:
     assert question.target is not None and question.against is not None
     target, against = question.word(question.target), question.word(question.against)
     found = direct_logit_attribution(
-        question.model, question.inputs, target, against=against, by="head", position=question.position
+        question.model, question.inputs, target, against=against, by="head", positions=question.position
     )
     total, gap = float(found["total"]), float(found["gap"])
     part, share = (found[name].values for name in ("part", "contribution"))
@@ -44,7 +44,7 @@ def direct(question: Question, evidence: Evidence) -> Section:
         f"The final state is a sum of what every part has written. Each part’s share of the {question.metric_name} "
         f"{quoted(question.target.text)} − {quoted(question.against.text)}, added up part by part; blue supports the answer. Head 9.4 is head 4 of layer 9."
     )
-    where = "" if question.last_first == -1 else f", position={question.last_first}"
+    where = "" if question.last_first == -1 else f", positions={question.last_first}"
     code = [
         f"shares = pl.lenses.direct_logit_attribution(model, prompt, {target!r}, against={against!r}, by='head'{where})",
         "shares.show()",

@@ -24,7 +24,7 @@ def layers(question: Question, top: int, evidence: Evidence) -> Section:
     window = Window.of(question.answered, question.position)
     targets = [question.word(question.target), question.word(question.against)]
     found = logit_lens(question.model, question.inputs, top=top, targets=targets, positions=window.selector)
-    names = [str(layer) for layer in found["layer"].values]
+    names = ["embed" if layer == -1 else str(layer) for layer in found["layer"].values]
     rank = found["target_rank"].values  # [layer, position, target]
     at = window.positions.index(question.position)
     likely = np.exp(found["target_log_probability"].values[:, at])  # [layer, target]

@@ -1,0 +1,216 @@
+"""One training loop: batches, a loss, an optimiser, a schedule, and a file from which it goes on as if never interrupted.
+
+    for step, batch:   loss(batch, step) -> gradients -> optimiser at learning rate * schedule(step / steps) -> after(step)
+
+Which batch comes when, and every random number drawn inside a step, follow from the seed and the number of the step alone.
+So a fit that was interrupted, at whatever moment, ends with the same bits as one that was not; and a control arm (shuffled
+labels, another guide, a placebo model) is a second call with the same seed, alike in all but the one thing.
+
+Plain torch. Gradients are taken of the given parameters only: a model that is looked through, not trained, stays as it was,
+frozen or not, and under `torch.no_grad` as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pellucid.engine.pausing import progress
+from pellucid.errors import InputError
+
+B = TypeVar("B")
+Loss = Callable[[B, int], Tensor | list[float]]
+Schedule = Callable[[float], float]  # from the share of steps that are done to a factor of the learning rate
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def constant(done: float) -> float:
+    """The learning rate as it is."""
+    return 1.0
+
+
+def linear(done: float) -> float:
+    """From the learning rate down to 0."""
+    return 1.0 - done
+
+
+def cosine(done: float) -> float:
+    """Half a cosine from the learning rate down to 0."""
+    return (1.0 + math.cos(math.pi * done)) / 2
+
+
+def draws(n: int, size: int, epochs: int = 1, seed: int = 0) -> list[Tensor]:
+    """Batches of at most `size` of `n` rows: every row once in each epoch, in an order drawn by `seed`.
+
+    >>> [sorted(torch.cat(draws(4, 3, 2)[i : i + 2]).tolist()) for i in (0, 2)]
+    [[0, 1, 2, 3], [0, 1, 2, 3]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return [rows for _ in range(epochs) for rows in torch.randperm(n, generator=generator).split(size)]
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """The file a fit is kept in, `every` so many steps and when it is interrupted; `of` is all that shaped the fit.
+
+    `of` holds plain values by name: digests of weights and corpus, settings. A file of another fit is refused, with what differs.
+    """
+
+    path: Path
+    of: Mapping[str, Any]
+    every: int = 20
+
+    def save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        part = self.path.with_name(self.path.name + ".part")
+        kept = {name: value.detach().contiguous() for name, value in tensors.items()}
+        save_file(kept, str(part), {"pellucid_fit": json.dumps({"of": dict(self.of), **about})})
+        part.replace(self.path)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and notes; None where there is no file yet. InputError if it is none, or of another fit."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["pellucid_fit"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise InputError(f"{str(self.path)!r} is no checkpoint of a fit: delete it or name another file") from error
+        now, before = json.loads(json.dumps(dict(self.of))), about["of"]
+        other = [
+            f"{k} was {before.get(k)!r:.40}, is {now.get(k)!r:.40}"
+            for k in {**before, **now}
+            if before.get(k) != now.get(k)
+        ]
+        if other:
+            raise InputError(
+                f"{str(self.path)!r} is the checkpoint of another fit ({'; '.join(other)}): name another file"
+            )
+        return tensors, about
+
+
+def train(
+    parameters: Mapping[str, Tensor],
+    batches: Sequence[B] | Callable[[int], Iterable[B]],
+    loss: Loss[B],
+    optimizer: Optimizer,
+    *,
+    steps: int | None = None,
+    schedule: Schedule = constant,
+    after: Callable[[int], None] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
+    keeper: Keeper | None = None,
+    seed: int = 0,
+    what: str = "training steps",
+) -> list[Any]:
+    """Train `parameters` in place, one step for each batch; gives the loss of every step.
+
+    `loss(batch, step)` returns a scalar with a graph, or, where it has put gradients into the parameters itself, numbers to
+    note. `batches` are a sequence, or a function from the first step wanted to all from there on, with `steps` of them in all.
+    `after(step)` follows each update (rows renormalised, frozen entries put back). `beside` are tensors that belong to the fit
+    and are no parameters; with a `keeper` they are kept and come back, like the optimiser's state.
+    """
+    total = steps if steps is not None else len(batches)  # type: ignore[arg-type]
+    free = {name: p.requires_grad for name, p in parameters.items()}
+    trained = list(parameters.values())
+    for p in trained:
+        p.requires_grad_(True)
+    rule = optimizer(trained)
+    rates = [group["lr"] for group in rule.param_groups]
+    noted: list[Any] = _resumed(keeper, parameters, beside or {}, rule, total)
+
+    def keep() -> None:
+        if keeper is not None:
+            state = {
+                f"o/{i}/{k}": torch.as_tensor(v) for i, s in rule.state_dict()["state"].items() for k, v in s.items()
+            }
+            kept = {f"p/{k}": v for k, v in parameters.items()} | {f"b/{k}": v for k, v in (beside or {}).items()}
+            keeper.save(kept | state, {"steps": total, "noted": noted})
+
+    whole = True  # no update is half done
+    start = len(noted)
+    rest = batches(start) if callable(batches) else batches[start:]
+    try:
+        with (
+            torch.random.fork_rng(_devices(trained)),
+            torch.enable_grad(),
+            progress(what=what, total=total, done=start) as bar,
+        ):
+            for step, batch in zip(range(start, total), rest, strict=False):
+                torch.manual_seed((seed << 32) + step)
+                rule.zero_grad()
+                found = loss(batch, step)
+                if isinstance(found, Tensor):
+                    for p, g in zip(trained, torch.autograd.grad(found, trained, allow_unused=True), strict=True):
+                        p.grad = g
+                for group, rate in zip(rule.param_groups, rates, strict=True):
+                    group["lr"] = rate * schedule(step / total)
+                whole = False
+                rule.step()
+                if after is not None:
+                    with torch.no_grad():
+                        after(step)
+                noted.append(float(found.detach()) if isinstance(found, Tensor) else found)
+                whole = True
+                if keeper is not None and (len(noted) % keeper.every == 0 or len(noted) == total):
+                    keep()
+                bar.step(loss=_mean(noted[-1]))
+    except BaseException:
+        if whole and len(noted) > start:
+            keep()
+        raise
+    finally:
+        for name, p in parameters.items():
+            p.grad = None
+            p.requires_grad_(free[name])
+    if len(noted) < total:
+        raise InputError(f"there were batches for {len(noted)} of {total} steps: give more data, or fewer steps")
+    return noted
+
+
+def _resumed(
+    keeper: Keeper | None,
+    parameters: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor],
+    rule: torch.optim.Optimizer,
+    total: int,
+) -> list[Any]:
+    """Everything put back as it was; what was noted of the steps that are done."""
+    found = keeper.load() if keeper is not None else None
+    if found is None:
+        return []
+    tensors, about = found
+    shapes = {f"{kind}/{k}": v.shape for kind, group in (("p", parameters), ("b", beside)) for k, v in group.items()}
+    if about["steps"] != total or any(k not in tensors or tensors[k].shape != shape for k, shape in shapes.items()):
+        raise InputError(f"{str(keeper.path)!r} is the checkpoint of another fit ({about['steps']} steps, now {total}, or "  # type: ignore[union-attr]
+                         "other parameters): name another file")  # fmt: skip
+    with torch.no_grad():
+        for kind, group in (("p", parameters), ("b", beside)):
+            for name, value in group.items():
+                value.copy_(tensors[f"{kind}/{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("o/"):
+            _, i, name = key.split("/", 2)
+            state.setdefault(int(i), {})[name] = value
+    rule.load_state_dict({"state": state, "param_groups": rule.state_dict()["param_groups"]})
+    noted: list[Any] = about["noted"]
+    return noted
+
+
+def _devices(parameters: Sequence[Tensor]) -> list[torch.device]:
+    """The devices beside the CPU whose random numbers a step may draw."""
+    return list({p.device for p in parameters if p.device.type == "cuda"})
+
+
+def _mean(noted: Any) -> float:
+    return float(noted) if isinstance(noted, int | float) else sum(noted) / max(1, len(noted))
