@@ -26,7 +26,7 @@ WAYS: dict[str, Callable[[Model, str], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "family, address, reason",
+    ("family", "address", "reason"),
     [
         ("mixtral", "layers.*.mlp.neurons.*", "mlp.neurons"),
         ("mixtral", "layers.0.mlp.neurons.*", "mlp.neurons"),
