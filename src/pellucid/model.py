@@ -13,13 +13,12 @@ from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.changed import Change, applied, told
 from pellucid.engine.components import Layers
-from pellucid.engine.edits import Edit
+from pellucid.engine.edits import Edit, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
-from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant

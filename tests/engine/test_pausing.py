@@ -69,9 +69,7 @@ def test_a_sweep_that_is_ended_goes_on_where_it_stopped(model: pl.Model, after: 
     with sharing(listener), pytest.raises(Enough):
         plan.run()
     assert int(plan.done.sum()) == after
-    assert torch.equal(
-        plan.run().values, model.sweep(PROMPT, variants(model), METRIC, memory=1).values
-    )
+    assert torch.equal(plan.run().values, model.sweep(PROMPT, variants(model), METRIC, memory=1).values)
 
 
 def test_generating_can_be_ended_at_every_token_and_leaves_no_hook(model: pl.Model) -> None:
@@ -94,7 +92,7 @@ def test_generating_can_be_ended_at_every_token_and_leaves_no_hook(model: pl.Mod
 def test_edge_attribution_and_integrated_gradients_are_the_same_with_runs_in_their_pauses(model: pl.Model) -> None:
     def scores() -> torch.Tensor:
         return pl.circuits.edge_attribution(
-            model, PROMPT, METRIC, ablation="zero", method="eap-ig-inputs", steps=3
+            model, PROMPT, METRIC, how="zero", method="eap-ig-inputs", steps=3
         ).tensor
 
     def shares() -> torch.Tensor:

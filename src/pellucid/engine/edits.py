@@ -395,3 +395,24 @@ def swaps(sites: Sequence[Site], source: Source) -> list[Edit]:
 def aligned_values(run: Source, site: Site) -> Tensor:
     """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
     return left_aligned(*run.everywhere(site))[0]
+
+
+# ---- sources that are prompts
+
+
+def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
+    """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites; each set
+    of prompts is run once."""
+
+    def asked(edit: Edit) -> dict[str, Any]:
+        given = {name: getattr(edit, name) for name in edit.sources}
+        return {
+            n: tuple(g) if isinstance(g, list) else g for n, g in given.items() if isinstance(g, (str, list, tuple))
+        }
+
+    wanted: dict[Any, dict[Site, None]] = {}
+    for edit in edits:
+        for prompts in asked(edit).values():
+            wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
+    runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
+    return [replace(e, **{n: runs[p] for n, p in asked(e).items()}) if asked(e) else e for e in edits]
