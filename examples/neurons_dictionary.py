@@ -28,8 +28,9 @@ from torch.nn import functional as F
 import pellucid as pl
 from pellucid.engine.edits import Steer
 from pellucid.metrics import log_probability
-from pellucid.neurons.dictionaries import Dictionary, SparseAutoencoder, TopKLoss, dictionary_quality, token_rows
+from pellucid.neurons.dictionaries import Dictionary, SparseAutoencoder, TopKLoss, dictionary_quality
 from pellucid.results import Result
+from pellucid.statistics import interval
 from pellucid.store import ActivationStore, store_activations
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -84,7 +85,7 @@ def texts(data: Path, part: str) -> list[str]:
 
 def trained(model: pl.Model, options: argparse.Namespace) -> tuple[Dictionary, ActivationStore]:
     began = time.process_time()
-    rows = token_rows(model, texts(options.data, "train"))
+    rows = pl.Corpus(texts(options.data, "train"), context=128, packed=True)
     store = store_activations(model, rows, [SITE], options.keep / "store", compute=torch.bfloat16)
     print(f"{len(store)} tokens harvested, {time.process_time() - began:.0f} s of CPU", flush=True)
     began = time.process_time()
@@ -177,12 +178,6 @@ def picked(
     return among[best[0]], pool[torch.arange(3), torch.tensor(best)]
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    draws = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def shown_interval(values: np.ndarray) -> str:
     low, high = interval(values)
     return f"{values.mean():+.2f} ({low:+.2f} to {high:+.2f})"
@@ -224,7 +219,8 @@ def concepts(
     model: pl.Model, d: Dictionary, store: ActivationStore, held_out: list[str], options: argparse.Namespace
 ) -> None:
     began = time.process_time()
-    held = store_activations(model, token_rows(model, held_out), [SITE], options.keep / "held", compute=torch.bfloat16)
+    rows = pl.Corpus(held_out, context=128, packed=True)
+    held = store_activations(model, rows, [SITE], options.keep / "held", compute=torch.bfloat16)
     x = held[SITE].float()
     strength = options.strength * float(x.norm(dim=1).median())
     find, test = ({name: word_ids(model, c[i]) for name, c in CONCEPTS.items()} for i in (0, 1))

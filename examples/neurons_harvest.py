@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 import pellucid as pl
-from pellucid.neurons import Harvest, apart, harvest, neuron_page, neuron_selectivity
+from pellucid.neurons import Harvest, harvest, neuron_page, neuron_selectivity
+from pellucid.neurons.contexts import apart
 from pellucid.neurons.shelf import where
 from pellucid.probing import Treebank
 from pellucid.views import save_html

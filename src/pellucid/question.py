@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import Answers, BoundMetric, Metric, class_logit, logit, logit_difference
+from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import answer_ids, covering, encode, single_id
@@ -197,37 +197,47 @@ class Question:
 
     def rows(self, run: Run) -> Tensor:
         """The logits the answer is read from: [prompt, vocabulary or class]; of a span [prompt, position, 2]."""
-        z = run.logits.detach()
+        z = run.logits
         if self.position is None or self.kind == "span":
             return z
         stream = run.inputs.stream("")
         at = (stream.starts + torch.as_tensor(self.position) % stream.lengths).to(z.device)
         return z[torch.arange(len(z), device=z.device), at]
 
-    def distribution(self, run: Run) -> Tensor:
-        """The prediction as probabilities over the last dimension: [prompt, answer]; where every class holds or not by
-        itself [prompt, class, (no, yes)]; of a span [prompt, (start, end), position].
+    def probabilities(self, z: Tensor) -> Tensor:
+        """From the logits it is read from (see `rows`), over the last dimension: [prompt, answer]; where every class holds
+        or not by itself [prompt, class, (no, yes)]; of a span [prompt, (start, end), position].
 
         InputError where the model predicts no distribution: vectors, or a value.
         """
         if self.kind in ("vectors", "value", "continuation", "reading"):
-            raise InputError(
-                f"{self.model.name} gives {_GIVES.get(self.kind, 'no single prediction')} here, not a choice"
-            )
-        z = self.rows(run)
-        z = (z if z.dtype == torch.float64 else z.float()).cpu()
+            given = {"vectors": "vectors", "value": "a number"}.get(self.kind, f"a {self.kind}")
+            raise InputError(f"{self.model.name} gives {given} here, not a choice between answers")
+        z = z if z.dtype == torch.float64 else z.float()
         if self.kind == "span":
-            mask = run.inputs.stream("").mask.cpu().bool()
-            return z.masked_fill(~mask[..., None], -torch.inf).transpose(1, 2).softmax(-1)
+            return z.transpose(1, 2).softmax(-1)
         if self.model.anatomy.answering.independent:
             return torch.stack([(-z).sigmoid(), z.sigmoid()], -1)
         return z.softmax(-1)
+
+    def distribution(self, run: Run) -> Tensor:
+        """The prediction of a run as `probabilities`, on the CPU; padding is no answer."""
+        z = self.rows(run)
+        if self.kind == "span":
+            z = z.masked_fill(~run.inputs.stream("").mask.bool().to(z.device)[..., None], -torch.inf)
+        return self.probabilities(z).cpu()
+
+    def whole(self, name: str, function: Callable[[Tensor], Tensor]) -> BoundMetric:
+        """A metric of the whole prediction: `function` of `rows` [prompt, ...], to one number for each prompt."""
+        if self.position is None:
+            return BoundMetric(name, None, None, function, classes=self.kind == "class")
+        return BoundMetric(name, (self.position,), None, lambda z: function(z[:, 0]))
 
     def likeliest(self, run: Run, top: int = 1) -> list[list[Answer]]:
         """For each prompt the most probable answers, first one first."""
         if self.kind == "span":
             return [[span] for span in _spans(self.model, run)]
-        p = self.distribution(run)
+        p = self.distribution(run).detach()
         p = p[..., 1] if self.model.anatomy.answering.independent else p
         best = p.topk(min(top, p.shape[-1]))
         return [
@@ -236,17 +246,14 @@ class Question:
         ]
 
 
-_GIVES = {"vectors": "vectors", "value": "a number"}
-
-
 def kind_of(model: Model, inputs: Inputs) -> Kind:
     """The kind of question these prompts ask, from what the model's logits mean."""
-    meaning = model.anatomy.answering.meaning
-    if meaning != "tokens":
-        return meaning
+    answering = model.anatomy.answering
+    if answering.meaning != "tokens":
+        return answering.meaning
     if "decoder" in inputs.streams:
         return "first token" if inputs.stream("").ids.shape[1] == 1 else "next token"
-    return "masked token" if model.anatomy.stacks[-1].causal is False else "next token"
+    return "masked token" if answering.masked and model.anatomy.stacks[-1].causal is False else "next token"
 
 
 def answer_position(model: Model, inputs: Inputs) -> int | None:

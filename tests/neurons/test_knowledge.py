@@ -164,8 +164,8 @@ def test_suppressing_the_neurons_with_the_largest_attribution_lowers_the_answer_
     ("family", "prompt", "answer", "message"),
     [
         ("gpt2", PROMPT, " Paris Rome", "tokens here"),
-        ("bert", PROMPT, " Paris", "has 0 mask tokens: write '<mask>' once"),
-        ("bert", ["<mask> is in Italy", MASKED], " Paris", "at different places"),
+        ("bert", PROMPT, " Paris", "no mask tokens, and this model answers at one: write <mask> once"),
+        ("bert", ["<mask> is in Italy", MASKED], " Paris", "answered at different places"),
     ],
 )
 def test_bad_questions_are_one_clear_error(family, prompt, answer, message):

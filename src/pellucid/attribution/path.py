@@ -129,19 +129,19 @@ class Embedded:
     def scores(self, embeddings: Tensor) -> Tensor:
         """[row, output] of the target, differentiable; where the last positions are read, only those are unembedded."""
         case = self.case
-        if case.target.site is not None:
+        if case.question.site is not None:
             return self._at_site(embeddings)
         stream = case.inputs.stream("")
         mask = stream.mask.expand(len(embeddings), -1)
         forward, read = self._forward
-        return case.target.read(main_output(self.run(embeddings, **forward)), mask[:, -read:] if read else mask)
+        return case.question.read(main_output(self.run(embeddings, **forward)), mask[:, -read:] if read else mask)
 
     @cached_property
     def _forward(self) -> tuple[dict[str, Any], int]:
         return spared(self.case)
 
     def _at_site(self, embeddings: Tensor) -> Tensor:
-        site = self.case.target.site
+        site = self.case.question.site
         assert site is not None
         tap, kept = locate(self.model.anatomy, site.whole).tap, dict[Tap, Tensor]()
         self.run(embeddings, {tap: partial(kept.__setitem__, tap)})
@@ -195,13 +195,13 @@ class Inside(Embedded):
         sites = self.model.sites(site)
         if len(sites) != 1 or sites[0].dims != SITE_DIMS or sites[0].at is not None or sites[0] != sites[0].whole:
             raise InputError(
-                f"at={str(site)!r} must name one place where every position has a vector of the residual stream's width, "
+                f"site={str(site)!r} must name one place where every position has a vector of the residual stream's width, "
                 "such as 'layers.3.resid_pre'"
             )
         spot, streams = locate(self.model.anatomy, sites[0]), list(self.case.streams)
         if spot.stream not in streams:
             raise InputError(
-                f"at={str(site)!r} is in the {spot.stream}, but credit goes to the {' and '.join(streams)}"
+                f"site={str(site)!r} is in the {spot.stream}, but credit goes to the {' and '.join(streams)}"
             )
         before = self.case.lengths[: streams.index(spot.stream)]
         self.lengths = [self.case.lengths[len(before)]]
@@ -218,7 +218,7 @@ def spared(case: Case) -> tuple[dict[str, Any], int]:
     """Arguments that spare the model work nobody reads, and how many positions are unembedded (0: all)."""
     accepted = inspect.signature(case.model.module.forward).parameters
     forward: dict[str, Any] = uncached(case.model.module)
-    bound = case.target.bound
+    bound = case.question.metric
     last = "logits_to_keep" in accepted and bound is not None and bound.positions and max(bound.positions) < 0
     if bound is None or not last or case.inputs.stream("").padded:
         return forward, 0

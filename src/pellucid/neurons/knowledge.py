@@ -32,6 +32,7 @@ from pellucid.engine.slopes import Leaf, slopes
 from pellucid.errors import InputError, Refused, at_least
 from pellucid.metrics import Answers, log_odds, probability
 from pellucid.model import Model
+from pellucid.question import answer_position
 from pellucid.results import Result
 from pellucid.technique import technique
 
@@ -59,7 +60,7 @@ def knowledge_attribution(
     >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
     at_least(1, steps=steps)
-    inputs, position = asked(model, prompt)
+    inputs, position = _asked(model, prompt)
     bound = model.bind(probability(target, position=position) if metric is None else metric, len(inputs))
     sites = neuron_sites(model)
     clean = _activations(model, inputs, sites, position)
@@ -188,7 +189,7 @@ def knowledge_effect(
     >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 1234), (23, 77)])  # doctest: +SKIP
     """
     at_least(1, draws=draws, factors=len(factors))
-    inputs, position = asked(model, prompt)
+    inputs, position = _asked(model, prompt)
     bound = model.bind(log_odds(target, position=position), len(inputs))
     sites = {layer_of(site): site for site in neuron_sites(model)}
     clean = dict(zip(sites, _activations(model, inputs, list(sites.values()), position), strict=True))
@@ -220,28 +221,13 @@ def knowledge_effect(
 # ---- where
 
 
-def asked(model: Model, prompt: Any) -> tuple[Inputs, int]:
-    """The prompts and the position at which they are answered, counted from the end: the last, or that of the mask in a
-    model that looks ahead. InputError where prompts have their masks at different places, or not exactly one.
-    """
+def _asked(model: Model, prompt: Any) -> tuple[Inputs, int]:
+    """The prompts and the position at which they are answered. InputError where that is no single token."""
     inputs = model.inputs(prompt)
-    stream, mask = inputs.stream(""), getattr(model.tokenizer, "mask_token_id", None)
-    if model.anatomy.stacks[-1].causal or mask is None:
-        at = [-1] * len(inputs)
-    else:
-        found = [
-            (row[real.bool()] == mask).nonzero().flatten().tolist()
-            for row, real in zip(stream.ids, stream.mask, strict=True)
-        ]
-        wrong = next((n for n in found if len(n) != 1), None)
-        if wrong is not None:
-            raise InputError(
-                f"a prompt has {len(wrong)} mask tokens: write {model.tokenizer.mask_token!r} once, where the answer goes"
-            )
-        at = [n[0] - int(length) for n, length in zip(found, stream.lengths, strict=True)]
-    if len(set(at)) > 1:
-        raise InputError("the prompts have their masks at different places from the end: ask them one at a time")
-    return inputs, at[0]
+    position = answer_position(model, inputs)
+    if position is None:
+        raise InputError(f"{model.name} does not answer at one token, where its neurons could be read")
+    return inputs, position
 
 
 def neuron_sites(model: Model) -> list[str]:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from pellucid import controls
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -48,9 +49,7 @@ def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: s
         raise InputError(f"{n} directions at {site!r}: expected at least 1, at one site with a vector per token")
     where = found[0]
     run = model.run(torch.zeros(1, 2, dtype=torch.long), keep=[where])
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(n, run.tensor(where).flatten(2).shape[2], generator=generator)
-    return Units(site, directions / directions.norm(dim=1, keepdim=True), name)
+    return Units(site, controls.random_directions(n, run.tensor(where).flatten(2).shape[2], seed=seed), name)
 
 
 @technique

@@ -26,6 +26,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.controls import random_directions
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
@@ -166,8 +167,7 @@ def crowding(
         for number, name in enumerate(names):
             vectors = rows[name].detach().float()
             if kind:
-                generator = torch.Generator().manual_seed(seed + number)
-                vectors = torch.randn(vectors.shape, generator=generator).to(vectors.device)
+                vectors = random_directions(len(vectors), vectors, seed=seed + number)
             for measure, value in _crowd(torch.nn.functional.normalize(vectors, dim=1)).items():
                 found.setdefault(kind + measure, []).append(value)
     data = xr.Dataset({k: ("site", np.array(v)) for k, v in found.items()},

@@ -82,26 +82,22 @@ def test_a_transcoder_learns_what_one_site_makes_of_another():
 
 
 @pytest.mark.parametrize("objective", [TopKLoss(3), JumpReLULoss(resample=20)], ids=["topk", "jumprelu"])
-def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, objective):
+def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
     x, _, _ = planted(3000)
     whole = trainer(objective, steps=60, dead_after=2000).fit(x)
     stopped = trainer(objective, steps=60, dead_after=2000)
+    step = training._Fit.step
 
-    class Stop(Exception):
-        pass
+    def failing(fit, batch, number):
+        if number == 45:
+            raise KeyboardInterrupt
+        return step(fit, batch, number)
 
-    update = stopped._update
-
-    def failing(state, *batch):
-        if state.step == 45:
-            raise Stop
-        update(state, *batch)
-
-    stopped._update = failing
-    with pytest.raises(Stop):
-        stopped.fit(x, checkpoint=tmp_path / "fit.safetensors", every=10)
-    again = trainer(objective, steps=60, dead_after=2000)
-    again.fit(x, checkpoint=tmp_path / "fit.safetensors", every=10)
+    kept = {"checkpoint": tmp_path / "fit.safetensors", "every": 10}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Fit, "step", failing)
+        stopped.fit(x, **kept)
+    again = trainer(objective, steps=60, dead_after=2000).fit(x, **kept)
     for name in ("encoder", "encoder_bias", "decoder", "decoder_bias"):
         assert torch.equal(getattr(again.dictionary_, name), getattr(whole.dictionary_, name)), name
     assert again.history_ == whole.history_
@@ -110,8 +106,14 @@ def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, objective):
 def test_a_checkpoint_of_another_fit_is_refused_by_what_differs(tmp_path):
     x, _, _ = planted(1000)
     trainer(steps=3).fit(x, checkpoint=tmp_path / "fit.safetensors")
-    with pytest.raises(InputError, match=r"another fit \(seed differ\)"):
-        trainer(steps=3, seed=2).fit(x, checkpoint=tmp_path / "fit.safetensors")
+    for changed, data, message in (
+        ({"seed": 2}, x, "seed was 1, is 2"),
+        ({"learning_rate": 1e-4}, x, "learning_rate was 0.005"),
+        ({"objective": TopKLoss(4)}, x, "k was 3, is 4"),
+        ({}, x + 1, "data was"),
+    ):
+        with pytest.raises(InputError, match=rf"another fit \({message}"):
+            trainer(**{"steps": 3} | changed).fit(data, checkpoint=tmp_path / "fit.safetensors")
     (tmp_path / "other").write_text("no")
     with pytest.raises(InputError, match="no checkpoint of a fit"):
         trainer(steps=3).fit(x, checkpoint=tmp_path / "other")
@@ -127,14 +129,14 @@ def test_a_checkpoint_of_another_fit_is_refused_by_what_differs(tmp_path):
 )
 def test_dead_features_come_back(monkeypatch, objective, without, how_dead):
     x, directions, _ = planted()
-    begin = training._State.begin
+    begin = training._Fit.begin
 
     def half_dead(*given):
         state = begin(*given)
         state.parameters["encoder_bias"].data[:40] = how_dead  # 24 are left for 48 directions
         return state
 
-    monkeypatch.setattr(training._State, "begin", half_dead)
+    monkeypatch.setattr(training._Fit, "begin", half_dead)
     helped, left = (trainer(o, dead_after=2000).fit(x).dictionary_ for o in (objective, without))
     alive = [int((d.encode(x)[:, :40] > 0).any(0).sum()) for d in (helped, left)]
     assert alive[0] > alive[1] + 10
@@ -169,6 +171,12 @@ def test_a_store_and_a_stream_give_the_rows_the_model_gives(tmp_path):
     sae = trainer(features=8, batch=32, steps=5)
     assert sae.fit(store).dictionary_.digest == model.digest
     assert sae.fit(stream).dictionary_.model == model.name
+    sae.fit(stream, checkpoint=tmp_path / "fit.safetensors")
+    for other in (Stream(model, TEXTS[1:], [SITE], context=16, batch=4), store):  # A25
+        with pytest.raises(InputError, match="another fit .*data was"):
+            sae.fit(other, checkpoint=tmp_path / "fit.safetensors")
+    with pytest.raises(InputError, match="read only once"):
+        Stream(model, (t for t in TEXTS), [SITE])
 
 
 def test_texts_of_an_encoder_are_rows_of_their_own():
@@ -187,6 +195,8 @@ def test_texts_of_an_encoder_are_rows_of_their_own():
         (3, "not int"),
         (iter([torch.zeros(4, 3)]), "not list_iterator"),
         (torch.randn(20, 3), "fewer rows than one batch"),
+        (torch.full((300, 3), float("nan")), "row [0-9]+ is not finite"),
+        (torch.zeros(0, 3), "there are no rows"),
     ],
 )
 def test_data_that_is_no_rows_is_refused(data, message):

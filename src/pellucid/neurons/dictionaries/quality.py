@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pellucid.anatomy.sites import Site
+from pellucid.controls import random_directions
 from pellucid.corpus import Corpus, batches, inputs, longest
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.pausing import progress, quiet
@@ -102,11 +103,11 @@ def dictionary_quality(
 @technique
 def untrained(dictionary: Dictionary, k: int, seed: int = 0) -> Dictionary:
     """A dictionary of as many random directions, the k that point most along a row being on: the control."""
-    generator = torch.Generator().manual_seed(seed)
-    n, (d_in, _) = len(dictionary), dictionary.encoder.shape
-    decoder = F.normalize(torch.randn(dictionary.decoder.shape, generator=generator), dim=1).to(dictionary.decoder)
-    same = dictionary.site == dictionary.writes
-    encoder = decoder.T if same else F.normalize(torch.randn(d_in, n, generator=generator), dim=0).to(decoder)
+    decoder, same = (
+        random_directions(len(dictionary), dictionary.decoder, seed=seed),
+        dictionary.site == dictionary.writes,
+    )
+    encoder = decoder.T if same else random_directions(len(dictionary), dictionary.encoder.T, seed=seed + 1).T
     bias = -dictionary.decoder_bias @ encoder if same else torch.zeros_like(dictionary.encoder_bias)
     return replace(dictionary, encoder=encoder, encoder_bias=bias, decoder=decoder, activation=TopK(max(1, k)))
 

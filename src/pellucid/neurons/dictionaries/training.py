@@ -10,26 +10,25 @@ write the encoder's bias, and is not used.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pellucid.engine.pausing import progress
-from pellucid.errors import InputError
+from pellucid.corpus import digest
+from pellucid.engine.checkpoint import fingerprint
+from pellucid.errors import InputError, at_least
 from pellucid.neurons.dictionaries.dictionary import Dictionary
-from pellucid.neurons.dictionaries.objectives import Objective, Parameters, Step, TopKLoss
+from pellucid.neurons.dictionaries.objectives import Objective, Parameters, TopKLoss
 from pellucid.neurons.dictionaries.rows import Stream, batches, blocks
 from pellucid.store import ActivationStore
 from pellucid.technique import technique
+from pellucid.training import Keeper, train
 
 COOLING = 0.2  # share of the steps over which the learning rate falls to 0
 SAMPLE = 100_000  # rows that scale and limit are taken from
@@ -66,192 +65,178 @@ class SparseAutoencoder:
 
     @technique
     def fit(
-        self,
-        data: Any,
-        y: None = None,
-        *,
-        checkpoint: str | Path | None = None,
-        every: int = 200,
+        self, data: Any, y: None = None, *, checkpoint: str | Path | None = None, every: int = 200
     ) -> SparseAutoencoder:
         """Train on rows: a tensor [rows, d] (or a pair of them), an ActivationStore that holds the sites, or a Stream.
 
         With a `checkpoint` (a .safetensors file, written `every` so many steps) an interrupted fit continues where it
-        stopped and ends with the same weights. InputError for data of other shapes or too few rows.
+        stopped and ends with the same weights. InputError for data of other shapes or too few rows, and for the checkpoint
+        of a fit that anything else has shaped, the data included.
         """
-        self.writes = self.writes or self.site
-        state = _State.begin(self, data)
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and path.exists():
-            state.resume(path, self._identity(data))
-        with progress(what="steps", total=self.steps, done=state.step) as bar:
-            for x, target in self._batches(data, state):
-                self._update(state, x, target)
-                if path is not None and (state.step % every == 0 or state.step == self.steps):
-                    state.save(path, self._identity(data))
-                bar.step(unexplained=state.history[-1][1], dead=state.history[-1][3])
-        self.history_ = state.history
-        self.dictionary_ = self._finished(state, data)
+        at_least(1, features=self.features, steps=self.steps, batch=self.batch, every=every)
+        keeper = None if checkpoint is None else Keeper(Path(checkpoint), self._shaped_by(data), every)
+        fit = _Fit.begin(self, data)
+        self.history_ = train(
+            fit.parameters,
+            lambda start: fit.batches(data, start),
+            fit.step,
+            fit.optimizer,
+            steps=self.steps,
+            schedule=fit.schedule,
+            after=fit.after,
+            beside=fit.beside,
+            keeper=keeper,
+            seed=self.seed,
+            what="steps of the dictionary",
+        )
+        self.dictionary_ = fit.finished(*_origin(data))
         return self
 
     def transform(self, rows: Tensor) -> Tensor:
         """Activations [rows, features], as `dictionary_.encode` gives them."""
+        if not hasattr(self, "dictionary_"):
+            raise InputError("this autoencoder was not fitted: call fit(data) first")
         return self.dictionary_.encode(rows)
 
-    # ---- the loop
-
-    def _batches(self, data: Any, state: _State) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that are still to come, the same ones whenever the fit was interrupted."""
-        number = 0
-        for epoch in range(self.steps if state.step < self.steps else 0):
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-            before = number
-            for x, y in batches(data, self.site, self.writes, self.batch, state.norms["limit"], generator):
-                if number >= self.steps:
-                    return
-                if number >= state.step:
-                    x = (x - state.mean_in) * state.norms["scale_in"]
-                    y = x if self.writes == self.site else (y - state.mean_out) * state.norms["scale_out"]
-                    yield x, y
-                number += 1
-            if number == before:
-                raise InputError(f"there are fewer rows than one batch of {self.batch}: give more, or a smaller batch=")
-
-    def _update(self, state: _State, x: Tensor, y: Tensor) -> None:
-        p = state.parameters
-        if self.objective.resample and state.step and state.step % self.objective.resample == 0:
-            self._resample(state, x, y)
-        dead = (state.idle >= self.dead_after).nonzero()[:, 0]
-        warm = min(1.0, (state.step + 1) / max(1.0, self.warm * self.steps))
-        found: Step = self.objective.step(p, x, y, dead, warm, self.scan)
-        with torch.no_grad():
-            gradient, rows = p["decoder"].grad, p["decoder"]
-            assert gradient is not None
-            gradient -= (gradient * rows).sum(1, keepdim=True) * rows
-            decay = min(1.0, (self.steps - state.step) / max(1.0, COOLING * self.steps))
-            state.adam.param_groups[0]["lr"] = self.learning_rate * warm * decay
-            state.adam.step()
-            F.normalize(rows, dim=1, out=rows)
-        state.idle = torch.where(found.on > 0, 0, state.idle + len(x))
-        state.step += 1
-        state.history.append(
-            [found.loss, float(found.error.mean()), float(found.on.sum()) / len(x), len(dead) / self.features]
-        )
-
-    @torch.no_grad()
-    def _resample(self, state: _State, x: Tensor, y: Tensor) -> None:
-        """Dead features start anew on rows drawn by the square of their loss, with a quiet encoder, as if Adam never saw them."""
-        dead = (state.idle >= self.dead_after).nonzero()[:, 0]
-        if not len(dead) or state.step > (1 - COOLING) * self.steps:
-            return
-        p = {name: value.detach() for name, value in state.parameters.items()}
-        f = self.objective.activation(p, 1.0)(x @ p["encoder"].T + p["encoder_bias"])
-        e = y - f @ p["decoder"] - p["decoder_bias"]
-        generator = torch.Generator().manual_seed(self.seed + state.step)
-        drawn = torch.multinomial(
-            e.pow(2).sum(1).cpu() ** 2 + 1e-12, len(dead), len(dead) > len(x), generator=generator
-        )
-        reads = F.normalize(x[drawn], dim=1)
-        alive = state.idle < self.dead_after
-        size = p["encoder"][alive].norm(dim=1).mean() if bool(alive.any()) else 1.0
-        fresh = self.objective.own(self.features)
-        starts: dict[str, Tensor | float] = {"encoder": 0.2 * size * reads, "decoder": F.normalize(e[drawn], dim=1), "encoder_bias": 0.0}  # fmt: skip
-        for name, value in state.parameters.items():
-            if name == "decoder_bias":
-                continue
-            value[dead] = starts[name] if name in starts else fresh[name].to(value)[dead]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state.adam.state[value][moment][dead] = 0.0
-        state.idle[dead] = 0
-
-    # ---- what comes of it
-
-    def _finished(self, state: _State, data: Any) -> Dictionary:
-        """The weights for the data as they are: u / s_out is read off x, and s_out f' written as f."""
-        p = {name: value.detach() for name, value in state.parameters.items()}
-        s_in, s_out = state.norms["scale_in"], state.norms["scale_out"]
-        bias = (p["encoder_bias"] - s_in * (p["encoder"] @ state.mean_in)) / s_out
-        name, digest = _origin(data)
-        return Dictionary(
-            (p["encoder"] * (s_in / s_out)).T.contiguous(), bias, p["decoder"].clone(),
-            p["decoder_bias"] / s_out + state.mean_out, self.objective.activation(p, s_out),
-            self.site, self.writes, state.norms["limit"], name, digest,
-        )  # fmt: skip
-
-    def _identity(self, data: Any) -> dict[str, Any]:
+    def _shaped_by(self, data: Any) -> dict[str, Any]:
         """What two fits must have in common for one to continue the other."""
-        own = {name: getattr(self, name) for name in ("site", "writes", "features", "steps", "batch", "learning_rate", "warm", "limit", "dead_after", "seed")}  # fmt: skip
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("objective", "scan")}
         rule = {"objective": type(self.objective).__name__, **asdict(self.objective)}  # type: ignore[call-overload]
-        return {**own, **rule, "scan": str(self.scan), "digest": _origin(data)[1]}
+        return {**own, **rule, "scan": str(self.scan), "weights": _origin(data)[1], "data": _identity(data)}
 
 
 @dataclass(eq=False)
-class _State:
-    """All that a fit has come to: what a checkpoint holds."""
+class _Fit:
+    """A fit under way: its parameters, and `beside` them what else it has come to (see `train`)."""
 
+    of: SparseAutoencoder
     parameters: Parameters
-    adam: torch.optim.Adam
-    mean_in: Tensor
-    mean_out: Tensor
-    norms: dict[str, float]  # scale_in, scale_out, limit
-    idle: Tensor  # [features] rows since each was on
-    step: int = 0
-    history: list[list[float]] = field(default_factory=list)
+    beside: dict[
+        str, Tensor
+    ]  # mean_in, mean_out; norms: scale_in, scale_out, limit; idle [features] rows since each was on
+    now: tuple[Tensor, Tensor, Tensor] = field(
+        init=False
+    )  # the batch of the step, and in how many rows features were on
 
     @classmethod
-    def begin(cls, sae: SparseAutoencoder, data: Any) -> _State:
+    def begin(cls, sae: SparseAutoencoder, data: Any) -> _Fit:
         generator = torch.Generator().manual_seed(sae.seed)
-        x, y = next(iter(blocks(data, sae.site, sae.writes, torch.Generator().manual_seed(sae.seed))))
+        writes = sae.writes or sae.site
+        x, y = next(iter(blocks(data, sae.site, writes, torch.Generator().manual_seed(sae.seed))))
         rows = torch.randperm(len(x), generator=generator)[:SAMPLE]
         x, y = x[rows].float(), y[rows].float()
-        norms = x.norm(dim=1)
-        limit = sae.limit * float(norms.median()) if math.isfinite(sae.limit) else float("inf")
-        x, y = x[norms <= limit], y[norms <= limit]
-        mean_in, mean_out = x.mean(0), y.mean(0)
-        scales = [math.sqrt(t.shape[1] / float((t - m).pow(2).sum(1).mean().clamp_min(1e-12))) for t, m in ((x, mean_in), (y, mean_out))]  # fmt: skip
+        wrong = next((i for i, row in enumerate(x.isfinite().all(1) & y.isfinite().all(1)) if not row), None)
+        if wrong is not None or not len(x):
+            raise InputError(
+                "there are no rows" if wrong is None else f"row {int(rows[wrong])} is not finite: leave it out"
+            )
+        lengths = x.norm(dim=1)
+        limit = sae.limit * float(lengths.median()) if math.isfinite(sae.limit) else float("inf")
+        x, y = x[lengths <= limit], y[lengths <= limit]
+        means = x.mean(0), y.mean(0)
+        scales = [
+            math.sqrt(t.shape[1] / float((t - m).pow(2).sum(1).mean().clamp_min(1e-12)))
+            for t, m in zip((x, y), means, strict=True)
+        ]
         decoder = F.normalize(torch.randn(sae.features, y.shape[1], generator=generator), dim=1)
-        encoder = decoder if sae.writes == sae.site else F.normalize(torch.randn(sae.features, x.shape[1], generator=generator), dim=1)  # fmt: skip
+        encoder = decoder.clone()
+        if writes != sae.site:
+            encoder = F.normalize(torch.randn(sae.features, x.shape[1], generator=generator), dim=1)
         parameters = {
-            "encoder": encoder.clone(), "encoder_bias": torch.zeros(sae.features), "decoder": decoder,
-            "decoder_bias": torch.zeros(y.shape[1]), **sae.objective.own(sae.features),
-        }  # fmt: skip
-        parameters = {name: value.to(x.device).requires_grad_() for name, value in parameters.items()}
-        adam = torch.optim.Adam(list(parameters.values()), lr=sae.learning_rate, fused=True)
-        numbers = {"scale_in": scales[0], "scale_out": scales[1], "limit": limit}
-        return cls(
-            parameters, adam, mean_in, mean_out, numbers, torch.zeros(sae.features, dtype=torch.long, device=x.device)
-        )
+            "encoder": encoder,
+            "encoder_bias": torch.zeros(sae.features),
+            "decoder": decoder,
+            "decoder_bias": torch.zeros(y.shape[1]),
+            **sae.objective.own(sae.features),
+        }
+        beside = {"mean_in": means[0], "mean_out": means[1].clone(), "norms": torch.tensor([*scales, limit]).double()}
+        beside["idle"] = torch.zeros(sae.features, dtype=torch.long, device=x.device)
+        return cls(sae, {name: value.to(x.device) for name, value in parameters.items()}, beside)
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
-        tensors = {f"p/{name}": value.detach() for name, value in self.parameters.items()}
-        for name, value in self.parameters.items():
-            tensors |= {f"{moment}/{name}": self.adam.state[value][moment] for moment in ("exp_avg", "exp_avg_sq")}
-        tensors |= {"mean_in": self.mean_in, "mean_out": self.mean_out.clone(), "idle": self.idle}
-        about = {"identity": identity, "norms": self.norms, "step": self.step, "history": self.history}
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, str(part), {"pellucid_fit": json.dumps(about)})
-        part.replace(path)
+    def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        self.adam = torch.optim.Adam(parameters, lr=self.of.learning_rate, fused=True)
+        return self.adam
 
-    def resume(self, path: Path, identity: dict[str, Any]) -> None:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["pellucid_fit"])
-                saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise InputError(f"{str(path)!r} is no checkpoint of a fit: delete it or name another file") from error
-        other = {k for k, v in identity.items() if about["identity"].get(k) != v}
-        if other:
-            raise InputError(f"{str(path)!r} is the checkpoint of another fit ({', '.join(sorted(other))} differ): name another file")  # fmt: skip
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(saved[f"p/{name}"])
-                self.adam.state[value] = {
-                    "step": torch.tensor(float(about["step"]), device=value.device),
-                    **{moment: saved[f"{moment}/{name}"].to(value.device) for moment in ("exp_avg", "exp_avg_sq")},
-                }
-        self.mean_in, self.mean_out, self.idle = (
-            saved[k].to(self.idle.device) for k in ("mean_in", "mean_out", "idle")
+    def schedule(self, done: float) -> float:
+        return self.warm(done) * min(1.0, (1 - done) / max(1 / self.of.steps, COOLING))
+
+    def warm(self, done: float) -> float:
+        return min(1.0, (done + 1 / self.of.steps) / max(1 / self.of.steps, self.of.warm))
+
+    def batches(self, data: Any, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from a step on, the same ones whenever the fit was interrupted."""
+        sae, number = self.of, 0
+        writes, (s_in, s_out, limit) = sae.writes or sae.site, self.beside["norms"].tolist()
+        for epoch in range(sae.steps):
+            generator = torch.Generator().manual_seed(sae.seed + 1_000_003 * epoch)
+            before = number
+            for x, y in batches(data, sae.site, writes, sae.batch, limit, generator):
+                if number >= start:
+                    x = (x - self.beside["mean_in"]) * s_in
+                    yield x, x if writes == sae.site else (y - self.beside["mean_out"]) * s_out
+                number += 1
+            if number == before:
+                raise InputError(f"there are fewer rows than one batch of {sae.batch}: give more, or a smaller batch=")
+
+    def step(self, batch: tuple[Tensor, Tensor], step: int) -> list[float]:
+        """Puts the gradients of a batch on the parameters, of the decoder only what is across its rows."""
+        x, y = batch
+        dead = (self.beside["idle"] >= self.of.dead_after).nonzero()[:, 0]
+        found = self.of.objective.step(self.parameters, x, y, dead, self.warm(step / self.of.steps), self.of.scan)
+        rows = self.parameters["decoder"].detach()
+        gradient = self.parameters["decoder"].grad
+        assert gradient is not None
+        gradient -= (gradient * rows).sum(1, keepdim=True) * rows
+        self.now = x, y, found.on
+        return [found.loss, float(found.error.mean()), float(found.on.sum()) / len(x), len(dead) / self.of.features]
+
+    def after(self, step: int) -> None:
+        x, y, on = self.now
+        F.normalize(self.parameters["decoder"], dim=1, out=self.parameters["decoder"])
+        self.beside["idle"].copy_(torch.where(on > 0, 0, self.beside["idle"] + len(x)))
+        every, done = self.of.objective.resample, step + 1
+        if every and done % every == 0 and done <= (1 - COOLING) * self.of.steps:
+            self._resample(x, y, done)
+
+    def _resample(self, x: Tensor, y: Tensor, done: int) -> None:
+        """Dead features start anew on rows drawn by the square of their loss, with a quiet encoder, as if Adam never saw them."""
+        idle = self.beside["idle"]
+        dead = (idle >= self.of.dead_after).nonzero()[:, 0]
+        if not len(dead):
+            return
+        p = self.parameters
+        f = self.of.objective.activation(p, 1.0)(x @ p["encoder"].T + p["encoder_bias"])
+        e = y - f @ p["decoder"] - p["decoder_bias"]
+        generator = torch.Generator().manual_seed(self.of.seed + done)
+        weight = e.pow(2).sum(1).cpu() ** 2 + 1e-12
+        drawn = torch.multinomial(weight, len(dead), len(dead) > len(x), generator=generator)
+        alive = idle < self.of.dead_after
+        size = p["encoder"][alive].norm(dim=1).mean() if bool(alive.any()) else 1.0
+        starts = {name: value.to(x)[dead] for name, value in self.of.objective.own(self.of.features).items()}
+        starts |= {"encoder": 0.2 * size * F.normalize(x[drawn], dim=1), "decoder": F.normalize(e[drawn], dim=1)}
+        starts["encoder_bias"] = torch.zeros(len(dead)).to(x)
+        for name, value in starts.items():
+            p[name][dead] = value
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.adam.state[p[name]][moment][dead] = 0.0
+        idle[dead] = 0
+
+    def finished(self, model: str, digest: str) -> Dictionary:
+        """The weights for the data as they are: u / s_out is read off x, and s_out f' written as f."""
+        p, b = {name: value.detach() for name, value in self.parameters.items()}, self.beside
+        s_in, s_out, limit = b["norms"].tolist()
+        return Dictionary(
+            encoder=(p["encoder"] * (s_in / s_out)).T.contiguous(),
+            encoder_bias=(p["encoder_bias"] - s_in * (p["encoder"] @ b["mean_in"])) / s_out,
+            decoder=p["decoder"].clone(),
+            decoder_bias=p["decoder_bias"] / s_out + b["mean_out"],
+            activation=self.of.objective.activation(p, s_out),
+            site=self.of.site,
+            writes=self.of.writes,
+            limit=limit,
+            model=model,
+            digest=digest,
         )
-        self.norms, self.step, self.history = about["norms"], about["step"], about["history"]
 
 
 def _origin(data: Any) -> tuple[str, str]:
@@ -261,3 +246,12 @@ def _origin(data: Any) -> tuple[str, str]:
     if isinstance(data, Stream):
         return data.model.name, data.model.digest
     return "", ""
+
+
+def _identity(data: Any) -> str:
+    """A digest of the data: of the rows themselves, or of the texts that they come from."""
+    if isinstance(data, ActivationStore):
+        return fingerprint(data.index.place["digest"], data.index.dtype, [s.rows for s in data.index.shards])
+    if isinstance(data, Stream):
+        return fingerprint(digest(data.corpus.rows(data.model)), data.batch)
+    return fingerprint(data if isinstance(data, Tensor | tuple) else list(data))
