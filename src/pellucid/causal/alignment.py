@@ -30,6 +30,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
 from pellucid.causal.contrast import numbers
 from pellucid.causal.grid import described
+from pellucid.changed import check_weights
 from pellucid.controls import shuffled
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
@@ -81,6 +82,7 @@ class DistributedAlignment:
     placebos: bool = True
     seed: int = 0
     rotation_: Tensor = field(init=False, repr=False)
+    digest_: str = field(init=False, repr=False)
     size_: int = field(init=False)
     result_: Result = field(init=False, repr=False)
 
@@ -89,7 +91,7 @@ class DistributedAlignment:
         """Learn the subspace on one half of the pairs and judge it on the other."""
         drawn = Pairs.draw(self.task, [self.variable], self.pairs, self.seed)
         train, test = drawn.half(False), drawn.half(True)
-        self.rotation_ = self._search(model, train)
+        self.rotation_, self.digest_ = self._search(model, train), model.digest
         self.size_ = self.rotation_.shape[1]
         right = self._right(model, test, self.rotation_)
         floor = self._right(model, test, None)
@@ -107,7 +109,8 @@ class DistributedAlignment:
         return self
 
     def score(self, model: Model, pairs: Pairs) -> float:
-        """The interchange-intervention accuracy of the learned subspace on other pairs."""
+        """The interchange-intervention accuracy of the learned subspace on other pairs. InputError for other weights."""
+        check_weights(model, self.digest_, "this subspace")
         return float(self._right(model, pairs, self.rotation_).mean())
 
     # ---- search
