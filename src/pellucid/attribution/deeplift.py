@@ -56,7 +56,7 @@ def deeplift(
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     start = Baseline.of(embedded, baseline)
-    with torch.no_grad(), Recorded(model.module) as record:
+    with torch.no_grad(), Recorded(model.module, model.anatomy.memo) as record:
         below = embedded.scores(start.values)[0]
     x = embedded.values.detach().clone().requires_grad_()
     with torch.enable_grad(), Rescaled(record) as rules:

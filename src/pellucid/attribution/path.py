@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,8 @@ from pellucid.attribution.case import Case
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
-from pellucid.model import Model
 
 ROWS_OF_TOKENS = 1024  # tokens in one batch
-_tables: WeakKeyDictionary[Model, dict[tuple[str, ...], list[Tap]]] = WeakKeyDictionary()
-_blind: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # the module that stops gradients; "" where none does
 
 
 class Embedded:
@@ -40,7 +36,7 @@ class Embedded:
 
     def __init__(self, case: Case) -> None:
         self.case, self.model, self.lengths = case, case.model, case.lengths
-        known = _tables.setdefault(self.model, {})
+        known: dict[tuple[str, ...], list[Tap]] = self.model.memo("embeddings of streams", dict)
         found = known.get(tuple(case.streams)) or self._find()
         if min(case.lengths) > 1:  # a single token looks the same in any layout
             known[tuple(case.streams)] = found
@@ -158,11 +154,13 @@ class Embedded:
         is applied to that of each output, [row, position, d]. Refused without a gradient."""
         with torch.enable_grad(), ExitStack() as hooks:
             embeddings = embeddings.detach().requires_grad_()
-            if self.model not in _blind:
-                self._watch(hooks)
+            blind: list[str] = self.model.memo("what stops gradients", list)  # the first such module; "" for none
+            if not blind:
+                self._watch(hooks, blind)
             scores = self.scores(embeddings)
-            if _blind.setdefault(self.model, "") or not scores.requires_grad:
-                where = f" (it ends at {_blind[self.model]!r})" if _blind[self.model] else ""
+            blind.append("")
+            if blind[0] or not scores.requires_grad:
+                where = f" (it ends at {blind[0]!r})" if blind[0] else ""
                 raise Refused(
                     f"no gradient reaches the embeddings of {self.model.name}{where}: its weights are quantised, or the "
                     "target counts; use a method that only runs the model: occlusion, shapley, kernel_shap or lime"
@@ -174,12 +172,12 @@ class Embedded:
                 found.append(reduce(torch.zeros_like(embeddings) if gradient is None else gradient))
         return scores.detach(), torch.stack(found, 1)
 
-    def _watch(self, hooks: ExitStack) -> None:
+    def _watch(self, hooks: ExitStack, blind: list[str]) -> None:
         """Quantised layers let no gradient through while residual connections around them do: look for such layers."""
 
         def hook(name: str, module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
             if _cuts(module, args[0] if args else None, made):
-                _blind.setdefault(self.model, name)
+                blind.append(name)
 
         for name, module in self.model.module.named_modules():
             hooks.callback(module.register_forward_hook(partial(hook, name)).remove)

@@ -121,7 +121,7 @@ def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon
     forward, last = spared(case)
     with torch.enable_grad():
         with (
-            Rules(module, streams, hold_softmax=hold_softmax, epsilon=epsilon) as rules,
+            Rules(module, streams, hold_softmax=hold_softmax, epsilon=epsilon, memo=anatomy.memo) as rules,
             Wiretap(module, handlers, 1),
         ):
             output = module(**{**inputs.tensors, **forward})

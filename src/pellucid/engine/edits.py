@@ -77,6 +77,11 @@ class Edit:
         """Names of the fields that hold a run (or prompts to be run) which must have kept this edit's site."""
         return ()
 
+    @property
+    def digest(self) -> str:
+        """That of the weights this edit was made for; "" where any will do."""
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class Ablate(Edit):
