@@ -167,6 +167,15 @@ def test_what_cannot_be_done_is_said():
         d.edits(1, "set", [1.0, 2.0])
     with pytest.raises(InputError, match="other weights"):
         dictionary(model, digest="0" * 64).features(model, PROMPTS)
+    for edits in (lambda d: d.edits(1), lambda d: d.splice(), lambda d: d.patch(1, PROMPTS[1])):
+        strange = edits(dictionary(model, digest="0" * 64))
+        for use in (
+            lambda e: model.run(PROMPTS[0], edits=e),
+            lambda e: model.generate(PROMPTS[0], edits=e, max_new_tokens=1),
+            lambda e: model.sweep(PROMPTS[0], [e], logit(7)),
+        ):
+            with pytest.raises(InputError, match="belongs to other weights"):
+                use(strange)
     with pytest.raises(SiteError):
         dictionary(model, site="layers.9.resid_post").features(model, PROMPTS)
     with pytest.raises(SiteError, match="vectors at every position"):

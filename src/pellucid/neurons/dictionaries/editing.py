@@ -33,6 +33,7 @@ class Coder(Protocol):
     site: str
     writes: str
     decoder: Tensor
+    digest: str
 
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, f: Tensor) -> Tensor: ...
@@ -56,6 +57,10 @@ class DictionaryEdit(Edit):
 
     dictionary: Coder
     ear: Hear | None = None
+
+    @property
+    def digest(self) -> str:
+        return self.dictionary.digest
 
     def read(self, x: Tensor) -> Tensor:
         width = self.dictionary.decoder.shape[1]
