@@ -20,12 +20,12 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from pellucid.attention.answers import bootstrap
 from scipy.stats import kendalltau
 from sklearn.metrics import roc_auc_score
 
 import pellucid
 from pellucid.attention import adversarial_attention, edits
+from pellucid.statistics import interval
 from pellucid.attention.correlation import token_scores
 from pellucid.attention.patterns import special
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 def shown(values: np.ndarray) -> str:
     """The mean over reviews with its bootstrap interval."""
-    low, high = bootstrap(values, seed=0)
+    low, high = interval(values, 0)
     return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 
