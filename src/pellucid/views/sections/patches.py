@@ -148,7 +148,7 @@ def _foreign(
         with torch.no_grad():
             run = model.run(prompt, keep=[_over(question).partition("@")[0]])
         swept = model.sweep(
-            question.counterfactual, [Patch(site, run) for site in sites], question.metric, progress=False
+            question.counterfactual, [Patch(site, run) for site in sites], question.metric
         )
         found.append((swept.values[:, 0].double().cpu().numpy() - corrupted) / (clean - corrupted))
     own = float(np.mean([effect[at] for at in strong]))
