@@ -6,7 +6,7 @@ Proofs that compare what one untouched pass shows are in `proofs.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
