@@ -221,7 +221,9 @@ class Model:
         return self.plan(prompt, variants, metric, **options).run(progress)
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Edits whose sources are prompts, with those prompts run."""
+        """Edits that fit these weights; where their sources are prompts, with those prompts run."""
+        for edit in edits:
+            edit.check(self)
         return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics

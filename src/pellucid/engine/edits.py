@@ -72,6 +72,9 @@ class Edit:
     def new(self, x: Tensor, place: Place) -> Tensor:
         raise NotImplementedError
 
+    def check(self, model: Any) -> None:
+        """InputError if it was made for other weights than the model it is to be used on."""
+
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the fields that hold a run (or prompts to be run) which must have kept this edit's site."""

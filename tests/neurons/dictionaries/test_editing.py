@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -167,6 +167,30 @@ def test_what_cannot_be_done_is_said():
         d.edits(1, "set", [1.0, 2.0])
     with pytest.raises(InputError, match="other weights"):
         dictionary(model, digest="0" * 64).features(model, PROMPTS)
+    other = dictionary(model, digest="0" * 64)  # A12
+    for edits in (other.edits(1), other.splice(), other.patch(1, PROMPTS[0]), other.edits(1, "steer", 2.0)):
+        for use in (model.run, partial(model.generate, max_new_tokens=1)):
+            with pytest.raises(InputError, match="other weights"):
+                use(PROMPTS[0], edits=edits)
+        with pytest.raises(InputError, match="other weights"):
+            model.sweep(PROMPTS[0], [edits], logit(7))
+    mine = dictionary(model, digest=model.digest)
+    model.run(PROMPTS[0], edits=mine.splice())
+    weight = model.module.lm_head.weight
+    before = weight.detach().clone()
+    with torch.no_grad():  # the weights change under the model's hands
+        weight.add_(1)
+    with pytest.raises(InputError, match="other weights"):
+        model.run(PROMPTS[0], edits=mine.splice())
+    with torch.no_grad():
+        weight.copy_(before)
+    model.run(PROMPTS[0], edits=mine.splice())
+    wide = Dictionary(torch.ones(5, 3), torch.zeros(3), torch.ones(3, 5), torch.zeros(5), ReLU(), SITE)
+    for edits in (wide.edits(1), wide.splice(), wide.edits(0, "steer", 1.0)):
+        with pytest.raises(InputError, match="holds 32 numbers, but this dictionary writes 5"):
+            model.run(PROMPTS[0], edits=edits)
+    with pytest.raises(InputError, match="reads 5 numbers at 'layers.0.resid_post', not 32"):
+        wide.features(model, PROMPTS)
     with pytest.raises(SiteError):
         dictionary(model, site="layers.9.resid_post").features(model, PROMPTS)
     with pytest.raises(SiteError, match="vectors at every position"):

@@ -37,6 +37,7 @@ class Coder(Protocol):
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, f: Tensor) -> Tensor: ...
     def within(self, x: Tensor) -> Tensor: ...
+    def check(self, model: Any) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,9 @@ class DictionaryEdit(Edit):
 
     dictionary: Coder
     ear: Hear | None = None
+
+    def check(self, model: Any) -> None:
+        self.dictionary.check(model)
 
     def read(self, x: Tensor) -> Tensor:
         width = self.dictionary.decoder.shape[1]
