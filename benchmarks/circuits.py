@@ -86,7 +86,7 @@ def heads(repetitions: int) -> None:
     source = model.run(other, keep="layers.*.attn.z_out")
     edits = [pl.Patch(site, source) for site in model.sites("layers.*.attn.heads.*")]
     with torch.no_grad():
-        cost = beside(lambda: model.module(ids), lambda: model.sweep(clean, edits, METRIC, progress=False), repetitions)
+        cost = beside(lambda: model.module(ids), lambda: model.sweep(clean, edits, METRIC), repetitions)
     print(
         f"\nexact patching of all {len(edits)} heads through the planner: {cost[0]:.1f} plain forwards "
         f"[{cost[1]:.1f}, {cost[2]:.1f}]",

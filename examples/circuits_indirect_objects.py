@@ -83,11 +83,9 @@ def main(out: Path, found_on: int, judged_on: int) -> None:
         model, circuit, held_out[:JUDGED], how="resample", classes=classes, draws=8, greedy=3, screen=6
     )
     show(verdict)
-    drawing = circuits.draw(circuit, title="Indirect objects in SmolLM2-135M")
-    drawing.save(out)
-    drawing.save(out.with_suffix(".svg"))
+    pl.views.save_html(out, circuit, title="Indirect objects in SmolLM2-135M")
     circuit.save(out.with_suffix(".json"))
-    print(f"\nwrote {out}, .svg and .json; {time.process_time() - started:.0f} s of CPU time in all")
+    print(f"\nwrote {out} and .json; {time.process_time() - started:.0f} s of CPU time in all")
 
 
 def by_role(circuit: circuits.Circuit, roles: pd.DataFrame) -> dict[str, list[str]]:

@@ -372,3 +372,29 @@ def test_a_twin_keeps_what_hangs_on_parameters_and_modes():
     module[0].plain = torch.ones(2)
     new = twin(module)
     assert new.training and new[0].weight.note == "kept" and new[0].plain.data_ptr() == module[0].plain.data_ptr()
+
+
+# ---- what was fitted belongs to weights
+
+
+def test_what_was_fitted_is_refused_on_changed_weights_and_in_place_changes_count():
+    module = copy.deepcopy(build("llama"))
+    old = pellucid.load(module, tokenizer=tokenizer(module), probe=inputs(module))
+    texts = ["Mary went to the store", "John of Rome gave a drink"] * 4
+    lens = pellucid.lenses.TunedLens(tokens=40, context=8).fit(old, texts)
+    harvest = pellucid.neurons.harvest(old, texts)
+    new = old.changed(Replaced("model.norm.weight", torch.full((32,), 2.0)))
+    for fitted in (lens, harvest):
+        fitted.check(old)
+        with pytest.raises(InputError, match="belongs to other weights"):
+            fitted.check(new)
+    kept = module.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        module.model.norm.weight.mul_(2)
+    for fitted in (lens, harvest):
+        with pytest.raises(InputError, match="belongs to other weights"):
+            fitted.check(old)
+    with torch.no_grad():
+        module.model.norm.weight.copy_(kept)
+    for fitted in (lens, harvest):
+        fitted.check(old)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -234,6 +234,26 @@ def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"<{str(value.dtype).removeprefix('torch.')}{list(value.shape)} {tensor_hash(value)[:8]}>"
     return f"<{type(value).__name__}>" if isinstance(value, nn.Module) else repr(value)
+
+
+class Weighted(Protocol):
+    """A model: its name, and the digest of its weights."""
+
+    name: str
+
+    @property
+    def digest(self) -> str: ...
+
+
+def check_weights(model: Weighted, digest: str | None, what: str) -> None:
+    """InputError where something fitted (a dictionary, a lens, probes ...) belongs to other weights than the model's.
+
+    `digest` is that of the weights it was fitted on; "" or None where it does not say.
+    """
+    if digest and digest != (own := model.digest):
+        raise InputError(
+            f"{what} belongs to other weights ({digest[:12]}) than {model.name} ({own[:12]}): fit it on this model"
+        )
 
 
 def told(changes: Sequence[Change], most: int = 2) -> str:

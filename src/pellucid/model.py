@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
-from pellucid.changed import Change, applied, told
+from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
-from pellucid.engine.edits import Edit
+from pellucid.engine.edits import Edit, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
-from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
+
+T = TypeVar("T")
 
 
 def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None = None, **options: Any) -> Model:
@@ -58,6 +60,7 @@ class Model:
         self.module, self.tokenizer = loaded.module, loaded.tokenizer
         self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
         self.anatomy: Anatomy = open_module(self.module, probe, known)
+        self.anatomy.memo = Memo(loaded.weights)  # which hears of changes that the digest notices
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
         self._padding = Padding(self.anatomy)
         self._stacks: dict[str, Components] = {}
@@ -91,6 +94,10 @@ class Model:
         model = Model(loaded, self.anatomy.inputs, self.anatomy)
         model.opened = self.opened
         return model
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Something worked out once about this model under a key, and forgotten when a weight changes."""
+        return self.anatomy.memo(key, make)
 
     # ---- components as sub-models
 
@@ -177,7 +184,7 @@ class Model:
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
-        inputs = self._padding.fit(left_padded(inputs))
+        inputs = self._padding.fit(left_padded(inputs), generating=True)
         return generate(
             self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
@@ -221,9 +228,10 @@ class Model:
         return self.plan(prompt, variants, metric, **options).run(progress)
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Edits that fit these weights; where their sources are prompts, with those prompts run."""
+        """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
         for edit in edits:
-            edit.check(self)
+            if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
+                check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
         return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
 
     # ---- metrics

@@ -7,7 +7,7 @@ the model (`pellucid.anatomy.answering`); from it and the prompt follows the kin
     first token         of an encoder-decoder whose decoder was given nothing; after `decoder=` it is the next token
     masked token        read at the mask; a prompt of such a model has exactly one
     class, value        of the whole text
-    label               of one word: `label("B-LOC", position="Paris")`
+    label               of one word: `label("B-LOC", word="Paris")`
     span                a stretch of the prompt, scored as extractive question answering does:
                         its first token's start logit + its last token's end logit
     continuation        each token that follows the prompt after those before it
@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import Answers, BoundMetric, Metric, class_logit, logit, logit_difference
+from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import answer_ids, covering, encode, single_id
@@ -74,7 +74,7 @@ class Label:
     """What `label` makes: a label at one word of a token classifier."""
 
     name: str | int | None
-    position: int | str
+    word: int | str
 
 
 def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability") -> Continuation:
@@ -102,14 +102,14 @@ def reading(site: Site | str, direction: Any = None) -> Reading:
     return Reading(Site.parse(site), None if direction is None else torch.as_tensor(direction))
 
 
-def label(name: str | int | None = None, *, position: int | str) -> Label:
+def label(name: str | int | None = None, *, word: int | str) -> Label:
     """A target for token classifiers: a label (by default the predicted one) at a token, or at a word as it stands in
     the prompt: at its first token, where such models are trained to have the word's label.
 
-    >>> label("B-LOC", position="Paris")
-    Label(name='B-LOC', position='Paris')
+    >>> label("B-LOC", word="Paris")
+    Label(name='B-LOC', word='Paris')
     """
-    return Label(name, position)
+    return Label(name, word)
 
 
 # ---- the question
@@ -197,37 +197,47 @@ class Question:
 
     def rows(self, run: Run) -> Tensor:
         """The logits the answer is read from: [prompt, vocabulary or class]; of a span [prompt, position, 2]."""
-        z = run.logits.detach()
+        z = run.logits
         if self.position is None or self.kind == "span":
             return z
         stream = run.inputs.stream("")
         at = (stream.starts + torch.as_tensor(self.position) % stream.lengths).to(z.device)
         return z[torch.arange(len(z), device=z.device), at]
 
-    def distribution(self, run: Run) -> Tensor:
-        """The prediction as probabilities over the last dimension: [prompt, answer]; where every class holds or not by
-        itself [prompt, class, (no, yes)]; of a span [prompt, (start, end), position].
+    def probabilities(self, z: Tensor) -> Tensor:
+        """From the logits it is read from (see `rows`), over the last dimension: [prompt, answer]; where every class holds
+        or not by itself [prompt, class, (no, yes)]; of a span [prompt, (start, end), position].
 
         InputError where the model predicts no distribution: vectors, or a value.
         """
         if self.kind in ("vectors", "value", "continuation", "reading"):
-            raise InputError(
-                f"{self.model.name} gives {_GIVES.get(self.kind, 'no single prediction')} here, not a choice"
-            )
-        z = self.rows(run)
-        z = (z if z.dtype == torch.float64 else z.float()).cpu()
+            given = {"vectors": "vectors", "value": "a number"}.get(self.kind, f"a {self.kind}")
+            raise InputError(f"{self.model.name} gives {given} here, not a choice between answers")
+        z = z if z.dtype == torch.float64 else z.float()
         if self.kind == "span":
-            mask = run.inputs.stream("").mask.cpu().bool()
-            return z.masked_fill(~mask[..., None], -torch.inf).transpose(1, 2).softmax(-1)
+            return z.transpose(1, 2).softmax(-1)
         if self.model.anatomy.answering.independent:
             return torch.stack([(-z).sigmoid(), z.sigmoid()], -1)
         return z.softmax(-1)
+
+    def distribution(self, run: Run) -> Tensor:
+        """The prediction of a run as `probabilities`, on the CPU; padding is no answer."""
+        z = self.rows(run)
+        if self.kind == "span":
+            z = z.masked_fill(~run.inputs.stream("").mask.bool().to(z.device)[..., None], -torch.inf)
+        return self.probabilities(z).cpu()
+
+    def whole(self, name: str, function: Callable[[Tensor], Tensor]) -> BoundMetric:
+        """A metric of the whole prediction: `function` of `rows` [prompt, ...], to one number for each prompt."""
+        if self.position is None:
+            return BoundMetric(name, None, None, function, classes=self.kind == "class")
+        return BoundMetric(name, (self.position,), None, lambda z: function(z[:, 0]))
 
     def likeliest(self, run: Run, top: int = 1) -> list[list[Answer]]:
         """For each prompt the most probable answers, first one first."""
         if self.kind == "span":
             return [[span] for span in _spans(self.model, run)]
-        p = self.distribution(run)
+        p = self.distribution(run).detach()
         p = p[..., 1] if self.model.anatomy.answering.independent else p
         best = p.topk(min(top, p.shape[-1]))
         return [
@@ -236,17 +246,14 @@ class Question:
         ]
 
 
-_GIVES = {"vectors": "vectors", "value": "a number"}
-
-
 def kind_of(model: Model, inputs: Inputs) -> Kind:
     """The kind of question these prompts ask, from what the model's logits mean."""
-    meaning = model.anatomy.answering.meaning
-    if meaning != "tokens":
-        return meaning
+    answering = model.anatomy.answering
+    if answering.meaning != "tokens":
+        return answering.meaning
     if "decoder" in inputs.streams:
         return "first token" if inputs.stream("").ids.shape[1] == 1 else "next token"
-    return "masked token" if model.anatomy.stacks[-1].causal is False else "next token"
+    return "masked token" if answering.masked and model.anatomy.stacks[-1].causal is False else "next token"
 
 
 def answer_position(model: Model, inputs: Inputs) -> int | None:
@@ -312,7 +319,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
         raise InputError(f"{model.name} gives vectors, not answers: name what is asked, a metric or reading(site)")
     if isinstance(target, Label) != (kind == "label"):
         raise InputError(
-            f"{model.name} labels every word: name one, such as label('B-LOC', position='Paris')"
+            f"{model.name} labels every word: name one, such as label('B-LOC', word='Paris')"
             if kind == "label"
             else f"{model.name} does not label words: give an answer of its own, a {kind}"
         )
@@ -320,7 +327,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
         return _span(model, inputs, target, against)
     if kind == "value" and against is not None:
         raise InputError(f"{model.name} gives a number, which has no rival: leave against= out")
-    position = _word(model, inputs, target.position) if isinstance(target, Label) else answer_position(model, inputs)
+    position = _word(model, inputs, target.word) if isinstance(target, Label) else answer_position(model, inputs)
     asked = Question(model, inputs, kind, kind, position)
     chosen = target.name if isinstance(target, Label) else target
     if chosen is None:
@@ -373,14 +380,14 @@ def _named(model: Model, kind: Kind, number: int) -> str | int:
             return number
 
 
-def _word(model: Model, inputs: Inputs, position: int | str) -> int:
+def _word(model: Model, inputs: Inputs, word: int | str) -> int:
     """The first token of a word, or a position by number or in the words of a site's `@`."""
     stream = inputs.stream("")
-    if isinstance(position, str) and position not in stream.spans and (found := _place(model, inputs, position)):
+    if isinstance(word, str) and word not in stream.spans and (found := _place(model, inputs, word)):
         return found[0]
-    columns = stream.find(position)
+    columns = stream.find(word)
     if columns is None or columns.shape[1] != 1:
-        raise InputError(f"position={position!r} names several words: a label is asked at one")
+        raise InputError(f"word={word!r} names several words: a label is asked at one")
     return int(columns[0, 0] - stream.starts[0])
 
 

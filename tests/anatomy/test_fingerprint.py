@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pellucid.anatomy import fingerprint
-from pellucid.anatomy.fingerprint import Fingerprint, weight_digest
+from pellucid.anatomy.fingerprint import Fingerprint, Memo, weight_digest
 
 MAKE = (
     "import torch; from torch import nn; torch.manual_seed(0);"
@@ -187,3 +187,25 @@ def test_numbers_and_scales_of_quantised_weights_count(scheme):
 
     assert packed(x, 0.1) == packed(x.clone(), 0.1)
     assert len({packed(x, 0.1), packed(-x, 0.1), packed(2 * x, 0.2)}) == 3
+
+
+def test_a_memo_answers_once_and_forgets_when_a_weight_changes():
+    module, asked = made(), []
+    memo = Memo(module)
+
+    def total() -> float:
+        asked.append(1)
+        return float(sum(p.sum() for p in module.parameters()))
+
+    first = memo("total", total)
+    assert memo("total", total) == first and len(asked) == 1
+    assert memo("another", lambda: 5) == 5 and len(asked) == 1
+    with torch.no_grad():
+        module[1].weight.add_(1)
+    assert memo("total", total) == pytest.approx(first + 128) and len(asked) == 2
+    assert memo.weights.digest
+    module[1].weight.data.add_(1)  # behind torch's back: the digest notices, and the memo with it
+    assert memo("total", total) == pytest.approx(first + 128)
+    assert memo.weights.digest == weight_digest(module)
+    assert memo("total", total) == pytest.approx(first + 256)
+    assert copy.deepcopy(memo)("total", lambda: "anew") == "anew"

@@ -15,7 +15,7 @@ from tests.attention.opening import PROMPT, classifier, opened
 @pytest.fixture(scope="module", params=["bert", "gpt2"])
 def found(request):
     model = classifier(request.param)
-    return model, adversarial_attention(model, PROMPT, steps=60, progress=False)
+    return model, adversarial_attention(model, PROMPT, steps=60)
 
 
 def test_attention_moves_and_the_prediction_does_not(found):
@@ -64,7 +64,7 @@ def test_other_methods_see_the_adversarial_attention(found):
 
 def test_it_can_be_kept_to_some_layers_and_read_again(tmp_path):
     model = classifier()
-    result = adversarial_attention(model, PROMPT, layers=0, steps=20, starts=1, progress=False)
+    result = adversarial_attention(model, PROMPT, layers=0, steps=20, restarts=1)
     assert result.layer.values.tolist() == [0]
     again = Result.load(result.save(tmp_path / "adversarial.zip"))
     after = model.run(PROMPT, edits=edits(again)).logits.softmax(-1)
@@ -73,16 +73,16 @@ def test_it_can_be_kept_to_some_layers_and_read_again(tmp_path):
 
 def test_the_same_seed_finds_the_same():
     model = classifier()
-    one, two = (adversarial_attention(model, PROMPT, steps=10, seed=3, progress=False) for _ in range(2))
+    one, two = (adversarial_attention(model, PROMPT, steps=10, seed=3) for _ in range(2))
     np.testing.assert_array_equal(one.adversarial, two.adversarial)
 
 
 def test_a_language_model_keeps_its_next_token():
-    result = adversarial_attention(opened("llama"), PROMPT, steps=30, progress=False)
+    result = adversarial_attention(opened("llama"), PROMPT, steps=30)
     assert float(result.moved_tv) <= 0.01
 
 
-@pytest.mark.parametrize("options", [{"epsilon": 0}, {"epsilon": 2}, {"steps": 0}, {"starts": 0}])
+@pytest.mark.parametrize("options", [{"epsilon": 0}, {"epsilon": 2}, {"steps": 0}, {"restarts": 0}])
 def test_options_out_of_range_are_errors(options):
     with pytest.raises(InputError, match="expected 0 < epsilon < 1"):
         adversarial_attention(classifier(), PROMPT, **options)

@@ -69,8 +69,8 @@ def test_any_network_of_mixing_steps_is_solved_within_the_bound(seed, depth, n, 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_an_encoder_decoders_flow_equals_the_published_algorithm_on_its_graph(family):
     model = opened(family)
-    found = flow(model, PROMPT, target=TARGET, queries=[-1])
-    seen = patterns(model, PROMPT, target=TARGET)
+    found = flow(model, PROMPT, decoder=TARGET, queries=[-1])
+    seen = patterns(model, PROMPT, decoder=TARGET)
     graph, n = nx.DiGraph(), len(seen["query"])
     for layer, a in enumerate(seen.encoder.values.mean(1)):
         for (q, k), weight in np.ndenumerate((a + np.eye(len(a))) / 2):

@@ -23,8 +23,8 @@ def test_signed_and_positive_products_equal_autograds(family):
     target = TARGET if family == "bart" else None
     answer = paris(model)
     values, slopes = native(model, PROMPT, target, lambda z: z[0, -1, answer])
-    signed = attention_gradient(model, PROMPT, " Paris", forced=target)
-    positive = gradient_weighted(model, PROMPT, " Paris", forced=target)
+    signed = attention_gradient(model, PROMPT, " Paris", decoder=target)
+    positive = gradient_weighted(model, PROMPT, " Paris", decoder=target)
     for name in values:
         mine = "weighted" if name in ("pattern", "decoder") else name
         a, g = torch.stack(values[name]), torch.stack(slopes[name])

@@ -39,7 +39,7 @@ def test_norms_equal_a_slow_loop_and_their_vectors_make_the_output(family):
 
 
 def test_cross_attention_is_in_it():
-    found = norm_weighted(opened("bart"), PROMPT, target=TARGET)
+    found = norm_weighted(opened("bart"), PROMPT, decoder=TARGET)
     assert found.cross.dims == ("layer", "head", "query", "source_key")
     assert found.cross_together.dims == ("layer", "query", "source_key")
     assert (found.norm.values >= 0).all()

@@ -17,7 +17,7 @@ from tests.attention.opening import PROMPT, TARGET, native, opened
 def test_patterns_are_what_the_eager_model_returns(family):
     model = opened(family)
     target = TARGET if family in ("bart", "mbart") else None
-    found = patterns(model, PROMPT, target=target)
+    found = patterns(model, PROMPT, decoder=target)
     expected, _ = native(model, PROMPT, target)
     assert set(found.data.data_vars) == set(expected)
     for name, layers in expected.items():
@@ -32,7 +32,7 @@ def test_grouped_queries_have_one_pattern_per_query_head():
 
 
 def test_an_encoder_decoder_has_three_kinds_with_their_own_tokens():
-    found = patterns(opened("t5"), PROMPT, target=TARGET)
+    found = patterns(opened("t5"), PROMPT, decoder=TARGET)
     assert found.encoder.dims == ("encoder_layer", "encoder_head", "source_query", "source_key")
     assert found.decoder.dims == ("layer", "head", "query", "key")
     assert found.cross.dims == ("layer", "head", "query", "source_key")
@@ -101,5 +101,5 @@ def test_prompts_that_cannot_be_run_are_one_clear_error(prompt, words):
 
 
 def test_a_result_is_saved_and_read_again(tmp_path):
-    found = patterns(opened("bart"), PROMPT, target=TARGET)
+    found = patterns(opened("bart"), PROMPT, decoder=TARGET)
     assert Result.load(found.save(tmp_path / "patterns.zip")) == found

@@ -37,7 +37,7 @@ def test_shuffles_are_uniform():
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_changes_are_those_of_single_runs(family):
     model = classifier(family)
-    found = permuted_attention(model, PROMPT, draws=3, progress=False, seed=5)
+    found = permuted_attention(model, PROMPT, draws=3, seed=5)
     layers = [torch.from_numpy(a) for a in patterns(model, PROMPT).values]
     seen = [(a > 0).any(0) for a in layers]
     generator = torch.Generator().manual_seed(5)
@@ -52,7 +52,7 @@ def test_changes_are_those_of_single_runs(family):
 
 def test_heads_can_be_shuffled_alone_and_a_language_model_is_read_at_its_answer():
     model = opened("gpt2")
-    found = permuted_attention(model, PROMPT, over="heads", draws=2, progress=False)
+    found = permuted_attention(model, PROMPT, over="heads", draws=2)
     assert found.change.dims == ("layer", "head")
     assert (found.change.values >= 0).all()
     assert float(found["all"]) > 0

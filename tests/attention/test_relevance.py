@@ -68,7 +68,7 @@ def test_encoder_decoders_equal_the_slow_rules():
     for a, ga, x, gx in zip(values["decoder"], slopes["decoder"], values["cross"], slopes["cross"], strict=True):
         dd, de = dd + bar(a, ga) @ dd, de + bar(a, ga) @ de
         de = de + normalise(dd).T @ bar(x, gx) @ normalise(ee)
-    found = relevance(model, PROMPT, " Paris", forced=TARGET)
+    found = relevance(model, PROMPT, " Paris", decoder=TARGET)
     np.testing.assert_allclose(found.encoder_matrix.values, ee, atol=1e-5)
     np.testing.assert_allclose(found.matrix.values, dd, atol=1e-5)
     np.testing.assert_allclose(found.source.values, de[-1], atol=1e-5)

@@ -55,10 +55,10 @@ def test_half_is_what_the_released_code_does():
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_an_encoder_decoders_rollout_equals_the_slow_version(family):
-    found = rollout(opened(family), PROMPT, target=TARGET)
+    found = rollout(opened(family), PROMPT, decoder=TARGET)
     from pellucid.attention import patterns
 
-    seen = patterns(opened(family), PROMPT, target=TARGET)
+    seen = patterns(opened(family), PROMPT, decoder=TARGET)
     encoder = slow(torch.from_numpy(seen.encoder.values), 0.5)
     np.testing.assert_allclose(found.encoder.values, encoder, atol=1e-6)
     n, m = len(found["query"]), len(found.source_key)
@@ -75,7 +75,7 @@ def test_an_encoder_decoders_rollout_equals_the_slow_version(family):
 @settings(max_examples=15, deadline=None)
 @given(family=st.sampled_from(["gpt2", "bert", "bart"]), share=st.one_of(st.just("norms"), st.floats(0, 0.99)))
 def test_rows_are_mixtures_of_the_input(family, share):
-    found = rollout(opened(family), PROMPT, residual=share, target=TARGET if family == "bart" else None)
+    found = rollout(opened(family), PROMPT, residual=share, decoder=TARGET if family == "bart" else None)
     total = found.rollout.sum("key") + (found.source.sum("source_key") if family == "bart" else 0)
     np.testing.assert_allclose(total, 1, atol=1e-9)
     assert all(float(v.min()) >= 0 for v in found.data.data_vars.values())

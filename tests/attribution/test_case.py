@@ -13,6 +13,7 @@ from pellucid.attribution import continuation, integrated_gradients, occlusion, 
 from pellucid.attribution.case import Case
 from pellucid.attribution.players import Players
 from pellucid.errors import PellucidError
+from pellucid.metrics import logit
 from pellucid.results import Result
 from tests.attribution.hand import PROMPT, opened
 from tests.zoo import build
@@ -47,7 +48,7 @@ def test_the_text_of_tokens_adds_up_to_the_prompt_in_byte_level_bpe():
 
 def test_subwords_join_to_words_and_the_unknown_token_is_a_word_in_wordpiece(tmp_path):
     model = pellucid.load(build("bert"), tokenizer=word_piece(tmp_path))
-    case = Case.of(model, "The capital of Freedonia", 5)
+    case = Case.of(model, "The capital of Freedonia", logit(5))
     assert case.special.tolist() == [True, False, False, False, False, False, True]
     assert Players.of(case, "word").labels == ("the", "capital", "of", "[UNK]")
     assert Players.of(case, "word").members[1] == (2, 3)
@@ -79,14 +80,16 @@ def test_ids_without_a_tokenizer_are_shown_as_numbers():
 @pytest.mark.parametrize("method", [saliency, occlusion])
 def test_padding_changes_nothing_and_gets_nothing_or_is_refused(family, side, method):
     model = opened(family)
-    plain = method(model, PROMPT, " Paris")
+    plain = method(model, PROMPT, logit(" Paris"))
     ids = model.inputs(PROMPT)
     ids = ids.streams.get("encoder", ids.stream("")).ids
     padding, ones = torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)
     order = (padding, ids) if side == "left" else (ids, padding)
     mask = (padding, ones) if side == "left" else (ones, padding)
     try:
-        padded = method(model, {"input_ids": torch.cat(order, 1), "attention_mask": torch.cat(mask, 1)}, " Paris")
+        padded = method(
+            model, {"input_ids": torch.cat(order, 1), "attention_mask": torch.cat(mask, 1)}, logit(" Paris")
+        )
     except PellucidError as refused:
         assert "padded" in str(refused) or "padding" in str(refused)
         return
@@ -109,7 +112,7 @@ def test_source_and_target_tokens_of_a_continuation_are_told_apart():
 def test_a_row_of_the_outputs_is_not_taken_for_one_of_the_players():
     model = opened("gpt2")
     case = Case.of(model, "The", continuation(" of is"))  # two outputs, two tokens in all
-    found = case.result("m", "t", {"attribution": np.eye(2), "score": [1.0, 2.0]}, arguments={})
+    found = case.result("t", {"attribution": np.eye(2), "score": [1.0, 2.0]})
     assert found.attribution.dims == ("output", "position")
     assert found.score.dims == ("output",)
 

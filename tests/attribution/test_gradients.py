@@ -28,7 +28,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.expected_gradients import draw
 from pellucid.attribution.path import Embedded
 from pellucid.errors import InputError, Refused
-from pellucid.metrics import rank
+from pellucid.metrics import logit, rank
 from tests.attribution.hand import PROMPT, classifier, opened, token
 
 FAMILIES = ["gpt2", "bert", "llama"]
@@ -58,7 +58,9 @@ def test_saliency_is_captums_gradient_in_one_number(family, norm, reduce):
     x, special, score = embeddings(model)
     gradient = Saliency(score).attribute(x.requires_grad_(), abs=False)[0]
     expected = torch.where(special, 0.0, reduce(gradient.detach()))
-    np.testing.assert_allclose(saliency(model, PROMPT, " Paris", norm=norm).values, expected, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(
+        saliency(model, PROMPT, logit(" Paris"), norm=norm).values, expected, atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,7 +69,7 @@ def test_gradient_x_input_is_captums(family):
     x, special, score = embeddings(model)
     expected = InputXGradient(score).attribute(x.requires_grad_())[0].sum(-1).detach()
     expected = torch.where(special, 0.0, expected)
-    np.testing.assert_allclose(gradient_x_input(model, PROMPT, " Paris").values, expected, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(gradient_x_input(model, PROMPT, logit(" Paris")).values, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +95,7 @@ def test_smoothgrad_and_captums_agree_within_their_errors(family):
         stdevs=spread,
         abs=False,
     )
-    ours = smoothgrad(model, PROMPT, " Paris", samples=400, norm="signed")
+    ours = smoothgrad(model, PROMPT, logit(" Paris"), draws=400, norm="signed")
     off = np.abs(ours.values[free.numpy()] - theirs[0].sum(-1).detach().numpy())
     assert (off < 5 * np.sqrt(2) * ours.error.values[free.numpy()] + 1e-6).all()
     assert (ours.error.values[free.numpy()] > 0).all()
@@ -105,7 +107,7 @@ def test_smoothgrads_error_is_that_of_a_mean_where_the_mean_is_what_is_given():
     model = opened("llama")
     embedded = Embedded(Case.of(model, PROMPT, " Paris"))
     drawn = _gradients(embedded, 12, 0.1, 5)[:, 0].double().sum(-1)
-    found = smoothgrad(model, PROMPT, " Paris", samples=12, norm="signed", seed=5)
+    found = smoothgrad(model, PROMPT, " Paris", draws=12, norm="signed", seed=5)
     np.testing.assert_allclose(found.values, drawn.mean(0), atol=1e-6)
     np.testing.assert_allclose(found.error, drawn.std(0) / 12**0.5, atol=1e-6)
 
@@ -113,7 +115,7 @@ def test_smoothgrads_error_is_that_of_a_mean_where_the_mean_is_what_is_given():
 def test_expected_gradients_are_the_loop_over_their_draws():
     model = opened("llama")
     texts = ["Rome is the capital of Italy and the city of", "he gave a drink"]
-    found = expected_gradients(model, PROMPT, " Paris", references=texts, samples=7, seed=4)
+    found = expected_gradients(model, PROMPT, " Paris", references=texts, draws=7, seed=4)
     case = Case.of(model, PROMPT, " Paris")
     generator = torch.Generator().manual_seed(4)
     ids, at = draw(case, texts, 7, generator), torch.rand(7, generator=generator)
@@ -139,8 +141,8 @@ def test_expected_gradients_captums_gradient_shap_and_integrated_gradients_agree
     start = torch.where(special[:, None], x, model.module.get_input_embeddings()(reference).detach())
     torch.manual_seed(0)
     theirs = GradientShap(score).attribute(x, start, n_samples=400, stdevs=0.0)[0].sum(-1).detach()
-    ours = expected_gradients(model, PROMPT, " Paris", references=[reference[0].tolist()], samples=400)
-    exact = integrated_gradients(model, PROMPT, " Paris", baseline=reference, tolerance=1e-3)
+    ours = expected_gradients(model, PROMPT, logit(" Paris"), references=[reference[0].tolist()], draws=400)
+    exact = integrated_gradients(model, PROMPT, logit(" Paris"), baseline=reference, tolerance=1e-3)
     assert (np.abs(ours.values - exact.values) < 5 * ours.error.values + 1e-4).all()
     assert (np.abs(ours.values - theirs.numpy()) < 5 * 1.5 * ours.error.values + 1e-4).all()
     assert abs(float(ours.gap)) < 5 * float(ours.gap_error) + 1e-4
@@ -148,7 +150,7 @@ def test_expected_gradients_captums_gradient_shap_and_integrated_gradients_agree
 
 def test_references_are_drawn_from_the_stated_set_and_from_the_vocabulary_without_one():
     model = opened("bert")
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     generator = torch.Generator().manual_seed(0)
     words = set(model.tokenizer("Mary gave John a drink", add_special_tokens=False)["input_ids"])
     assert set(draw(case, ["Mary gave John a drink"], 20, generator).flatten().tolist()) <= words
@@ -168,7 +170,7 @@ def test_inside_the_model_integrated_gradients_equal_captums_at_that_layer(famil
     theirs = layer.attribute(ids, there, n_steps=20, method="gausslegendre")
     theirs = (theirs[0] if isinstance(theirs, tuple) else theirs)[0].sum(-1).detach()
     ours = integrated_gradients(
-        model, PROMPT, " Paris", baseline=there, at="layers.1.resid_pre", steps=20, tolerance=1e9
+        model, PROMPT, logit(" Paris"), baseline=there, site="layers.1.resid_pre", steps=20, tolerance=1e9
     )
     np.testing.assert_allclose(ours.values, theirs, atol=1e-5)
     assert float(ours.gap) == pytest.approx(0, abs=1e-2 * float(np.abs(ours.values).sum()))
@@ -176,13 +178,13 @@ def test_inside_the_model_integrated_gradients_equal_captums_at_that_layer(famil
 
 def test_inside_an_encoder_decoder_credit_goes_to_the_stream_of_the_site():
     model = opened("t5")
-    found = integrated_gradients(model, PROMPT, continuation(" Paris and"), at="decoder.layers.1.resid_pre")
+    found = integrated_gradients(model, PROMPT, continuation(" Paris and"), site="decoder.layers.1.resid_pre")
     assert (found.sel(output=1).values[found.stream.values == "source"] == 0).all()
     assert found.sel(output=1).values[found.stream.values == "target"].any()
     with pytest.raises(InputError, match="is in the decoder, but credit goes to the encoder"):
-        integrated_gradients(model, PROMPT, " Paris", at="decoder.layers.1.resid_pre")
+        integrated_gradients(model, PROMPT, " Paris", site="decoder.layers.1.resid_pre")
     with pytest.raises(InputError, match="must name one place"):
-        integrated_gradients(opened("gpt2"), PROMPT, " Paris", at="layers.*.resid_pre")
+        integrated_gradients(opened("gpt2"), PROMPT, " Paris", site="layers.*.resid_pre")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -267,9 +269,9 @@ def quantised():
     ("method", "options", "message"),
     [
         (saliency, {"norm": "l3"}, "unknown norm 'l3'"),
-        (smoothgrad, {"samples": 1}, "at least 2 samples"),
+        (smoothgrad, {"draws": 1}, "at least 2 draws"),
         (smoothgrad, {"noise": 0}, "noise above 0"),
-        (expected_gradients, {"samples": 1}, "at least 2"),
+        (expected_gradients, {"draws": 1}, "at least 2"),
         (expected_gradients, {"references": []}, "references must be texts"),
     ],
 )
@@ -281,6 +283,6 @@ def test_bad_options_are_one_clear_error(method, options, message):
 def test_seeds_repeat_and_differ():
     model = opened("gpt2")
     for method in (smoothgrad, expected_gradients):
-        a, b, c = (method(model, PROMPT, " Paris", samples=5, seed=s) for s in (1, 1, 2))
+        a, b, c = (method(model, PROMPT, " Paris", draws=5, seed=s) for s in (1, 1, 2))
         assert a.allclose(b, atol=0) and not a.allclose(c, atol=1e-9)
         assert a.provenance.seed == 1

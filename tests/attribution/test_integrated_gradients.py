@@ -15,7 +15,7 @@ import pellucid
 from pellucid.attribution import integrated_gradients
 from pellucid.attribution.quadrature import quadrature, refine
 from pellucid.errors import InputError, Refused
-from pellucid.metrics import log_odds, logit
+from pellucid.metrics import log_odds, logit, logit_difference
 from pellucid.results import Result
 from tests.zoo import build, tokenizer
 
@@ -59,7 +59,7 @@ def captum(model, baseline_id, answer, rule, steps):
 def test_attributions_equal_captums_for_the_same_rule_and_steps(family, rule):
     model = opened(family)
     paris = model.tokenizer.convert_tokens_to_ids("▁Paris")
-    mine = integrated_gradients(model, PROMPT, " Paris", baseline="pad", rule=rule, steps=20, tolerance=1e9)
+    mine = integrated_gradients(model, PROMPT, logit(" Paris"), baseline="pad", rule=rule, steps=20, tolerance=1e9)
     np.testing.assert_allclose(mine.values, captum(model, 0, paris, rule, 20), atol=1e-5)
     assert int(mine.steps) == 20
     assert mine.data.attrs["baseline"] == "pad"
@@ -86,7 +86,9 @@ def test_every_rule_weighs_the_whole_path_and_integrates_lines_if_it_is_symmetri
 )
 @settings(max_examples=25, deadline=None)
 def test_attributions_add_up_to_the_change_of_the_score(words, family, baseline):
-    found = integrated_gradients(opened(family), " ".join(words), " Paris", against=" Rome", baseline=baseline)
+    found = integrated_gradients(
+        opened(family), " ".join(words), logit_difference(" Paris", " Rome"), baseline=baseline
+    )
     change = float(found.score - found.baseline_score)
     assert float(found.attribution.sum()) == pytest.approx(change + float(found.gap), abs=1e-5)
     assert abs(float(found.gap)) <= 0.01 * float(abs(found.attribution).sum()) + 1e-6
@@ -117,16 +119,16 @@ def test_a_baseline_prompt_leaves_what_both_prompts_share_without_attribution():
 
 
 def test_special_tokens_keep_their_place_and_receive_nothing():
-    found = integrated_gradients(opened("bert"), PROMPT, " Paris", baseline=" the")
+    found = integrated_gradients(opened("bert"), PROMPT, logit(" Paris"), baseline=" the")
     assert found.special.values.tolist() == [True, *[False] * 5, True]
     assert found.values[0] == found.values[-1] == 0
-    moved = integrated_gradients(opened("bert"), PROMPT, " Paris", baseline=" the", keep_special=False)
+    moved = integrated_gradients(opened("bert"), PROMPT, logit(" Paris"), baseline=" the", keep_special=False)
     assert moved.values[0] != 0
 
 
 def test_encoder_decoders_are_attributed_to_their_source_tokens():
     model = opened("t5")
-    found = integrated_gradients(model, PROMPT, " Paris", baseline="pad", forced="is")
+    found = integrated_gradients(model, PROMPT, " Paris", baseline="pad", decoder="is")
     assert found.data.sizes["position"] == 6
     assert abs(float(found.gap)) < 0.01 * float(abs(found.attribution).sum())
 

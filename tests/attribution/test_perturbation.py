@@ -33,6 +33,7 @@ from pellucid.attribution.owen import _order, grouped, halved, leaves, split
 from pellucid.attribution.players import Players
 from pellucid.attribution.shapley import coalitions, exact, marginals
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.hand import PROMPT, classifier, opened, run_ids, token
 
 TEXT = "It is so. The capital of Italy"
@@ -170,10 +171,10 @@ def test_sampled_orders_of_a_hierarchy_average_to_the_owen_value():
 @pytest.mark.parametrize("permutations", [6, 40])
 def test_shapleys_standard_error_covers_the_truth(permutations):
     model = opened("gpt2")
-    truth = exact_shapley(model, TEXT, " Paris", progress=False)
+    truth = exact_shapley(model, TEXT, " Paris")
     off = []
     for seed in range(12):
-        found = shapley(model, TEXT, " Paris", permutations=permutations, seed=seed, progress=False)
+        found = shapley(model, TEXT, " Paris", draws=permutations, seed=seed)
         assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-6)
         off.append((found.values - truth.values) / found.error.values)
     assert 0.3 < np.sqrt(np.nanmean(np.clip(off, -6, 6) ** 2)) < 2.5
@@ -183,9 +184,9 @@ def test_kernel_shaps_constraint_is_exact_and_its_error_covers_the_truth():
     model = opened("llama")
     prompt = TEXT + " is Rome"
     with pytest.raises(InputError, match="at least"):
-        kernel_shap(model, prompt, " Paris", samples=10)
-    truth = shapley(model, prompt, " Paris", permutations=200, progress=False)
-    found = kernel_shap(model, prompt, " Paris", samples=128, seed=1, progress=False)
+        kernel_shap(model, prompt, " Paris", draws=10)
+    truth = shapley(model, prompt, " Paris", draws=200)
+    found = kernel_shap(model, prompt, " Paris", draws=128, seed=1)
     assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-9)
     assert (np.abs(found.values - truth.values) < 5 * np.hypot(found.error.values, truth.error.values) + 1e-6).all()
 
@@ -215,7 +216,7 @@ def forward(model, answer):
 @pytest.mark.parametrize(("family", "answer"), [("gpt2", "Paris"), ("bert", "Paris"), ("classifier", "good")])
 def test_values_equal_captums(family, answer):
     model = classifier() if family == "classifier" else opened(family)
-    ours = "good" if answer == "good" else " " + answer
+    ours = "good" if answer == "good" else logit(" " + answer)
     ids = model.inputs(PROMPT).stream("").ids
     case = Case.of(model, PROMPT, ours)
     mask = model.tokenizer.mask_token_id
@@ -237,7 +238,7 @@ def test_values_equal_captums(family, answer):
     torch.manual_seed(0)
     sampled = ShapleyValueSampling(f).attribute(ids, there, feature_mask=numbered, n_samples=60)[0]
     scale = np.abs(truth).max()
-    np.testing.assert_allclose(sampled, shapley(model, PROMPT, ours, permutations=60).values, atol=0.35 * scale)
+    np.testing.assert_allclose(sampled, shapley(model, PROMPT, ours, draws=60).values, atol=0.35 * scale)
     np.random.seed(0)
     theirs = KernelShap(f).attribute(ids, there, feature_mask=numbered, n_samples=300)[0]
     np.testing.assert_allclose(theirs, truth, atol=0.1 * scale + 1e-4)
@@ -246,7 +247,7 @@ def test_values_equal_captums(family, answer):
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_lime_equals_captums_on_the_same_masks_kernel_and_penalty(family):
     model = opened(family)
-    case = Case.of(model, PROMPT, " Paris")
+    case = Case.of(model, PROMPT, logit(" Paris"))
     present = lime_draw(5, 40, 3)
     rows = iter(present)
     ids = case.ids[None]
@@ -264,7 +265,7 @@ def test_lime_equals_captums_on_the_same_masks_kernel_and_penalty(family):
         lambda original, **_: next(rows)[None], True, put, None,
     )  # fmt: skip
     theirs = base.attribute(ids, n_samples=40)[0]
-    ours = lime(model, PROMPT, " Paris", samples=40, seed=3)
+    ours = lime(model, PROMPT, logit(" Paris"), draws=40, seed=3)
     np.testing.assert_allclose(ours.values[~case.fixed], theirs, atol=1e-5)
     assert ours.values[case.fixed].sum() == 0
 
@@ -279,7 +280,7 @@ def test_limes_weights_on_a_linear_model_are_the_models_and_explain_everything()
 
 def test_limes_interval_holds_its_weight_and_narrows_with_samples():
     model = opened("llama")
-    few, many = (lime(model, PROMPT, " Paris", samples=n, seed=1) for n in (20, 300))
+    few, many = (lime(model, PROMPT, " Paris", draws=n, seed=1) for n in (20, 300))
     assert (few.low <= few.high).all() and (many.low <= many.attribution + 1e-9).all()
     assert float(many.error.mean()) < float(few.error.mean())
     assert float(many.r2) <= 1
@@ -300,7 +301,7 @@ def test_words_that_occur_twice_are_players_of_their_own():
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_tokens_said_later_get_nothing_and_each_output_is_attributed_as_alone(method, family):
     model, f = opened(family), METHODS[method]
-    options = {"samples": 400} if method in ("lime", "kernel_shap") else {}
+    options = {"draws": 400} if method in ("lime", "kernel_shap") else {}
     found = f(model, "of Italy", continuation(" Paris and Rome"), **options)
     outputs, length = found.values.shape
     assert outputs == 3
@@ -314,7 +315,7 @@ def test_tokens_said_later_get_nothing_and_each_output_is_attributed_as_alone(me
 @pytest.mark.parametrize("method", ["kernel_shap", "shapley", "exact_shapley", "owen", "partition"])
 @pytest.mark.parametrize("players", ["token", "word", "sentence", ["It is", "capital of Italy"]])
 def test_additive_methods_add_up_for_any_players(method, players):
-    found = METHODS[method](opened("bert"), TEXT, " Paris", players=players)
+    found = METHODS[method](opened("bert"), TEXT, logit(" Paris"), players=players)
     assert float(found.attribution.sum()) == pytest.approx(float(found.score - found.baseline_score), abs=1e-6)
     assert int(found.evaluations) > 0
     if players == ["It is", "capital of Italy"]:
@@ -324,7 +325,7 @@ def test_additive_methods_add_up_for_any_players(method, players):
 def test_the_planner_gives_what_running_each_variant_gives():
     model = opened("gpt2")
     case = Case.of(model, TEXT, " Paris")
-    quick, slow = Game.of(case, "word", progress=False), Game.of(case, "word", progress=False)
+    quick, slow = Game.of(case, "word"), Game.of(case, "word")
     assert quick._replaceable
     slow._replaceable = False
     present = lime_draw(len(quick.players), 30, 0)
@@ -343,9 +344,9 @@ def test_hierarchies_are_words_in_sentences_or_given():
     ("method", "options", "message"),
     [
         (occlusion, {"window": 2, "stride": 3}, "expected a stride of 1 to the window's size"),
-        (lime, {"samples": 1}, "2 samples"),
-        (shapley, {"permutations": 3}, "an even number"),
-        (owen, {"permutations": 0}, "an even number"),
+        (lime, {"draws": 1}, "2 draws"),
+        (shapley, {"draws": 3}, "an even number"),
+        (owen, {"draws": 0}, "an even number"),
         (owen, {"hierarchy": "chapter"}, "unknown hierarchy 'chapter'"),
         (owen, {"hierarchy": [[0, 1], [1, 2]]}, "must name each of the players 0 to 4 once"),
         (partition, {"evaluations": 1}, "at least 2"),
@@ -359,7 +360,7 @@ def test_bad_options_are_one_clear_error(method, options, message):
 
 def test_seeds_repeat_and_differ():
     for method in (lime, shapley, owen, kernel_shap):
-        options = {"samples": 28} if method in (lime, kernel_shap) else {"permutations": 2}
+        options = {"draws": 28} if method in (lime, kernel_shap) else {"draws": 2}
         a, b, c = (method(opened("gpt2"), TEXT, " Paris", seed=s, **options) for s in (1, 1, 2))
         assert a.allclose(b, atol=0) and not a.allclose(c, atol=1e-9)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pellucid.attribution.case import Case
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.hand import PROMPT, opened
 
 TEXT = "The capital of Italy is Rome. Mary went to the city, and John gave Mary a drink!"
@@ -26,7 +27,7 @@ TEXT = "The capital of Italy is Rome. Mary went to the city, and John gave Mary 
 )
 @settings(max_examples=40, deadline=None)
 def test_each_free_token_has_one_player_and_players_stand_in_order(text, unit, family):
-    case = Case.of(opened(family), text, 9)
+    case = Case.of(opened(family), text, logit(9))
     players = Players.of(case, unit)
     taken = [i for group in players.members for i in group]
     assert taken == np.flatnonzero(~case.fixed).tolist()
@@ -40,7 +41,7 @@ def test_words_keep_their_subwords_and_marks_stand_alone():
 
 
 def test_sentences_end_at_their_marks():
-    labels = Players.of(Case.of(opened("bert"), TEXT, 9), "sentence").labels
+    labels = Players.of(Case.of(opened("bert"), TEXT, logit(9)), "sentence").labels
     assert labels == ("The capital of Italy is Rome.", "Mary went to the city, and John gave Mary a drink!")
 
 
@@ -72,5 +73,5 @@ def test_bad_players_are_one_clear_error(units, message):
 def test_a_prompt_of_special_tokens_alone_has_nobody_to_credit():
     model = opened("bert")
     with pytest.raises(InputError, match="only special ones"):
-        Players.of(Case.of(model, [[1, 2]], 9), "token")
-    assert len(Players.of(Case.of(model, PROMPT, 9), "token")) == 5
+        Players.of(Case.of(model, [[1, 2]], logit(9)), "token")
+    assert len(Players.of(Case.of(model, PROMPT, logit(9)), "token")) == 5

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import pellucid
 from pellucid.attribution import continuation, reading, relevance_propagation
 from pellucid.errors import InputError, Refused
+from pellucid.metrics import logit
 from tests.attribution import slow_relevance as slow
 from tests.attribution.hand import PROMPT, classifier, opened, token
 from tests.attribution.relevance_table import account
@@ -31,7 +32,7 @@ def test_relevance_equals_propagation_written_out(family):
     model = opened(family, **DOUBLE)
     answer, ids = token(model, "Paris"), model.inputs(PROMPT).stream("").ids[0]
     at = ["layers.*.attn.scores", "layers.*.attn.pattern", "layers.*.resid_post"]
-    found = relevance_propagation(model, PROMPT, answer, at=at)
+    found = relevance_propagation(model, PROMPT, logit(answer), sites=at)
     with torch.no_grad():
         tokens, attentions, ends = SLOW[family](model.module, ids, answer)
     near(found.attribution, tokens)
@@ -44,14 +45,17 @@ def test_relevance_equals_propagation_written_out(family):
 def test_asking_for_sites_changes_nothing(family):
     model = opened(family)
     at = ["layers.*.attn.scores", "layers.*.attn.z", "layers.*.mlp.neurons", "layers.*.resid_pre", "layers.*.resid_mid"]
-    near(relevance_propagation(model, PROMPT, 30).values, relevance_propagation(model, PROMPT, 30, at=at).values)
+    near(
+        relevance_propagation(model, PROMPT, logit(30)).values,
+        relevance_propagation(model, PROMPT, logit(30), sites=at).values,
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "bloom"])
 def test_sites_of_families_with_attention_of_their_own_change_nothing(family):
     model = opened(family)
     plain = relevance_propagation(model, PROMPT, 30)
-    near(plain.values, relevance_propagation(model, PROMPT, 30, at="layers.*.attn.scores").values)
+    near(plain.values, relevance_propagation(model, PROMPT, 30, sites="layers.*.attn.scores").values)
 
 
 # ---- what adds up
@@ -75,7 +79,7 @@ def test_every_family_accounts_for_its_answer(family):
 
 def test_without_biases_and_with_held_softmax_every_layer_holds_the_whole_answer():
     model = opened("llama")
-    found = relevance_propagation(model, PROMPT, 30, rules="cp-lrp", at=["layers.*.resid_post", "embed"])
+    found = relevance_propagation(model, PROMPT, 30, rules="cp-lrp", sites=["layers.*.resid_post", "embed"])
     score = float(found.score)
     near(found.attribution.sum(), score)
     near(found["resid_post"].sum("position"), [score] * 2)
@@ -93,7 +97,7 @@ def test_the_gap_is_told_and_biases_and_softmax_explain_it():
 def test_heads_and_neurons_pass_on_what_their_layer_adds():
     model = opened("llama")
     at = ["layers.*.attn.z", "layers.*.attn.out", "layers.*.mlp.neurons", "layers.*.mlp.out"]
-    found = relevance_propagation(model, PROMPT, 30, at=at)
+    found = relevance_propagation(model, PROMPT, 30, sites=at)
     near(
         found["attn.z"].sum("head"),
         found["attn.out"].sum("head") if "head" in found["attn.out"].dims else found["attn.out"],
@@ -132,7 +136,7 @@ def test_a_class_and_a_reading_are_targets():
 
 def test_source_and_decoder_tokens_share_the_answer_of_an_encoder_decoder():
     model = opened("t5")
-    found = relevance_propagation(model, PROMPT, " Paris", forced="The capital", rules="cp-lrp")
+    found = relevance_propagation(model, PROMPT, " Paris", decoder="The capital", rules="cp-lrp")
     near(found.attribution.sum() + found.elsewhere + found.biases, found.score)
     assert list(found.attribution["stream"].values[:1]) == ["source"] and float(found.elsewhere) != 0
     both = relevance_propagation(model, PROMPT, continuation(" Paris", of="logit"), rules="cp-lrp")
@@ -141,7 +145,7 @@ def test_source_and_decoder_tokens_share_the_answer_of_an_encoder_decoder():
 
 
 def test_interactions_of_cross_attention_are_of_target_queries_with_source_keys():
-    found = relevance_propagation(opened("t5"), PROMPT, " Paris", at="decoder.layers.*.cross.scores")
+    found = relevance_propagation(opened("t5"), PROMPT, " Paris", sites="decoder.layers.*.cross.scores")
     assert found["decoder.cross.scores"].dims == ("decoder_layer", "decoder_head", "decoder_query", "encoder_key")
     assert found["decoder.cross.scores"].shape[-1] == found.attribution.size
 
@@ -164,10 +168,10 @@ def test_padding_changes_nothing(family, side):
     seen = [*mask, *[1] * len(ids)] if side == "left" else [*[1] * len(ids), *mask]
     given = {"input_ids": torch.tensor([padded]), "attention_mask": torch.tensor([seen])}
     try:
-        found = relevance_propagation(model, given, 30).values
+        found = relevance_propagation(model, given, logit(30)).values
     except Refused:  # this family computes something else when padded there, and says so
         return
-    near(found[np.array(seen, bool)], relevance_propagation(model, PROMPT, 30).values, 1e-4)
+    near(found[np.array(seen, bool)], relevance_propagation(model, PROMPT, logit(30)).values, 1e-4)
     assert not found[~np.array(seen, bool)].any()
 
 
@@ -200,7 +204,7 @@ def test_the_responsible_token_and_interaction_are_found(rules):
     words = tokenizer()("The capital of France is in")["input_ids"]
     model = marked(words[3], 40)
     at = "layers.*.attn.pattern" if rules == "attnlrp" else ()
-    found = relevance_propagation(model, torch.tensor([words]), 40, rules=rules, at=at)
+    found = relevance_propagation(model, torch.tensor([words]), 40, rules=rules, sites=at)
     relevance = found.values
     assert relevance.argmax() == 3 and relevance[3] > 0.95 * np.abs(relevance).sum()
     if rules == "cp-lrp":
@@ -233,12 +237,12 @@ def test_wrong_options_are_named():
     with pytest.raises(InputError, match="epsilon=-1"):
         relevance_propagation(model, PROMPT, epsilon=-1)
     with pytest.raises(InputError, match="whole parts of layers"):
-        relevance_propagation(model, PROMPT, at="layers.0.attn.heads.1")
+        relevance_propagation(model, PROMPT, sites="layers.0.attn.heads.1")
 
 
 def test_interactions_are_refused_where_patterns_are_constants():
     with pytest.raises(InputError, match="use rules='attnlrp'"):
-        relevance_propagation(opened("llama"), PROMPT, rules="cp-lrp", at="layers.*.attn.pattern")
+        relevance_propagation(opened("llama"), PROMPT, rules="cp-lrp", sites="layers.*.attn.pattern")
 
 
 def test_an_operator_without_a_rule_is_refused_by_name():
@@ -272,7 +276,7 @@ def test_the_module_is_left_as_it_was():
     model = opened("gpt2")
     before = {name: p.requires_grad for name, p in model.module.named_parameters()}
     logits = model.run(PROMPT).logits
-    relevance_propagation(model, PROMPT, 30, at="layers.*.attn.pattern")
+    relevance_propagation(model, PROMPT, 30, sites="layers.*.attn.pattern")
     assert torch.equal(logits, model.run(PROMPT).logits)
     assert before == {name: p.requires_grad for name, p in model.module.named_parameters()}
     assert all(p.grad is None for p in model.module.parameters())

@@ -37,6 +37,7 @@ class Answering:
     size: int = 0
     names: Mapping[int, str] = field(default_factory=dict)
     independent: bool = False  # each class holds or does not, whatever the others do: sigmoid
+    masked: bool = False  # tokens are filled in at a mask, if the model looks ahead, and not said one after the other
 
     def check(self, model: str, metric: str, classes: bool, places: bool, size: int) -> None:
         """InputError where a metric reads other logits than these: of `classes`, at `places`, or the first `size`."""
@@ -81,7 +82,7 @@ def answering(module: Any, output: Any) -> Answering:
             return Answering("vectors")  # a number for each token, whether it was replaced
     size = made.shape[-1]
     if meaning == "tokens":
-        return Answering("tokens", size)
+        return Answering("tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__))
     names = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items() if int(k) < size}
     problem = getattr(config, "problem_type", None)
     if problem == "regression":

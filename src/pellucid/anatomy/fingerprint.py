@@ -16,14 +16,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Hashable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+T = TypeVar("T")
 WIDTH, CHUNK, SAMPLE = 1024, 1 << 18, 2048
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -72,6 +73,33 @@ class Fingerprint:
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.module.state_dict().items():
             yield from _plain(name, value)
+
+
+class Memo:
+    """What was worked out about a module, by key; forgotten as soon as a weight changes. A copy starts empty."""
+
+    def __init__(self, weights: Fingerprint | nn.Module) -> None:
+        self.weights = weights if isinstance(weights, Fingerprint) else Fingerprint(weights)
+        self._stamp: Hashable = None
+        self._known: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memo, (self.weights,)
+
+    def __call__(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for a key; `key` says which question about the module it answers.
+
+        >>> memo = Memo(nn.Linear(2, 1))
+        >>> memo("an answer", lambda: 42), memo("an answer", lambda: 43)
+        (42, 42)
+        """
+        stamp = self.weights.stamp()
+        if stamp != self._stamp:
+            self._stamp, self._known = stamp, {}
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
 
 
 def weight_digest(module: nn.Module) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.experts import Experts
+from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.layout import Layout
 from pellucid.anatomy.trace import SELF
 
@@ -200,7 +201,10 @@ class Anatomy:
     inputs: dict[str, Any]  # the probe the map was found and proven with
     route: str
     answering: Answering  # what its logits mean
-    rungs: Any = None  # how sweeps may be run here (pellucid.engine.rungs), found by the first sweep
+    memo: Memo = field(init=False)  # what is worked out about the module later, for as long as its weights stay
+
+    def __post_init__(self) -> None:
+        self.memo = Memo(self.module)
 
     @property
     def complete(self) -> bool:

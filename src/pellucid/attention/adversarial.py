@@ -15,7 +15,7 @@ cannot reach the output, such as those of unread positions in the last layer, ar
 divergence is at most log 2 = 0.693. It says that attention *need not* be what it is for this answer; not that this
 attention would ever be learnt, which `adversarial_training` asks.
 
-`edits(result)` are the edits that put the adversarial attention in: every method of this package takes them.
+`edits(result)` are the edits that put the adversarial attention in: every reading of this package takes them.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.sites import choose
-from pellucid.attention.answers import Output, js, tv
-from pellucid.attention.patterns import Attended, Kind, attended, kinds, labelled, repeated, single, stacked, visible
+from pellucid.attention.comparing import certain, js, moved
+from pellucid.attention.patterns import Attended, Kind, asked, attended, kinds, labelled, single, stacked, visible
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import Question
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def adversarial_attention(
     model: Model,
     prompt: Any,
@@ -48,26 +51,25 @@ def adversarial_attention(
     layers: int | str = "*",
     epsilon: float = 0.01,
     steps: int = 200,
-    starts: int = 2,
-    rate: float = 0.1,
+    restarts: int = 2,
+    learning_rate: float = 0.1,
     strength: float = 50.0,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """The farthest attention found in `layers` of the only or last stack that moves the prediction at most `epsilon`.
 
     Gives `js` [layer, head, query] in nats (NaN for rows that cannot reach the output), `original` and `adversarial`
     [layer, head, query, key], and the numbers `divergence` (mean js), `largest`, `moved_tv` (the distance of the
     prediction, at most epsilon), `probability` and `adversarial_probability` of the predicted class or token, and
-    `reached` [start], the divergence each start came to. A divergence of 0 means that nothing was found. Refused and
+    `reached` [restart], the divergence each restart came to. A divergence of 0 means that nothing was found. Refused and
     InputError as in `patterns`, InputError for options out of range.
 
     >>> found = adversarial_attention(model, "A dull and lifeless film.")  # doctest: +SKIP
     >>> rollout(model, "A dull and lifeless film.", edits=edits(found))  # doctest: +SKIP
     """
-    if not 0 < epsilon < 1 or steps < 1 or starts < 1:
+    if not 0 < epsilon < 1 or steps < 1 or restarts < 1:
         raise InputError(
-            f"epsilon={epsilon}, steps={steps}, starts={starts}: expected 0 < epsilon < 1, and at least one of each"
+            f"epsilon={epsilon}, steps={steps}, restarts={restarts}: expected 0 < epsilon < 1, and at least one of each"
         )
     inputs = single(model, prompt)
     if inputs.stream("").padded:
@@ -75,12 +77,12 @@ def adversarial_attention(
     kind = next(k for k in reversed(kinds(model.anatomy)) if k.area == "attn")
     rows = [kind.layers.index(i) for i in choose(layers, max(kind.layers) + 1, "layer", "layers") if i in kind.layers]
     search = Search.of(model, inputs, kind, rows, epsilon)
-    found, reached = search.climb(steps, starts, rate, strength, seed, progress)
+    found, reached = search.climb(steps, restarts, learning_rate, strength, seed)
     check = attended(model, inputs, [_put(kind, kind.layers[r], p) for r, p in zip(rows, found, strict=True)])
-    after = search.output.probabilities(check.run)
+    after = search.question.distribution(check.run)
     counted = stacked(search.counted).nan_to_num(0).bool()
     divergence = stacked(search.moved(found)).masked_fill(~counted, float("nan")).numpy()
-    answer = int(search.before[0].argmax())
+    decided = search.before.argmax(-1)
     layer = kind.dims[0]
     data = xr.Dataset(
         {
@@ -89,20 +91,15 @@ def adversarial_attention(
             "adversarial": (kind.dims, stacked(found).numpy()),
             "divergence": float(np.nanmean(divergence)),
             "largest": float(np.nanmax(divergence)),
-            "moved_tv": float(tv(after, search.before)[0]),
-            "probability": float(search.before[0, answer]),
-            "adversarial_probability": float(after[0, answer]),
-            "reached": ("start", reached),
+            "moved_tv": float(moved(after, search.before)[0]),
+            "probability": float(certain(search.before, decided)[0]),
+            "adversarial_probability": float(certain(after, decided)[0]),
+            "reached": ("restart", reached),
         },
         attrs={"stack": kind.stack},
     )
     data = labelled(data, search.found).assign_coords({layer: [kind.layers[r] for r in rows]})
-    about = Provenance(
-        "adversarial_attention", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"layers": layers, "epsilon": epsilon, "steps": steps, "starts": starts, "rate": rate,
-                   "strength": strength},
-    )  # fmt: skip
-    return Result(data, kind="adversarial attention", title="Other attention, same prediction", provenance=about)
+    return Result(data, kind="adversarial attention", title="Other attention, same prediction")
 
 
 def edits(result: Result) -> list[Edit]:
@@ -129,20 +126,20 @@ class Search:
     kind: Kind
     rows: list[int]
     epsilon: float
-    output: Output
+    question: Question
     found: Attended
     before: Tensor  # [1, class] the prediction
     counted: list[Tensor]  # per layer [head, query], 1 where a row has a choice and reaches the output
 
     @classmethod
     def of(cls, model: Model, inputs: Inputs, kind: Kind, rows: list[int], epsilon: float) -> Search:
-        output = Output.of(model, inputs)
-        found = attended(model, inputs, grad_of=probe(output))
+        question = asked(model, inputs)
+        found = attended(model, inputs, grad_of=probe(question))
         counted = [reaching(found, kind)[r] for r in rows]
         if not any(bool(c.any()) for c in counted):
             raise InputError("no attention of these layers reaches the output: choose others, or a longer prompt")
-        before = output.probabilities(found.run).detach()
-        return cls(model, inputs, kind, rows, epsilon, output, found, before, counted)
+        before = question.distribution(found.run).detach()
+        return cls(model, inputs, kind, rows, epsilon, question, found, before, counted)
 
     @property
     def originals(self) -> list[Tensor]:
@@ -158,7 +155,7 @@ class Search:
         return total / sum(float(c.sum()) for c in self.counted)
 
     def climb(
-        self, steps: int, starts: int, rate: float, strength: float, seed: int, progress: bool
+        self, steps: int, restarts: int, learning_rate: float, strength: float, seed: int
     ) -> tuple[list[Tensor], np.ndarray]:
         """The farthest pattern per layer [head, query, key] within epsilon, and how far each start came."""
         generator = torch.Generator().manual_seed(seed)
@@ -167,11 +164,11 @@ class Search:
             a.clamp_min(1e-12).log().masked_fill(~m, -torch.inf) for a, m in zip(self.originals, masks, strict=True)
         ]
         sums = [a.sum(-1, keepdim=True) for a in self.originals]
-        free = [torch.randn(starts, *a.shape, generator=generator).to(a).requires_grad_() for a in self.originals]
-        optimiser = torch.optim.Adam(free, lr=rate)
-        batch = repeated(self.inputs, starts)
-        best, reached = [a.expand(starts, *a.shape).clone() for a in self.originals], self.before.new_zeros(starts)
-        for _ in tqdm(range(steps), desc="adversarial attention", disable=not progress):
+        free = [torch.randn(restarts, *a.shape, generator=generator).to(a).requires_grad_() for a in self.originals]
+        optimiser = torch.optim.Adam(free, lr=learning_rate)
+        batch = self.inputs.rows([0] * restarts)
+        best, reached = [a.expand(restarts, *a.shape).clone() for a in self.originals], self.before.new_zeros(restarts)
+        for _ in progress(range(steps), "adversarial attention"):
             with torch.enable_grad():
                 made = [
                     torch.where(c[..., None] > 0, (log + d).softmax(-1) * s, a)
@@ -179,7 +176,7 @@ class Search:
                 ]
                 far = self.mean(self.moved(made))
                 put = [_put(self.kind, self.kind.layers[r], p) for r, p in zip(self.rows, made, strict=True)]
-                off = tv(self.output.probabilities(self.model.run(batch, edits=put)), self.before)
+                off = moved(self.question.distribution(self.model.run(batch, edits=put)), self.before)
                 loss = (strength * (off - 0.9 * self.epsilon).clamp_min(0) - far).sum()
                 optimiser.zero_grad()
                 for x, slope in zip(free, torch.autograd.grad(loss, free), strict=True):
@@ -201,12 +198,11 @@ def reaching(found: Attended, kind: Kind) -> list[Tensor]:
     ]
 
 
-def probe(output: Output) -> BoundMetric:
+def probe(question: Question) -> BoundMetric:
     """A fixed random mixture of what is predicted: whatever reaches the output has a gradient."""
 
     def mixture(logits: Tensor) -> Tensor:
         weights = torch.randn(logits.shape[1:], generator=torch.Generator().manual_seed(0)).to(logits)
         return (logits * weights).flatten(1).sum(1)
 
-    positions = None if output.position is None else (output.position,)
-    return BoundMetric("probe", positions, None, mixture, classes=output.position is None)
+    return question.whole("probe", mixture)

@@ -19,15 +19,25 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.attention.answers import js
+from pellucid.attention.comparing import js
 from pellucid.attention.heads import chosen, distributions
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def head_clusters(
-    model: Model, prompts: Sequence[Any] | str, n: int | None = None, *, stack: str = "", draws: int = 20, seed: int = 0
+    model: Model,
+    prompts: Sequence[Any] | str,
+    n: int | None = None,
+    *,
+    stack: str = "",
+    draws: int = 20,
+    edits: Sequence[Edit] = (),
+    seed: int = 0,
 ) -> Result:
     """Groups of heads that look at the same places.
 
@@ -41,7 +51,7 @@ def head_clusters(
     if not texts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     kind = chosen(model, stack)
-    distance = distances(distributions(model, texts, kind))
+    distance = distances(distributions(model, texts, kind, edits))
     counts = [model.anatomy.stacks[_stack(model, kind.stack)].blocks[i].attentions["attn"].heads for i in kind.layers]
     heads = [(row, head) for row, count in enumerate(counts) for head in range(count)]
     if n is not None and not 2 <= n < len(heads):
@@ -65,11 +75,7 @@ def head_clusters(
          "silhouette": best, "silhouette_chance": float(chance)},
         {"layer": list(kind.layers), "head": range(shape[1]), "one_head": ("one", names), "other_head": ("other", names)},
     )  # fmt: skip
-    about = Provenance(
-        "head_clusters", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"n": n, "stack": stack, "draws": draws},
-    )  # fmt: skip
-    return Result(data, kind="head clusters", title=f"{count} groups of heads that look alike", provenance=about)
+    return Result(data, kind="head clusters", title=f"{count} groups of heads that look alike")
 
 
 def _stack(model: Model, name: str) -> int:

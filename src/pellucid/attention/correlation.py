@@ -21,34 +21,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.attention.answers import Output, last_residual, rows_read, scored, tv
+from pellucid.attention.comparing import last_residual, moved, rows_read
 from pellucid.attention.flow import flow
 from pellucid.attention.norms import norm_weighted
-from pellucid.attention.patterns import attended, single, special
+from pellucid.attention.patterns import asked, attended, single, special
 from pellucid.attention.relevance import relevances
 from pellucid.attention.rollout import rollout
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 MEASURES = ("last layer", "all layers", "rollout", "flow", "norms", "relevance")
 REFERENCES = ("gradient", "leave-one-out")
 ROWS = 32  # shortened prompts run at a time
 
 
+@technique
 def attention_correlation(
     model: Model,
     prompts: Sequence[Any] | str,
     *,
     measures: Sequence[str] = ("last layer", "all layers", "rollout", "norms", "relevance"),
+    edits: Sequence[Edit] = (),
     seed: int = 0,
 ) -> Result:
     """Kendall's tau between attention and gradients, attention and leave-one-out, over the tokens of each prompt.
@@ -77,8 +82,8 @@ def attention_correlation(
         usable = np.flatnonzero(~special(model, inputs.stream("")))
         if len(usable) < 3:
             raise InputError(f"prompt {b} has {len(usable)} ordinary tokens: expected at least 3")
-        scores = token_scores(model, inputs, measures)
-        references = {"gradient": scores["gradient"], "leave-one-out": leave_one_out(model, inputs, usable)}
+        scores = token_scores(model, inputs, measures, edits)
+        references = {"gradient": scores["gradient"], "leave-one-out": leave_one_out(model, inputs, usable, edits)}
         for i, name in enumerate(rows):
             for j, other in enumerate(REFERENCES):
                 if name != other:
@@ -96,20 +101,16 @@ def attention_correlation(
         },
         {"measure": rows, "reference": list(REFERENCES)},
     )  # fmt: skip
-    about = Provenance(
-        "attention_correlation", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"measures": list(measures)},
-    )  # fmt: skip
-    return Result(data, kind="attention correlation", title="Does attention agree with the model?", provenance=about)
+    return Result(data, kind="attention correlation", title="Does attention agree with the model?")
 
 
 def token_scores(
-    model: Model, inputs: Inputs, measures: Sequence[str] = MEASURES, edits: Sequence[Any] = ()
+    model: Model, inputs: Inputs, measures: Sequence[str] = MEASURES, edits: Sequence[Edit] = ()
 ) -> dict[str, np.ndarray]:
     """Name -> [token] of some `MEASURES` and of "gradient", on one prompt (under edits)."""
     last = last_residual(model)
     found = attended(
-        model, inputs, edits, grad_of=scored(model, inputs, None), keep=["embed", *([last] if last else [])]
+        model, inputs, edits, grad_of=asked(model, inputs).metric, keep=["embed", *([last] if last else [])]
     )
     read = rows_read(model, found.run).double()
     layers = [x.double().mean(0) for x in found.values[found.main]]
@@ -135,23 +136,28 @@ def token_scores(
     return made
 
 
-def leave_one_out(model: Model, inputs: Inputs, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def leave_one_out(
+    model: Model, inputs: Inputs, tokens: Sequence[int] | np.ndarray, edits: Sequence[Edit] = ()
+) -> np.ndarray:
     """[token] how far the prediction moves when a token is removed; 0 for those not asked about."""
-    stream, output = inputs.stream(""), Output.of(model, inputs)
+    stream, question = inputs.stream(""), asked(model, inputs)
     if stream.padded:
         raise InputError("the prompt is padded: give it without padding")
     n = stream.ids.shape[1]
     with torch.no_grad():
-        before = output.probabilities(model.run(inputs))
+        before = question.distribution(model.run(inputs, edits=edits))
         made = np.zeros(n)
-        asked = np.asarray(tokens)
-        mask = -1 if output.position is None else output.position  # tokens before it move it by one
-        for side, moved in ((asked[asked < mask], Output(mask - 1)), (asked[asked > mask], output)):
+        gone = np.asarray(tokens)
+        at = question.position
+        nearer = question if at is None or at < 0 else replace(question, position=at - 1)
+        # a token before a mask moves it by one
+        sides = ((gone, question),) if nearer is question else ((gone[gone < at], nearer), (gone[gone > at], question))
+        for side, there in sides:
             for start in range(0, len(side), ROWS):
                 part = side[start : start + ROWS]
                 left = torch.tensor([[i for i in range(n) if i != t] for t in part])
                 shorter = {k: _shortened(v, n, left) for k, v in inputs.tensors.items()}
-                made[part] = tv(moved.probabilities(model.run(shorter)), before).numpy()
+                made[part] = moved(there.distribution(model.run(shorter, edits=edits)), before).numpy()
     return made
 
 

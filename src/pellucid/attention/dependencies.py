@@ -24,10 +24,12 @@ import xarray as xr
 
 from pellucid.attention.heads import chosen
 from pellucid.attention.patterns import attended, stacked
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.tasks.tokens import covering, encode
+from pellucid.technique import technique
 
 DIRECTIONS = ("to head", "to dependent")
 OFFSETS = tuple(o for o in range(-10, 11) if o)
@@ -55,8 +57,15 @@ class Sentence(Protocol):
     def words(self) -> Sequence[Word]: ...
 
 
+@technique
 def head_relations(
-    model: Model, sentences: Iterable[Sentence], *, stack: str = "", subtypes: bool = False, least: int = 10
+    model: Model,
+    sentences: Iterable[Sentence],
+    *,
+    stack: str = "",
+    subtypes: bool = False,
+    least: int = 10,
+    edits: Sequence[Edit] = (),
 ) -> Result:
     """How well each head finds dependency relations, beside the best fixed offset.
 
@@ -75,7 +84,7 @@ def head_relations(
         spans = [covering(offsets, word.start, word.stop) for word in sentence.words]
         if len(spans) < 2 or any(first == last for first, last in spans):
             continue
-        found = attended(model, model.inputs([ids]))
+        found = attended(model, model.inputs([ids]), edits)
         looked = between_words(stacked(found.values[kind]).numpy(), spans)
         names = [w.deprel if subtypes else w.deprel.partition(":")[0] for w in sentence.words]
         tally.add(looked, [w.head for w in sentence.words], names)
@@ -83,11 +92,7 @@ def head_relations(
     if not count:
         raise InputError("no sentence could be used: expected sentences of at least two words, each with its tokens")
     data = tally.table(least).assign_coords(layer=list(kind.layers))
-    about = Provenance(
-        "head_relations", model.name, digest=model.digest, inputs=f"{count} sentences",
-        arguments={"stack": stack, "subtypes": subtypes, "least": least},
-    )  # fmt: skip
-    return Result(data, kind="head relations", title="Heads that look along a relation", provenance=about)
+    return Result(data, kind="head relations", title="Heads that look along a relation")
 
 
 def between_words(patterns: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

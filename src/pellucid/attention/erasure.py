@@ -9,7 +9,7 @@ should need few tokens: fewer than a random order, and no more than the order of
 Their model has one attention layer. Here a token is zeroed as a key, in every row and head of `layers` (all by
 default), and is ranked by
 
-    attention    mean over layers and heads of what it gets from the rows the output reads (`answers.rows_read`)
+    attention    mean over layers and heads of what it gets from the rows the output reads (`comparing.rows_read`)
     gradient     sum of dy/dA over its column, y the predicted class's logit, or the token's
     product      sum of A * dy/dA over its column
     random       the mean of `draws` random orders
@@ -30,22 +30,24 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import choose
-from pellucid.attention.answers import Output, distribution, last_residual, rows_read, scored
-from pellucid.attention.patterns import attended, single, special
+from pellucid.attention.comparing import last_residual, rows_read
+from pellucid.attention.patterns import asked, attended, single, special
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 ORDERS = ("attention", "gradient", "product", "random")
 
 
+@technique
 def attention_erasure(
     model: Model, prompts: Sequence[Any] | str, *, layers: int | str = "*", points: int = 32, draws: int = 3,
-    keep_special: bool = False, seed: int = 0, progress: bool = True,
+    keep_special: bool = False, edits: Sequence[Edit] = (), seed: int = 0,
 ) -> Result:  # fmt: skip
     """The fraction of keys to zero before the decision flips, by order, for each prompt of a one-stack model.
 
@@ -69,13 +71,13 @@ def attention_erasure(
     never = np.zeros((len(ORDERS), len(texts)))
     for b, text in enumerate(texts):
         inputs = single(model, text)
-        ranked, usable = rankings(model, inputs, layers, keep_special)
+        ranked, usable = rankings(model, inputs, layers, keep_special, edits)
         if len(usable) < 2:
             raise InputError(f"prompt {b} has {len(usable)} tokens that could be zeroed: expected at least 2")
         counts = np.unique(np.linspace(1, len(usable) - 1, min(points, len(usable) - 1)).round().astype(int))
         orders = [usable[np.argsort(-ranked[name][usable], kind="stable")] for name in ORDERS[:-1]]
         orders += [rng.permutation(usable) for _ in range(draws)]
-        found = _margins(model, inputs, layers, orders, counts, progress)
+        found = _margins(model, inputs, layers, orders, counts, edits)
         flips = found < 0
         flipped: np.ndarray = np.asarray(flips.any(1))
         fraction = np.where(flipped, counts[flips.argmax(1)] / len(usable), 1.0)
@@ -92,19 +94,15 @@ def attention_erasure(
         },
         {"order": list(ORDERS)},
     )  # fmt: skip
-    about = Provenance(
-        "attention_erasure", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"layers": layers, "points": points, "draws": draws, "keep_special": keep_special},
-    )  # fmt: skip
-    return Result(data, kind="attention erasure", title="Tokens to zero before the decision flips", provenance=about)
+    return Result(data, kind="attention erasure", title="Tokens to zero before the decision flips")
 
 
 def rankings(
-    model: Model, inputs: Inputs, layers: int | str = "*", keep_special: bool = False
+    model: Model, inputs: Inputs, layers: int | str = "*", keep_special: bool = False, edits: Sequence[Edit] = ()
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """How much each key matters by attention, gradient and product, [key] each; and the keys that may be zeroed."""
     last = last_residual(model)
-    found = attended(model, inputs, grad_of=scored(model, inputs, None), keep=[last] if last else [])
+    found = attended(model, inputs, edits, grad_of=asked(model, inputs).metric, keep=[last] if last else [])
     kind, read = found.main, rows_read(model, found.run)
     rows = [kind.layers.index(i) for i in choose(layers, max(kind.layers) + 1, "layer", "layers") if i in kind.layers]
     pairs = [(found.values[kind][r].double(), found.gradients[kind][r].double()) for r in rows]
@@ -119,12 +117,17 @@ def rankings(
 
 
 def _margins(
-    model: Model, inputs: Inputs, layers: int | str, orders: Sequence[np.ndarray], counts: np.ndarray, progress: bool
+    model: Model,
+    inputs: Inputs,
+    layers: int | str,
+    orders: Sequence[np.ndarray],
+    counts: np.ndarray,
+    edits: Sequence[Edit] = (),
 ) -> np.ndarray:
     """[order, count] the probability of the decision minus its strongest rival's, with so many keys zeroed."""
     site = f"layers.{layers}.attn.pattern"
-    variants = [[Replace(site, without(order[:n]))] for order in orders for n in counts]
-    sweep = model.sweep(inputs, variants, decision(model, inputs), progress=progress)
+    variants = [[*edits, Replace(site, without(order[:n]))] for order in orders for n in counts]
+    sweep = model.sweep(inputs, variants, decision(model, inputs, edits))
     return np.asarray(sweep.values)[:, 0].reshape(len(orders), len(counts))
 
 
@@ -142,15 +145,14 @@ def without(keys: np.ndarray) -> Callable[[Tensor], Tensor]:
 
 def decision(model: Model, inputs: Inputs, edits: Sequence[Edit] = ()) -> BoundMetric:
     """The probability of the model's decision on this prompt minus the strongest rival's: negative once it flips."""
-    output = Output.of(model, inputs)
+    question = asked(model, inputs)
     with torch.no_grad():
-        answer = int(output.probabilities(model.run(inputs, edits=edits))[0].argmax())
+        answer = question.distribution(model.run(inputs, edits=edits)).argmax(-1)[..., None]
 
-    def margin(logits: Tensor) -> Tensor:
-        p = distribution(logits if logits.ndim == 2 else logits[:, 0])
-        rivals = p.clone()
-        rivals[:, answer] = -1.0
-        return p[:, answer] - rivals.amax(1)
+    def margin(z: Tensor) -> Tensor:
+        p = question.probabilities(z)
+        own = answer.to(p.device).expand(*p.shape[:-1], 1)
+        lead = p.gather(-1, own)[..., 0] - p.scatter(-1, own, -1.0).amax(-1)
+        return lead if lead.ndim == 1 else lead.flatten(1).amin(1)  # of several decisions the first that flips
 
-    return BoundMetric("margin", None if output.position is None else (output.position,), None, margin,
-                       classes=output.position is None)  # fmt: skip
+    return question.whole("margin", margin)

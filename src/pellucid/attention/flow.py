@@ -30,20 +30,22 @@ from pellucid.attention.rollout import Residual, Step, mixed
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 UNIT = 2.0**-30
 ALIKE = 0.1  # flows that differ by less hardly tell tokens apart
 Node = tuple[str, int]  # a stack and how many of its attentions came before
 
 
+@technique
 def flow(
     model: Model,
     prompt: Any,
     *,
     queries: Sequence[int] | int | None = None,
     residual: Residual = 0.5,
-    target: str | None = None,
+    decoder: str | None = None,
     edits: Sequence[Edit] = (),
 ) -> Result:
     """Maximum flow from every input token to positions of the last layer.
@@ -54,7 +56,7 @@ def flow(
 
     >>> flow(model, "The capital of France is", queries=-1).flow  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     found, steps = mixed(model, inputs, residual, edits)
     main = found.main
     n = len(next(s for s in steps if s.kind == main).stays)
@@ -70,11 +72,7 @@ def flow(
     elif why := network.empty(main.stack, wanted, variables["flow"][1]):
         warnings.warn(f"attention flow is degenerate here: {why}", stacklevel=2)
     data = labelled(xr.Dataset({**variables, "error_bound": network.error_bound}), found, wanted)
-    about = Provenance(
-        "flow", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"queries": queries, "residual": residual, "target": target, "edits": edits},
-    )  # fmt: skip
-    return Result(data, kind="attention flow", title=f"Attention flow, residual share {residual}", provenance=about)
+    return Result(data, kind="attention flow", title=f"Attention flow, residual share {residual}")
 
 
 class Network:

@@ -20,58 +20,57 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.attention.answers import Target, scored
-from pellucid.attention.patterns import Attended, attended, labelled, single, stacked
+from pellucid.attention.patterns import Attended, asked, attended, labelled, stacked
 from pellucid.engine.edits import Edit
+from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import Question
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def attention_gradient(
-    model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
-    forced: str | None = None, edits: Sequence[Edit] = (),
+    model: Model, prompt: Any, target: Any = None, *, against: Answers | None = None,
+    decoder: str | None = None, edits: Sequence[Edit] = (),
 ) -> Result:  # fmt: skip
     """Attention times its gradient, signed.
 
-    `target` is a token or class (minus `against`) or any metric; by default the prediction. `forced` is the decoder's
-    text in an encoder-decoder. Dimensions and names are those of `patterns` (`weighted` for `pattern`), in units of the
+    `target`, `against` and `decoder` (the decoder's text in an encoder-decoder) are those of `pellucid.question`. Dimensions and names are those of `patterns` (`weighted` for `pattern`), in units of the
     score; `token` [key] is the mean received by each token, `source_token` that of source tokens. Raises as `patterns`
     does; InputError for targets that are not one token.
 
     >>> attention_gradient(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    return _weighted(model, prompt, target, against, forced, edits, lambda a, g: a * g, "attention_gradient")
+    question = asked(model, prompt, target, against, decoder)
+    return _weighted(question, edits, lambda a, g: a * g, "Attention times gradient")
 
 
+@technique
 def gradient_weighted(
-    model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
-    forced: str | None = None, edits: Sequence[Edit] = (),
+    model: Model, prompt: Any, target: Any = None, *, against: Answers | None = None,
+    decoder: str | None = None, edits: Sequence[Edit] = (),
 ) -> Result:  # fmt: skip
     """Attention times the positive part of its gradient (Grad-SAM). Arguments and results as in `attention_gradient`.
 
     >>> gradient_weighted(model, "The capital of France is", " Paris").token  # doctest: +SKIP
     """
-    return _weighted(
-        model, prompt, target, against, forced, edits, lambda a, g: a * g.clamp_min(0), "gradient_weighted"
-    )
+    question = asked(model, prompt, target, against, decoder)
+    return _weighted(question, edits, lambda a, g: a * g.clamp_min(0), "Gradient-weighted attention")
 
 
-def with_gradients(
-    model: Model, inputs: Any, target: Target | None, against: Answers | None, edits: Sequence[Edit],
-    keep: Sequence[str] = (),
-) -> tuple[Attended, str]:  # fmt: skip
-    """The patterns of one prompt with the gradients of the score, and the score's name."""
-    score = scored(model, inputs, target, against)
-    return attended(model, inputs, edits, grad_of=score, keep=keep), score.name
+def with_gradients(question: Question, edits: Sequence[Edit], keep: Sequence[str] = ()) -> Attended:
+    """The patterns of one prompt with the gradients of the score. InputError where a site is read instead of logits."""
+    if question.metric is None:
+        raise InputError(f"the gradient of attention is taken of an answer or a metric, not of a {question.kind}")
+    return attended(question.model, question.inputs, edits, grad_of=question.metric, keep=keep)
 
 
 def _weighted(
-    model: Model, prompt: Any, target: Target | None, against: Answers | None, forced: str | None,
-    edits: Sequence[Edit], product: Callable[[Tensor, Tensor], Tensor], method: str,
-) -> Result:  # fmt: skip
-    inputs = single(model, prompt, forced)
-    found, name = with_gradients(model, inputs, target, against, edits)
+    question: Question, edits: Sequence[Edit], product: Callable[[Tensor, Tensor], Tensor], what: str
+) -> Result:
+    found = with_gradients(question, edits)
     variables: dict[str, Any] = {}
     received: dict[str, list[np.ndarray]] = {}
     for kind in found.kinds:
@@ -83,11 +82,5 @@ def _weighted(
     data = labelled(xr.Dataset({**{n: variables[n] for n in order}, **tokens}), found)
     assert found.run.metric is not None
     data = data.assign(score=float(found.run.metric[0]))
-    about = Provenance(
-        method, model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "against": against, "forced": forced, "edits": edits},
-    )  # fmt: skip
-    title = (
-        f"{'Attention times gradient' if method == 'attention_gradient' else 'Gradient-weighted attention'} of {name}"
-    )
-    return Result(data, kind="gradient-weighted attention", title=title, provenance=about)
+    title = f"{what} of {question.name}"
+    return Result(data, kind="gradient-weighted attention", title=title)

@@ -29,14 +29,18 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.attention.patterns import Attended, Kind, attended, kinds, single, special, stacked, visible
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Scores = dict[str, Tensor]  # name -> [head]
 
 
+@technique
 def head_summaries(
     model: Model,
     prompts: Sequence[Any] | str | None = None,
@@ -44,6 +48,7 @@ def head_summaries(
     stack: str = "",
     probes: int = 8,
     length: int = 20,
+    edits: Sequence[Edit] = (),
     seed: int = 0,
 ) -> Result:
     """Scores [layer, head] of every head, on `prompts` and on `probes` random sequences of 2 x `length` tokens.
@@ -58,24 +63,20 @@ def head_summaries(
         raise InputError("there is nothing to look at: give prompts, or probes")
     kind = chosen(model, stack)
     totals: list[dict[str, Tensor]] = []
-    for found in read_all(model, texts):
+    for found in read_all(model, texts, edits):
         marks = torch.from_numpy(special(model, found.run.inputs.stream(kind.stack)))
         totals.append(_averaged(found, kind, lambda a, seen, marks=marks: habits(a, seen, marks)))
     means = _mean(totals)
     if probes:
         repeats = [
-            _averaged(attended(model, each), kind, lambda a, seen: repeated(a, seen, length))
+            _averaged(attended(model, each, edits), kind, lambda a, seen: repeated(a, seen, length))
             for each in repetitions(model, length, probes, seed)
         ]
         means |= _mean(repeats)
     dims = {True: ("layer",), False: ("layer", "head")}
     data = xr.Dataset({n: (dims[n.endswith("_chance")], v.numpy()) for n, v in means.items()})
     data = data.assign_coords(layer=list(kind.layers), head=range(data.sizes["head"]))
-    about = Provenance(
-        "head_summaries", model.name, digest=model.digest, inputs=list(map(str, texts)), seed=seed,
-        arguments={"stack": stack, "probes": probes, "length": length},
-    )  # fmt: skip
-    return Result(data, kind="head summaries", title="What each head habitually does", provenance=about)
+    return Result(data, kind="head summaries", title="What each head habitually does")
 
 
 def chosen(model: Model, stack: str) -> Kind:
@@ -87,10 +88,10 @@ def chosen(model: Model, stack: str) -> Kind:
     return found
 
 
-def read_all(model: Model, prompts: Sequence[Any]) -> Iterator[Attended]:
+def read_all(model: Model, prompts: Sequence[Any], edits: Sequence[Edit] = ()) -> Iterator[Attended]:
     """The patterns of prompts, one after the other (so that no padding is in them)."""
     for prompt in prompts:
-        yield attended(model, single(model, prompt))
+        yield attended(model, single(model, prompt), edits)
 
 
 def _averaged(found: Attended, kind: Kind, score: Any) -> dict[str, Tensor]:
@@ -140,10 +141,7 @@ def habits(a: Tensor, seen: Tensor, marks: Tensor) -> Scores:
 def repetitions(model: Model, length: int, samples: int, seed: int) -> list[Inputs]:
     """Random ordinary tokens said twice, after a BOS where there is one."""
     size = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    marks = set(getattr(model.tokenizer, "all_special_ids", []))
-    if model.tokenizer is not None:
-        size = min(size, len(model.tokenizer))
-    usable = torch.tensor([i for i in range(size) if i not in marks])
+    usable = torch.tensor(ordinary_ids(model.tokenizer, size))
     if len(usable) < length:
         raise InputError(f"the probes need {length} different tokens, this vocabulary has {len(usable)}: give length=")
     bos = getattr(model.tokenizer, "bos_token_id", None)
@@ -168,6 +166,6 @@ def repeated(a: Tensor, seen: Tensor, length: int) -> Scores:
     return made
 
 
-def distributions(model: Model, prompts: Sequence[Any], kind: Kind) -> list[np.ndarray]:
+def distributions(model: Model, prompts: Sequence[Any], kind: Kind, edits: Sequence[Edit] = ()) -> list[np.ndarray]:
     """Per prompt the patterns of all heads of all layers, [head of all layers, query, key]."""
-    return [torch.cat(found.values[kind]).numpy() for found in read_all(model, prompts)]
+    return [torch.cat(found.values[kind]).numpy() for found in read_all(model, prompts, edits)]

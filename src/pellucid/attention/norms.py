@@ -26,10 +26,12 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.locate import block_of
 from pellucid.errors import Refused
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
-def norm_weighted(model: Model, prompt: Any, *, target: str | None = None, edits: Sequence[Edit] = ()) -> Result:
+@technique
+def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edits: Sequence[Edit] = ()) -> Result:
     """Norms of what every head carries from every key to every query, on one prompt.
 
     Dimensions and names are those of `patterns` (`pattern` is called `norm` here), in the units of the residual stream;
@@ -38,7 +40,7 @@ def norm_weighted(model: Model, prompt: Any, *, target: str | None = None, edits
 
     >>> norm_weighted(model, "The capital of France is").sel(layer=0).together  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     of = kinds(model.anatomy)
     values = [kind.site(layer, "v") for kind in of for layer in kind.layers]
     found = attended(model, inputs, edits, keep=values)
@@ -57,11 +59,7 @@ def norm_weighted(model: Model, prompt: Any, *, target: str | None = None, edits
         variables[f"{name}_together".strip("_")] = ((kind.dims[0], *kind.tokens), torch.stack(together).numpy())
     order = sorted(variables, key=lambda name: name not in ("norm", "together"))
     data = labelled(xr.Dataset({name: variables[name] for name in order}), found)
-    about = Provenance(
-        "norm_weighted", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "edits": edits},
-    )  # fmt: skip
-    return Result(data, kind="norm-weighted attention", title="How much each head carries from where", provenance=about)
+    return Result(data, kind="norm-weighted attention", title="How much each head carries from where")
 
 
 def carries(model: Model, kind: Kind, layer: int, v: Tensor) -> Tensor:

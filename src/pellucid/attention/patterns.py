@@ -24,31 +24,31 @@ from torch import Tensor
 from pellucid.anatomy.structure import Anatomy, Stack
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import Question
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
-def patterns(model: Model, prompt: Any, *, target: str | None = None, edits: Sequence[Edit] = ()) -> Result:
+@technique
+def patterns(model: Model, prompt: Any, *, decoder: str | None = None, edits: Sequence[Edit] = ()) -> Result:
     """The attention of every head on one prompt.
 
-    One stack: `pattern` [layer, head, query, key]. An encoder-decoder, whose decoder is given `target`: `encoder`
+    One stack: `pattern` [layer, head, query, key]. An encoder-decoder, whose decoder is given `decoder`: `encoder`
     [encoder_layer, encoder_head, source_query, source_key], `decoder` [layer, head, query, key] and `cross` [layer,
     head, query, source_key]. Token texts are coordinates; layers without attention are left out; heads that a layer
     does not have are NaN. Refused where a layer attends in pieces; InputError for several prompts.
 
     >>> patterns(model, "The capital of France is").sel(layer=3, head=1)  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     found = attended(model, inputs, edits)
     data = xr.Dataset({kind.variable: (kind.dims, found.stacked(kind).numpy()) for kind in found.kinds})
     data = labelled(data, found)
-    about = Provenance(
-        "patterns", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "edits": edits},
-    )  # fmt: skip
-    return Result(data, kind="attention patterns", title="Where each head looks", provenance=about)
+    return Result(data, kind="attention patterns", title="Where each head looks")
 
 
 # ---- what the rest of the package reads
@@ -153,12 +153,17 @@ def _check_whole(stack: Stack, area: str) -> None:
             )
 
 
-def single(model: Model, prompt: Any, target: str | None = None) -> Inputs:
+def single(model: Model, prompt: Any, decoder: str | None = None) -> Inputs:
     """One prompt as inputs; InputError for several."""
-    inputs = model.inputs(prompt, decoder=target)
+    inputs = model.inputs(prompt, decoder=decoder)
     if len(inputs) != 1:
         raise InputError(f"attention is read one prompt at a time, got {len(inputs)}: call it once for each")
     return inputs
+
+
+def asked(model: Model, prompt: Any, target: Any = None, against: Any = None, decoder: str | None = None) -> Question:
+    """The question about one prompt; InputError for several."""
+    return Question.of(model, single(model, prompt, decoder), target, against=against)
 
 
 def attended(
@@ -217,27 +222,12 @@ def texts(stream: Stream) -> list[str]:
     return list(stream.labels[0])
 
 
-def repeated(inputs: Inputs, times: int) -> Inputs:
-    """The same single prompt `times` times in a batch."""
-
-    def again(x: Any) -> Any:
-        return x.repeat_interleave(times, 0) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
-
-    streams: dict[str, Stream] = {}
-    for name, stream in inputs.streams.items():
-        same = next((n for n in streams if inputs.streams[n] is stream), None)
-        streams[name] = (
-            Stream(again(stream.ids), again(stream.mask), stream.labels * times) if same is None else streams[same]
-        )
-    return Inputs({k: again(v) for k, v in inputs.tensors.items()}, streams, inputs.texts * times)
-
-
 def visible(layers: Sequence[Tensor]) -> list[Tensor]:
     """Per layer [query, key]: whether any head can look there (what is masked is exactly 0 for all)."""
     return [(x > 0).any(0) for x in layers]
 
 
 def special(model: Model, stream: Stream) -> np.ndarray:
-    """[position] the special tokens of the first prompt, padding left out."""
+    """[position] the marks of the first prompt, padding left out."""
     ids = stream.ids[0][stream.mask[0].bool()].cpu().numpy()
-    return np.isin(ids, list(getattr(model.tokenizer, "all_special_ids", [])))
+    return np.isin(ids, list(special_ids(model.tokenizer)))

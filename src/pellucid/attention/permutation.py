@@ -13,6 +13,7 @@ instead. All variants go through the planner in one sweep.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,20 +21,22 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.attention.answers import Output, distribution, tv
-from pellucid.attention.patterns import Kind, attended, labelled, single, visible
+from pellucid.attention.comparing import moved
+from pellucid.attention.patterns import Kind, asked, attended, labelled, single, visible
 from pellucid.engine.edits import Edit, Patch
 from pellucid.errors import InputError
-from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Over = Literal["layers", "heads"]
 
 
+@technique
 def permuted_attention(
-    model: Model, prompt: Any, *, over: Over = "layers", draws: int = 20, target: str | None = None, seed: int = 0,
-    progress: bool = True, checkpoint: str | None = None,
+    model: Model, prompt: Any, *, over: Over = "layers", draws: int = 20, decoder: str | None = None,
+    edits: Sequence[Edit] = (), seed: int = 0,
+    checkpoint: str | None = None,
 ) -> Result:  # fmt: skip
     """How the prediction changes when attention is permuted, on one prompt.
 
@@ -48,18 +51,20 @@ def permuted_attention(
         raise InputError(f"over={over!r}: expected 'layers' or 'heads'")
     if draws < 1:
         raise InputError(f"{draws} permutations: expected at least 1")
-    inputs = single(model, prompt, target)
-    found = attended(model, inputs)
+    inputs = single(model, prompt, decoder)
+    found = attended(model, inputs, edits)
     kind = found.main
     layers, seen = found.values[kind], visible(found.values[kind])
     units = [(i, h) for i, x in enumerate(layers) for h in (range(len(x)) if over == "heads" else [None])]
     generator = torch.Generator().manual_seed(seed)
     shuffled = [[shuffle(a, s, generator) for a, s in zip(layers, seen, strict=True)] for _ in range(draws)]
     even = [s / s.sum(1, keepdim=True) * a.sum(-1, keepdim=True) for a, s in zip(layers, seen, strict=True)]
-    variants = [[edit(kind, i, h, draw[i])] for i, h in units for draw in (*shuffled, even)]
-    variants += [[edit(kind, i, None, draw[i]) for i in range(len(layers))] for draw in (*shuffled, even)]
-    output = Output.of(model, inputs)
-    sweep = model.sweep(inputs, variants, moved(output, found.run), progress=progress, checkpoint=checkpoint)
+    variants = [[*edits, edit(kind, i, h, draw[i])] for i, h in units for draw in (*shuffled, even)]
+    variants += [[*edits, *(edit(kind, i, None, draw[i]) for i in range(len(layers)))] for draw in (*shuffled, even)]
+    question = asked(model, inputs)
+    before = question.distribution(found.run).detach()
+    distance = question.whole("total_variation", lambda z: moved(question.probabilities(z), before.to(z.device)))
+    sweep = model.sweep(inputs, variants, distance, checkpoint=checkpoint)
     values = np.asarray(sweep.values)[:, 0].reshape(len(units) + 1, draws + 1)
     low, change, high = np.quantile(values[:, :-1], (0.25, 0.5, 0.75), axis=1)
     largest = [float(layers[i].amax(-1).mean() if h is None else layers[i][h].amax(-1).mean()) for i, h in units]
@@ -72,13 +77,7 @@ def permuted_attention(
             grid[i if h is None else (i, h)] = value
         variables[name] = (kind.dims[: len(shape)], grid)
     data = labelled(xr.Dataset({**variables, "all": change[-1], "all_uniform": values[-1, -1]}), found)
-    about = Provenance(
-        "permuted_attention", model.name, digest=model.digest, inputs=list(inputs.texts), seed=seed,
-        arguments={"over": over, "draws": draws, "target": target},
-    )  # fmt: skip
-    return Result(
-        data, kind="permuted attention", title="Does the prediction notice shuffled attention?", provenance=about
-    )
+    return Result(data, kind="permuted attention", title="Does the prediction notice shuffled attention?")
 
 
 def shuffle(pattern: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,15 +96,3 @@ def edit(kind: Kind, row: int, head: int | None, pattern: Tensor) -> Edit:
         return Patch(kind.site(kind.layers[row]), pattern.transpose(0, 1)[None])
     site = kind.site(kind.layers[row]).replace(f"{kind.area}.pattern", f"{kind.area}.heads.{head}.pattern")
     return Patch(site, pattern[head][None])
-
-
-def moved(output: Output, run: Any) -> BoundMetric:
-    """The distance of a prediction from that of a run, as a metric."""
-    reference = output.probabilities(run).detach()
-
-    def distance(logits: Tensor) -> Tensor:
-        z = logits if logits.ndim == 2 else logits[:, 0]
-        return tv(distribution(z), reference.to(z.device))
-
-    positions = None if output.position is None else (output.position,)
-    return BoundMetric("total_variation", positions, None, distance, classes=output.position is None)

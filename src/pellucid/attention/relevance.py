@@ -22,18 +22,20 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.attention.answers import Target, last_residual, rows_read
+from pellucid.attention.comparing import last_residual, rows_read
 from pellucid.attention.gradients import with_gradients
-from pellucid.attention.patterns import Attended, labelled, single
+from pellucid.attention.patterns import Attended, asked, labelled
 from pellucid.engine.edits import Edit
 from pellucid.metrics import Answers
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def relevance(
-    model: Model, prompt: Any, target: Target | None = None, *, against: Answers | None = None,
-    forced: str | None = None, edits: Sequence[Edit] = (),
+    model: Model, prompt: Any, target: Any = None, *, against: Answers | None = None,
+    decoder: str | None = None, edits: Sequence[Edit] = (),
 ) -> Result:  # fmt: skip
     """Chefer-style relevance of every token for a score (self-attention, cross-attention, encoder-decoders).
 
@@ -43,9 +45,8 @@ def relevance(
 
     >>> relevance(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    inputs = single(model, prompt, forced)
-    last = last_residual(model)
-    found, name = with_gradients(model, inputs, target, against, edits, keep=[last] if last else [])
+    question, last = asked(model, prompt, target, against, decoder), last_residual(model)
+    found = with_gradients(question, edits, keep=[last] if last else [])
     made = relevances(found)
     main = found.main
     read = rows_read(model, found.run).to(made[main.stack, main.stack])
@@ -62,11 +63,7 @@ def relevance(
     assert found.run.metric is not None
     variables = {n: (dims, values.numpy()) for n, (dims, values) in variables.items()}
     data = labelled(xr.Dataset(variables), found).assign(score=float(found.run.metric[0]))
-    about = Provenance(
-        "relevance", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"target": target, "against": against, "forced": forced, "edits": edits},
-    )  # fmt: skip
-    return Result(data, kind="attention relevance", title=f"Relevance through attention for {name}", provenance=about)
+    return Result(data, kind="attention relevance", title=f"Relevance through attention for {question.name}")
 
 
 def relevances(found: Attended) -> dict[tuple[str, str], Tensor]:

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pellucid.attention.adversarial import probe, reaching
-from pellucid.attention.answers import Output, distribution, js, tv
+from pellucid.attention.comparing import js, moved
 from pellucid.attention.patterns import attended, kinds, single
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
+from pellucid.question import Question
 from pellucid.results import Provenance, Result
 from pellucid.statistics import interval
 
@@ -60,11 +61,12 @@ def uniform_attention(
     """
     _check(texts, labels)
     _check(test_texts, test_labels)
-    with torch.no_grad():
-        if model.run(texts[0]).logits.ndim != 2:
-            raise Refused(
-                "uniform_attention trains classifiers, and this model is none: open one with task='classification'"
-            )
+    told = model.anatomy.answering
+    if told.meaning != "class" or (told.independent and told.size > 1):
+        raise Refused(
+            "uniform_attention trains classifiers of one class a text, and this model is none: open one with "
+            "task='classification'"
+        )
     right = np.zeros((2, 2, len(test_texts)))
     for i, name in enumerate(("own", "uniform")):
         edits = [] if name == "own" else uniform(model)
@@ -146,35 +148,35 @@ class Base:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._known: dict[str, tuple[Output, list[Tensor]]] = {}
+        self._known: dict[str, tuple[Question, list[Tensor]]] = {}
 
     def compared(self, twin: Model, text: str) -> tuple[Tensor, Tensor, bool]:
         """tv of the outputs, mean js of attention over counted rows (both with gradients for the twin), and whether the
         decision is the same."""
         inputs = single(self.model, text)
-        output, counted = self.about(text, inputs)
+        question, counted = self.about(text, inputs)
         with torch.no_grad():
             own = attended(self.model, inputs)
-            before = output.probabilities(own.run)
+            before = question.distribution(own.run)
         sites = [kind.site(layer) for kind in own.kinds for layer in kind.layers]
         run = twin.run(inputs, keep=sites)
-        after = output.probabilities(run)
+        after = question.distribution(run)
         originals = [a for kind in own.kinds for a in own.values[kind]]
         total = after.new_zeros(())
         for site, original, rows in zip(sites, originals, counted, strict=True):
             total = total + (js(run.tensor(site)[0].to(original), original) * rows).sum()
         far = total / sum(float(rows.sum()) for rows in counted)
-        return tv(after, before)[0], far, bool(after[0].argmax() == before[0].argmax())
+        return moved(after, before)[0], far, bool((after.argmax(-1) == before.argmax(-1)).all())
 
-    def about(self, text: str, inputs: Inputs) -> tuple[Output, list[Tensor]]:
+    def about(self, text: str, inputs: Inputs) -> tuple[Question, list[Tensor]]:
         """How the answer to a text is read, and which rows of each layer's attention count, [head, query]."""
         if text not in self._known:
-            output = Output.of(self.model, inputs)
-            found = attended(self.model, inputs, grad_of=probe(output))
+            question = Question.of(self.model, inputs)
+            found = attended(self.model, inputs, grad_of=probe(question))
             counted = [row for kind in found.kinds for row in reaching(found, kind)]
             if not any(bool(row.any()) for row in counted):
                 raise InputError(f"no attention reaches the output for {text!r}: give longer texts")
-            self._known[text] = output, counted
+            self._known[text] = question, counted
         return self._known[text]
 
 
@@ -202,7 +204,7 @@ def _fit_labels(
     for part in tqdm(_parts(len(texts), epochs, batch, seed), desc="training", disable=not progress):
         with torch.enable_grad():
             z = twin.run([texts[t] for t in part.tolist()], edits=edits).logits
-            loss = nn.functional.nll_loss(distribution(z).clamp_min(1e-30).log(), y[part].to(z.device))
+            loss = nn.functional.nll_loss(_classes(z).clamp_min(1e-30).log(), y[part].to(z.device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -214,8 +216,13 @@ def _right(model: Model, texts: Sequence[str], labels: Sequence[int], edits: Seq
     with torch.no_grad():
         for start in range(0, len(texts), batch):
             z = model.run(list(texts[start : start + batch]), edits=edits).logits
-            guesses.append(distribution(z).argmax(1).cpu())
+            guesses.append(_classes(z).argmax(1).cpu())
     return (torch.cat(guesses).numpy() == np.asarray(labels)).astype(float)
+
+
+def _classes(z: Tensor) -> Tensor:
+    """[text, class]; a single logit is of two classes, no and yes."""
+    return torch.cat([(-z).sigmoid(), z.sigmoid()], 1) if z.shape[1] == 1 else z.softmax(1)
 
 
 def _parameters(model: Model, trained: Trained | None) -> list[nn.Parameter]:

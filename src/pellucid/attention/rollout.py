@@ -33,13 +33,15 @@ from pellucid.attention.patterns import Attended, Kind, attended, labelled, sing
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 Residual = float | str
 
 
+@technique
 def rollout(
-    model: Model, prompt: Any, *, residual: Residual = 0.5, target: str | None = None, edits: Sequence[Edit] = ()
+    model: Model, prompt: Any, *, residual: Residual = 0.5, decoder: str | None = None, edits: Sequence[Edit] = ()
 ) -> Result:
     """Attention rollout of one prompt after every layer.
 
@@ -50,7 +52,7 @@ def rollout(
 
     >>> rollout(model, "The capital of France is").sel(layer=11, query=4).rollout  # doctest: +SKIP
     """
-    inputs = single(model, prompt, target)
+    inputs = single(model, prompt, decoder)
     found, mixing = mixed(model, inputs, residual, edits)
     null = rolled(found, [step.alike() for step in mixing])
     variables = {}
@@ -60,13 +62,7 @@ def rollout(
         variables["null" if name == "rollout" else f"{name}_null"] = (dims, null[name][1].numpy())
     order = sorted(variables, key=lambda name: name != "rollout")
     data = labelled(xr.Dataset({name: variables[name] for name in order}), found)
-    about = Provenance(
-        "rollout", model.name, digest=model.digest, inputs=list(inputs.texts),
-        arguments={"residual": residual, "target": target, "edits": edits},
-    )  # fmt: skip
-    return Result(
-        data, kind="attention rollout", title=f"Attention rollout, residual share {residual}", provenance=about
-    )
+    return Result(data, kind="attention rollout", title=f"Attention rollout, residual share {residual}")
 
 
 @dataclass(frozen=True, eq=False)

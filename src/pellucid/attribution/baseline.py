@@ -1,7 +1,13 @@
 """What stands where a token is absent? A choice, which changes the ranking; so it has a name and is kept in the result.
 
-"pad", "mask", "unk" or any token, in the place of every token; "zero" or "mean", the zero or the mean embedding; or a
-prompt or ids of the same length. Fixed tokens (special ones) keep their own embedding.
+    "pad", "mask", "unk"     that token of the tokenizer, in the place of every token
+    any other token          such as ".", in the place of every token; or a prompt, or ids, of the same length
+    "zero", "mean"           the zero or the mean embedding
+    "remove", "resample"     the token is left out, or one that could stand there is drawn (`pellucid.attribution.absence`):
+                             nothing an embedding could move from, so methods with a gradient refuse them
+
+The names mean the same in every method and in the evaluation; a token that is spelt like one is given as ids. Fixed tokens
+(marks) keep their own embedding.
 """
 
 from __future__ import annotations
@@ -15,11 +21,12 @@ from torch import Tensor
 
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
-from pellucid.attribution.target import pieces
 from pellucid.errors import InputError, Refused
+from pellucid.question import pieces
 from pellucid.tasks.tokens import encode
 
 NAMED = ("pad", "mask", "unk")
+WITHOUT = ("remove", "resample")  # absence that is no embedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,11 @@ class Baseline:
         case = embedded.case
         if baseline is None:
             baseline = next((n for n in ("mask", "pad") if _special_id(case, n) is not None), "mean")
+        if isinstance(baseline, str) and baseline in WITHOUT:
+            raise InputError(
+                f"baseline={baseline!r} puts nothing in a token's place, so there is no embedding to start from: give a "
+                "token, 'mask', 'pad', 'mean' or ids, or a method that only runs the model, such as occlusion or shapley"
+            )
         ids = None
         if isinstance(baseline, str) and baseline in ("zero", "mean"):
             values = embedded.mean if baseline == "mean" else torch.zeros_like(embedded.values)

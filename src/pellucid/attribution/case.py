@@ -18,21 +18,20 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.anatomy.sites import Site
-from pellucid.attribution.target import Continuation, Target, bind, pieces
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.marks import special_ids
+from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.question import Question, pieces
+from pellucid.results import Result
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One prompt on a model: `inputs`, the bound `target`, and the credited streams by the name of their stack."""
+    """One prompt on a model, what is asked about it, and the credited streams by the name of their stack."""
 
-    model: Model
-    inputs: Inputs
-    target: Target
+    question: Question
     streams: dict[str, Stream]
     keep_special: bool = True
 
@@ -44,16 +43,27 @@ class Case:
         target: Any = None,
         *,
         against: Answers | None = None,
-        forced: str | None = None,
+        decoder: str | None = None,
         keep_special: bool = True,
     ) -> Case:
-        """Bind a target (see `pellucid.attribution.target`) to a prompt. InputError as `bind` says."""
-        inputs, bound = bind(model, prompt, target, against, forced)
+        """Ask one prompt about a target (see `pellucid.question`). InputError as `Question.of` says."""
+        question = Question.of(model, prompt, target, against=against, decoder=decoder)
+        inputs = question.inputs
+        if len(inputs) != 1:
+            raise InputError(f"an attribution takes one prompt at a time, got {len(inputs)}: call it once for each")
         streams = {"": inputs.stream("")}
         if "decoder" in inputs.streams:
-            credited = ("encoder", "decoder") if isinstance(target, Continuation) else ("encoder",)
+            credited = ("encoder", "decoder") if question.kind == "continuation" else ("encoder",)
             streams = {name: inputs.streams[name] for name in credited}
-        return cls(model, inputs, bound, streams, keep_special)
+        return cls(question, streams, keep_special)
+
+    @property
+    def model(self) -> Model:
+        return self.question.model
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.question.inputs
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -71,9 +81,8 @@ class Case:
 
     @cached_property
     def special(self) -> np.ndarray:
-        """[position] tokens that are no text: special ones, padding, and the one a decoder starts with."""
-        tokenizer = self.model.tokenizer
-        known = set(getattr(tokenizer, "all_special_ids", [])) - {getattr(tokenizer, "unk_token_id", None)}
+        """[position] tokens that are no text: marks (see `engine.marks`), padding, and the one a decoder starts with."""
+        known = special_ids(self.model.tokenizer)
         found = [[int(i) in known for i in stream.ids[0]] for stream in self.streams.values()]
         for (name, stream), row in zip(self.streams.items(), found, strict=True):
             row[:] = [s or not m for s, m in zip(row, stream.mask[0].bool().tolist(), strict=True)]
@@ -90,8 +99,8 @@ class Case:
     @cached_property
     def visible(self) -> np.ndarray:
         """[output, position] False where a token comes too late to matter: in a continuation, behind what predicts."""
-        seen = np.ones((len(self.target.outputs), len(self.tokens)), bool)
-        bound = self.target.bound
+        seen = np.ones((len(self.question.outputs), len(self.tokens)), bool)
+        bound = self.question.metric
         if bound is not None and bound.outputs is not None and bound.positions is not None:
             last = "" if "" in self.streams else "decoder"
             if self.model.anatomy.stacks[-1].causal and last in self.streams and len(bound.positions) == bound.outputs:
@@ -106,21 +115,24 @@ class Case:
     def read(self, found: Any) -> Tensor:
         """[row, output] of the target, from the logits or from the values at its site."""
         mask = self.inputs.stream("").mask.expand(len(found), -1)
-        return self.target.read(found, mask)
+        return self.question.read(found, mask)
 
     # ---- results
 
+    @property
+    def _asked(self) -> dict[str, str]:
+        q = self.question
+        told = {"answer": " / ".join(a.text for a in q.answers), "against": " / ".join(a.text for a in q.against)}
+        return {"attributed": q.name, **{name: text for name, text in told.items() if text}}
+
     def result(
         self,
-        method: str,
         title: str,
         variables: dict[str, Any],
         *,
-        arguments: dict[str, Any],
         coords: dict[str, Any] | None = None,
         attrs: dict[str, Any] | None = None,
         labels: Sequence[str] | None = None,
-        seed: int | None = None,
     ) -> Result:
         """A labelled result. `variables` are scalars, [output], [player] or [output, player] (arrays or tensors),
         or (dimensions, array); the players are the tokens, or what `labels` names. A single target has no dimension
@@ -136,19 +148,15 @@ class Case:
                     dim,
                     [names[n] for n, size in zip(self.streams, self.lengths, strict=True) for _ in range(size)],
                 )
-        if not self.target.single:
-            kept["output"] = range(len(self.target.outputs))
-            kept["output_token"] = ("output", list(self.target.outputs))
+        if not self.question.single:
+            kept["output"] = range(len(self.question.outputs))
+            kept["output_token"] = ("output", list(self.question.outputs))
         data = xr.Dataset(
             {name: self._labelled(value, dim, len(labels)) for name, value in variables.items()},
             coords={**kept, **(coords or {})},
-            attrs={"attributed": self.target.name, **(attrs or {})},
+            attrs={**self._asked, **(attrs or {})},
         )
-        provenance = Provenance(
-            method, self.model.name, digest=self.model.digest, inputs=list(self.inputs.texts),
-            arguments=arguments, seed=seed,
-        )  # fmt: skip
-        return Result(data, kind="attribution", title=title, provenance=provenance)
+        return Result(data, kind="attribution", title=title)
 
     def _labelled(self, value: Any, dim: str, players: int) -> Any:
         if isinstance(value, tuple):  # the caller named the dimensions
@@ -156,17 +164,9 @@ class Case:
         array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         if array.ndim == 0:
             return array.item()
-        outputs = len(self.target.outputs)
+        outputs = len(self.question.outputs)
         if array.shape == (outputs, players):
-            return (dim, array[0]) if self.target.single else (("output", dim), array)
+            return (dim, array[0]) if self.question.single else (("output", dim), array)
         if array.shape == (outputs,):
-            return array[0].item() if self.target.single else ("output", array)
+            return array[0].item() if self.question.single else ("output", array)
         return (dim, array)
-
-
-def stated(given: dict[str, Any]) -> dict[str, Any]:
-    """A method's options for its provenance, from its `locals()` at the start."""
-    apart = ("model", "prompt", "seed", "progress", "checkpoint")
-    return {
-        name: str(value) if isinstance(value, Site) else value for name, value in given.items() if name not in apart
-    }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pellucid.attribution.baseline import Baseline
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.deeplift_rules import Chord, Recorded, Rescaled
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
@@ -28,15 +28,17 @@ from pellucid.errors import Refused
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def deeplift(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     baseline: Any = None,
     players: Any = "token",
     keep_special: bool = True,
@@ -51,11 +53,10 @@ def deeplift(
 
     >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     start = Baseline.of(embedded, baseline)
-    with torch.no_grad(), Recorded(model.module) as record:
+    with torch.no_grad(), Recorded(model.module, model.anatomy.memo) as record:
         below = embedded.scores(start.values)[0]
     x = embedded.values.detach().clone().requires_grad_()
     with torch.enable_grad(), Rescaled(record) as rules:
@@ -81,9 +82,9 @@ def deeplift(
         )
     values, labels = credited.pooled(case, found)
     return case.result(
-        "deeplift", f"DeepLIFT of {case.target.name} from {start.name!r}",
+        f"DeepLIFT of {case.question.name} from {start.name!r}",
         {"attribution": values, "score": above, "baseline_score": below, "gap": gap,
          "gradients": 1, "evaluations": 1},
-        arguments=arguments, labels=labels, attrs={"baseline": start.name},
+        labels=labels, attrs={"baseline": start.name},
         coords={} if labels else {"baseline_token": ("position", list(start.labels))},
     )  # fmt: skip

@@ -18,7 +18,7 @@ through the same operators in the same order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.trace import in_place, tensors
 from pellucid.attribution.relevance_operators import CONTRACTIONS, EMPTY, LINEAR, PRODUCTS, SCALAR, SUMS
 from pellucid.attribution.relevance_scalars import scalar_modules
@@ -50,15 +51,15 @@ class Recorded(TorchFunctionMode):
     """Notes the tensors that every operator with a rule is given, in order, and so for modules that are a function of one
     number, of several operators perhaps (GELU written out): they are one function."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, memo: Memo | None = None) -> None:
         super().__init__()
-        self.module = module
+        self.scalars = scalar_modules(module, memo)
         self.calls: list[tuple[str, list[Tensor]]] = []
         self.given: list[Tensor] = []
         self._hooks, self._thread = ExitStack(), threading.get_ident()
 
     def __enter__(self) -> Recorded:
-        _hooked(self.module, self._hooks, self._meet)
+        _hooked(self.scalars, self._hooks, self._meet)
         super().__enter__()
         return self
 
@@ -82,12 +83,13 @@ class Rescaled(TorchFunctionMode):
 
     def __init__(self, record: Recorded) -> None:
         super().__init__()
-        self.module, self.calls, self.next, self.given = record.module, record.calls, 0, iter(record.given)
+        self.calls, self.next, self.given = record.calls, 0, iter(record.given)
+        self.scalars = record.scalars
         self.uncovered: set[str] = set()
         self._hooks, self._thread = ExitStack(), threading.get_ident()
 
     def __enter__(self) -> Rescaled:
-        _hooked(self.module, self._hooks, self._meet)
+        _hooked(self.scalars, self._hooks, self._meet)
         super().__enter__()
         return self
 
@@ -325,8 +327,8 @@ def normed(pair: Pair, dims: tuple[int, ...], eps: float) -> Tensor:
     return multiplied(torch.mul, pair, secant(torch.rsqrt, squares))[0]  # type: ignore[arg-type]
 
 
-def _hooked(module: nn.Module, stack: ExitStack, hook: Function) -> None:
-    for part in scalar_modules(module):
+def _hooked(parts: Iterable[nn.Module], stack: ExitStack, hook: Function) -> None:
+    for part in parts:
         stack.callback(part.register_forward_hook(hook).remove)
 
 

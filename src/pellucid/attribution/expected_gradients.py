@@ -17,35 +17,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
+from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.tasks.tokens import encode
+from pellucid.technique import technique
 
 
+@technique
 def expected_gradients(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     references: Sequence[str | Sequence[int]] | None = None,
-    samples: int = 100,
+    draws: int = 100,
     players: Any = "token",
     keep_special: bool = True,
     seed: int = 0,
 ) -> Result:
-    """Integrated gradients averaged over `samples` random baselines, one gradient each.
+    """Integrated gradients averaged over `draws` random baselines, one gradient each.
 
     `references` are texts (or token ids) to draw baselines from: a text by chance, and a stretch of it as long as the
     prompt (a shorter text is repeated). Without them baselines are tokens drawn from the vocabulary. The other options
     are those of `integrated_gradients`; fixed tokens (special ones) keep their embedding and get 0. InputError for
-    fewer than two samples or an empty reference.
+    fewer than two draws or an empty reference.
 
     Gives `attribution` and its standard `error` [position] (or [player]; with [output] in front for a continuation),
     `score`, `baseline_score` (the mean over the drawn baselines), `gap` = sum of attributions - (score -
@@ -53,14 +56,13 @@ def expected_gradients(
 
     >>> expected_gradients(model, prompt, " Paris", references=["Rome is old.", "He likes tea."])  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    if samples < 2:
-        raise InputError(f"samples={samples}: expected at least 2")
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    if draws < 2:
+        raise InputError(f"draws={draws}: expected at least 2")
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     generator = torch.Generator().manual_seed(seed)
-    ids = draw(case, references, samples, generator)
-    at = torch.rand(samples, generator=generator)
+    ids = draw(case, references, draws, generator)
+    at = torch.rand(draws, generator=generator)
     slopes, below = _slopes(embedded, ids, at)
     with torch.no_grad():
         score = embedded.scores(embedded.values)[0].double().cpu()
@@ -68,11 +70,11 @@ def expected_gradients(
     apart = slopes.sum(-1) - (score - below)
     drawn = "tokens of the vocabulary" if references is None else f"{len(references)} reference texts"
     return case.result(
-        "expected_gradients", f"Expected gradients of {case.target.name} from {drawn}",
-        {"attribution": values.mean(0), "error": values.std(0, ddof=1) / np.sqrt(samples), "score": score,
-         "baseline_score": below.mean(0), "gap": apart.mean(0), "gap_error": apart.std(0) / np.sqrt(samples),
-         "gradients": samples, "evaluations": samples + 1},
-        arguments=arguments, labels=labels, attrs={"baseline": drawn}, seed=seed,
+        f"Expected gradients of {case.question.name} from {drawn}",
+        {"attribution": values.mean(0), "error": values.std(0, ddof=1) / np.sqrt(draws), "score": score,
+         "baseline_score": below.mean(0), "gap": apart.mean(0), "gap_error": apart.std(0) / np.sqrt(draws),
+         "gradients": draws, "evaluations": draws + 1},
+        labels=labels, attrs={"baseline": drawn},
     )  # fmt: skip
 
 
@@ -92,19 +94,19 @@ def _slopes(embedded: Embedded, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor
 
 
 def draw(
-    case: Case, references: Sequence[str | Sequence[int]] | None, samples: int, generator: torch.Generator
+    case: Case, references: Sequence[str | Sequence[int]] | None, draws: int, generator: torch.Generator
 ) -> Tensor:
     """Token ids [sample, position] of baselines."""
     length = len(case.ids)
     if references is None:
         allowed = torch.tensor(_vocabulary(case))
-        drawn = torch.randint(len(allowed), (samples, length), generator=generator)
+        drawn = torch.randint(len(allowed), (draws, length), generator=generator)
         return allowed[drawn].to(case.ids)
     texts = [_ids(case, each) for each in references]
     if not texts or not all(texts):
         raise InputError("references must be texts of at least one token: give one or more")
     rows = []
-    for which in torch.randint(len(texts), (samples,), generator=generator).tolist():
+    for which in torch.randint(len(texts), (draws,), generator=generator).tolist():
         text = texts[which]
         last = max(0, len(text) - length)
         first = int(torch.randint(last + 1, (1,), generator=generator))
@@ -117,8 +119,7 @@ def _vocabulary(case: Case) -> list[int]:
     tokenizer, module = case.model.tokenizer, cast(Any, case.model.module)
     table = module.get_input_embeddings()
     size = int(table.num_embeddings) if hasattr(table, "num_embeddings") else int(case.ids.max()) + 1
-    special = set(getattr(tokenizer, "all_special_ids", []))
-    return [i for i in range(min(size, len(tokenizer)) if tokenizer is not None else size) if i not in special]
+    return ordinary_ids(tokenizer, size)
 
 
 def _ids(case: Case, text: Any) -> list[int]:

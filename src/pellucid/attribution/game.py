@@ -10,7 +10,6 @@ distinct coalition is run once.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pellucid.anatomy.structure import Tap
 from pellucid.attribution.baseline import Baseline
@@ -27,6 +25,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit, Patch
+from pellucid.engine.pausing import progress
 from pellucid.errors import Refused
 from pellucid.results import Result
 
@@ -35,10 +34,12 @@ ROOM = 1e-3  # how far a replaced first residual may be from that of the replace
 
 @dataclass(eq=False)
 class Coalitions:
-    """v(S) [n, output] of coalitions [n, player], every distinct one asked for once; `evaluations` counts what it took."""
+    """v(S) [n, output] of coalitions [n, player], every distinct one asked for once; `evaluations` counts what it took,
+    `name` says what stands in the place of the absent."""
 
     case: Case
     players: Players
+    name: str
     evaluations: int = field(default=0, init=False)
     _known: dict[bytes, Tensor] = field(default_factory=dict, init=False, repr=False)
 
@@ -60,9 +61,32 @@ class Coalitions:
         """[output] with every player absent."""
         return self(torch.zeros(1, len(self.players)))[0]
 
+    @cached_property
+    def seen(self) -> Tensor:
+        """[output, player] False for those who come too late to matter."""
+        visible = self.case.visible
+        return torch.tensor(np.stack([visible[:, list(group)].any(1) for group in self.players.members], 1))
+
     def _run(self, present: Tensor) -> Tensor:
         """v of distinct coalitions [n, player], as booleans; counts them."""
         raise NotImplementedError
+
+    # ---- results
+
+    def result(self, title: str, variables: dict[str, Any], *, attrs: dict[str, Any] | None = None) -> Result:
+        """A result of these questions: `variables` are scalars, [output] or [output, player]; the scores with everybody and with
+        nobody, and what it cost, are added."""
+        labels = None
+        for name, value in variables.items():
+            if np.ndim(value) == 2:
+                seen = torch.where(self.seen, torch.as_tensor(value), 0.0)
+                variables[name], labels = self.players.labelled(self.case, seen)
+        return self.case.result(
+            title,
+            {**variables, "score": self.all, "baseline_score": self.none, "evaluations": self.evaluations},
+            labels=labels,
+            attrs={"baseline": self.name, "players": self.players.unit, **(attrs or {})},
+        )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -71,30 +95,18 @@ class Game(Coalitions):
 
     baseline: Baseline
     embedded: Embedded
-    progress: bool = True
     checkpoint: str | Path | None = None
     _asked: int = 0
 
     @classmethod
     def of(
-        cls,
-        case: Case,
-        players: Any = "token",
-        baseline: Any = None,
-        *,
-        progress: bool = True,
-        checkpoint: str | Path | None = None,
+        cls, case: Case, players: Any = "token", baseline: Any = None, *, checkpoint: str | Path | None = None
     ) -> Game:
         """`checkpoint` is a file that keeps what is done of the first question, so that it continues if interrupted;
         further questions get files of that name with a number."""
         embedded = Embedded(case)
-        return cls(case, Players.of(case, players), Baseline.of(embedded, baseline), embedded, progress, checkpoint)
-
-    @cached_property
-    def seen(self) -> Tensor:
-        """[output, player] False for those who come too late to matter."""
-        visible = self.case.visible
-        return torch.tensor(np.stack([visible[:, list(group)].any(1) for group in self.players.members], 1))
+        start = Baseline.of(embedded, baseline)
+        return cls(case, Players.of(case, players), start.name, start, embedded, checkpoint)
 
     def absent(self, present: Tensor) -> list[int]:
         """Token positions absent in one coalition [player]."""
@@ -108,16 +120,14 @@ class Game(Coalitions):
             return self._rows(present)
         path = self._checkpoint()
         variants = [self._edits(self.absent(row)) for row in present]
-        swept = self.case.model.sweep(
-            self.case.inputs, variants, self.case.target.bound, progress=self.progress, checkpoint=path
-        )
+        swept = self.case.model.sweep(self.case.inputs, variants, self.case.question.metric, checkpoint=path)
         values = swept.values[:, 0].double()
         return values[:, None] if values.ndim == 1 else values
 
     @property
     def _nothing_spared(self) -> bool:
         """A classifier that looks ahead reads every position of every layer: then the planner is only asked to resume."""
-        bound, last = self.case.target.bound, self.case.model.anatomy.stacks[-1]
+        bound, last = self.case.question.metric, self.case.model.anatomy.stacks[-1]
         return self.checkpoint is None and bound is not None and bound.classes and not last.causal
 
     def _checkpoint(self) -> Path | None:
@@ -130,37 +140,14 @@ class Game(Coalitions):
         """In batches through the whole model, where the planner cannot read the target or place the edits."""
         rows, made = self.embedded.batches(len(present)), []
         fixed, own = self.baseline.values, self.embedded.values
-        with (
-            torch.no_grad(),
-            tqdm(total=len(present), unit="run", disable=not (self.progress and sys.stderr.isatty())) as bar,
-        ):
+        with torch.no_grad(), progress(what="runs", total=len(present)) as bar:
             for part in present.split(rows):
                 here = torch.ones(len(part), own.shape[1], 1, device=own.device)
                 for row, coalition in enumerate(part):
                     here[row, self.absent(coalition)] = 0
                 made.append(self.embedded.scores(torch.where(here.bool(), own, fixed)).double().cpu())
-                bar.update(len(part))
+                bar.step(len(part))
         return torch.cat(made)
-
-    # ---- results
-
-    def result(
-        self, method: str, title: str, variables: dict[str, Any], *, arguments: dict[str, Any], seed: int | None = None,
-        attrs: dict[str, Any] | None = None,
-    ) -> Result:  # fmt: skip
-        """A result of this game: `variables` are scalars, [output] or [output, player]; the scores with everybody and with
-        nobody, and what it cost, are added."""
-        labels = None
-        for name, value in variables.items():
-            if np.ndim(value) == 2:
-                seen = torch.where(self.seen, torch.as_tensor(value), 0.0)
-                variables[name], labels = self.players.labelled(self.case, seen)
-        return self.case.result(
-            method, title,
-            {**variables, "score": self.all, "baseline_score": self.none, "evaluations": self.evaluations},
-            arguments=arguments, labels=labels, seed=seed,
-            attrs={"baseline": self.baseline.name, "players": self.players.unit, **(attrs or {})},
-        )  # fmt: skip
 
     # ---- absence as an edit of the first residual
 
@@ -191,7 +178,7 @@ class Game(Coalitions):
     def _replaceable(self) -> bool:
         """Whether replacing what enters the first block is what replacing the tokens is: not where an embedding looks
         at its neighbours (or counts positions by the padding token). Tried on every second player."""
-        bound = self.case.target.bound
+        bound = self.case.question.metric
         padded = any(stream.padded for stream in self.case.inputs.streams.values())
         if bound is None or padded or len(self._entered) < len(self.case.streams):
             return False
@@ -201,17 +188,10 @@ class Game(Coalitions):
         if bool(half.all()):
             half[:] = False
         try:
-            swept = self.case.model.sweep(self.case.inputs, [self._edits(self.absent(half))], bound, progress=False)
+            swept = self.case.model.sweep(self.case.inputs, [self._edits(self.absent(half))], bound)
         except Refused:  # what enters the first block is no output of a module of its own
             return False
-        truth = self._quiet(half)
+        truth = self._rows(half[None])[0]
         return torch.allclose(
             swept.values[0, 0].double().reshape(-1), truth, atol=ROOM * max(1.0, float(truth.abs().max())), rtol=0
         )
-
-    def _quiet(self, present: Tensor) -> Tensor:
-        progress, self.progress = self.progress, False
-        try:
-            return self._rows(present[None])[0]
-        finally:
-            self.progress = progress

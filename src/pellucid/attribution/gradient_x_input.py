@@ -10,40 +10,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.attribution.saliency import free
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def gradient_x_input(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     keep_special: bool = True,
 ) -> Result:
     """The product of each token's embedding with the gradient there, from one forward and backward pass.
 
-    `target`, `against`, `forced` and `players` are those of `integrated_gradients`; fixed tokens (special ones) get 0.
+    `target`, `against`, `decoder` and `players` are those of `integrated_gradients`; fixed tokens (special ones) get 0.
     Refused where the model has no gradient.
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation) and `score`.
 
     >>> gradient_x_input(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     score, gradient = embedded.gradients(embedded.values)
     values, labels = credited.pooled(case, (free(case, gradient[0]) * embedded.values).double().sum(-1).cpu())
     return case.result(
-        "gradient_x_input", f"Gradient x input of {case.target.name}",
-        {"attribution": values, "score": score[0], "gradients": 1}, arguments=arguments, labels=labels,
+        f"Gradient x input of {case.question.name}",
+        {"attribution": values, "score": score[0], "gradients": 1}, labels=labels,
     )  # fmt: skip

@@ -10,7 +10,7 @@ and bounded. Only the output of the token embedding moves: positions and segment
 counts as absence is a choice that changes the ranking, so the baseline is part of the result; special tokens
 keep their own embedding in it (unless `keep_special=False`) and so receive nothing.
 
-With `at=` the line is drawn at a layer instead: x is what is met there when the model reads the prompt, b what is met
+With `site=` the line is drawn at a layer instead: x is what is met there when the model reads the prompt, b what is met
 when it reads the baseline. There special tokens have read the others, so they do receive.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.attribution.baseline import Baseline
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded, Inside
 from pellucid.attribution.players import Players
 from pellucid.attribution.quadrature import Rule, quadrature, refine
@@ -36,19 +36,21 @@ from pellucid.errors import InputError, Refused
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 LIMIT = 2048  # gradients along a path before it is given up
 
 
+@technique
 def integrated_gradients(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     baseline: Any = None,
-    at: Site | str | None = None,
+    site: Site | str | None = None,
     steps: int | None = None,
     rule: Rule = "gauss-legendre",
     tolerance: float = 0.01,
@@ -61,11 +63,11 @@ def integrated_gradients(
     `target` is a token or a class whose logit is attributed (minus that of `against`), any metric, a `continuation` or
     a `reading`; by default the prediction. `baseline` is "pad", "mask" or any token ("." for instance), put in the
     place of every token; "zero" or "mean", the zero or the mean embedding; or a prompt or ids of the same length. The
-    default is the first of "mask", "pad" that the tokenizer has, else "mean". `at` names a site of the residual stream
+    default is the first of "mask", "pad" that the tokenizer has, else "mean". `site` names one of the residual stream
     to start from instead of the embedding. Without `steps`, gradients are taken where the path is rough (see `refine`)
     until the completeness gap is within `tolerance` of the attributions' total size, and Refused is raised if 2048 do
     not suffice; with a fixed number of steps of a `rule`, a larger gap is warned about. `players` sums over words or
-    spans; `forced` is the decoder's text in an encoder-decoder.
+    spans; `decoder` is the decoder's text in an encoder-decoder.
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation) with coordinates `token`,
     `baseline_token` and `special`; `score`, `baseline_score`, `gap` = sum of attributions - (score - baseline_score),
@@ -74,18 +76,17 @@ def integrated_gradients(
 
     >>> integrated_gradients(model, "The capital of France is", baseline="mean").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
     if rule not in get_args(Rule):
         raise InputError(f"unknown rule {rule!r}: expected one of {', '.join(get_args(Rule))}")
     if steps is not None and steps < 1:
         raise InputError(f"{steps} steps: expected at least 1")
     if steps is None and rule != "gauss-legendre":
         raise InputError(f"the rule {rule!r} needs a number of steps: give steps=50, for instance")
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited = Players.of(case, players)
     embedded = Embedded(case)
     start = Baseline.of(embedded, baseline)
-    path = Path.of(embedded, start, at)
+    path = Path.of(embedded, start, site)
     attribution, n = path.integral(steps, rule, tolerance)
     ends = path.heights(torch.tensor([0.0, 1.0])).numpy()
     gap = attribution.sum(-1) - (ends[1] - ends[0])
@@ -100,16 +101,16 @@ def integrated_gradients(
     }  # fmt: skip
     coords: dict[str, Any] = {} if labels else {"baseline_token": ("position", list(start.labels))}
     if compare:
-        others = [Path.of(embedded, Baseline.of(embedded, b), at) for b in compare]
+        others = [Path.of(embedded, Baseline.of(embedded, b), site) for b in compare]
         found = [other.integral(steps, rule, tolerance) for other in others]
         variables["rank_agreement"] = ("baseline", [_ranked_alike(attribution, other) for other, _ in found])
         variables["gradients"] = n + sum(used for _, used in found)
         coords["baseline"] = [b if isinstance(b, str) else f"token ids {i}" for i, b in enumerate(compare)]
-    place = "" if at is None else f" at {at}"
+    place = "" if site is None else f" at {site}"
     return case.result(
-        "integrated_gradients", f"Integrated gradients of {case.target.name}{place} from {start.name!r}", variables,
-        arguments=arguments, coords=coords, labels=labels,
-        attrs={"baseline": start.name, "rule": rule if steps else "refined", "at": str(at or "embedding")},
+        f"Integrated gradients of {case.question.name}{place} from {start.name!r}", variables,
+        coords=coords, labels=labels,
+        attrs={"baseline": start.name, "rule": rule if steps else "refined", "site": str(site or "embedding")},
     )  # fmt: skip
 
 
@@ -124,10 +125,10 @@ class Path:
     evaluations: int = 0  # rows run for scores alone
 
     @classmethod
-    def of(cls, embedded: Embedded, start: Baseline, at: Site | str | None) -> Path:
-        if at is None:
+    def of(cls, embedded: Embedded, start: Baseline, site: Site | str | None) -> Path:
+        if site is None:
             return cls(embedded, start.values, embedded.values, slice(None))
-        inside = Inside(embedded, at)
+        inside = Inside(embedded, site)
         return cls(inside, inside.of(embedded, start.values), inside.values, inside.place)
 
     def integral(self, steps: int | None, rule: Rule, tolerance: float) -> tuple[np.ndarray, int]:

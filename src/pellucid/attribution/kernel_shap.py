@@ -5,7 +5,7 @@
 
 Kernel SHAP (Lundberg and Lee 2017). The constraint is kept exactly, by elimination (their code and Captum's give the
 empty and the full coalition a large weight instead). Coalitions are drawn with probability k(S), each with its
-complement (Covert and Lee 2021), and weigh the same then; if all of them fit into the samples, all are asked for, and
+complement (Covert and Lee 2021), and weigh the same then; if all of them fit into the draws, all are asked for, and
 the values are exact.
 """
 
@@ -18,75 +18,75 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
-from pellucid.attribution.game import Game
+from pellucid.attribution.absence import absence
+from pellucid.attribution.case import Case
 from pellucid.attribution.shapley import coalitions
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.statistics import weights as resampled
+from pellucid.technique import technique
 
 RESAMPLES = 200  # of the bootstrap
 ROOM = 16  # no more than 2^16 coalitions are listed
 
 
+@technique
 def kernel_shap(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
-    samples: int = 200,
+    draws: int = 200,
     baseline: Any = None,
     keep_special: bool = True,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
-    """Shapley values by regression on `samples` masked variants of the prompt (an even number).
+    """Shapley values by regression on `draws` masked variants of the prompt (an even number).
 
-    The other options are those of `occlusion`. InputError if there are fewer samples than twice the players, which
+    The other options are those of `occlusion`. InputError if there are fewer draws than twice the players, which
     would leave the regression undetermined.
 
     Gives `attribution` [player] (or [position] of tokens; with [output] in front for a continuation) and its standard
     `error` by bootstrap over pairs (0 where all coalitions were asked for); they add up to `score` - `baseline_score`
     exactly. `evaluations` counts the variants of the prompt that were run.
 
-    >>> kernel_shap(model, "The capital of France is", " Paris", samples=64).top(3)  # doctest: +SKIP
+    >>> kernel_shap(model, "The capital of France is", " Paris", draws=64).top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     n = len(game.players)
-    complete = n <= ROOM and 2**n - 2 <= samples
-    if not complete and (samples < 2 * n or samples % 2):
+    complete = n <= ROOM and 2**n - 2 <= draws
+    if not complete and (draws < 2 * n or draws % 2):
         raise InputError(
-            f"samples={samples} for {n} players: expected an even number, at least {2 * n}; or use larger players"
+            f"draws={draws} for {n} players: expected an even number, at least {2 * n}; or use larger players"
         )
     rng = np.random.default_rng(seed)
-    present, weights = _all(n) if complete else (draw(n, samples, rng), torch.ones(samples).double())
+    present, weights = _all(n) if complete else (draw(n, draws, rng), torch.ones(draws).double())
     values = game(torch.cat([torch.ones(1, n), torch.zeros(1, n), present]))
     rise, above = values[0] - values[1], values[2:] - values[1]
     found = solve(present, above, weights[None], rise, game.seen)[0]
     error = torch.zeros_like(found)
     if not complete:
-        pairs = samples // 2
-        times = torch.tensor(rng.multinomial(pairs, np.full(pairs, 1 / pairs), RESAMPLES)).repeat_interleave(2, 1)
+        pairs = draws // 2
+        times = torch.tensor(resampled(pairs, RESAMPLES, seed)).repeat_interleave(2, 1)
         error = solve(present, above, weights * times, rise, game.seen).std(0)
     return game.result(
-        "kernel_shap", f"Kernel SHAP values of {case.target.name}", {"attribution": found, "error": error},
-        arguments=arguments, seed=seed,
+        f"Kernel SHAP values of {case.question.name}", {"attribution": found, "error": error},
     )  # fmt: skip
 
 
-def draw(players: int, samples: int, rng: np.random.Generator) -> Tensor:
+def draw(players: int, draws: int, rng: np.random.Generator) -> Tensor:
     """[sample, player] coalitions by the Shapley kernel, each followed by its complement."""
     sizes = np.arange(1, players)
     chance = 1 / (sizes * (players - sizes))
-    present = torch.zeros(samples, players)
-    for i, size in enumerate(rng.choice(sizes, samples // 2, p=chance / chance.sum())):
+    present = torch.zeros(draws, players)
+    for i, size in enumerate(rng.choice(sizes, draws // 2, p=chance / chance.sum())):
         present[2 * i, rng.choice(players, size, replace=False)] = 1
         present[2 * i + 1] = 1 - present[2 * i]
     return present

@@ -20,73 +20,73 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
-from pellucid.attribution.game import Game
+from pellucid.attribution.absence import absence
+from pellucid.attribution.case import Case
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.statistics import weights as resampled
+from pellucid.technique import technique
 
 RESAMPLES = 200  # of the bootstrap
 
 
+@technique
 def lime(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
-    samples: int = 200,
+    draws: int = 200,
     width: float = 0.25,
     ridge: float = 1.0,
     baseline: Any = None,
     keep_special: bool = True,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
-    """The weights of a local linear surrogate fitted to `samples` masked variants of the prompt.
+    """The weights of a local linear surrogate fitted to `draws` masked variants of the prompt.
 
     `width` is the kernel's, `ridge` the penalty on weights (not on the intercept). The other options are those of
-    `occlusion`. InputError for fewer than two samples, or a width or ridge out of range.
+    `occlusion`. InputError for fewer than two draws, or a width or ridge out of range.
 
     Gives `attribution`, the weights [player] (or [position] of tokens; with [output] in front for a continuation), with
     their bootstrap standard `error` and 95 % interval `low` to `high`; `intercept`, the weighted `r2` of the surrogate,
     `score`, `baseline_score` and `evaluations`.
 
-    >>> lime(model, "The capital of France is", " Paris", samples=100).r2  # doctest: +SKIP
+    >>> lime(model, "The capital of France is", " Paris", draws=100).r2  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    if samples < 2 or width <= 0 or ridge < 0:
+    if draws < 2 or width <= 0 or ridge < 0:
         raise InputError(
-            f"samples={samples}, width={width}, ridge={ridge}: expected 2 samples, a width above 0, no negative ridge"
+            f"draws={draws}, width={width}, ridge={ridge}: expected 2 draws, a width above 0, no negative ridge"
         )
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
-    present = draw(len(game.players), samples, seed)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
+    present = draw(len(game.players), draws, seed)
     values = game(torch.cat([torch.zeros_like(present[:1]), present]))[1:]  # [sample, output]
     weights = kernel(present, width)
     coefficients = fit(present, values, weights[None], ridge, game.seen)[0]  # [1 + player, output]
     fitted = coefficients[0] + present.double() @ coefficients[1:]
-    rng = np.random.default_rng(seed)
-    times = torch.tensor(rng.multinomial(samples, np.full(samples, 1 / samples), RESAMPLES))
+    times = torch.tensor(resampled(draws, RESAMPLES, seed))
     again = fit(present, values, weights * times, ridge, game.seen)[:, 1:].transpose(1, 2)  # [resample, output, player]
     low, high = np.quantile(again, [0.025, 0.975], axis=0)
     return game.result(
-        "lime", f"LIME weights for {case.target.name}",
+        f"LIME weights for {case.question.name}",
         {"attribution": coefficients[1:].T, "error": again.std(0), "low": low, "high": high,
          "intercept": coefficients[0], "r2": _r2(values, fitted, weights)},
-        arguments=arguments, seed=seed, attrs={"kernel": f"sqrt(exp(-d^2 / {width}^2)), d the cosine distance of presences"},
+        attrs={"kernel": f"sqrt(exp(-d^2 / {width}^2)), d the cosine distance of presences"},
     )  # fmt: skip
 
 
-def draw(players: int, samples: int, seed: int) -> Tensor:
+def draw(players: int, draws: int, seed: int) -> Tensor:
     """[sample, player] 1 where present; the first is the prompt itself."""
     rng = np.random.default_rng(seed)
-    present = torch.ones(samples, players)
-    for row, absent in zip(present[1:], rng.integers(1, players + 1, samples - 1), strict=True):
+    present = torch.ones(draws, players)
+    for row, absent in zip(present[1:], rng.integers(1, players + 1, draws - 1), strict=True):
         row[rng.choice(players, absent, replace=False)] = 0
     return present
 

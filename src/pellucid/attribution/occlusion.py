@@ -14,34 +14,36 @@ from typing import Any
 
 import torch
 
-from pellucid.attribution.case import Case, stated
-from pellucid.attribution.game import Game
+from pellucid.attribution.absence import absence
+from pellucid.attribution.case import Case
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def occlusion(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     window: int = 1,
     stride: int = 1,
     baseline: Any = None,
     keep_special: bool = True,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """The drop of the target when each player (or each stretch of `window` players) is replaced by the baseline.
 
     `players` are "token", "word", "sentence" or spans (see `Players.of`); windows start at every `stride`-th of them
-    (the last one ends with the last player). `baseline` stands in for what is absent: "pad", "mask", any token, "zero",
-    "mean", a prompt or ids; by default the first of "mask", "pad" that the tokenizer has, else "mean". `checkpoint` is a
+    (the last one ends with the last player). `baseline` says what absent means: "pad", "mask", any token, "zero", "mean", a
+    prompt or ids put in its place; "remove" leaves it out, "resample" draws what could stand there (see
+    `pellucid.attribution.absence`); by default the first of "mask", "pad" that the tokenizer has, else "mean". `checkpoint` is a
     file that keeps what is done, so that an interrupted run continues. InputError if the stride leaves gaps.
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation), `score`, `baseline_score`
@@ -49,17 +51,14 @@ def occlusion(
 
     >>> occlusion(model, "The capital of France is", " Paris", players="word").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, checkpoint=checkpoint)
     there = _windows(len(game.players), window, stride)
     whole, nothing = torch.ones(1, len(game.players)), torch.zeros(1, len(game.players))
     values = game(torch.cat([whole, nothing, 1 - there]))
     drops = values[0] - values[2:]  # [window, output]
     share = there / there.sum(0)
-    return game.result(
-        "occlusion", f"Occlusion of {case.target.name}", {"attribution": drops.T @ share.double()}, arguments=arguments
-    )
+    return game.result(f"Occlusion of {case.question.name}", {"attribution": drops.T @ share.double()})
 
 
 def _windows(players: int, window: int, stride: int) -> torch.Tensor:

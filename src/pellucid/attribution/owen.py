@@ -23,75 +23,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
-from pellucid.attribution.game import Game
+from pellucid.attribution.absence import absence
+from pellucid.attribution.case import Case
+from pellucid.attribution.game import Coalitions
 from pellucid.attribution.players import UNITS, Players
 from pellucid.attribution.shapley import marginals, paired
 from pellucid.errors import InputError, nearest
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 Tree = int | tuple["Tree", ...]  # a player, or a group
 BATCH = 10  # groups split at a time
 
 
+@technique
 def owen(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     hierarchy: Any = "sentence",
-    permutations: int = 20,
+    draws: int = 20,
     baseline: Any = None,
     keep_special: bool = True,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Owen values of players in groups, estimated from random orders that keep groups together.
 
     `hierarchy` is "sentence" or "word" (players are grouped by those), "balanced" (neighbours halved again and again),
-    or nested lists of player numbers. `permutations` is even, as each order comes with its reverse. The other options
+    or nested lists of player numbers. `draws` is even, as each order comes with its reverse. The other options
     are those of `occlusion`. InputError for a hierarchy that does not name each player once.
 
     Gives `attribution` [player] (or [position] of tokens; with [output] in front for a continuation) and its standard
     `error` (NaN for a single pair); they add up to `score` - `baseline_score` exactly.
 
-    >>> owen(model, "It is old. The capital of France is", " Paris", permutations=10).top(3)  # doctest: +SKIP
+    >>> owen(model, "It is old. The capital of France is", " Paris", draws=10).top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    if permutations < 2 or permutations % 2:
-        raise InputError(
-            f"permutations={permutations}: expected an even number of them, as each comes with its reverse"
-        )
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    if draws < 2 or draws % 2:
+        raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     tree = grouped(case, game.players, hierarchy)
     rng = np.random.default_rng(seed)
-    drawn = [_order(tree, rng) for _ in range(permutations // 2)]
+    drawn = [_order(tree, rng) for _ in range(draws // 2)]
     value, error = paired(marginals(game, torch.tensor([o for one in drawn for o in (one, one[::-1])])))
     return game.result(
-        "owen", f"Owen values of {case.target.name}", {"attribution": value, "error": error},
-        arguments=arguments, seed=seed, attrs={"hierarchy": str(hierarchy)},
+        f"Owen values of {case.question.name}", {"attribution": value, "error": error},
+        attrs={"hierarchy": str(hierarchy)},
     )  # fmt: skip
 
 
+@technique
 def partition(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     evaluations: int = 500,
     baseline: Any = None,
     keep_special: bool = True,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Owen values over a balanced binary tree of neighbouring players, with at most about `evaluations` runs.
@@ -104,15 +103,14 @@ def partition(
 
     >>> partition(model, "The capital of France is", " Paris", evaluations=100).top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
     if evaluations < 2:
         raise InputError(f"evaluations={evaluations}: expected at least 2, with everything present and absent")
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, checkpoint=checkpoint)
     found, shared = split(game, halved(range(len(game.players))), evaluations)
     return game.result(
-        "partition", f"Owen values of {case.target.name} over a balanced tree", {"attribution": found, "shared": shared},
-        arguments=arguments, attrs={"hierarchy": "balanced"},
+        f"Owen values of {case.question.name} over a balanced tree", {"attribution": found, "shared": shared},
+        attrs={"hierarchy": "balanced"},
     )  # fmt: skip
 
 
@@ -191,7 +189,7 @@ class Open:
         return self.weight * float((self.within - self.without).abs().max())
 
 
-def split(game: Game, tree: Tree, evaluations: int) -> tuple[Tensor, Tensor]:
+def split(game: Coalitions, tree: Tree, evaluations: int) -> tuple[Tensor, Tensor]:
     """[output, player] Owen values, and how much of each is an even share in a group left whole."""
     n = len(game.players)
     nothing, everything = game(torch.stack([torch.zeros(n), torch.ones(n)]))
@@ -215,7 +213,7 @@ def split(game: Game, tree: Tree, evaluations: int) -> tuple[Tensor, Tensor]:
     return found, shared
 
 
-def _branches(game: Game, groups: Sequence[Open]) -> list[Open]:
+def _branches(game: Coalitions, groups: Sequence[Open]) -> list[Open]:
     """Each group's two branches, each with the other one absent and present."""
     if not groups:
         return []

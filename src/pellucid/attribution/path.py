@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +27,8 @@ from pellucid.attribution.case import Case
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
-from pellucid.model import Model
 
 ROWS_OF_TOKENS = 1024  # tokens in one batch
-_tables: WeakKeyDictionary[Model, dict[tuple[str, ...], list[Tap]]] = WeakKeyDictionary()
-_blind: WeakKeyDictionary[Model, str] = WeakKeyDictionary()  # the module that stops gradients; "" where none does
 
 
 class Embedded:
@@ -40,7 +36,7 @@ class Embedded:
 
     def __init__(self, case: Case) -> None:
         self.case, self.model, self.lengths = case, case.model, case.lengths
-        known = _tables.setdefault(self.model, {})
+        known: dict[tuple[str, ...], list[Tap]] = self.model.memo("embeddings of streams", dict)
         found = known.get(tuple(case.streams)) or self._find()
         if min(case.lengths) > 1:  # a single token looks the same in any layout
             known[tuple(case.streams)] = found
@@ -129,19 +125,19 @@ class Embedded:
     def scores(self, embeddings: Tensor) -> Tensor:
         """[row, output] of the target, differentiable; where the last positions are read, only those are unembedded."""
         case = self.case
-        if case.target.site is not None:
+        if case.question.site is not None:
             return self._at_site(embeddings)
         stream = case.inputs.stream("")
         mask = stream.mask.expand(len(embeddings), -1)
         forward, read = self._forward
-        return case.target.read(main_output(self.run(embeddings, **forward)), mask[:, -read:] if read else mask)
+        return case.question.read(main_output(self.run(embeddings, **forward)), mask[:, -read:] if read else mask)
 
     @cached_property
     def _forward(self) -> tuple[dict[str, Any], int]:
         return spared(self.case)
 
     def _at_site(self, embeddings: Tensor) -> Tensor:
-        site = self.case.target.site
+        site = self.case.question.site
         assert site is not None
         tap, kept = locate(self.model.anatomy, site.whole).tap, dict[Tap, Tensor]()
         self.run(embeddings, {tap: partial(kept.__setitem__, tap)})
@@ -158,11 +154,13 @@ class Embedded:
         is applied to that of each output, [row, position, d]. Refused without a gradient."""
         with torch.enable_grad(), ExitStack() as hooks:
             embeddings = embeddings.detach().requires_grad_()
-            if self.model not in _blind:
-                self._watch(hooks)
+            blind: list[str] = self.model.memo("what stops gradients", list)  # the first such module; "" for none
+            if not blind:
+                self._watch(hooks, blind)
             scores = self.scores(embeddings)
-            if _blind.setdefault(self.model, "") or not scores.requires_grad:
-                where = f" (it ends at {_blind[self.model]!r})" if _blind[self.model] else ""
+            blind.append("")
+            if blind[0] or not scores.requires_grad:
+                where = f" (it ends at {blind[0]!r})" if blind[0] else ""
                 raise Refused(
                     f"no gradient reaches the embeddings of {self.model.name}{where}: its weights are quantised, or the "
                     "target counts; use a method that only runs the model: occlusion, shapley, kernel_shap or lime"
@@ -174,12 +172,12 @@ class Embedded:
                 found.append(reduce(torch.zeros_like(embeddings) if gradient is None else gradient))
         return scores.detach(), torch.stack(found, 1)
 
-    def _watch(self, hooks: ExitStack) -> None:
+    def _watch(self, hooks: ExitStack, blind: list[str]) -> None:
         """Quantised layers let no gradient through while residual connections around them do: look for such layers."""
 
         def hook(name: str, module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
             if _cuts(module, args[0] if args else None, made):
-                _blind.setdefault(self.model, name)
+                blind.append(name)
 
         for name, module in self.model.module.named_modules():
             hooks.callback(module.register_forward_hook(partial(hook, name)).remove)
@@ -195,13 +193,13 @@ class Inside(Embedded):
         sites = self.model.sites(site)
         if len(sites) != 1 or sites[0].dims != SITE_DIMS or sites[0].at is not None or sites[0] != sites[0].whole:
             raise InputError(
-                f"at={str(site)!r} must name one place where every position has a vector of the residual stream's width, "
+                f"site={str(site)!r} must name one place where every position has a vector of the residual stream's width, "
                 "such as 'layers.3.resid_pre'"
             )
         spot, streams = locate(self.model.anatomy, sites[0]), list(self.case.streams)
         if spot.stream not in streams:
             raise InputError(
-                f"at={str(site)!r} is in the {spot.stream}, but credit goes to the {' and '.join(streams)}"
+                f"site={str(site)!r} is in the {spot.stream}, but credit goes to the {' and '.join(streams)}"
             )
         before = self.case.lengths[: streams.index(spot.stream)]
         self.lengths = [self.case.lengths[len(before)]]
@@ -218,7 +216,7 @@ def spared(case: Case) -> tuple[dict[str, Any], int]:
     """Arguments that spare the model work nobody reads, and how many positions are unembedded (0: all)."""
     accepted = inspect.signature(case.model.module.forward).parameters
     forward: dict[str, Any] = uncached(case.model.module)
-    bound = case.target.bound
+    bound = case.question.metric
     last = "logits_to_keep" in accepted and bound is not None and bound.positions and max(bound.positions) < 0
     if bound is None or not last or case.inputs.stream("").padded:
         return forward, 0

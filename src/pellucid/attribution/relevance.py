@@ -29,7 +29,7 @@ from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import spared
 from pellucid.attribution.players import Players
 from pellucid.attribution.relevance_rules import Rules
@@ -39,28 +39,30 @@ from pellucid.errors import InputError, Refused
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 RuleSet = Literal["attnlrp", "cp-lrp"]
 _SUMMED = {"batch", "d_model", "d_head"}
 
 
+@technique
 def relevance_propagation(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     rules: RuleSet = "attnlrp",
     epsilon: float = 0.0,
-    at: str | Site | Sequence[str | Site] = (),
+    sites: str | Site | Sequence[str | Site] = (),
 ) -> Result:
-    """The relevance of each token, and of the sites named by `at`, from one forward and one backward pass.
+    """The relevance of each token, and of the `sites` named, from one forward and one backward pass.
 
-    `target`, `against`, `forced` and `players` are those of `integrated_gradients`. Special tokens are tokens like any
+    `target`, `against`, `decoder` and `players` are those of `integrated_gradients`. Special tokens are tokens like any
     other here: what went through them is theirs. `rules` are "attnlrp" or "cp-lrp" (see above); `epsilon`, in the units
-    of activations, lets linear maps whose output is small keep it (LRP-epsilon). `at` are sites, such as
+    of activations, lets linear maps whose output is small keep it (LRP-epsilon). `sites` are such as
     "layers.*.resid_post", "layers.*.attn.z" (relevance of heads), "layers.*.mlp.neurons", or "layers.*.attn.scores" and
     "layers.*.attn.pattern" (of every query-key interaction).
 
@@ -69,18 +71,17 @@ def relevance_propagation(
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation), `score`, `gap` = sum of the
     tokens' relevance - score, `biases` (relevance that biases, positions and other constants took), `elsewhere`
-    (relevance of decoder tokens that get no credit), and for each part in `at` the relevance [layer, ...] by its name,
+    (relevance of decoder tokens that get no credit), and for each part in `sites` the relevance [layer, ...] by its name,
     summed over the model's and heads' width.
 
-    >>> relevance_propagation(model, "The capital of France is", " Paris", at="layers.*.attn.scores")  # doctest: +SKIP
+    >>> relevance_propagation(model, "The capital of France is", " Paris", sites="layers.*.attn.scores")  # doctest: +SKIP
     """
-    arguments = stated(locals())
     if rules not in get_args(RuleSet):
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")
     if epsilon < 0:
         raise InputError(f"epsilon={epsilon}: expected zero or a small positive number")
-    case = Case.of(model, prompt, target, against=against, forced=forced)
-    found = _propagate(case, [at] if isinstance(at, str | Site) else list(at), rules == "cp-lrp", epsilon)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder)
+    found = _propagate(case, [sites] if isinstance(sites, str | Site) else list(sites), rules == "cp-lrp", epsilon)
     credited, zero = Players.of(case, players), torch.zeros(len(found.scores))
     tokens = torch.cat([found.tokens[name] for name in case.streams], 1)
     elsewhere = [x.sum(1) for name, x in found.tokens.items() if name not in case.streams]
@@ -91,7 +92,7 @@ def relevance_propagation(
         "elsewhere": sum(elsewhere, zero), "gradients": 1, **inside,
     }  # fmt: skip
     return case.result(
-        "relevance_propagation", f"Relevance of {case.target.name} ({rules})", variables, arguments=arguments,
+        f"Relevance of {case.question.name} ({rules})", variables,
         coords=coords, attrs={"rules": rules, "epsilon": epsilon}, labels=labels,
     )  # fmt: skip
 
@@ -107,7 +108,7 @@ class Relevances:
 
 
 def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon: float) -> Relevances:
-    anatomy, module, inputs, target = case.model.anatomy, case.model.module, case.inputs, case.target
+    anatomy, module, inputs, target = case.model.anatomy, case.model.module, case.inputs, case.question
     if module.training and getattr(module, "is_gradient_checkpointing", False):
         raise Refused("a checkpointed forward is computed again without the rules: call model.module.eval() first")
     wanted = [site for each in at for site in expand(anatomy, each)]
@@ -120,7 +121,7 @@ def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon
     forward, last = spared(case)
     with torch.enable_grad():
         with (
-            Rules(module, streams, hold_softmax=hold_softmax, epsilon=epsilon) as rules,
+            Rules(module, streams, hold_softmax=hold_softmax, epsilon=epsilon, memo=anatomy.memo) as rules,
             Wiretap(module, handlers, 1),
         ):
             output = module(**{**inputs.tensors, **forward})
@@ -148,11 +149,11 @@ def _check_sites(sites: Sequence[Site], hold_softmax: bool) -> None:
     for site in sites:
         if site != site.whole or site.part == "logits":
             raise InputError(
-                f"at={str(site)!r}: name whole parts of layers, such as 'layers.*.attn.z', and select later"
+                f"sites={str(site)!r}: name whole parts of layers, such as 'layers.*.attn.z', and select later"
             )
         if hold_softmax and site.part.partition(".")[2] in ("q", "k", "scores", "pattern", "router"):
             raise InputError(
-                f"at={str(site)!r}: with rules='cp-lrp' the softmax and what leads to it are constants, without relevance; "
+                f"sites={str(site)!r}: with rules='cp-lrp' the softmax and what leads to it are constants, without relevance; "
                 "use rules='attnlrp'"
             )
 
@@ -247,6 +248,6 @@ def _labelled(case: Case, sites: dict[Site, Tensor]) -> tuple[dict[str, Any], di
         for site, values in members.items():
             place: list[Any] = [slice(None), *([layers.index(site.layer)] if layered else [])]
             array[(*place, *(slice(n) for n in values.shape[1:]))] = values
-        single = case.target.single
+        single = case.question.single
         variables[prefix + part] = (dims, array[0]) if single else (["output", *dims], array)
     return variables, coords

@@ -28,21 +28,18 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.trace import in_place, tensors
 from pellucid.attribution.relevance_operators import CONTRACTIONS, EMPTY, HELD, LINEAR, PRODUCTS, SCALAR, SOFTMAX, SUMS
 from pellucid.attribution.relevance_scalars import origin, scalar_modules
 
 Function = Callable[..., Any]
 _ZERO = 1e-3  # closer to zero than this, (f(x) - f(0)) / x is rounding: the slope at zero is meant
-
-
-_opaque: WeakKeyDictionary[nn.Module, dict[str | None, set[str]]] = WeakKeyDictionary()
 
 
 class Slope(torch.autograd.Function):
@@ -81,9 +78,11 @@ class Rules(TorchFunctionMode):
     """
 
     def __init__(
-        self, module: nn.Module, streams: dict[str, Tensor], *, hold_softmax: bool = False, epsilon: float = 0.0
-    ) -> None:
+        self, module: nn.Module, streams: dict[str, Tensor], *, hold_softmax: bool = False, epsilon: float = 0.0,
+        memo: Memo | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.memo = Memo(module) if memo is None else memo  # of the module
         self.module, self.streams, self.hold_softmax, self.epsilon = module, streams, hold_softmax, epsilon
         self.tokens: dict[str, list[Tensor]] = {name: [] for name in streams}
         self.constants: list[Tensor] = []
@@ -95,7 +94,7 @@ class Rules(TorchFunctionMode):
         self._stack = ExitStack()
 
     def __enter__(self) -> Rules:
-        for part, at in scalar_modules(self.module).items():
+        for part, at in scalar_modules(self.module, self.memo).items():
             self._stack.callback(part.register_forward_pre_hook(self._before).remove)
             self._stack.callback(part.register_forward_hook(self._after(*at), always_call=True).remove)
         super().__enter__()
@@ -104,10 +103,7 @@ class Rules(TorchFunctionMode):
     def opaque(self, made: Tensor) -> set[str]:
         """Functions with a backward of their own on the way to a tensor, which no rule saw; looked for once a model."""
         how = getattr(getattr(self.module, "config", None), "_attn_implementation", None)
-        known = _opaque.setdefault(self.module, {})
-        if how not in known:
-            known[how] = opaque(made)
-        return known[how]
+        return self.memo(("opaque functions", how), lambda: opaque(made))
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from pellucid.anatomy.fingerprint import Memo
+
 Function = Callable[..., Any]
 _origins: dict[Any, tuple[float, float]] = {}
-_parts: WeakKeyDictionary[nn.Module, tuple[float, float] | None] = WeakKeyDictionary()
 
 
 def origin(function: Function, key: Any = None) -> tuple[float, float]:
@@ -30,15 +30,13 @@ def origin(function: Function, key: Any = None) -> tuple[float, float]:
     return found
 
 
-def scalar_modules(module: nn.Module) -> dict[nn.Module, tuple[float, float]]:
-    """The modules that are functions of one number, with f(0) and the slope there: found by calling them."""
-    found = {}
-    for part in module.modules():
-        if part not in _parts:
-            _parts[part] = None if any(True for _ in part.children()) else _scalar(part)
-        if (at := _parts[part]) is not None:
-            found[part] = at
-    return found
+def scalar_modules(module: nn.Module, memo: Memo | None = None) -> dict[nn.Module, tuple[float, float]]:
+    """The modules that are functions of one number, with f(0) and the slope there: found by calling them, once for
+    weights that a memo knows."""
+    if memo is not None:
+        return memo("functions of one number", lambda: scalar_modules(module))
+    found = {part: _scalar(part) for part in module.modules() if not any(True for _ in part.children())}
+    return {part: at for part, at in found.items() if at is not None}
 
 
 def _scalar(part: nn.Module) -> tuple[float, float] | None:

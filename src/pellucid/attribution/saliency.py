@@ -14,24 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 Norm = Literal["l2", "l1", "max", "signed"]
 
 
+@technique
 def saliency(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     norm: Norm = "l2",
     players: Any = "token",
     keep_special: bool = True,
@@ -39,7 +41,7 @@ def saliency(
     """The size of the gradient of the target at each token's embedding, from one forward and backward pass.
 
     `norm` makes one number of the gradient's entries: "l2", "l1", "max" (the largest size) or "signed" (their sum). A
-    word's entries are those of all its tokens. `target`, `against`, `forced` and `players` are those of
+    word's entries are those of all its tokens. `target`, `against`, `decoder` and `players` are those of
     `integrated_gradients`; fixed tokens (special ones) get 0. InputError for an unknown norm, Refused where the model
     has no gradient.
 
@@ -47,16 +49,15 @@ def saliency(
 
     >>> saliency(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
     check(norm)
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     score, gradient = embedded.gradients(embedded.values)
     values, labels = pooled(case, credited, size(free(case, gradient[0]), norm), norm)
     return case.result(
-        "saliency", f"Saliency ({norm}) of {case.target.name}",
+        f"Saliency ({norm}) of {case.question.name}",
         {"attribution": values, "score": score[0], "gradients": 1},
-        arguments=arguments, labels=labels, attrs={"norm": norm},
+        labels=labels, attrs={"norm": norm},
     )  # fmt: skip
 
 

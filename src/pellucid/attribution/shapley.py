@@ -19,70 +19,68 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
-from pellucid.attribution.game import Game
+from pellucid.attribution.absence import absence
+from pellucid.attribution.case import Case
+from pellucid.attribution.game import Coalitions
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 MOST = 12  # players whose coalitions can all be asked for
 
 
+@technique
 def shapley(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
-    permutations: int = 20,
+    draws: int = 20,
     baseline: Any = None,
     keep_special: bool = True,
     seed: int = 0,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Shapley values estimated from random orders; each costs as many runs as there are players, less one.
 
-    `permutations` is even, as each order comes with its reverse. The other options are those of `occlusion`.
+    `draws` is even, as each order comes with its reverse. The other options are those of `occlusion`.
     InputError for an odd or non-positive number.
 
     Gives `attribution` [player] (or [position] of tokens; with [output] in front for a continuation) and its standard
     `error` (NaN for a single pair); they add up to `score` - `baseline_score` exactly. `evaluations` counts the variants
     of the prompt that were run.
 
-    >>> shapley(model, "The capital of France is", " Paris", permutations=10).top(3)  # doctest: +SKIP
+    >>> shapley(model, "The capital of France is", " Paris", draws=10).top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    if permutations < 2 or permutations % 2:
-        raise InputError(
-            f"permutations={permutations}: expected an even number of them, as each comes with its reverse"
-        )
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    if draws < 2 or draws % 2:
+        raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     rng = np.random.default_rng(seed)
-    drawn = [rng.permutation(len(game.players)) for _ in range(permutations // 2)]
+    drawn = [rng.permutation(len(game.players)) for _ in range(draws // 2)]
     orders = torch.tensor(np.array([order for one in drawn for order in (one, one[::-1])]))
     value, error = paired(marginals(game, orders))
     return game.result(
-        "shapley", f"Shapley values of {case.target.name}", {"attribution": value, "error": error},
-        arguments=arguments, seed=seed,
+        f"Shapley values of {case.question.name}", {"attribution": value, "error": error},
     )  # fmt: skip
 
 
+@technique
 def exact_shapley(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
+    decoder: str | None = None,
     players: Any = "token",
     baseline: Any = None,
     keep_special: bool = True,
-    progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Result:
     """Shapley values from all coalitions of at most 12 players. Options are those of `occlusion`.
@@ -92,9 +90,8 @@ def exact_shapley(
 
     >>> exact_shapley(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    arguments = stated(locals())
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
-    game = Game.of(case, players, baseline, progress=progress, checkpoint=checkpoint)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    game = absence(case, players, baseline, checkpoint=checkpoint)
     n = len(game.players)
     if n > MOST:
         raise InputError(
@@ -102,12 +99,10 @@ def exact_shapley(
             "use shapley(...), or larger players such as 'word' or spans"
         )
     values = game(coalitions(n))
-    return game.result(
-        "exact_shapley", f"Shapley values of {case.target.name}", {"attribution": exact(values, n)}, arguments=arguments
-    )
+    return game.result(f"Shapley values of {case.question.name}", {"attribution": exact(values, n)})
 
 
-def marginals(game: Game, orders: Tensor) -> Tensor:
+def marginals(game: Coalitions, orders: Tensor) -> Tensor:
     """[order, output, player] what each player adds when it joins those before it in each order [order, player]."""
     n = orders.shape[1]
     rank = orders.argsort(1)  # [order, player] when each joins

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.attribution.case import Case, stated
+from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.attribution.saliency import Norm, check, free, pooled, size
@@ -22,16 +22,18 @@ from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 
+@technique
 def smoothgrad(
     model: Model,
     prompt: Any,
     target: Any = None,
     *,
     against: Answers | None = None,
-    forced: str | None = None,
-    samples: int = 50,
+    decoder: str | None = None,
+    draws: int = 50,
     noise: float = 0.1,
     norm: Norm = "l2",
     players: Any = "token",
@@ -41,42 +43,41 @@ def smoothgrad(
     """The gradient at each token's embedding, averaged over noisy copies of the prompt.
 
     The noise's standard deviation is `noise` times the range of the prompt's embedding values; fixed tokens (special
-    ones) get none, and no credit. The other options are those of `saliency`. InputError for fewer than two samples or
+    ones) get none, and no credit. The other options are those of `saliency`. InputError for fewer than two draws or
     noise that is not positive.
 
     Gives `attribution` and its standard `error` [position] (or [player]; with [output] in front for a continuation),
     and `score`, that of the prompt.
 
-    >>> smoothgrad(model, "The capital of France is", " Paris", samples=20, seed=1).error  # doctest: +SKIP
+    >>> smoothgrad(model, "The capital of France is", " Paris", draws=20, seed=1).error  # doctest: +SKIP
     """
-    arguments = stated(locals())
     check(norm)
-    if samples < 2 or noise <= 0:
-        raise InputError(f"samples={samples}, noise={noise}: expected at least 2 samples and noise above 0")
-    case = Case.of(model, prompt, target, against=against, forced=forced, keep_special=keep_special)
+    if draws < 2 or noise <= 0:
+        raise InputError(f"draws={draws}, noise={noise}: expected at least 2 draws and noise above 0")
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     with torch.no_grad():
         score = embedded.scores(embedded.values)[0]
-    gradients = _gradients(embedded, samples, noise, seed)  # [sample, output, position, d]
+    gradients = _gradients(embedded, draws, noise, seed)  # [sample, output, position, d]
     total = gradients.double().sum(0)
-    values, labels = pooled(case, credited, size(total / samples, norm), norm)
+    values, labels = pooled(case, credited, size(total / draws, norm), norm)
     without = torch.stack(
-        [torch.as_tensor(pooled(case, credited, size((total - g) / (samples - 1), norm), norm)[0]) for g in gradients]
+        [torch.as_tensor(pooled(case, credited, size((total - g) / (draws - 1), norm), norm)[0]) for g in gradients]
     )
-    error = ((samples - 1) * (without - without.mean(0)).square().mean(0)).sqrt()
+    error = ((draws - 1) * (without - without.mean(0)).square().mean(0)).sqrt()
     return case.result(
-        "smoothgrad", f"SmoothGrad ({norm}) of {case.target.name}",
-        {"attribution": values, "error": error, "score": score, "gradients": samples, "evaluations": 1},
-        arguments=arguments, labels=labels, attrs={"norm": norm}, seed=seed,
+        f"SmoothGrad ({norm}) of {case.question.name}",
+        {"attribution": values, "error": error, "score": score, "gradients": draws, "evaluations": 1},
+        labels=labels, attrs={"norm": norm},
     )  # fmt: skip
 
 
-def _gradients(embedded: Embedded, samples: int, noise: float, seed: int) -> Tensor:
+def _gradients(embedded: Embedded, draws: int, noise: float, seed: int) -> Tensor:
     x, case = embedded.values, embedded.case
     spread = noise * float(x.max() - x.min())
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for rows in torch.arange(samples).split(embedded.batches(samples)):
+    for rows in torch.arange(draws).split(embedded.batches(draws)):
         drawn = spread * torch.randn(len(rows), *x.shape[1:], generator=generator)
         found.append(free(case, embedded.gradients(x + free(case, drawn.to(x)))[1]))
     return torch.cat(found)

@@ -18,6 +18,7 @@ expected answers dealt out at random). Both must stay near `chance`, the share o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.causal.abstraction import Pairs, Task
 from pellucid.causal.contrast import numbers
 from pellucid.causal.grid import described
+from pellucid.changed import check_weights
 from pellucid.controls import shuffled
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
@@ -37,6 +39,7 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
+from pellucid.training import draws, train
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +84,7 @@ class DistributedAlignment:
     placebos: bool = True
     seed: int = 0
     rotation_: Tensor = field(init=False, repr=False)
+    digest_: str = field(init=False, repr=False)
     size_: int = field(init=False)
     result_: Result = field(init=False, repr=False)
 
@@ -89,7 +93,7 @@ class DistributedAlignment:
         """Learn the subspace on one half of the pairs and judge it on the other."""
         drawn = Pairs.draw(self.task, [self.variable], self.pairs, self.seed)
         train, test = drawn.half(False), drawn.half(True)
-        self.rotation_ = self._search(model, train)
+        self.rotation_, self.digest_ = self._search(model, train), model.digest
         self.size_ = self.rotation_.shape[1]
         right = self._right(model, test, self.rotation_)
         floor = self._right(model, test, None)
@@ -107,39 +111,35 @@ class DistributedAlignment:
         return self
 
     def score(self, model: Model, pairs: Pairs) -> float:
-        """The interchange-intervention accuracy of the learned subspace on other pairs."""
+        """The interchange-intervention accuracy of the learned subspace on other pairs. InputError for other weights."""
+        check_weights(model, self.digest_, "this subspace")
         return float(self._right(model, pairs, self.rotation_).mean())
 
     # ---- search
 
-    def _search(self, model: Model, train: Pairs) -> Tensor:
+    def _search(self, model: Model, pairs: Pairs) -> Tensor:
         """The rotation [d, k] that training ends with."""
-        base, source = self._sides(model, train)
-        answers = self._answers(train)
-        targets = torch.stack([(answers == a).nonzero()[0, 0] for a in train.expected]).to(source.device)
+        base, source = self._sides(model, pairs)
+        answers = self._answers(pairs)
+        targets = torch.stack([(answers == a).nonzero()[0, 0] for a in pairs.expected]).to(source.device)
         generator = torch.Generator().manual_seed(self.seed)
         d = source.shape[-1]
         k = d if self.size is None else self.size
         if not 0 < k <= d:
             raise InputError(f"size {k} is no number of directions of {str(self.site)!r}, which has {d}")
-        free = torch.randn(d, k, generator=generator, dtype=torch.float32).to(source.device).requires_grad_()
-        boundary = torch.tensor(0.5, device=source.device, requires_grad=self.size is None)
-        learned = [free, boundary] if self.size is None else [free]
-        optimizer = torch.optim.Adam(learned, self.learning_rate)
-        steps = self.epochs * -(-len(base) // self.batch)
-        for step in range(steps):
-            drawn = torch.randperm(len(base), generator=generator)[: self.batch].tolist()
-            mask = self._mask(boundary, d, 0.1 ** (step / steps)) if self.size is None else None
-            with torch.enable_grad():
-                logits = self._logits(model, base.rows(drawn), source[drawn], torch.linalg.qr(free)[0], mask)[
-                    :, answers
-                ]
-                loss = F.cross_entropy(logits, targets[drawn])
-                loss = loss + (self.penalty * boundary.clamp(0, 1) if self.size is None else 0.0)
-                gradients = torch.autograd.grad(loss, learned)
-            for parameter, gradient in zip(learned, gradients, strict=True):
-                parameter.grad = gradient
-            optimizer.step()
+        free = torch.randn(d, k, generator=generator, dtype=torch.float32).to(source.device)
+        boundary = torch.tensor(0.5, device=source.device)
+        learned = {"free": free} | ({"boundary": boundary} if self.size is None else {})
+        batches = draws(len(base), self.batch, self.epochs, self.seed)
+
+        def loss(drawn: Tensor, step: int) -> Tensor:
+            mask = self._mask(boundary, d, 0.1 ** (step / len(batches))) if self.size is None else None
+            swapped = self._logits(model, base.rows(drawn.tolist()), source[drawn], torch.linalg.qr(free)[0], mask)
+            far = F.cross_entropy(swapped[:, answers], targets[drawn])
+            return far + self.penalty * boundary.clamp(0, 1) if self.size is None else far
+
+        adam = partial(torch.optim.Adam, lr=self.learning_rate)
+        train(learned, batches, loss, adam, seed=self.seed, what="alignment steps")
         rotation = torch.linalg.qr(free.detach())[0]
         if self.size is None:
             rotation = rotation[:, : max(1, round(float(boundary.detach().clamp(0, 1)) * d))]

@@ -3,7 +3,6 @@
 from pellucid.circuits.acdc import acdc, acdc_scores
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.curve import faithfulness_curve, stability
-from pellucid.circuits.drawing import draw
 from pellucid.circuits.edge_attribution import edge_attribution
 from pellucid.circuits.exact import exact_patching
 from pellucid.circuits.execution import Runner, wire
@@ -23,7 +22,6 @@ __all__ = [
     "Split",
     "acdc",
     "acdc_scores",
-    "draw",
     "edge_attribution",
     "exact_patching",
     "faithfulness_curve",

@@ -49,20 +49,21 @@ def wire(model: Model, split: Split | None = None) -> Wiring:
     nodes the model does not have.
     """
     split = split or Split()
-    known: dict[Split, Wiring] = vars(model).setdefault("_wirings", {})  # lives and dies with the model
-    if split not in known:
-        graph_of(model.anatomy, split)  # says at once what is wrong with the model's form, or with the split
-        try:
-            wiring = find_wiring(model, split)
-            prove(replace(wiring, base=replace(wiring.base, split=replace(split, positions=()))))
-        except Refused:
-            raise
-        except Exception as error:  # a family whose forward pass takes none of this
-            raise Refused(
-                f"circuits cannot be wired on this model: a trial run of its probe failed ({told(error)})"
-            ) from error
-        known[split] = wiring
-    return known[split]
+    return model.memo(("wiring", split), lambda: _wire(model, split))
+
+
+def _wire(model: Model, split: Split) -> Wiring:
+    graph_of(model.anatomy, split)  # says at once what is wrong with the model's form, or with the split
+    try:
+        wiring = find_wiring(model, split)
+        prove(replace(wiring, base=replace(wiring.base, split=replace(split, positions=()))))
+    except Refused:
+        raise
+    except Exception as error:  # a family whose forward pass takes none of this
+        raise Refused(
+            f"circuits cannot be wired on this model: a trial run of its probe failed ({told(error)})"
+        ) from error
+    return wiring
 
 
 def prove(wiring: Wiring) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -33,11 +34,11 @@ from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit
 from pellucid.circuits.execution import Runner, wire
 from pellucid.circuits.graph import Split
-from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
 from pellucid.technique import technique
+from pellucid.training import train
 
 LOW, HIGH, B = -0.1, 1.1, 2 / 3  # of the hard-concrete distribution
 Mask = Literal["hard-concrete", "sigmoid"]
@@ -87,20 +88,17 @@ class Pruning:
         whole = runner.scores(torch.stack([possible, torch.zeros_like(possible)]))
         clean, scale = whole[0], (whole[0].mean() - whole[1].mean()).abs().clamp_min(1e-6)
         shape = possible.shape if self.unit == "edge" else (len(possible), 1)
-        theta = torch.full(shape, 2.0, dtype=runner.replacements.dtype, requires_grad=True)
-        optimiser = torch.optim.Adam([theta], self.learning_rate)
+        theta = torch.full(shape, 2.0, dtype=runner.replacements.dtype)
         generator = torch.Generator().manual_seed(self.seed)
-        self.losses_ = []
-        with torch.enable_grad():
-            for _ in progress(range(self.steps), "steps"):
-                on, share = self._sample(theta, generator)
-                on = on.expand(possible.shape) * possible
-                far = ((runner.scores(on)[0] - clean) / scale).square().mean()
-                loss = far + self.strength * (share.expand(possible.shape) * possible).sum() / possible.sum()
-                (theta.grad,) = torch.autograd.grad(loss, theta)
-                optimiser.step()
-                self.losses_.append(float(loss.detach()))
-        self.mask_ = (self._settled(theta.detach()).expand(possible.shape) * possible).float()
+
+        def loss(_: int, step: int) -> Tensor:
+            on, share = self._sample(theta, generator)
+            far = ((runner.scores(on.expand(possible.shape) * possible)[0] - clean) / scale).square().mean()
+            return far + self.strength * (share.expand(possible.shape) * possible).sum() / possible.sum()
+
+        adam = partial(torch.optim.Adam, lr=self.learning_rate)
+        self.losses_ = train({"theta": theta}, range(self.steps), loss, adam, seed=self.seed, what="mask steps")
+        self.mask_ = (self._settled(theta).expand(possible.shape) * possible).float()
         self.circuit_ = Circuit(wiring.graph, self.mask_ > 0.5, self.mask_, how)
         return self
 

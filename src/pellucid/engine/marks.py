@@ -67,3 +67,11 @@ def trailing_marks(tokenizer: Any, ids: Sequence[int]) -> int:
     whole = tokenizer("a")["input_ids"]
     back = added_marks(whole, bare)[1]
     return back if 0 < back < len(ids) and list(ids[-back:]) == list(whole[len(whole) - back :]) else 0
+
+
+def ordinary_ids(tokenizer: Any, size: int) -> list[int]:
+    """The ids below `size` that stand for text: what random tokens are drawn from. Not the unknown token."""
+    if tokenizer is None:
+        return list(range(size))
+    without = special_ids(tokenizer) | {tokenizer.unk_token_id}
+    return [i for i in range(min(size, len(tokenizer))) if i not in without]

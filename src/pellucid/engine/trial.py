@@ -28,9 +28,7 @@ Sizes = tuple[tuple[int, int, bool], ...]  # batch, length and whether it is pad
 
 def certified(anatomy: Anatomy) -> Trial:
     """What is known about the rungs on this model."""
-    if anatomy.rungs is None:
-        anatomy.rungs = Trial(anatomy)
-    return anatomy.rungs
+    return anatomy.memo("rungs", lambda: Trial(anatomy))
 
 
 def deviation(got: Tensor, truth: Tensor, slack: float = 1.0) -> str:

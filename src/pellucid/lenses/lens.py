@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
+from pellucid.changed import check_weights
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
@@ -75,10 +76,7 @@ class Affine:
         name = type(self).__name__
         if not hasattr(self, "digest_"):
             raise InputError(f"this lens is not fitted: call fit(model, texts) or {name}.load(path)")
-        if self.digest_ != model.digest:
-            raise InputError(
-                f"this lens belongs to other weights ({self.digest_[:12]}) than {model.name} ({model.digest[:12]})"
-            )
+        check_weights(model, self.digest_, "this lens")
 
     # ---- files
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.changed import check_weights
 from pellucid.corpus import CONTEXT, SEGMENT, Corpus, Place, Row, by_length, inputs, longest, segments
 from pellucid.engine.checkpoint import fingerprint
 from pellucid.engine.marks import special_ids
@@ -240,10 +241,7 @@ class Harvest:
 
     def check(self, model: Model) -> None:
         """InputError if the harvest is of other weights."""
-        if model.digest != self.plan.digest:
-            raise InputError(
-                f"this harvest belongs to other weights ({self.plan.digest[:12]}) than {model.name} ({model.digest[:12]})"
-            )
+        check_weights(model, self.plan.digest, "this harvest")
 
     # ---- files
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pellucid.errors import InputError
 from pellucid.controls import shuffled
+from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples
 from pellucid.probing.features import Features, Pool, features_of, read

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.changed import check_weights
 from pellucid.corpus import Corpus, batches, inputs
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import execute
@@ -154,8 +155,7 @@ def _run(model: Model, ids: list[list[int]], names: list[str], texts: list[int],
 def _stored(
     store: ActivationStore, model: Model, ids: list[list[int]], names: list[str], texts: list[int], batch: int
 ) -> Iterator[Chunk]:
-    if store.index.digest != model.digest:
-        raise InputError(f"the store {str(store.path)!r} is of another model: harvest this one")
+    check_weights(model, store.index.digest, f"the store {str(store.path)!r}")
     prompts, tokens = store["prompts"], store.tokens
     counts = torch.bincount(prompts, minlength=len(ids))
     firsts = counts.cumsum(0) - counts

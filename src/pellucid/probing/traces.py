@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 
 from pellucid.anatomy.sites import Site
+from pellucid.changed import check_weights
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.probing.examples import Examples
@@ -113,8 +114,7 @@ class ProbeTraces:
         """
         if not hasattr(self, "probes_"):
             raise InputError("these probes are not fitted: call fit(model, examples)")
-        if self.digest_ and self.digest_ != model.digest:
-            raise InputError(f"these probes were fitted on other weights than those of {model.name}")
+        check_weights(model, self.digest_, "this set of probes")
         inputs = model.inputs(prompt)
         if len(inputs) != 1:
             raise InputError(f"a trace reads one prompt at a time, got {len(inputs)}: call it once for each")

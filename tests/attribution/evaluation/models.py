@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 import pellucid
+from pellucid.attribution.absence import Absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import Absence
 from pellucid.attribution.players import Players
+from pellucid.metrics import logit
 from tests.zoo import build, tokenizer
 
 PROMPT = "The capital of France is"
@@ -28,7 +29,8 @@ def opened(family, **config):
 
 
 def case_of(family, target=" Paris", prompt=PROMPT):
-    return Case.of(opened(family), prompt, target)
+    # at the last token, whatever the model fills in
+    return Case.of(opened(family), prompt, logit(target) if isinstance(target, str) else target)
 
 
 class Formula(Absence):

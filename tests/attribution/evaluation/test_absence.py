@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import absence
-from pellucid.attribution.evaluation.filling import Filler
-from pellucid.attribution.target import continuation, reading
+from pellucid.attribution.filling import Filler
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import class_logit, log_odds, logit
+from pellucid.question import continuation, reading
 from tests.attribution.evaluation.models import PROMPT, TEXTS, case_of, opened
 
 HOLES = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
@@ -56,7 +56,7 @@ def test_replacing_is_the_game_with_that_baseline(how):
 
     case = case_of("gpt2")
     embedded = Embedded(case)
-    game = Game(case, Players.of(case), Baseline.of(embedded, how), embedded, progress=False)
+    game = Game(case, Players.of(case), how, Baseline.of(embedded, how), embedded)
     world = absence(case, how=how)
     torch.testing.assert_close(world(HOLES), game(HOLES))
     assert world.name == how
@@ -112,7 +112,7 @@ def test_left_to_right_fills_are_draws_of_the_model():
 
 def test_a_masked_model_fills_one_gap_with_what_it_predicts_there():
     model = opened("bert")
-    case = Case.of(model, PROMPT, " Paris")
+    case = case_of("bert")
     gone = torch.zeros(3000, len(case.ids), dtype=torch.bool)
     gone[:, 2] = True
     drawn = Filler(case, model).fill(case.ids.expand(3000, -1), gone, range(3000))[:, 2]

@@ -14,11 +14,14 @@ from pellucid.attribution.evaluation.page import page
 from pellucid.attribution.evaluation.preference import prefer
 from pellucid.attribution.evaluation.truth import answer, programmed, sentence
 from pellucid.errors import InputError, Refused
+from pellucid.metrics import logit
 from pellucid.results import Result
 from pellucid.statistics import spearman
 from tests.attribution.evaluation.models import PROMPT, TEXTS, opened
 
 METHODS = {"shapley": exact_shapley, "occlusion": occlusion}
+
+WITH_TARGET = [{"text": text, "target": logit(" Paris")} for text in TEXTS]  # read at the end, also by BERT
 
 
 def texts(rule, n):
@@ -128,7 +131,7 @@ def test_every_way_of_taking_tokens_away_can_be_compared(replacement):
 
 def test_costly_metrics_are_there_when_asked_for():
     asked = ["soft sufficiency", "soft comprehensiveness", "max-sensitivity"]
-    found = compare(opened("bert"), TEXTS[:2], methods={"occlusion": occlusion}, metrics=asked)
+    found = compare(opened("bert"), WITH_TARGET[:2], methods={"occlusion": occlusion}, metrics=asked)
     assert found.metric.values.tolist() == [
         "faithfulness",
         "soft comprehensiveness",
@@ -205,6 +208,6 @@ def test_bad_arguments_are_one_clear_error(examples, options, message):
 
 def test_ten_texts_say_how_strange_altered_ones_are():
     with pytest.warns(UserWarning, match="most prompts lie outside"):
-        found = compare(opened("bert"), TEXTS, methods={"occlusion": occlusion}, metrics=[], replacement="pad")
+        found = compare(opened("bert"), WITH_TARGET, methods={"occlusion": occlusion}, metrics=[], replacement="pad")
     assert float(found.outside.sel(absent=1.0)) == 1
     assert "lie outside the clean ones" in page(found)

@@ -13,6 +13,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.data import Example, edited, read_examples
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.evaluation.models import PROMPT, opened
 
 
@@ -27,7 +28,7 @@ def test_edited_words_are_those_the_counterfactual_does_not_share():
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
 @pytest.mark.parametrize("players", ["token", "word"])
 def test_a_rationale_lands_on_the_players_whose_characters_it_names(family, players):
-    case = Case.of(opened(family), PROMPT, " Paris")
+    case = Case.of(opened(family), PROMPT, logit(" Paris"))
     parts = Players.of(case, players)
     for given in ({"rationale": ["France"]}, {"rationale": [[15, 21]]}, {"counterfactual": "The capital of Italy is"}):
         found = Example.of({"text": PROMPT, **given}).players(case, parts)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from pellucid.attribution import integrated_gradients
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation import faithfulness
-from pellucid.attribution.evaluation.absence import absence
 from pellucid.attribution.evaluation.faithfulness import METRICS, Infidelity, counts, curve, measure
 from pellucid.attribution.evaluation.sensitivity import max_sensitivity
 from pellucid.attribution.evaluation.soft import soft, unit

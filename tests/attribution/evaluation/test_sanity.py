@@ -18,6 +18,7 @@ from pellucid.attribution.evaluation import (
 )
 from pellucid.attribution.evaluation.sanity import layers_from_the_top
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.evaluation.models import TEXTS, opened
 from tests.zoo import build, tokenizer
 
@@ -30,7 +31,7 @@ def by_length(model, prompt, target=None, *, against=None, players="token"):
     case = Case.of(model, prompt, target)
     parts = Players.of(case, players)
     values = np.array([len(label) + i / 100 for i, label in enumerate(parts.labels)])
-    return case.result("length", "", {"attribution": ("player", values)}, arguments={}, labels=parts.labels)
+    return case.result("", {"attribution": ("player", values)}, labels=parts.labels)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "llama"])
@@ -119,7 +120,10 @@ def test_a_classifier_is_compared_with_one_trained_on_other_labels():
 def test_integrated_gradients_do_not_change_with_the_basis_and_gradient_norms_do(family):
     model = opened(family)
     found = implementation_invariance(
-        model, TEXTS[:2], methods={"IG": integrated_gradients, "GxI": gradient_x_input, "norm": saliency}
+        model,
+        TEXTS[:2],
+        logit(" Paris"),
+        methods={"IG": integrated_gradients, "GxI": gradient_x_input, "norm": saliency},
     )
     deviation = dict(zip(found.technique.values, found.deviation.values, strict=True))
     assert deviation["GxI"] < 1e-3

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation import distribution_shift
-from pellucid.attribution.evaluation.absence import absence
 from pellucid.errors import InputError
+from pellucid.metrics import logit
 from tests.attribution.evaluation.models import TEXTS, opened
 
 
@@ -37,7 +38,7 @@ def test_reference_prompts_stay_nearer_than_padding():
 @pytest.mark.parametrize("how", ["pad", "remove"])
 def test_vectors_are_the_mean_of_what_enters_the_middle_block(family, how):
     model = opened(family)
-    case = Case.of(model, TEXTS[0], " Paris")
+    case = Case.of(model, TEXTS[0], logit(" Paris"))
     world = absence(case, how=how)
     present = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 1]]).bool()
     ids = case.ids.tolist()

@@ -1,6 +1,6 @@
 """How far can an attribution be trusted?"""
 
-from pellucid.attribution.evaluation.absence import absence
+from pellucid.attribution.absence import absence
 from pellucid.attribution.evaluation.agreement import agreement
 from pellucid.attribution.evaluation.compare import compare
 from pellucid.attribution.evaluation.data import Example, read_examples

@@ -26,8 +26,9 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval, kendall, ranks, spearman
+from pellucid.technique import technique
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
@@ -92,6 +93,7 @@ def concordance(scores: np.ndarray) -> float:
     return float(12 * ((sums - sums.mean()) ** 2).sum() / room) if room > 0 else float("nan")
 
 
+@technique
 def agreement(scores: Mapping[str, Sequence[np.ndarray]], *, k: int = 5, seed: int = 0) -> Result:
     """How far methods agree over prompts: `scores` holds for every method one array [player] per prompt.
 
@@ -128,9 +130,7 @@ def agreement(scores: Mapping[str, Sequence[np.ndarray]], *, k: int = 5, seed: i
         attrs={"k": k, "prompts": len(prompts)},
     )
     title = f"Agreement of {len(names)} methods on {len(prompts)} prompts"
-    return Result(
-        data, kind="agreement", title=title, provenance=Provenance("agreement", arguments={"k": k}, seed=seed)
-    )
+    return Result(data, kind="agreement", title=title)
 
 
 def mean_over_prompts(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from tqdm.auto import tqdm
 
+from pellucid.attribution.absence import Absence, absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import Absence, absence
 from pellucid.attribution.evaluation.agreement import agreement, mean_over_prompts
 from pellucid.attribution.evaluation.data import Example
 from pellucid.attribution.evaluation.faithfulness import METRICS, SOFT, Metric, curve, curves, measure, named
@@ -43,10 +41,12 @@ from pellucid.attribution.evaluation.sensitivity import max_sensitivity
 from pellucid.attribution.evaluation.shift import FEWEST, distribution_shift
 from pellucid.attribution.evaluation.soft import soft
 from pellucid.attribution.players import Players
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, PellucidError, nearest
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 GRID = np.linspace(0, 1, 11)
 SENSITIVITY = "max-sensitivity"
@@ -59,6 +59,7 @@ BETTER = {
 }
 
 
+@technique
 def compare(
     model: Model,
     examples: Sequence[Any],
@@ -70,7 +71,6 @@ def compare(
     reference: Any = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Result:
     """Compare methods (names of `pellucid.attribution.METHODS`, by default all; or functions by name) on examples: texts,
     or mappings with a text and what else is known of it (see `pellucid.attribution.evaluation.data`).
@@ -102,19 +102,16 @@ def compare(
     }  # fmt: skip
     rows = Rows(checkpoint, asked)
     job = _Job(model, chosen, wanted, players, replacement, reference, seed, rows)
-    with tqdm(total=len(read) * (len(chosen) + 1), unit="run", disable=not (progress and sys.stderr.isatty())) as bar:
-        for i, example in enumerate(read):
-            bar.set_postfix_str(f"example {i + 1}")
+    with progress(what="explanations", total=len(read) * (len(chosen) + 1)) as bar:
+        for example in read:
             job.run(example, bar)
-    found = _summary(model, job, read, asked)
+    found = _summary(model, job, read)
     if len(read) < FEWEST:
         return found
     strange = distribution_shift(
         model, [e.text for e in read], players=players, replacement=replacement, reference=reference, seed=seed
     )
-    return Result(
-        found.data.assign(outside=strange.outside), kind=found.kind, title=found.title, provenance=found.provenance
-    )
+    return Result(found.data.assign(outside=strange.outside), kind=found.kind, title=found.title)
 
 
 def _digest(value: Any) -> str:
@@ -135,7 +132,7 @@ class _Job:
     def run(self, example: Example, bar: Any) -> None:
         key = _digest(example)
         todo = [name for name in (RANDOM, *self.methods) if (key, name) not in self.rows.found]
-        bar.update(len(self.methods) + 1 - len(todo))
+        bar.step(len(self.methods) + 1 - len(todo))
         if not todo:
             return
         case = Case.of(self.model, example.text, example.target, against=example.against)
@@ -144,11 +141,11 @@ class _Job:
             raise InputError(f"{str(example.text)!r} has {len(parts)} players: expected two or more to rank")
         world = absence(case, parts, self.replacement, reference=self.reference, seed=self.seed)
         if example.target is None:  # what is asked stays, whatever else is run
-            example = replace(example, target=case.target.bound)
+            example = replace(example, target=case.question.metric)
         for name in todo:
             seed = self.seed + int(key[:6], 16)  # of random scores: others for every example
             self.rows.add({"example": key, "method": name, **self._row(name, example, case, parts, world, seed)})
-            bar.update()
+            bar.step()
 
     def _row(self, name: str, example: Example, case: Case, parts: Players, world: Absence, seed: int) -> Row:
         method, asked = self.methods.get(name), {"against": example.against, "players": self.players}
@@ -186,7 +183,7 @@ class _Job:
         return {k: v for k, v in values.items() if k == "faithfulness" or k in self.metrics}
 
 
-def _summary(model: Model, job: _Job, examples: list[Example], asked: dict[str, Any]) -> Result:
+def _summary(model: Model, job: _Job, examples: list[Example]) -> Result:
     names = [*job.methods, RANDOM]
     table = {name: [job.rows.found[_digest(example), name] for example in examples] for name in names}
     refused = {
@@ -195,7 +192,7 @@ def _summary(model: Model, job: _Job, examples: list[Example], asked: dict[str, 
         if any("refused" in r for r in rows)
     }
     left = [name for name in names if name not in refused]
-    if left == [RANDOM]:
+    if left in ([], [RANDOM]):
         raise InputError(f"every method was refused; {next(iter(refused))}: {next(iter(refused.values()))}")
     metrics = [m for m in BETTER if any(m in row["values"] for name in left for row in table[name])]
     each = np.array(
@@ -239,13 +236,5 @@ def _summary(model: Model, job: _Job, examples: list[Example], asked: dict[str, 
             "refused": json.dumps(refused), "replacement": table[left[-1]][0]["replacement"],
         },
     )  # fmt: skip
-    provenance = Provenance(
-        "compare",
-        model.name,
-        digest=model.digest,
-        inputs=[str(e.text) for e in examples],
-        arguments=asked,
-        seed=job.seed,
-    )
     title = f"{len(left) - 1} attribution methods and random scores on {len(examples)} prompts of {model.name}"
-    return Result(data, kind="attribution comparison", title=title, provenance=provenance)
+    return Result(data, kind="attribution comparison", title=title)

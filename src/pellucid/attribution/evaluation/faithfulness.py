@@ -32,15 +32,16 @@ import numpy as np
 import torch
 import xarray as xr
 
+from pellucid.attribution.absence import Absence, absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import Absence, absence
 from pellucid.attribution.evaluation.scores import Scores, read_scores
 from pellucid.attribution.evaluation.soft import soft
 from pellucid.attribution.players import Players
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import area, spearman
+from pellucid.technique import technique
 
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 STEPS = 10  # of a curve
@@ -219,6 +220,7 @@ def curves(world: Absence, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return v[: len(rows[0])], v[len(rows[0]) :]
 
 
+@technique
 def faithfulness(
     model: Model,
     prompt: Any,
@@ -232,7 +234,6 @@ def faithfulness(
     metrics: Sequence[str | Metric] | None = None,
     draws: int = 20,
     seed: int = 0,
-    progress: bool = False,
 ) -> Result:
     """Measure attributions of one prompt: results of methods, or numbers [player or position], one or several by name.
 
@@ -249,7 +250,7 @@ def faithfulness(
     several = scores if isinstance(scores, Mapping) else {"scores": scores}
     read = {name: read_scores(case, parts, each) for name, each in several.items()}
     chosen = named(metrics)
-    world = absence(case, parts, replacement, reference=reference, seed=seed, progress=progress)
+    world = absence(case, parts, replacement, reference=reference, seed=seed)
     found = measure(world, read, chosen)
     errors: dict[str, dict[str, float]] = {name: {} for name in read}
     if metrics is None:
@@ -275,14 +276,10 @@ def faithfulness(
             "better": ("metric", [_better(k, chosen) for k in names]),
             "share": ("step", curve(len(parts)) / len(parts)),
         },
-        attrs={"replacement": world.name, "attributed": case.target.name},
+        attrs={"replacement": world.name, "attributed": case.question.name},
     )
-    provenance = Provenance(
-        "faithfulness", model.name, digest=model.digest, inputs=list(case.inputs.texts), seed=seed,
-        arguments={"target": target, "against": against, "players": players, "replacement": replacement, "draws": draws},
-    )  # fmt: skip
-    title = f"Faithfulness of attributions of {case.target.name}, with {world.name!r} for absent tokens"
-    return Result(data, kind="faithfulness", title=title, provenance=provenance)
+    title = f"Faithfulness of attributions of {case.question.name}, with {world.name!r} for absent tokens"
+    return Result(data, kind="faithfulness", title=title)
 
 
 def _better(name: str, metrics: Sequence[Metric]) -> Better:

@@ -41,7 +41,7 @@ def prefer(
     own = [i for i, name in enumerate(names) if name != RANDOM]
     best = max(own, key=lambda i: means[i])
     differences = values[:, [best]] - values
-    low, high = interval(differences, seed, 1 - 0.05 / max(1, len(names) - 1))
+    low, high = interval(differences, seed, level=1 - 0.05 / max(1, len(names) - 1))
 
     def above(i: int) -> str:
         return f"{differences[:, i].mean():.3g} [{low[i]:.3g}, {high[i]:.3g}]"
@@ -57,7 +57,7 @@ def prefer(
         return f" {names[i]} reaches {means[i]:.3g} for {cost[i]:.0f}."
 
     chance = names.index(RANDOM)
-    over, _ = interval(values - values[:, [chance]], seed, 1 - 0.05 / max(1, len(names) - 1))
+    over, _ = interval(values - values[:, [chance]], seed, level=1 - 0.05 / max(1, len(names) - 1))
     tied = [i for i in own if i == best or not low[i] > 0]
     if n < FEWEST:
         return said("", f"{n} prompts are too few to prefer a method: give {FEWEST} or more.")

@@ -159,7 +159,7 @@ class _Asked:
             raise InputError("give a list of prompts, one at least")
         self.model, self.prompts, self.against, self.players, self.methods = model, prompts, against, players, methods
         self.cases = [Case.of(model, prompt, target, against=against) for prompt in prompts]
-        self.targets = [case.target.bound if target is None else target for case in self.cases]
+        self.targets = [case.question.metric if target is None else target for case in self.cases]
         self.parts = [Players.of(case, players) for case in self.cases]
 
     def scores(self, model: Model, targets: Sequence[Any] | None = None) -> list[list[np.ndarray]]:
@@ -206,9 +206,11 @@ def _similarity(one: list[list[np.ndarray]], two: list[list[np.ndarray]]) -> np.
 
 def _other(case: Case, rng: np.random.Generator) -> int:
     """A class or a token drawn at random, not the one the model would choose."""
+    question = case.question
+    if question.kind in ("label", "span", "value") or question.metric is None:
+        raise InputError(f"another answer is drawn among tokens or classes, and this question is of a {question.kind}")
     with torch.no_grad():
-        logits = case.model.run(case.inputs).logits
-    row = logits[0] if logits.ndim == 2 else logits[0, -1]
+        row = question.rows(case.model.run(case.inputs))[0]
     if len(row) < 2:
         raise InputError(f"{case.model.name} gives one number: there is no other answer to explain")
     chosen = int(row.argmax())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pellucid.attribution.case import Case
+from pellucid.attribution.methods import METHODS
 from pellucid.attribution.players import Players
+from pellucid.engine.pausing import quiet
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.technique import technique
 
 Scores = Result | np.ndarray | Sequence[float]
 Method = Callable[..., Any]  # gives a Result, or bare scores
@@ -47,9 +49,7 @@ def methods_named(methods: Mapping[str, Method] | Sequence[str] | None) -> dict[
     """Methods by name: all of `pellucid.attribution.METHODS` for None. InputError for an unknown one."""
     if isinstance(methods, Mapping):
         return dict(methods)
-    import pellucid.attribution
-
-    known: dict[str, Method] = pellucid.attribution.METHODS
+    known: Mapping[str, Method] = METHODS
     for name in methods or ():
         if name not in known and name != RANDOM:
             raise InputError(f"unknown method {name!r}{nearest(name, known)}")
@@ -58,11 +58,12 @@ def methods_named(methods: Mapping[str, Method] | Sequence[str] | None) -> dict[
 
 def explain(method: Method, model: Model, prompt: Any, target: Any, against: Any, players: Any) -> Scores:
     """One call of a method, without a progress bar of its own."""
-    quiet = {"progress": False} if "progress" in inspect.signature(method).parameters else {}
-    scores: Scores = method(model, prompt, target, against=against, players=players, **quiet)
+    with quiet():
+        scores: Scores = method(model, prompt, target, against=against, players=players)
     return scores
 
 
+@technique
 def random_attribution(
     model: Model, prompt: Any, target: Any = None, *, against: Any = None, players: Any = "token", seed: int = 0
 ) -> Result:
@@ -71,8 +72,8 @@ def random_attribution(
     parts = Players.of(case, players)
     values = np.random.default_rng(seed).standard_normal(len(parts))
     return case.result(
-        "random_attribution", "Random scores", {"attribution": ("player", values), "evaluations": 0},
-        arguments={"players": players}, labels=parts.labels, seed=seed,
+        "Random scores", {"attribution": ("player", values), "evaluations": 0},
+        labels=parts.labels,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def max_sensitivity(
     case = Case.of(model, prompt, target, against=against)
     parts = Players.of(case, players)
     if target is None:  # what is asked stays, whatever the likeliest answer becomes
-        target = case.target.bound
+        target = case.question.metric
 
     def scores() -> np.ndarray:
         return read_scores(case, parts, explain(method, model, prompt, target, against, players))

@@ -20,18 +20,22 @@ import numpy as np
 import torch
 import xarray as xr
 
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.absence import absence
 from pellucid.attribution.evaluation.faithfulness import counts
 from pellucid.errors import InputError
+from pellucid.metrics import BoundMetric
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
+from pellucid.technique import technique
 
 ABSENT = (0.1, 0.2, 0.5, 1.0)
 FEWEST = 10  # prompts, below which there is no telling what is far
 WARN = 0.5
+NOTHING = BoundMetric("nothing", None, None, lambda z: z.flatten(1)[:, 0])  # no answer is asked: prompts are compared
 
 
+@technique
 def distribution_shift(
     model: Model,
     prompts: Sequence[Any],
@@ -40,7 +44,6 @@ def distribution_shift(
     replacement: Any = None,
     reference: Any = None,
     absent: Sequence[float] = ABSENT,
-    target: Any = None,
     seed: int = 0,
 ) -> Result:
     """How far prompts lie from clean ones when a share of their players, drawn at random, is absent.
@@ -53,7 +56,7 @@ def distribution_shift(
     rng = np.random.default_rng(seed)
     clean, altered, name = [], [], ""
     for prompt in prompts:
-        case = Case.of(model, prompt, target)
+        case = Case.of(model, prompt, NOTHING)
         world = absence(case, players, replacement, reference=reference, draws=1, seed=seed)
         n, name = len(world.players), world.name
         order = rng.permutation(n)
@@ -82,10 +85,4 @@ def distribution_shift(
         coords={"absent": list(absent)},
         attrs={"replacement": name, "prompts": len(prompts)},
     )
-    provenance = Provenance(
-        "distribution_shift", model.name, digest=model.digest, inputs=[str(p) for p in prompts], seed=seed,
-        arguments={"players": players, "replacement": replacement},
-    )  # fmt: skip
-    return Result(
-        data, kind="distribution shift", title=f"Prompts with tokens taken away by {name!r}", provenance=provenance
-    )
+    return Result(data, kind="distribution shift", title=f"Prompts with tokens taken away by {name!r}")

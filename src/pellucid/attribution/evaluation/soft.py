@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.attribution.evaluation.absence import Absence, Replaced
+from pellucid.attribution.absence import Absence, Replaced
 
 Values = tuple[dict[str, float], dict[str, float]]
 

@@ -39,8 +39,9 @@ from pellucid.attribution.evaluation.scores import (
 from pellucid.attribution.players import Players
 from pellucid.errors import Refused
 from pellucid.model import Model, load
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
 
 RULES = ("marker", "conjunction", "disjunction", "exclusive")
 MARKERS = ("ruby", "jade")
@@ -52,6 +53,7 @@ FOCUS, SLOPE = 10.0, 8.0  # a head puts e^10 on its marker for 1 elsewhere; how 
 NOTHING = 0.01  # a score of less, where answers differ by 4, is the remainder of a quadrature or a softmax
 
 
+@technique
 def known_truth(
     methods: Mapping[str, Method] | Sequence[str] | None = None,
     *,
@@ -79,10 +81,7 @@ def known_truth(
         },
         attrs={"texts": texts},
     )
-    provenance = Provenance(
-        "known_truth", arguments={"methods": list(chosen), "rules": rules, "texts": texts}, seed=seed
-    )
-    return Result(data, kind="known truth", title="Methods on models whose reasons are known", provenance=provenance)
+    return Result(data, kind="known truth", title="Methods on models whose reasons are known")
 
 
 def _on_rule(rule: str, name: str, methods: Mapping[str, Method], texts: int, seed: int) -> list[list[float]]:

@@ -22,9 +22,10 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.engine.early import run_until
+from pellucid.changed import check_weights
 from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
 from pellucid.neurons.dictionaries import saelens
@@ -132,10 +133,7 @@ class Dictionary:
 
     def check(self, model: Model) -> None:
         """InputError if it belongs to other weights; SiteError or Refused if the model lacks its sites."""
-        if self.digest and self.digest != model.digest:
-            raise InputError(
-                f"this dictionary belongs to other weights ({self.digest[:12]}) than {model.name} ({model.digest[:12]})"
-            )
+        check_weights(model, self.digest, "this dictionary")
         for site in (self.site, self.writes):
             model.sites(site)
 

@@ -33,11 +33,11 @@ class Coder(Protocol):
     site: str
     writes: str
     decoder: Tensor
+    digest: str
 
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, f: Tensor) -> Tensor: ...
     def within(self, x: Tensor) -> Tensor: ...
-    def check(self, model: Any) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +58,9 @@ class DictionaryEdit(Edit):
     dictionary: Coder
     ear: Hear | None = None
 
-    def check(self, model: Any) -> None:
-        self.dictionary.check(model)
+    @property
+    def digest(self) -> str:
+        return self.dictionary.digest
 
     def read(self, x: Tensor) -> Tensor:
         width = self.dictionary.decoder.shape[1]

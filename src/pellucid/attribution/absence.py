@@ -33,12 +33,13 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Wiretap
-from pellucid.attribution.baseline import Baseline
+from pellucid.attribution.baseline import WITHOUT, Baseline
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.filling import Filler, beginning
+from pellucid.attribution.filling import Filler, beginning
 from pellucid.attribution.game import Coalitions, Game
 from pellucid.attribution.path import ROWS_OF_TOKENS, Embedded
 from pellucid.attribution.players import Players
+from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tasks.tokens import encode
@@ -52,7 +53,6 @@ def absence(
     reference: Model | Sequence[str] | None = None,
     draws: int = 4,
     seed: int = 0,
-    progress: bool = False,
     checkpoint: str | Path | None = None,
 ) -> Absence:
     """v(S) of a case under one way of taking tokens away; by default that of the baselines ("mask" where the tokenizer
@@ -62,13 +62,15 @@ def absence(
     defined for this model or target.
     """
     players = players if isinstance(players, Players) else Players.of(case, players)
-    if how == "remove":
+    if isinstance(how, str) and how in WITHOUT and checkpoint is not None:
+        raise InputError(f"checkpoint= keeps runs of prompts with something in a token's place, not of {how!r}")
+    if isinstance(how, str) and how == "remove":
         return Removed(case, players, "remove")
-    if how != "resample":
+    if not isinstance(how, str) or how != "resample":
         embedded = Embedded(case)
         baseline = Baseline.of(embedded, how)
         return Replaced(
-            case, players, baseline.name, games=[Game(case, players, baseline, embedded, progress, checkpoint)]
+            case, players, baseline.name, games=[Game(case, players, baseline.name, baseline, embedded, checkpoint)]
         )
     if draws < 1:
         raise InputError(f"{draws} draws: expected at least 1")
@@ -84,8 +86,6 @@ def absence(
 class Absence(Coalitions):
     """`absent(present [n, player])` gives v(S) [n, output], every distinct coalition run once; `evaluations` counts the
     rows the model ran, `name` says how tokens were taken away."""
-
-    name: str
 
     def vectors(self, present: Tensor) -> Tensor:
         """[n, d] what enters the middle block, its mean over the positions: where these prompts lie in the model."""
@@ -142,7 +142,7 @@ def _drawn(case: Case, players: Players, prompts: Sequence[str], draws: int, see
     """Games whose absent tokens come from other prompts: from a random place of each, going on until all are filled."""
     if not prompts:
         raise InputError("no reference prompts were given to draw tokens from")
-    known = set(case.model.tokenizer.all_special_ids) if case.model.tokenizer is not None else set()
+    known = special_ids(case.model.tokenizer)
     generator = torch.Generator().manual_seed(seed)
     rows = [[i for i in _ids(case.model, prompt) if i not in known] for prompt in prompts]
     rows = [row for row in rows if row]
@@ -153,7 +153,8 @@ def _drawn(case: Case, players: Players, prompts: Sequence[str], draws: int, see
         row = rows[int(torch.randint(len(rows), (1,), generator=generator))]
         first = int(torch.randint(len(row), (1,), generator=generator))
         ids = torch.tensor([row[(first + i) % len(row)] for i in range(len(case.ids))])
-        games.append(Game(case, players, Baseline.of(embedded, ids), embedded, progress=False))
+        start = Baseline.of(embedded, ids)
+        games.append(Game(case, players, start.name, start, embedded))
     return games
 
 
@@ -202,17 +203,17 @@ class Removed(Absence):
     """Shorter prompts, run in batches of equal length. A prompt with nothing left is the token that begins a text."""
 
     def __post_init__(self) -> None:
-        if not self.case.target.single or self.case.target.bound is None or len(self.case.streams) > 1:
+        if not self.case.question.single or self.case.question.metric is None or len(self.case.streams) > 1:
             raise Refused(
                 "tokens cannot be cut out under a continuation or the reading of a site, whose positions would move: "
-                "choose replacement='mask', 'pad', 'mean' or 'resample'"
+                "choose 'mask', 'pad', 'mean' or 'resample'"
             )
         if self.case.inputs.stream("").padded:
             raise Refused("tokens cannot be cut out of a padded prompt: give it without padding")
 
     def _run(self, present: Tensor) -> Tensor:
         made = torch.zeros(len(present), 1, dtype=torch.float64)
-        bound = self.case.target.bound
+        bound = self.case.question.metric
         assert bound is not None
         for rows, kept, positions in self._batches(present):
             with torch.no_grad():
@@ -245,7 +246,7 @@ class Removed(Absence):
     def _moved(self, kept: list[int]) -> tuple[int, ...] | None:
         """Where the answer stands now; places counted from the end, and those of a decoder, do not move. Where the token
         read is gone itself, the one behind it is read, or the last."""
-        positions = getattr(self.case.target.bound, "positions", None)
+        positions = getattr(self.case.question.metric, "positions", None)
         if positions is None or "encoder" in self.case.streams:
             return positions
         return tuple(p if p < 0 else max(0, min(sum(i < p for i in kept), len(kept) - 1)) for p in positions)

@@ -17,6 +17,7 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
+from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 
@@ -47,7 +48,7 @@ class Filler:
                 f"{model.name} and {own.name} have different vocabularies: its tokens cannot stand in the gaps"
             )
         self.embedded = Embedded(self.case)
-        self.special = [i for i in set(model.tokenizer.all_special_ids) if i < self.vocabulary]
+        self.special = sorted({*range(self.vocabulary)} - {*ordinary_ids(model.tokenizer, self.vocabulary)})
 
     def _speaks(self) -> bool:
         """Whether it gives a word for every position, not a class for the text."""
