@@ -121,9 +121,9 @@ def games(name: str, ids: torch.Tensor, repetitions: int, with_peers: bool) -> N
     same: dict[str, Any] = {"baseline": torch.full((n,), 5), "progress": False}
     permutations = 2 * round(200 / (n - 1) / 2)
     cases: dict[str, Callable[..., Any]] = {
-        f"shapley, {permutations} orders": partial(shapley, permutations=permutations),
-        "lime, 200 samples": partial(lime, samples=200),
-        "kernel_shap, 200 samples": partial(kernel_shap, samples=200),
+        f"shapley, {permutations} orders": partial(shapley, draws=permutations),
+        "lime, 200 samples": partial(lime, draws=200),
+        "kernel_shap, 200 samples": partial(kernel_shap, draws=200),
     }
     for title, method in cases.items():
         runs = int(method(model, ids, answer, **same).evaluations)

@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 import pellucid
 from pellucid.attention import adversarial_attention, edits
-from pellucid.attention.answers import bootstrap
+from pellucid.statistics import interval
 from pellucid.attention.correlation import token_scores
 from pellucid.attention.patterns import special
 
@@ -57,7 +57,7 @@ def main() -> None:
     moved, taus, overlaps, aucs = [], [], [], []
     for i in shortest:
         text, inputs = texts[i], model.inputs(texts[i])
-        found = adversarial_attention(model, text, epsilon=options.epsilon, steps=options.steps, progress=False)
+        found = adversarial_attention(model, text, epsilon=options.epsilon, steps=options.steps)
         before, after = token_scores(model, inputs, MEASURES), token_scores(model, inputs, MEASURES, edits(found))
         usable = np.flatnonzero(~special(model, inputs.stream("")))
         offsets = model.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -90,7 +90,7 @@ def main() -> None:
 
 def shown(values: np.ndarray) -> str:
     """The mean over reviews with its bootstrap interval."""
-    low, high = bootstrap(values, seed=0)
+    low, high = interval(values, 0)
     return f"{values.mean():.2f} [{low:.2f}, {high:.2f}]"
 
 

@@ -30,7 +30,7 @@ from pellucid.attention import (
 
 
 def permutation(model: pellucid.Model, data: Data) -> None:
-    each = [permuted_attention(model, text, draws=8, progress=False) for text in data.short[:10]]
+    each = [permuted_attention(model, text, draws=8) for text in data.short[:10]]
     print("permuted attention, median change of the prediction (total variation), mean of 10 reviews")
     print("  by layer " + " ".join(f"{x:.3f}" for x in np.mean([r.change.values for r in each], 0)))
     print("  uniform  " + " ".join(f"{x:.3f}" for x in np.mean([r.uniform.values for r in each], 0)))
@@ -39,7 +39,7 @@ def permutation(model: pellucid.Model, data: Data) -> None:
 
 
 def erasure(model: pellucid.Model, data: Data) -> None:
-    erased = attention_erasure(model, data.short, points=16, progress=False)
+    erased = attention_erasure(model, data.short, points=16)
     print(f"share of keys to zero before the decision flips, {len(data.short)} reviews")
     for row in erased.to_frame("fraction", "low", "high", "never").itertuples():
         print(f"  {row.order:10} {row.fraction:.2f} [{row.low:.2f}, {row.high:.2f}], never flips {row.never:.2f}")

@@ -81,7 +81,7 @@ def page(title: str, found: dict[str, Result]) -> None:
 
 def trust(model: Any, examples: list[dict[str, Any]], methods: Iterable[str] = METHODS) -> None:
     """Faithfulness of the methods, on average over these examples; random scores too where there are several."""
-    found = compare(model, examples, methods=list(methods), metrics=["comprehensiveness"], progress=False)
+    found = compare(model, examples, methods=list(methods), metrics=["comprehensiveness"])
     values = found.value.sel(metric="faithfulness")
     order = [i for i in np.argsort(-values.values) if len(examples) > 1 or found.technique.values[i] != "random"]
     print(f"Faithfulness (insertion minus deletion; prompts: {len(examples)}): " + ", ".join(

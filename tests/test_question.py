@@ -216,16 +216,16 @@ def test_a_token_classifier_is_asked_for_the_label_of_a_word():
     z = model.run(PROMPT).logits[0].detach()
     row = model.inputs(PROMPT).stream("").ids[0].tolist()
     at = row.index(token(model, "France"))
-    torch.testing.assert_close(asked(Question.of(model, PROMPT, label("B-LOC", position="France"))), z[[at], 1])
-    contrast = Question.of(model, PROMPT, label("B-LOC", position=at), against="O")
+    torch.testing.assert_close(asked(Question.of(model, PROMPT, label("B-LOC", word="France"))), z[[at], 1])
+    contrast = Question.of(model, PROMPT, label("B-LOC", word=at), against="O")
     torch.testing.assert_close(asked(contrast), z[[at], 1] - z[[at], 0])
-    assert Question.of(model, PROMPT, label(position="France")).answers[0].text == names[int(z[at].argmax())]
-    given = Question.of(model, [row], label("B-LOC", position="France"))  # ids have no text of their own
+    assert Question.of(model, PROMPT, label(word="France")).answers[0].text == names[int(z[at].argmax())]
+    given = Question.of(model, [row], label("B-LOC", word="France"))  # ids have no text of their own
     assert given.position == at
     with pytest.raises(InputError, match="labels every word: name one"):
         Question.of(model, PROMPT, "B-LOC")
     with pytest.raises(InputError, match="does not label words"):
-        Question.of(classifier(), PROMPT, label("good", position=1))
+        Question.of(classifier(), PROMPT, label("good", word=1))
     with pytest.raises(InputError, match="is no class"):
         model.bind(logit(" Paris"))
 

@@ -7,7 +7,7 @@ the model (`pellucid.anatomy.answering`); from it and the prompt follows the kin
     first token         of an encoder-decoder whose decoder was given nothing; after `decoder=` it is the next token
     masked token        read at the mask; a prompt of such a model has exactly one
     class, value        of the whole text
-    label               of one word: `label("B-LOC", position="Paris")`
+    label               of one word: `label("B-LOC", word="Paris")`
     span                a stretch of the prompt, scored as extractive question answering does:
                         its first token's start logit + its last token's end logit
     continuation        each token that follows the prompt after those before it
@@ -74,7 +74,7 @@ class Label:
     """What `label` makes: a label at one word of a token classifier."""
 
     name: str | int | None
-    position: int | str
+    word: int | str
 
 
 def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability") -> Continuation:
@@ -102,14 +102,14 @@ def reading(site: Site | str, direction: Any = None) -> Reading:
     return Reading(Site.parse(site), None if direction is None else torch.as_tensor(direction))
 
 
-def label(name: str | int | None = None, *, position: int | str) -> Label:
+def label(name: str | int | None = None, *, word: int | str) -> Label:
     """A target for token classifiers: a label (by default the predicted one) at a token, or at a word as it stands in
     the prompt: at its first token, where such models are trained to have the word's label.
 
-    >>> label("B-LOC", position="Paris")
-    Label(name='B-LOC', position='Paris')
+    >>> label("B-LOC", word="Paris")
+    Label(name='B-LOC', word='Paris')
     """
-    return Label(name, position)
+    return Label(name, word)
 
 
 # ---- the question
@@ -319,7 +319,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
         raise InputError(f"{model.name} gives vectors, not answers: name what is asked, a metric or reading(site)")
     if isinstance(target, Label) != (kind == "label"):
         raise InputError(
-            f"{model.name} labels every word: name one, such as label('B-LOC', position='Paris')"
+            f"{model.name} labels every word: name one, such as label('B-LOC', word='Paris')"
             if kind == "label"
             else f"{model.name} does not label words: give an answer of its own, a {kind}"
         )
@@ -327,7 +327,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
         return _span(model, inputs, target, against)
     if kind == "value" and against is not None:
         raise InputError(f"{model.name} gives a number, which has no rival: leave against= out")
-    position = _word(model, inputs, target.position) if isinstance(target, Label) else answer_position(model, inputs)
+    position = _word(model, inputs, target.word) if isinstance(target, Label) else answer_position(model, inputs)
     asked = Question(model, inputs, kind, kind, position)
     chosen = target.name if isinstance(target, Label) else target
     if chosen is None:
@@ -380,14 +380,14 @@ def _named(model: Model, kind: Kind, number: int) -> str | int:
             return number
 
 
-def _word(model: Model, inputs: Inputs, position: int | str) -> int:
+def _word(model: Model, inputs: Inputs, word: int | str) -> int:
     """The first token of a word, or a position by number or in the words of a site's `@`."""
     stream = inputs.stream("")
-    if isinstance(position, str) and position not in stream.spans and (found := _place(model, inputs, position)):
+    if isinstance(word, str) and word not in stream.spans and (found := _place(model, inputs, word)):
         return found[0]
-    columns = stream.find(position)
+    columns = stream.find(word)
     if columns is None or columns.shape[1] != 1:
-        raise InputError(f"position={position!r} names several words: a label is asked at one")
+        raise InputError(f"word={word!r} names several words: a label is asked at one")
     return int(columns[0, 0] - stream.starts[0])
 
 

@@ -140,7 +140,7 @@ class Shares:
         """What the run, under its edits, holds at some taps, and its output."""
         anatomy, session = (
             self.model.anatomy,
-            Session(self.model.anatomy, self.inputs, (), self.model.bound(self.edits)),
+            Session(self.model.anatomy, self.inputs, (), self.model.resolved(self.edits)),
         )
         writing, kept = session.handlers(), {}
 

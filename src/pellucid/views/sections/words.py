@@ -86,7 +86,7 @@ def _others(question: Question, fill: int, other: int) -> dict[str, Result]:
     found = {}
     with suppress(PellucidError):
         found["occlusion"] = occlusion(
-            question.model, question.inputs, question.metric, baseline=_baseline(question, fill), progress=False
+            question.model, question.inputs, question.metric, baseline=_baseline(question, fill)
         )
     found[f"integrated gradients from {question.model.tokenizer.decode([other])!r}"] = _attributed(question, other)
     return found
