@@ -1,4 +1,4 @@
-"""The printed program of every causal and circuit technique gives its result again."""
+"""Printed programs of causal techniques and circuits that tests/test_reproduced.py does not try."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from tests.zoo import build, tokenizer
 CLEAN = ["The capital of France is", "The city of Italy is", "The store of Rome is", "Mary went to Italy and"]
 CORRUPTED = ["The capital of Italy is", "The city of France is", "The store of Paris is", "John went to Italy and"]
 METRIC = pl.metrics.logit_difference(" Paris", " Rome")
-BOTH: dict[str, Any] = {"metric": METRIC, "how": "zero"}
 
 
 @cache
@@ -38,32 +37,14 @@ def scores(**options: Any) -> circuits.EdgeScores:
     return circuits.edge_attribution(model(), CLEAN, METRIC, how="resample", reference=CORRUPTED, **options)
 
 
-SUBJECT: dict[str, Any] = {"subject": "capital", "draws": 2}
-PATHS: dict[str, Any] = {"over": "layers.0.attn.heads.*", "receivers": "layers.1.mlp.out"}
 CALLS: dict[str, Callable[[], Any]] = {
-    "ablation": lambda: causal.ablation(model(), CLEAN, how="mean", metric=METRIC),
-    "patching": lambda: causal.patching(model(), CLEAN, CORRUPTED, metric={"d": METRIC, "l": pl.metrics.logit(7)},
-                                        over={"a": "layers.*.attn.out"}),
-    "path patching": lambda: causal.path_patching(model(), CLEAN, CORRUPTED, metric=METRIC, **PATHS),
-    "edge ablation": lambda: causal.edge_ablation(model(), CLEAN, **PATHS, **BOTH),
-    "attribution patching": lambda: causal.attribution_patching(model(), CLEAN, CORRUPTED, metric=METRIC, check=2),
-    "mediation": lambda: causal.mediation(model(), pairs()),
-    "interaction": lambda: causal.interaction(model(), pairs(), k=2, draws=1),
-    "concentration": lambda: causal.concentration(causal.mediation(model(), pairs())),
+    "sets and several metrics": lambda: causal.patching(
+        model(), CLEAN, CORRUPTED, metric={"d": METRIC, "l": pl.metrics.logit(7)}, over={"a": "layers.*.attn.out"}
+    ),
     "mitigation": lambda: causal.mitigation(model(), pairs(), CLEAN, sizes=(1,), draws=1),
-    "tracing": lambda: causal.tracing(model(), CLEAN[0], **SUBJECT),
-    "window curve": lambda: causal.window_curve(model(), CLEAN[0], 7, windows=(1, 2), **SUBJECT),
-    "counterfactual": lambda: causal.counterfactual(model(), CLEAN[0], max_changes=1, positions="0:3"),
-    "exact patching": lambda: circuits.exact_patching(model(), CLEAN, METRIC, how="mean", edges=["embed -> m0"]).result,
-    "edge attribution": lambda: scores().result,
     "by parts": lambda: scores(split=circuits.Split("parts")).result,
-    "tested": lambda: scores().tested(),
-    "judge": lambda: circuits.judge(model(), scores().circuit(20), CLEAN, METRIC, how="zero", draws=1, greedy=1),
     "hypothesis": lambda: circuits.test(model(), ["0.1"], CLEAN, METRIC, how="zero", draws=1, greedy=1),
-    "curve": lambda: circuits.faithfulness_curve(model(), scores(), CLEAN, METRIC, how="zero", sizes=(0.1, 1.0)),
-    "stability": lambda: circuits.stability(scores(), 10, draws=5),
-    "roles": lambda: circuits.head_roles(model(), length=4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
