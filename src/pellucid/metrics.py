@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -53,6 +54,10 @@ class BoundMetric:
     function: Callable[[Tensor], Tensor]
     classes: bool = False
     outputs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions is not None:  # numpy's integers would print as such
+            object.__setattr__(self, "positions", tuple(map(index, self.positions)))
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """Itself: a bound metric is a metric too."""

@@ -14,13 +14,12 @@ from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Anatomy
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
-from pellucid.engine.edits import Edit
+from pellucid.engine.edits import Edit, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
-from pellucid.engine.sources import resolved
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.errors import SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
@@ -185,7 +184,7 @@ class Model:
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
-        inputs = self._padding.fit(left_padded(inputs))
+        inputs = self._padding.fit(left_padded(inputs), generating=True)
         return generate(
             self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )

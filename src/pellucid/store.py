@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.corpus import Corpus, Place, Row, batches, inputs
-from pellucid.engine.early import run_until
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import Run
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
 

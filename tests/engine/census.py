@@ -40,7 +40,7 @@ def examine(entry: Entry, variants: int = 20) -> tuple[list[str], list[str]]:
         truth = one_by_one(model, given, bag, metric) if bag else torch.zeros(0, 1)
         for rung in may if bag else ():
             try:
-                made = model.sweep(given, bag, metric, executor=rung, progress=False).values
+                made = model.sweep(given, bag, metric, executor=rung).values
             except PellucidError:  # not for these edits or this metric
                 continue
             error = float((made - truth).abs().max() / truth.abs().max().clamp_min(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pellucid
-from pellucid.engine.early import run_until
+from pellucid.engine.watching import run_until
 from tests.zoo import build, tokenizer
 
 PROMPTS = ["the cat sat on the mat", "a dog"]

@@ -59,7 +59,7 @@ def test_an_offloaded_module_is_run_edited_and_swept() -> None:
     model = pellucid.load(module, tokenizer=tokenizer(module))
     plain = opened("llama")
     assert close(model.run(PROMPTS, edits=EDITS).logits, plain.run(PROMPTS, edits=EDITS).logits)
-    swept, wanted = (m.sweep(PROMPTS, HEADS, metrics.logit_difference(7, 9), progress=False) for m in (model, plain))
+    swept, wanted = (m.sweep(PROMPTS, HEADS, metrics.logit_difference(7, 9)) for m in (model, plain))
     assert close(swept.values, wanted.values)
     assert torch.equal(
         model.generate(PROMPTS, edits=EDITS[:2], max_new_tokens=4).tokens,
@@ -75,15 +75,15 @@ def test_half_precision_is_right_within_its_own_noise(family: str) -> None:
     edits = [e for e in EDITS if family != "gptj" or e.site.part != "resid_mid"]  # type: ignore[union-attr]
     given = call(family)
     assert close(model.run(given, edits=edits).logits.float(), exact.run(given, edits=edits).logits, 6e-2)
-    made = model.sweep(given, HEADS, metrics.logit_difference(7, 9), progress=False)
-    wanted = exact.sweep(given, HEADS, metrics.logit_difference(7, 9), progress=False)
+    made = model.sweep(given, HEADS, metrics.logit_difference(7, 9))
+    wanted = exact.sweep(given, HEADS, metrics.logit_difference(7, 9))
     assert made.plan.rung.name == wanted.plan.rung.name
     assert float((made.values - wanted.values).abs().max()) < 6e-2 * float(exact.run(given).logits.abs().max())
 
 
 def test_double_precision_keeps_its_precision_through_a_sweep() -> None:
     model = twin(dtype=torch.float64)
-    made = model.sweep(ids(), HEADS, metrics.logit(7), progress=False)
+    made = model.sweep(ids(), HEADS, metrics.logit(7))
     assert made.values.dtype == torch.float64
     for edit, value in zip(HEADS, made.values, strict=True):
         assert float((model.score(model.run(ids(), edits=[edit]), metrics.logit(7)) - value).abs().max()) < 1e-6
@@ -221,7 +221,7 @@ def test_a_model_without_a_head_gives_its_last_hidden_states() -> None:
     model = pellucid.load(module, tokenizer=tokenizer(module))
     run = model.run(ids(), edits=[Scale("layers.1.resid_post", 2.0)], keep=["layers.1.resid_post"])
     assert run.logits.shape == (2, 7, 32)
-    made = model.sweep(ids(), HEADS, lambda hidden: hidden[:, -1].norm(dim=-1), progress=False)
+    made = model.sweep(ids(), HEADS, lambda hidden: hidden[:, -1].norm(dim=-1))
     assert made.plan.rung.name == "stubbed"
     truth = [model.run(ids(), edits=[e]).logits[:, -1].norm(dim=-1) for e in HEADS]
     assert torch.allclose(made.values, torch.stack(truth), atol=1e-5)

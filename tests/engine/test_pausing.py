@@ -45,9 +45,9 @@ def test_a_sweep_tells_how_far_it_is_and_is_the_same_with_runs_in_its_pauses(mod
         with sharing(None), torch.enable_grad():
             model.run("Paris is in Italy", keep="layers.*.resid_post", edits=[pl.Scale("layers.0.mlp.out", 3.0)])
 
-    alone = model.sweep(PROMPT, variants(model), METRIC, memory=1, progress=False)
+    alone = model.sweep(PROMPT, variants(model), METRIC, memory=1)
     with sharing(listener):
-        shared = model.sweep(PROMPT, variants(model), METRIC, memory=1, progress=False)
+        shared = model.sweep(PROMPT, variants(model), METRIC, memory=1)
     assert torch.equal(alone.values, shared.values)
     assert [m.done for m in moments] == list(range(8)) and {m.total for m in moments} == {8}
 
@@ -67,11 +67,9 @@ def test_a_sweep_that_is_ended_goes_on_where_it_stopped(model: pl.Model, after: 
 
     plan = model.plan(PROMPT, variants(model), METRIC, memory=1)
     with sharing(listener), pytest.raises(Enough):
-        plan.run(progress=False)
+        plan.run()
     assert int(plan.done.sum()) == after
-    assert torch.equal(
-        plan.run(progress=False).values, model.sweep(PROMPT, variants(model), METRIC, memory=1, progress=False).values
-    )
+    assert torch.equal(plan.run().values, model.sweep(PROMPT, variants(model), METRIC, memory=1).values)
 
 
 def test_generating_can_be_ended_at_every_token_and_leaves_no_hook(model: pl.Model) -> None:
@@ -94,7 +92,7 @@ def test_generating_can_be_ended_at_every_token_and_leaves_no_hook(model: pl.Mod
 def test_edge_attribution_and_integrated_gradients_are_the_same_with_runs_in_their_pauses(model: pl.Model) -> None:
     def scores() -> torch.Tensor:
         return pl.circuits.edge_attribution(
-            model, PROMPT, METRIC, ablation="zero", method="eap-ig-inputs", steps=3
+            model, PROMPT, METRIC, how="zero", method="eap-ig-inputs", steps=3
         ).tensor
 
     def shares() -> torch.Tensor:

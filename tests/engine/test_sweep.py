@@ -49,7 +49,7 @@ def test_every_executor_gives_the_numbers_of_plain_runs(family: str) -> None:
         truth = one_by_one(model, given, variants, metric)
         for rung in may:
             try:
-                made = model.sweep(given, variants, metric, executor=rung, progress=False)
+                made = model.sweep(given, variants, metric, executor=rung)
             except Refused as error:
                 assert "outside the last stack" in str(error) or "inputs of this size" in str(error)
                 continue
@@ -63,7 +63,7 @@ def test_a_classifier_is_swept_through_its_class_logits() -> None:
     classifier = pellucid.load(module, tokenizer=tokenizer(module))
     variants: list[Edit] = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
     for metric in (metrics.class_logit(1), metrics.class_probability(0)):
-        made = classifier.sweep(ids(), variants, metric, progress=False)
+        made = classifier.sweep(ids(), variants, metric)
         assert made.plan.rung.name == "stubbed"
         assert torch.allclose(
             made.values, one_by_one(classifier, classifier.inputs(ids()), [[v] for v in variants], metric), atol=1e-5
@@ -80,7 +80,7 @@ def test_edits_that_look_at_the_whole_batch_and_variants_without_edits_are_right
         [Scale("final_norm@-1", 2.0)],
     ]
     for some in (variants, variants[:-1]):
-        made = model.sweep(given, some, metrics.logit(7), progress=False)
+        made = model.sweep(given, some, metrics.logit(7))
         assert torch.allclose(made.values, one_by_one(model, given, some, metrics.logit(7)), atol=1e-5)
     assert torch.allclose(made.values[1], made.clean)
 
@@ -97,7 +97,7 @@ def test_the_planner_takes_the_cheapest_way_and_explains_it() -> None:
     assert "unembedded: 1 position, 2 vocabulary rows" in text
     assert "batches: 1 within 40 MiB" in text
     assert plan.cost < 8
-    plan.run(progress=False)
+    plan.run()
     assert plan.explain().splitlines()[:3] == text.splitlines()[:3]
     slower = opened("gptj").plan(ids(), variants, metrics.logit(7))
     assert "executor: stubbed (not packed, suffix: attention does not go through the interface" in slower.explain()
@@ -108,14 +108,14 @@ def test_the_planner_takes_the_cheapest_way_and_explains_it() -> None:
 def test_batches_keep_within_the_memory_budget() -> None:
     model = opened("llama")
     variants = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)] * 4
-    wanted = model.sweep(PROMPTS, variants, metrics.logit(7), progress=False)
+    wanted = model.sweep(PROMPTS, variants, metrics.logit(7))
     for executor in RUNGS:
         plan = model.plan(PROMPTS, variants, metrics.logit(7), memory=300_000, executor=executor)
         chunks = list(plan.chunks(plan.variants))
         assert all(sum(plan.rung.room(plan.job, v) for v in chunk) <= 300_000 or len(chunk) == 1 for chunk in chunks)
         assert len(chunks) > 1
         assert sorted(v.index for chunk in chunks for v in chunk) == list(range(len(variants)))
-        assert torch.allclose(plan.run(progress=False).values, wanted.values, atol=1e-5)
+        assert torch.allclose(plan.run().values, wanted.values, atol=1e-5)
 
 
 # ---- interruption
@@ -144,15 +144,15 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     variants += [Replace("layers.1.resid_pre", stopping)] * 4
     plan = model.plan(PROMPTS[0], variants, metrics.logit(7), memory=1, checkpoint=file)
     with pytest.raises(Stop):
-        plan.run(progress=False)
+        plan.run()
     assert 0 < int(plan.done.sum()) < len(variants)
     assert torch.isnan(plan.values[~plan.done]).all()
     other = model.plan(PROMPTS[0], variants, metrics.logit(7), memory=1, checkpoint=file)
     before = stopping.made
-    finished = other.run(progress=False)  # another plan, from the file
+    finished = other.run()  # another plan, from the file
     assert bool(finished.done.all())
     assert stopping.made - before <= 4
-    again = plan.run(progress=False)  # the same plan, from memory
+    again = plan.run()  # the same plan, from memory
     assert torch.equal(again.values, finished.values)
     assert torch.allclose(
         again.values, one_by_one(model, model.inputs(PROMPTS[0]), [[v] for v in variants], metrics.logit(7)), atol=1e-5
@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_sweep_is_refused(tmp_path: Path) -> None:
         prompt: str = PROMPTS[0], strength: float = 1.0, answer: int = 7, function: Any = torch.neg, **options: Any
     ) -> Tensor:
         edits = [Steer("layers.0.resid_post", vector, strength), Replace("layers.1.resid_pre", lambda x: function(x))]
-        return model.sweep(prompt, edits, metrics.logit(answer), progress=False, checkpoint=file, **options).values
+        return model.sweep(prompt, edits, metrics.logit(answer), checkpoint=file, **options).values
 
     first = sweep()
     assert torch.equal(sweep(), first)
@@ -191,10 +191,10 @@ def test_a_checkpoint_of_another_sweep_is_refused(tmp_path: Path) -> None:
 def test_references_tell_checkpoints_apart(tmp_path: Path) -> None:
     model, file, site = opened("llama"), tmp_path / "sweep", "layers.0.resid_post"
     runs = [model.run(PROMPTS[0].replace("France", name), keep=[site]) for name in ("Italy", "Rome")]
-    model.sweep(PROMPTS[0], [Patch(site, runs[0])], metrics.logit(7), checkpoint=file, progress=False)
-    model.sweep(PROMPTS[0], [Patch(site, runs[0])], metrics.logit(7), checkpoint=file, progress=False)
+    model.sweep(PROMPTS[0], [Patch(site, runs[0])], metrics.logit(7), checkpoint=file)
+    model.sweep(PROMPTS[0], [Patch(site, runs[0])], metrics.logit(7), checkpoint=file)
     with pytest.raises(InputError, match="holds another sweep"):
-        model.sweep(PROMPTS[0], [Patch(site, runs[1])], metrics.logit(7), checkpoint=file, progress=False)
+        model.sweep(PROMPTS[0], [Patch(site, runs[1])], metrics.logit(7), checkpoint=file)
 
 
 # ---- what is not taken on trust
@@ -212,7 +212,7 @@ def test_a_way_that_fails_on_inputs_of_a_new_size_gives_way_to_the_next(monkeypa
     monkeypatch.setattr(Packed, "run", spoiled)
     variants: list[Edit] = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
     for prompt, rung in ((PROMPTS[0], "packed, suffix"), (LONG, "stubbed")):
-        made = model.sweep(prompt, variants, metrics.logit(7), progress=False)
+        made = model.sweep(prompt, variants, metrics.logit(7))
         assert made.plan.rung.name == rung
         truth = one_by_one(model, model.inputs(prompt), [[v] for v in variants], metrics.logit(7))
         assert torch.allclose(made.values, truth, atol=1e-5)
@@ -225,16 +225,16 @@ def test_hooks_of_the_user_see_every_run_by_itself() -> None:
     module = build("llama")
     model = pellucid.load(module, tokenizer=tokenizer(module))
     variants: list[Edit] = [Ablate(f"layers.1.attn.heads.{h}") for h in range(4)]
-    plain = model.sweep(ids(), variants, metrics.logit(7), progress=False).values
+    plain = model.sweep(ids(), variants, metrics.logit(7)).values
     hook = module.model.layers[0].register_forward_hook(lambda m, a, output: output * 1.5)
-    hooked = model.sweep(ids(), variants, metrics.logit(7), progress=False)
+    hooked = model.sweep(ids(), variants, metrics.logit(7))
     assert hooked.plan.rung.name == "single"
     assert torch.allclose(
         hooked.values, one_by_one(model, model.inputs(ids()), [[v] for v in variants], metrics.logit(7)), atol=1e-6
     )
     hook.remove()
     assert not torch.allclose(hooked.values, plain, atol=1e-3)
-    assert torch.equal(model.sweep(ids(), variants, metrics.logit(7), progress=False).values, plain)
+    assert torch.equal(model.sweep(ids(), variants, metrics.logit(7)).values, plain)
 
 
 def test_sweeps_in_training_mode_are_refused() -> None:
@@ -250,7 +250,7 @@ def test_errors_of_an_edit_are_the_users_to_see() -> None:
     model = opened("llama")
     for _ in range(2):
         with pytest.raises(ZeroDivisionError, match="mine"):
-            model.sweep(PROMPTS[2], [Replace("layers.0.mlp.out", broken)], metrics.logit(7), progress=False)
+            model.sweep(PROMPTS[2], [Replace("layers.0.mlp.out", broken)], metrics.logit(7))
     assert model.plan(PROMPTS[2], [Ablate("layers.0.mlp.out")], metrics.logit(7)).rung.name == "packed, suffix"
     with pytest.raises(InputError, match="a sweep needs at least one variant"):
         model.sweep(PROMPTS[0], [], metrics.logit(7))
@@ -265,7 +265,7 @@ def test_a_sweep_of_smollm2_equals_plain_runs_on_a_sample(smollm2: Model) -> Non
     n = len(source.inputs.stream("").labels[0])
     variants: list[Edit] = [Patch(f"layers.{layer}.resid_pre@{p}", source) for layer in range(30) for p in range(n)]
     metric = metrics.logit_difference(" Mary", " John")
-    made = smollm2.sweep(corrupted, variants, metric, progress=False)
+    made = smollm2.sweep(corrupted, variants, metric)
     assert made.plan.rung.name == "packed, suffix"
     sample = random.Random(0).sample(range(len(variants)), 8)
     truth = one_by_one(smollm2, smollm2.inputs(corrupted), [[variants[i]] for i in sample], metric)

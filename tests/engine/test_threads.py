@@ -98,8 +98,8 @@ def test_sweeps_run_beside_runs_and_generation() -> None:
         variants = [Ablate(f"layers.{layer}.attn.heads.{h}") for layer in range(2) for h in range(4)]
         edits = [Scale("layers.0.mlp.out", 2.0)]
         jobs: list[Callable[[], Tensor]] = [
-            lambda: model.sweep(tokens, variants, metrics.logit(7), progress=False).values,
-            lambda: model.sweep(tokens, variants, metrics.logit(9), progress=False, executor="stubbed").values,
+            lambda: model.sweep(tokens, variants, metrics.logit(7)).values,
+            lambda: model.sweep(tokens, variants, metrics.logit(9), executor="stubbed").values,
             lambda: model.run(tokens, edits=edits).logits,
             lambda: model.generate(PROMPTS, edits=edits, max_new_tokens=4, temperature=0.5, seed=3).tokens,
         ]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from operator import index
+from typing import SupportsIndex
 
 from pellucid.errors import SiteError, nearest
 
@@ -52,14 +54,16 @@ Position = int | str | None  # a number, or "*", "2:6", "1,4", "'token'", "span"
 
 _LENS = {
     "hook_resid_pre": "resid_pre", "hook_resid_mid": "resid_mid", "hook_resid_post": "resid_post",
-    "hook_attn_out": "attn.out", "hook_mlp_out": "mlp.out", "attn.hook_q": "attn.q", "attn.hook_k": "attn.k",
-    "attn.hook_v": "attn.v", "attn.hook_z": "attn.z", "attn.hook_attn_scores": "attn.scores",
+    "hook_attn_out": "attn.out", "hook_mlp_out": "mlp.out",
+    "attn.hook_rot_q": "attn.q", "attn.hook_rot_k": "attn.k", "attn.hook_v": "attn.v", "attn.hook_z": "attn.z", "attn.hook_attn_scores": "attn.scores",
     "attn.hook_pattern": "attn.pattern", "mlp.hook_post": "mlp.neurons",
 }  # fmt: skip
+# TransformerLens has these before the rotation, and the rotated ones beside them; here they are met after it.
+_UNROTATED = {"attn.hook_q": "attn.q", "attn.hook_k": "attn.k"}
 _SELECTOR = re.compile(r"-?\d+|\*|-?\d*:-?\d*|\d+(,\d+)+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Site:
     """An address. `layer`, `unit` and `at` may be selectors; a site without any is concrete.
 
@@ -79,6 +83,12 @@ class Site:
     port: str = ""  # "heads" or "experts.neurons"...: how the unit was addressed, kept for printing
     at: Position = None
 
+    def __post_init__(self) -> None:
+        for name in ("layer", "unit", "at"):
+            value = getattr(self, name)
+            if isinstance(value, SupportsIndex) and type(value) is not int:  # numpy's integers print as such
+                object.__setattr__(self, name, index(value))
+
     @classmethod
     def parse(cls, text: str | Site) -> Site:
         """Read an address; SiteError names what was not understood and the nearest names."""
@@ -93,6 +103,12 @@ class Site:
             raise SiteError(
                 f"cannot read the site {text!r}: expected 'layers.N.PART', 'embed', 'final_norm' or 'logits'"
                 + nearest(path, [*WHOLE, *(f"layers.0.{p}" for p in PARTS)])
+            )
+        if match[2] in _UNROTATED:
+            name = _UNROTATED[match[2]]
+            raise SiteError(
+                f"{text!r} is before the rotation of rotary models, where nothing is met: write '{stack and f'{stack}.'}"
+                f"layers.{match[1]}.{name}', which are rotated (TransformerLens' '{match[2].replace('_', '_rot_')}')"
             )
         layer, rest = _index(match[1], text), _LENS.get(match[2], match[2])
         return replace(cls._part(rest, text), layer=layer, stack=stack, at=at)
@@ -117,6 +133,9 @@ class Site:
             return cls(head, unit=_index(last, text))
         known = [*PARTS, "attn.heads.0", "attn.heads.0.z", "mlp.neurons.0", "mlp.experts.0"]
         raise SiteError(f"unknown part {rest!r} in the site {text!r}{nearest(rest, known)}")
+
+    def __repr__(self) -> str:
+        return f"pl.Site.parse({str(self)!r})"
 
     def __str__(self) -> str:
         prefix = f"{self.stack}." if self.stack else ""

@@ -7,7 +7,7 @@ written to is the engine's business. All edits let gradients through, to the old
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -57,7 +57,7 @@ class Place:
     generating: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """Base of the edits. `new` is given the values at the chosen positions, [batch, n, ...], and returns what stands
     there instead. `when` decides at each generation step. For scores and patterns n counts queries, keys are counted
@@ -72,6 +72,15 @@ class Edit:
     def new(self, x: Tensor, place: Place) -> Tensor:
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        """The code that makes it where its values can be written, else beginning without `pl.`, large values described."""
+        stated = [(f.name, getattr(self, f.name)) for f in fields(self)[2:] if f.init]  # without site and when
+        changed = [(f, v) for f, v in stated if not _is_default(type(self), f, v)]
+        words = [repr(str(self.site)), *(f"{f}={_written(v)}" for f, v in changed)]
+        words += [f"when={_written(self.when)}"] if self.when is not None else []
+        code = all(_plain(v) for _, v in changed) and self.when is None
+        return f"{'pl.' * (code and type(self).__module__ == __name__)}{type(self).__name__}({', '.join(words)})"
+
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the fields that hold a run (or prompts to be run) which must have kept this edit's site."""
@@ -83,7 +92,7 @@ class Edit:
         return ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablate(Edit):
     """Remove what a site says: set it to zero, or to what it is on average over a stated reference.
 
@@ -142,7 +151,7 @@ class Ablate(Edit):
         return (torch.arange(batch) + torch.randint(1, batch, (batch,), generator=generator)) % batch
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Patch(Edit):
     """Put in the values of another run (one that kept the site, or a prompt to run), at the same positions.
 
@@ -177,7 +186,7 @@ class Patch(Edit):
         return torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), new, x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steer(Edit):
     """Add `strength * vector` to the site. The vector broadcasts to [batch, n, ...]; usually it is [d_model]."""
 
@@ -188,7 +197,7 @@ class Steer(Edit):
         return x + self.strength * _fitting(self.vector, x, "the vector", place)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scale(Edit):
     """Multiply the site by a factor (a number or something that broadcasts)."""
 
@@ -198,7 +207,7 @@ class Scale(Edit):
         return x * _fitting(self.factor, x, "the factor", place)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProjectOut(Edit):
     """Remove the span of some directions, [d] or [k, d], from the last dimension of the site."""
 
@@ -215,7 +224,7 @@ class ProjectOut(Edit):
         return x - ((x.to(wide) @ inverse.to(wide)) @ rows.to(wide)).to(x.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Replace(Edit):
     """Put in whatever `function` makes of the values [batch, n, ...]."""
 
@@ -229,6 +238,27 @@ class Replace(Edit):
                 f"the function at {str(place.site)!r} must return a tensor of shape {tuple(x.shape)}, not {got}"
             )
         return new
+
+
+# ---- printing
+
+
+def _is_default(kind: type[Edit], name: str, value: Any) -> bool:
+    default = kind.__dataclass_fields__[name].default
+    return type(value) is type(default) and isinstance(value, (str, int, float, type(None))) and value == default
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) or (isinstance(value, (list, tuple)) and all(map(_plain, value)))
+
+
+def _written(value: Any) -> str:
+    """A value in an edit's text: plain ones as code, others by what they are."""
+    if isinstance(value, Tensor):
+        return f"<tensor {list(value.shape)}>"
+    if callable(value):
+        return f"<{getattr(value, '__name__', type(value).__name__).strip('<>')}>"
+    return repr(value)
 
 
 # ---- fitting what comes from elsewhere
@@ -327,7 +357,7 @@ def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
 # ---- many units at once
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Swap(Edit):
     """Units of a site take other values, position by position: many heads or neurons of a layer in one edit.
 
@@ -370,3 +400,24 @@ def swaps(sites: Sequence[Site], source: Source) -> list[Edit]:
 def aligned_values(run: Source, site: Site) -> Tensor:
     """The values at a site, [batch, position, unit, ...], position 0 the first real token of each row."""
     return left_aligned(*run.everywhere(site))[0]
+
+
+# ---- sources that are prompts
+
+
+def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
+    """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites; each set
+    of prompts is run once."""
+
+    def asked(edit: Edit) -> dict[str, Any]:
+        given = {name: getattr(edit, name) for name in edit.sources}
+        return {
+            n: tuple(g) if isinstance(g, list) else g for n, g in given.items() if isinstance(g, (str, list, tuple))
+        }
+
+    wanted: dict[Any, dict[Site, None]] = {}
+    for edit in edits:
+        for prompts in asked(edit).values():
+            wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
+    runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
+    return [replace(e, **{n: runs[p] for n, p in asked(e).items()}) if asked(e) else e for e in edits]

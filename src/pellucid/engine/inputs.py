@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -210,6 +211,9 @@ def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
 def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
     """Token ids of every prompt, each a text or already a list of ids."""
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [
+        p.tolist() if isinstance(p, (np.ndarray, np.generic)) else p for p in prompts
+    ]  # numbers as Python has them
     if not prompts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     if all(isinstance(p, int) for p in prompts):
@@ -220,8 +224,8 @@ def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
             raise InputError("this model was opened without a tokenizer: give token ids, or open it with tokenizer=...")
         if isinstance(each, str):
             ids = token_ids(tokenizer, each) if each.strip() else []
-        elif isinstance(each, (list, tuple)) and all(isinstance(i, int) for i in each):
-            ids = list(each)
+        elif isinstance(each, (list, tuple)) and all(isinstance(i, (int, np.integer)) for i in each):
+            ids = [int(i) for i in each]
         else:
             raise InputError(f"a prompt must be a string or token ids, not {type(each).__name__}")
         if not ids:

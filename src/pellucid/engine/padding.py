@@ -52,8 +52,11 @@ class Padding:
         self.probe = anatomy.inputs
         self.known: dict[str, Count | None] = {}  # side -> how positions are counted
 
-    def fit(self, inputs: Inputs) -> Inputs:
-        """The inputs with the position ids their padding needs. Refused where padding changes the results anyway."""
+    def fit(self, inputs: Inputs, generating: bool = False) -> Inputs:
+        """The inputs with the position ids their padding needs. Refused where padding changes the results anyway.
+
+        `generating`: it was put on the left because generation needs it there, whoever padded the prompts.
+        """
         mask = inputs.streams.get("encoder", inputs.streams[""]).mask.long()
         left, right = not bool(mask[:, 0].all()), not bool(mask[:, -1].all())
         if not (left or right) or "position_ids" in inputs.tensors or not set(self.probe) <= PROBED:
@@ -66,8 +69,9 @@ class Padding:
         if count is None:
             raise Refused(
                 f"padding on the {side} changes what this model computes for the real tokens: "
-                + ("pad on the right, or " if left else "")
-                + "run prompts of unequal length one at a time"
+                + ("pad on the right, or " if left and not generating else "")
+                + ("generate for" if generating else "run")
+                + " prompts of unequal length one at a time"
             )
         accepted = inspect.signature(self.module.forward).parameters
         positions = count(mask, self._index) if {"position_ids", "kwargs"} & set(accepted) else None

@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,50 +92,21 @@ class Job:
         return self.reader.read(run_rows(self.anatomy, self.inputs, [variant], None)[0])
 
 
-class Rung(Protocol):
-    """One way to run variants."""
+class Rung:
+    """One way to run variants: as it stands, one run after another. Each class below spares more than the one above it."""
 
-    @property
-    def name(self) -> str:
-        """What it is called in `executor=` and in plans."""
+    name = "single"  # what it is called in `executor=` and in plans
 
     def unsuited(self, anatomy: Anatomy) -> str:
         """Why the map of a model forbids it; empty if it does not. Half precision might hide that from a trial."""
+        return ""
 
     def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
         """Why these variants, inputs or this metric cannot be run so; empty if they can."""
+        return ""
 
     def batches(self, job: Job, variants: Sequence[Variant], memory: float) -> Iterator[list[Variant]]:
         """The variants, as they are run here, in batches of at most `memory` bytes."""
-
-    def room(self, job: Job, v: Variant) -> float:
-        """The bytes that a variant adds to its batch: tensors of a block, and the logits."""
-
-    def clean(self, job: Job) -> Tensor:
-        """The logits that the metric reads without any edit, [batch, n, k] (or [batch, classes])."""
-
-    def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
-        """The same of each variant of one of `batches`."""
-
-    def cost(self, job: Job, v: Variant) -> float:
-        """At most how much of a plain forward pass a variant takes."""
-
-    def note(self, job: Job) -> str:
-        """What a plan says about it besides."""
-
-
-class Single:
-    """One run after another. Each class below does as the one above it, and spares more of it."""
-
-    name = "single"
-
-    def unsuited(self, anatomy: Anatomy) -> str:
-        return ""
-
-    def unfit(self, job: Job, variants: Sequence[Variant]) -> str:
-        return ""
-
-    def batches(self, job: Job, variants: Sequence[Variant], memory: float) -> Iterator[list[Variant]]:
         batch: list[Variant] = []
         used = 0.0
         for v in sorted(map(self.entering, variants), key=lambda v: (v.layer, v.start, v.index)):
@@ -157,9 +128,11 @@ class Single:
         return False
 
     def clean(self, job: Job) -> Tensor:
+        """The logits that the metric reads without any edit, [batch, n, k] (or [batch, classes])."""
         return job.reader.read(execute(job.anatomy, job.inputs).logits)
 
     def run(self, job: Job, chunk: Sequence[Variant]) -> list[Tensor]:
+        """The same of each variant of one of `batches`."""
         return self._rows(job, chunk, None)
 
     def _rows(self, job: Job, chunk: Sequence[Variant], recording: Recording | None) -> list[Tensor]:
@@ -167,12 +140,15 @@ class Single:
         return [job.reader.read(rows) for rows in logits]
 
     def cost(self, job: Job, v: Variant) -> float:
+        """At most how much of a plain forward pass a variant takes."""
         return 1.0
 
     def note(self, job: Job) -> str:
+        """What a plan says about it besides."""
         return ""
 
     def room(self, job: Job, v: Variant) -> float:
+        """The bytes that a variant adds to its batch: tensors of a block, and the logits."""
         block, d = job.stack.blocks[0], job.stack.d_model
         heads = sum(a.heads for a in block.attentions.values())
         width = 12 * d + 3 * block.sizes.get("neuron", 4 * d) + 3 * heads * job.length
@@ -185,7 +161,7 @@ class Single:
         return job.forward.get("logits_to_keep", job.length) * _vocabulary(job)
 
 
-class Batched(Single):
+class Batched(Rung):
     """Rows of one batch through the whole forward."""
 
     name = "batched"
@@ -286,7 +262,7 @@ class Suffix(Packed):
         return v
 
 
-LADDER: tuple[Rung, ...] = (Suffix(), Packed(), Stubbed(), Batched(), Single())
+LADDER: tuple[Rung, ...] = (Suffix(), Packed(), Stubbed(), Batched(), Rung())
 
 SHARED = "its layers share modules, whose calls are counted from the first layer on"
 

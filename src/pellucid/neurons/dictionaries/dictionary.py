@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
-from pellucid.engine.early import run_until
 from pellucid.engine.edits import Edit
 from pellucid.engine.run import Run
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
 from pellucid.neurons.dictionaries import saelens

@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from pellucid.anatomy.sites import Site
 from pellucid.controls import random_directions
 from pellucid.corpus import Corpus, batches, inputs, longest
-from pellucid.engine.early import run_until
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.pausing import progress, quiet
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, at_least
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model

@@ -17,7 +17,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.corpus import Corpus, inputs, longest
 from pellucid.corpus import batches as row_batches
-from pellucid.engine.early import run_until
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.store import ActivationStore
