@@ -24,7 +24,7 @@ def holding(anatomy: Anatomy) -> set[str]:
 
 
 EVERYTHING = {
-    "coverage", "taps", "logits", "residual", "chain", "attention", "projection", "neurons", "position-wise",
+    "coverage", "taps", "logits", "residual", "chain", "attention", "projection", "neurons", "position-wise", "reads",
     "unembedding", "ablation",
 }  # fmt: skip
 

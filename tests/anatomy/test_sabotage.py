@@ -135,6 +135,22 @@ def test_the_proof_that_the_damage_touches_fails_and_no_other(
     assert failing(module) == {proof}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_queries_that_leak_from_head_to_head_fail_the_reads_proof_alone_and_are_read_no_more(dtype: torch.dtype) -> None:
+    def leak(_: nn.Module, __: Any, q: Tensor) -> Tensor:  # [batch, position, head, e], by a way no torch function shows
+        return q + torch.from_numpy(0.2 * np.roll(q.detach().float().numpy(), 1, 2)).to(q.dtype)
+
+    module = build("qwen3", dtype=dtype)
+    assert failing(module) == set()
+    layer(module).self_attn.q_norm.register_forward_hook(leak)
+    anatomy = opened(module)
+    assert {p.name for p in anatomy.proofs if p.holds is False} == {"reads"}
+    first, second = anatomy.stacks[0].blocks
+    assert "the proof 'reads' failed" in first.unread["attn.q"]
+    assert {"attn.k", "attn.v"} <= set(first.reads)
+    assert {"attn.q", "attn.k", "attn.v"} <= set(second.reads)
+
+
 def test_experts_that_write_too_loudly_fail_the_experts_proof_alone() -> None:
     module = build("mixtral")
     assert failing(module) == set()

@@ -259,11 +259,11 @@ def test_a_mixer_without_heads_is_one_node() -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("deepseek_v3", "shared by heads"),
+        ("deepseek_v3", "another projection or step before"),
         ("albert", "share columns"),
         ("gpt_neox_japanese", "trial run"),
         ("cpmant", "44 positions where the prompt has 12"),
-        ("inkling_text", "trial run"),
+        ("inkling_text", "no columns of a projection"),
         ("convbert", "trial run"),
         ("doge", "scales or drops"),
         ("rwkv", "also adds"),

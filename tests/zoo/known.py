@@ -24,6 +24,7 @@ LACKS: dict[str, set[str]] = {
     "ablation": _NO_ATTENTION,
     "neurons": _NO_MLP | set(_ONLY_EXPERTS.split()),
     "position-wise": _NO_MLP,
+    "reads": {"falcon_mamba", "mamba", "mamba2"},
 }
 
 # Proofs about something most families do not have: the types that do.
@@ -118,12 +119,15 @@ ONLY_IN: dict[str, set[str]] = {
 _NO_SOFTMAX = "attention is approximated without a softmax over keys"
 _WINDOWS = "windows of keys: the scores are no query-by-key matrix"
 _OWN_EXPERTS = "experts run by code of the family's own"
+_MIXED = "several residual streams are mixed before they are read"
 _SHIFTED = "the feed-forward part reads the position before as well"
 
 # model type -> proof -> why the map refuses what the proof would be about
 REFUSED: dict[str, dict[str, str]] = {
     "dbrx": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
+    "deepseek_v4": {"reads": "queries and keys come through a bottleneck whose latent heads share"},
     "diffllama": {"attention": "two softmaxes are subtracted, so no pattern is a distribution over keys"},
+    "hy_v4": {"reads": _MIXED},
     "llama4": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "llama4_text": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "longformer": {"attention": _WINDOWS},
@@ -132,14 +136,20 @@ REFUSED: dict[str, dict[str, str]] = {
         "attention and four feed-forward networks sit in a bottleneck and are added as one",
     ),
     "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-    "rwkv": dict.fromkeys(("neurons", "position-wise"), _SHIFTED),
+    "qwen4_exp": {"reads": _MIXED},
+    "qwen4_exp_text": {"reads": _MIXED},
+    "rwkv": dict.fromkeys(("neurons", "position-wise", "reads"), _SHIFTED),
+    "squeezebert": {"reads": "its projections are convolutions with the channels before the positions"},
     "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
     "zamba": dict.fromkeys(
-        ("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"
+        ("neurons", "position-wise", "reads"),
+        "the shared block adds attention and MLP as one, through a projection of its own",
     ),
     "zamba2": dict.fromkeys(
-        ("neurons", "position-wise"), "the shared block adds attention and MLP as one, through a projection of its own"
+        ("neurons", "position-wise", "reads"),
+        "the shared block adds attention and MLP as one, through a projection of its own",
     ),
+    "zaya": {"reads": "queries, keys and values are convolved over positions"},
 }
 
 _ALTUP = "every block predicts and corrects four residual streams (AltUp), contributions are never computed alone"
@@ -151,15 +161,16 @@ _REVERSIBLE = "reversible layers: two residuals, hashed attention, a head that r
 # model type -> proof ("opens" when it cannot be opened at all) -> what is in the way
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
     "gemma3n_text": dict.fromkeys(
-        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _ALTUP
+        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"), _ALTUP
     ),
     "inkling2_text": dict.fromkeys(
-        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _EARLIER
+        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"),
+        _EARLIER,
     ),
-    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise"), _ROUTED),
+    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise", "reads"), _ROUTED),
     "prophetnet": {"projection": _STREAMS, "unembedding": "logits come from the n-gram streams"},
     "reformer": dict.fromkeys(
-        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding"), _REVERSIBLE
+        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"), _REVERSIBLE
     ),
     "xlnet": dict.fromkeys(("projection", "ablation"), "the output projection is an einsum with a raw parameter"),
 }

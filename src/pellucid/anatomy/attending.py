@@ -49,6 +49,16 @@ def output_of(op: Op) -> Value:
     return pair[1].outputs[0]
 
 
+def compares(op: Op) -> dict[str, tuple[Value, bool]]:
+    """The queries, keys and values of one attention, and whether its taps meet them transposed."""
+    if op.name in ("attention", FUSED):
+        return {port: (value, False) for port, value in zip("qkv", op.inputs[:3], strict=True)}
+    pair = contraction_pair(op)
+    assert pair is not None
+    qk, pv = pair
+    return {"q": (qk.inputs[-2], False), "k": (qk.inputs[-1], qk.name != "einsum"), "v": (pv.inputs[-1], False)}
+
+
 def where(t: Trace, op: Op) -> str:
     """The module that attends."""
     return t.names[op.args[0]] if op.name == "attention" else op.call.name if op.call is not None else "?"

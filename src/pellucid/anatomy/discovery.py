@@ -17,6 +17,7 @@ from pellucid.anatomy import attending, experts
 from pellucid.anatomy import dataflow as flow
 from pellucid.anatomy.layout import TOKENS, Layout
 from pellucid.anatomy.paths import find_path
+from pellucid.anatomy.readers import Port, Readers
 from pellucid.anatomy.residual import Residual, chooses
 from pellucid.anatomy.spans import Span, find_spans
 from pellucid.anatomy.structure import ATTENTION_PORTS, Attention, Block, Linear, Mlp, Path, Stack, Tap
@@ -53,6 +54,13 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
     for name, blocks, spans in zip([*further, *names], stacks, [*beside, *main], strict=True):
         blocks = [replace(b, unmapped=unmapped(t, span, reached)) for b, span in zip(blocks, spans, strict=True)]
         found.append((Stack(name, tuple(blocks), blocks[0].sizes["d_model"]), spans))
+    ends = {
+        id(spans[-1].made): s.blocks[-1].taps["resid_post"] for s, spans in found if "resid_post" in s.blocks[-1].taps
+    }
+    for i, (stack, spans) in enumerate(found):
+        others = {k: tap for k, tap in ends.items() if k != id(spans[-1].made)}
+        blocks = [reader.with_readers(b, others) for reader, b in zip(readers[i], stack.blocks, strict=True)]
+        found[i] = replace(stack, blocks=tuple(blocks)), spans
     return found
 
 
@@ -71,6 +79,7 @@ class BlockReader:
         self.attentions: dict[str, Attention] = {}
         self.mlps: dict[str, Mlp] = {}
         self.reached: list[Op] = []  # attention that the contributions are made of
+        self.ports: dict[str, Port] = {}  # what is made from what is read: queries, keys, values, neurons
         self.sizes = {"d_model": self.r.d_model}
 
     def read(self) -> Block:
@@ -85,6 +94,11 @@ class BlockReader:
             self.index, first.name, first.nth, self.r.form(), self.r.taps, tuple(self.r.states),
             self.attentions, self.mlps, self.r.refused, self.sizes, whole=self.r.span.whole,
         )  # fmt: skip
+
+    def with_readers(self, block: Block, ends: dict[int, Tap]) -> Block:
+        """The block with what reads the stream in it."""
+        reads, unread = Readers(self.r, ends).find(self.ports)
+        return replace(block, reads=reads, unread=unread)
 
     def describe_attention(self) -> None:
         if not self.r.attention_ops:
@@ -103,6 +117,9 @@ class BlockReader:
                 self.r.refused |= {f"{part}.{port}": why for port in ATTENTION_PORTS}
             self.attentions[part], taps = found
             self.r.taps |= taps
+            for port, (x, transposed) in attending.compares(mine[0]).items() if len(mine) == 1 else ():
+                if f"{part}.{port}" in taps:
+                    self.ports[f"{part}.{port}"] = x, taps[f"{part}.{port}"], transposed
             self.describe_projection(part, mine, name)
 
     def describe_projection(self, part: str, ops: list[Op], contribution: str) -> None:
@@ -165,30 +182,8 @@ class BlockReader:
             return
         width = call.input.shape[1 if tap.layout.native == "b d p" else -1]
         self.r.taps[f"{part}.neurons"], self.sizes["neuron"] = tap, width
-        self.mlps[part] = Mlp(
-            part, call.name, Linear(call.name, (width,), tap, out), path, reads=self.reads(call.input)
-        )
-
-    def reads(self, value: Value) -> tuple[Tap, ...]:
-        """Where what leads to `value` takes the residual."""
-        ops = self.r.ops_of(value)
-        states = {id(v): v for op in ops for v in op.inputs if id(v) in self.r.stream and v.producer not in ops}
-        taps = (self.reader(v, ops) for v in states.values())
-        return tuple(tap for tap in taps if tap is not None)
-
-    def reader(self, state: Value, ops: list[Op]) -> Tap | None:
-        """The outermost module that takes a residual state for some of `ops` (maybe in another dtype)."""
-        mine = {op.index for op in ops}
-        moved = [state, *(v for op in ops if state in op.inputs and flow.passes(op) for v in op.outputs)]
-        for v in moved:
-            calls = [c for c in v.read_by if self.r.inside(c) and mine & set(range(c.start, c.end))]
-            tap = next((tap for c in calls if (tap := self.r.tap(v, c, "in")) is not None), None)
-            if tap is not None:
-                return tap
-        norm = flow.norm_of(state)
-        if norm is not None:
-            return self.r.tap(state, norm, "out")
-        return self.r.taps.get("resid_pre") if state is self.r.resid else None
+        self.ports[f"{part}.neurons"] = call.input, tap, False
+        self.mlps[part] = Mlp(part, call.name, Linear(call.name, (width,), tap, out), path)
 
     def describe_experts(self, part: str, op: Op) -> None:
         """A mixture dispatched through the interface; each expert is one unit of its taps."""
@@ -196,7 +191,7 @@ class BlockReader:
         name = self.r.t.names[module]
         nth = sum(o.name == "experts" and o.args[0] is module for o in self.r.t.ops[: op.index])
         found = experts.describe(module, name, nth, index)
-        self.mlps[part] = Mlp(part, experts=found, reads=self.reads(op.inputs[0]))
+        self.mlps[part] = Mlp(part, experts=found)
         self.sizes |= {"expert": found.count}
         self.r.refused[f"{part}.neurons"] = f"a mixture of experts: neurons belong to {part}.experts.N.neurons"
         rows = Layout("(b p) d", TOKENS)

@@ -28,6 +28,7 @@ CLAIMS = {
     "neurons": "neurons times the down projection make the contribution",
     "experts": "the experts' routed contributions add up to the native output",
     "position-wise": "neurons depend on their own position only",
+    "reads": "changed columns of a projection change their own head or neuron and no other",
     "unembedding": "the head, by the unembedding's own weights, makes the logits",
     "ablation": "a head switched off is that head's weights switched off",
 }

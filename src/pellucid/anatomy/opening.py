@@ -36,7 +36,7 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     traced pass); where it is the same, and all of the old one was proven, only what other weights can break is
     proven again, in four passes: that blocks with a changed tensor are what their weights say (residual, attention,
     projection, neurons, experts), that blocks hand over to one another, and the logits and the unembedding. How
-    tokens and heads are kept apart (heads, position-wise, ablation, causality) follows from the code.
+    tokens and heads are kept apart (heads, position-wise, reads, ablation, causality) follows from the code.
     """
     with torch.no_grad(), evaluating(module), uncompiled(module):
         return _open(module, dict(inputs) if inputs is not None else probe(module), known)

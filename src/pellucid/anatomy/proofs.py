@@ -32,6 +32,7 @@ from pellucid.anatomy.trials import (
     is_wider,
     mixtures,
     position_wise,
+    reads,
     rounding,
 )  # fmt: skip
 from pellucid.anatomy.weights import linear_map
@@ -117,6 +118,7 @@ class Prover:
             self.over_blocks("neurons", self.neurons),
             experts,
             self.over_blocks("position-wise", position_wise(self)) if self.only is None else as_read("position-wise"),
+            self.over_blocks("reads", reads(self)) if self.only is None else as_read("reads"),
             self.unembedding(),
             ablation(self) if self.only is None else as_read("ablation"),
         ]
@@ -185,7 +187,8 @@ class Prover:
         yield from (a.linear.made for a in block.attentions.values() if a.linear is not None)
         yield from (m.linear.made for m in block.mlps.values() if m.linear is not None)
         yield from (experts_output(block, mlp) for mlp in mixtures(block))
-        yield from (tap for mlp in block.mlps.values() for tap in mlp.reads)
+        found = [r for part in block.reads.values() for r in part]
+        yield from (r.given if r.given is not None else r.tap for r in found)
 
     # ---- the residual stream
 
@@ -357,4 +360,6 @@ def refused_parts(block: Block, failures: dict[tuple[str, str], str]) -> Block:
             if part in block.taps or part.endswith(".heads"):
                 refused.setdefault(part, f"the proof '{proof}' failed: {why}")
     taps = {part: tap for part, tap in block.taps.items() if part not in refused}
-    return replace(block, taps=taps, refused=refused)
+    unread = {part: f"the proof 'reads' failed: {why}" for (proof, part), why in failures.items() if proof == "reads"}
+    reads = {part: found for part, found in block.reads.items() if part not in unread}
+    return replace(block, taps=taps, refused=refused, reads=reads, unread=block.unread | unread)

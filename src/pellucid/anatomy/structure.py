@@ -95,6 +95,26 @@ class Linear:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """How something of a block takes the residual stream in: which state of it, and through what.
+
+    Heads and neurons (`columns` [unit, e]) own columns of what the last of `modules` makes, met at `tap`; the first takes
+    what it reads, [batch, position, `width`], at `given`. A whole part (no columns) takes it at `tap`, where `alone` says
+    that nothing else does.
+    """
+
+    tap: Tap
+    stream: Tap  # where the state is met
+    norm: str = ""  # the module it passes first, "" if none
+    scale: float | Tensor = 1.0  # what it is multiplied by after that
+    given: Tap | None = None
+    modules: tuple[str, ...] = ()  # in order; more than one where there is a bottleneck, or a norm across heads
+    width: int = 0
+    columns: Tensor | None = None
+    alone: bool = False
+
+
 @dataclass(frozen=True)
 class Head:
     """From the last residual to the logits: a chain of steps, each a module call or an operation."""
@@ -134,7 +154,6 @@ class Mlp:
     linear: Linear | None = None
     path: Path | None = None
     experts: Experts | None = None
-    reads: tuple[Tap, ...] = ()  # where it takes the residual
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,10 @@ class Block:
     refused: dict[str, str] = field(default_factory=dict)  # part -> why
     sizes: dict[str, int] = field(default_factory=dict)  # how many units: "neuron", "expert", "d_model"
     unmapped: tuple[str, ...] = ()  # attention that ran in the block but could not be put on the map: why
+    reads: dict[str, tuple[Reads, ...]] = field(
+        default_factory=dict, compare=False
+    )  # "attn.q", "mlp.neurons", "mlp" ...
+    unread: dict[str, str] = field(default_factory=dict)  # why some of these were not found
     whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
 
     @property

@@ -6,7 +6,7 @@ Proofs that compare what one untouched pass shows are in `proofs.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ def position_wise(prover: Prover) -> Check:
         for m in b.mlps.values()
         if m.linear is not None or m in mixtures(b)
     }
-    reads = {tap for _, b in prover.blocks for m in b.mlps.values() for tap in m.reads}
+    taken = {r.tap for _, b in prover.blocks for m in b.mlps for r in b.reads.get(m, ())}
     kept: dict[Tap, Tensor] = {}
 
     def other(tap: Tap) -> Handler:  # the residual as it was, with another token's in the last place
@@ -115,7 +115,7 @@ def position_wise(prover: Prover) -> Check:
         return lambda x: torch.cat([value[:, :-1], value[:, :1]], 1).to(x.device)
 
     if watched:
-        passing(prover, {t: other(t) for t in reads} | {t: keeper(kept, t) for t in watched.values()})
+        passing(prover, {t: other(t) for t in taken} | {t: keeper(kept, t) for t in watched.values()})
 
     def check(stack: Stack, block: Block) -> Verdicts:
         for part in block.mlps:
@@ -127,6 +127,59 @@ def position_wise(prover: Prover) -> Check:
                 yield part, float(change[:, :-1].max())
             else:
                 yield part, "where it reads the residual was not found"
+
+    return check
+
+
+def reads(prover: Prover) -> Check:
+    """Changed columns of a projection change the head or neuron they belong to, and no other.
+
+    One unit in every row of the batch, in all blocks at once: what projections read, and what is made of it, is put back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept: dict[Tap, Tensor] = {}
+    changes: dict[Tap, list[Tensor]] = {}
+    given: set[Any] = {b.taps["resid_pre"] for _, b in prover.blocks if "resid_pre" in b.taps}
+    first: dict[Tap, int] = {}  # where a unit is met -> the first unit changed there (a block may be in two stacks)
+    for _, b in prover.blocks:
+        for part, found in b.reads.items():
+            if found[0].columns is None or b.taps[part] in first:
+                continue
+            first[b.taps[part]] = b.index
+            for r in found:
+                assert r.columns is not None
+                rows = [r.columns[(b.index + row) % len(r.columns)] for row in range(prover.batch)]
+                changes.setdefault(r.tap, []).append(torch.stack(rows))
+                given |= {r.given} - {None}
+
+    def back(tap: Tap, show: Handler = lambda x: None) -> Handler:  # nothing that is changed goes any further
+        return lambda x: (show(x), prover.values[tap].to(x))[1]
+
+    def damage(owned: list[Tensor]) -> Handler:
+        def handler(x: Tensor) -> Tensor:
+            changed, large = x.clone(), 3 * max(size(x), 1.0)
+            for row, columns in ((row, own[row]) for own in owned for row in range(len(x))):
+                noise = large * (1 + torch.rand(len(columns), generator=generator)).to(x)  # no norm takes it away
+                changed[row][..., columns.to(x.device)] += noise if row % 2 == 0 else -noise
+            return changed
+
+        return handler
+
+    handlers = {tap: back(tap) for tap in given} | {tap: damage(owned) for tap, owned in changes.items()}
+    handlers |= {tap: back(tap, keeper(kept, tap)) for tap in first}
+    if handlers:
+        passing(prover, handlers)
+
+    def check(_: Stack, block: Block) -> Verdicts:
+        for part in (p for p, found in block.reads.items() if p in block.taps and found[0].columns is not None):
+            tap = block.taps[part]
+            change = ((kept[tap] - prover.values[tap]).abs() / size(kept[tap])).amax(1)
+            change = change.flatten(2).amax(2) if change.ndim > 2 else change  # [row, unit]
+            rows = torch.arange(len(change))
+            units = (first[tap] + rows) % change.shape[1]
+            own = change[rows, units].clone()
+            change[rows, units] = 0.0
+            yield part, float(change.max()) if float(own.max()) > prover.tolerance else "changed columns change nothing"
 
     return check
 

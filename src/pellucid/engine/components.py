@@ -244,7 +244,7 @@ class MlpPart(Part):
         if mlp is None or mlp.linear is None or f"{self.area}.neurons" not in self.block.taps:
             why = self.block.refused.get(f"{self.area}.neurons", "no down projection was found")
             raise Refused(f"the weights of {self.site!r} are refused on this model: {why}")
-        return MlpWeights(self.alone, self.block, self.block.taps[f"{self.area}.neurons"], mlp.linear)
+        return MlpWeights(self.alone, self.block, self.area, mlp.linear)
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,8 +1,8 @@
 """Which matrices does a head or a neuron read the stream with?
 
-Queries, keys and values are found by asking the model: what the projections read is replaced by the unit
-vectors, and what comes out is their matrix, whether they are three modules or one fused, grouped or not, in
-whatever orientation. It is read at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K`
+Which modules read it is on the map (`anatomy.readers`). Queries, keys and values are found by asking the model: what the
+projections read is replaced by the unit vectors, and what comes out is their matrix, whether they are three modules or
+one fused, grouped or not, in whatever orientation. It is read at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K`
 are the matrices before the rotation, and `QK` compares a query with a key at distance 0. What is not linear
 in what the attention reads is refused with the reason.
 
@@ -14,18 +14,16 @@ over its scale.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pellucid.anatomy import dataflow as flow
-from pellucid.anatomy.attending import FUSED, attention_ops, contraction_pair, where
-from pellucid.anatomy.layout import TOKENS, recognise
 from pellucid.anatomy.proofs import TOLERANCE
-from pellucid.anatomy.structure import Attention, Block, Linear, Tap
-from pellucid.anatomy.trace import Call, Trace, Value, take
+from pellucid.anatomy.structure import Attention, Block, Linear, Reads, Tap
+from pellucid.anatomy.trace import results
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler
 from pellucid.engine.alone import Alone, within
@@ -55,77 +53,37 @@ class Affine:
 
 
 class Probe:
-    """A traced call of one block on dummy tokens: what its modules read, and what comes of other inputs."""
+    """One block called alone on dummy tokens, with what its projections read replaced."""
 
     def __init__(self, alone: Alone, block: Block) -> None:
         self.alone, self.block = alone, block
         self.call = alone.dummy(ROWS, 2)[block.index]
         self.resid = block.taps["resid_pre"].layout.read(self.call.hidden, ROWS)
-        with torch.no_grad(), Trace(alone.anatomy.module) as self.trace:
-            alone.module(block)(*self.call.args, **self.call.kwargs)
 
-    def readers(self, value: Value) -> list[Call]:
-        """The linear modules that make `value`; all must read the residual stream (or the other stack)."""
-        found: dict[int, Call] = {}
-        queue, seen = [value], set()
-        while queue:
-            op = queue.pop().producer
-            if op is None or op in seen:
-                continue
-            seen.add(op)
-            if flow.weight_of(op) is None:
-                queue.extend(op.inputs)
-            elif op.call is None or op.call.input is None or op.call.children:
-                raise Refused(f"layer {self.block.index} of this model projects in its own code, not by modules")
-            else:
-                self._check_reads(op.call.input)
-                found[id(op.call)] = op.call
-        return list(found.values())
+    def reads(self, part: str, what: str) -> tuple[Reads, ...]:
+        """What the anatomy found to read the stream for a part. Refused with the reason where it found nothing."""
+        if part not in self.block.taps:
+            why = self.block.refused.get(part, f"{part} is not mapped")
+        elif part in self.block.reads:
+            return self.block.reads[part]
+        else:
+            why = self.block.unread.get(part, f"nothing was found that reads the stream for {part}")
+        raise Refused(f"{what} is refused on this model: {why}")
 
-    def _check_reads(self, given: Value) -> None:
-        norm = flow.norm_of(given)
-        source = given if norm is None or norm.input is None else norm.input
-        root = self.trace.calls[0]
-        assert root.input is not None
-        if source.producer is not None and not flow.Additive(root.input, 0).reaches(source):
-            raise Refused(
-                "what is projected is no state of the residual stream: there is another projection or step before"
-            )
-
-    def attended(self, attention: Attention) -> dict[str, Value]:
-        """The queries, keys and values of one attention."""
-        ops = attention_ops(self.trace, 0, len(self.trace.ops))
-        op = next(op for op in ops if where(self.trace, op) == attention.module)
-        if op.name in ("attention", FUSED):
-            return dict(zip("qkv", op.inputs[:3], strict=True))
-        pair = contraction_pair(op)
-        assert pair is not None
-        return {"q": pair[0].inputs[-2], "k": pair[0].inputs[-1], "v": pair[1].inputs[-1]}
-
-    def tap(self, call: Call, value: Value, port: str) -> Tap:
-        """A tap on a module's input or output, as the block alone is called."""
-        key = next(k for k, v in (call.inputs if port == "in" else call.outputs).items() if v is value)
-        width = value.shape[-1]
-        layout = recognise(tuple(value.shape), TOKENS, b=ROWS, p=value.tensor.numel() // (ROWS * width), d=width)
-        if layout is None:
-            raise Refused(f"{call.name!r} is laid out in an unknown order")
-        return Tap(call.name, port, layout, key, call.nth)
-
-    def norm(self, value: Value) -> FrozenNorm | None:
-        """The norm that made a value in this block, if one did."""
-        call = flow.norm_of(value)
-        if call is None or call.input is None:
+    def norm(self, reads: Reads) -> FrozenNorm | None:
+        """The norm that the stream passes before it is read, with the factor behind it."""
+        norms = (s.norm_out.module for s in self.block.states if s.norm_out is not None and s.norm_out == reads.stream)
+        name = reads.norm or next(norms, "")  # in a post-norm block the stream itself is what a norm made
+        if not name:
             return None
-        key, module = next(k for k, v in call.outputs.items() if v is value), call.module
-        found = freeze(lambda x: take(module(x), key), call.input.tensor) if len(call.inputs) == 1 else None
+        module = self.alone.anatomy.module.get_submodule(name)
+        found = freeze(lambda x: next(made for _, made in results(module(x))), self.resid)
         if found is None:
-            raise Refused(f"{call.name!r} cannot be folded: it is not a gain times the input over its size")
-        return found
+            raise Refused(f"{name!r} cannot be folded: it is not a gain times the input over its size")
+        return replace(found, gain=found.gain * reads.scale, offset=found.offset * reads.scale)
 
-    def feed(self, readers: list[Call], rows: Tensor, tap: Tap) -> Tensor:
-        """What is met at `tap` at the first two positions, [row, 2, ...], when the readers read `rows` [row,
-        d_in].
-        """
+    def feed(self, readers: Sequence[Reads], rows: Tensor, tap: Tap) -> Tensor:
+        """What is met at `tap` at the first two positions, [row, 2, ...], when the readers read `rows` [row, d_in]."""
         made = []
         for part in rows.split(ROWS):
             kept: list[Tensor] = []
@@ -134,7 +92,7 @@ class Probe:
             def put(x: Tensor, given: Tensor = given) -> Tensor:
                 return given.expand_as(x).contiguous()
 
-            handlers: dict[Tap, Handler] = {self.tap(c, c.input, "in"): put for c in readers if c.input is not None}
+            handlers: dict[Tap, Handler] = {within(self.block, r.given): put for r in readers if r.given is not None}
             with torch.no_grad():
                 self.alone.call(self.block, self.resid, self.call, {**handlers, within(self.block, tap): kept.append})
             made.append(kept[0][: len(part), :2])
@@ -179,12 +137,8 @@ class AttentionWeights:
 
     def _read(self, port: str) -> tuple[Affine, bool]:
         part = f"{self.attention.part}.{port}"
-        if part not in self.block.taps:
-            raise Refused(
-                f"W_{port.upper()} is refused on this model: {self.block.refused.get(part, f'{part} is not mapped')}"
-            )
-        readers = self._probe.readers(self._probe.attended(self.attention)[port])
-        widths = {c.input.shape[-1] for c in readers if c.input is not None}
+        readers = self._probe.reads(part, f"W_{port.upper()}")
+        widths = {r.width for r in readers}
         if len(widths) != 1:
             raise Refused(f"W_{port.upper()} is refused on this model: {part} is made from inputs of several widths")
         (width,) = widths
@@ -203,9 +157,8 @@ class AttentionWeights:
                 "another nonlinear step lies in between)"
             )
         turned = not torch.allclose(both[:, 0], both[:, -1], rtol=1e-4, atol=1e-5)
-        affine, source = Affine(weight, bias), readers[0].input
-        assert source is not None
-        return (affine.folded(self._probe.norm(source)) if self.fold else affine), turned
+        affine = Affine(weight, bias)
+        return (affine.folded(self._probe.norm(readers[0])) if self.fold else affine), turned
 
     @property
     def position_dependent(self) -> bool:
@@ -300,7 +253,7 @@ class MlpWeights:
 
     alone: Alone
     block: Block
-    tap: Tap
+    part: str
     down: Linear
     fold: bool = False
 
@@ -312,23 +265,22 @@ class MlpWeights:
         return NeuronWeights(self, index)
 
     @cached_property
-    def probe(self) -> Probe:
-        return Probe(self.alone, self.block)
-
-    @cached_property
-    def readers(self) -> dict[str, Call]:
-        call = next(c for c in self.probe.trace.calls if c.name == self.tap.module)
-        return {c.name.rpartition(".")[2]: c for c in self.probe.readers(call.inputs[self.tap.key])}
+    def readers(self) -> tuple[Reads, ...]:
+        """What the neurons are made from, the gate first."""
+        probe = Probe(self.alone, self.block)
+        return probe.reads(f"{self.part}.neurons", "W_in")
 
     @cached_property
     def _read(self) -> dict[str, Affine]:
-        found = {}
-        for name, call in self.readers.items():
-            assert call.input is not None
-            weight, bias = linear_map(call.module, call.input.shape[-1])
+        found: dict[str, Affine] = {}
+        for reads in self.readers:
+            if len(reads.modules) > 1:
+                raise Refused(f"W_in is refused on this model: {' and '.join(reads.modules)} read the stream in a row")
+            weight, bias = linear_map(self.alone.anatomy.module.get_submodule(reads.modules[0]), reads.width)
             bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
             affine = Affine(weight.detach(), bias.detach())
-            found[name] = affine.folded(self.probe.norm(call.input)) if self.fold else affine
+            norm = Probe(self.alone, self.block).norm(reads) if self.fold else None
+            found[_name(reads)] = affine.folded(norm)
         return found
 
     @property
@@ -343,38 +295,9 @@ class MlpWeights:
     def W_out(self) -> Tensor:
         return linear_map(self.alone.anatomy.module.get_submodule(self.down.module), self.down.shape)[0].detach()
 
-    def features(self, neuron: int) -> dict[str, list[int]]:
-        """The outputs of the reading modules a neuron is made from, found by its gradient."""
-        leaves: dict[str, Tensor] = {}
-        kept: list[Tensor] = []
 
-        def leaf(name: str) -> Handler:
-            def handler(x: Tensor) -> Tensor:
-                leaves[name] = x.detach().clone().requires_grad_()
-                return leaves[name]
-
-            return handler
-
-        handlers = {
-            self.probe.tap(c, c.output, "out"): leaf(n) for n, c in self.readers.items() if c.output is not None
-        }
-        with torch.enable_grad():
-            self.alone.call(
-                self.block,
-                self.probe.resid,
-                self.probe.call,
-                {**handlers, within(self.block, self.tap): kept.append},
-            )
-            gradients = torch.autograd.grad(kept[0][..., neuron].sum(), list(leaves.values()))
-        found = {
-            n: g.abs().flatten(0, 1).amax(0).nonzero().flatten().tolist()
-            for n, g in zip(leaves, gradients, strict=True)
-        }
-        if any(len(columns) > 2 for columns in found.values()) or not any(found.values()):
-            raise Refused(
-                "the neurons of this model are not each made from one or two features of what reads the stream"
-            )
-        return found
+def _name(reads: Reads) -> str:
+    return reads.modules[-1].rpartition(".")[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,12 +318,11 @@ class NeuronWeights:
 
     @cached_property
     def _columns(self) -> dict[str, tuple[str, int]]:
-        found = self.mlp.features(self.index)
-        return {
-            name if len(columns) == 1 else f"{name}.{column}": (name, column)
-            for name, columns in found.items()
-            for column in columns
-        }
+        readers = [(_name(r), int(r.columns[self.index, 0])) for r in self.mlp.readers if r.columns is not None]
+        if not readers:
+            raise Refused("the neurons of this model are not each made from one or two features of what reads the stream")
+        alone = len({name for name, _ in readers}) == len(readers)
+        return {name if alone else f"{name}.{column}": (name, column) for name, column in readers}
 
     @property
     def w_in(self) -> dict[str, Tensor]:
