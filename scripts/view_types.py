@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from pellucid.views.kinds import schemas
+from pellucid.views.kinds import KINDS
 from pellucid.views.schema import Document
 from pellucid.workbench import messages
 
@@ -22,10 +24,15 @@ WEB = Path(__file__).resolve().parents[1] / "web" / "src"
 
 
 def schema() -> dict[str, Any]:
-    (top, data), parts = msgspec.json.schema_components([Document, schemas()], ref_template="#/$defs/{name}")
+    (top, data), parts = msgspec.json.schema_components(
+        [Document, reduce(or_, (kind.schema for kind in KINDS))], schema_hook=_any_view, ref_template="#/$defs/{name}"
+    )
     parts["Document"]["properties"]["data"] = data  # any kind there is
-    parts.pop("View")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **top, "$defs": dict(sorted(parts.items()))}
+
+
+def _any_view(kind: type) -> dict[str, Any]:
+    return {"type": "object"}
 
 
 def typescript(found: dict[str, Any]) -> str:
@@ -52,7 +59,7 @@ def messages_typescript() -> str:
         for k in vars(messages).values()
         if isinstance(k, type) and issubclass(k, messages.Message) and k is not messages.Message
     ]
-    _, parts = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
+    _, parts = msgspec.json.schema_components(kinds, schema_hook=_any_view, ref_template="#/$defs/{name}")
     lines = [
         "// Made by scripts/view_types.py from src/pellucid/workbench/messages.py. Do not edit.", "",
         'import type { Document } from "../schema";', "",

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import pellucid
 from pellucid.cli import app, main
-from pellucid.errors import InputError
+from pellucid.anatomy import loading
+from pellucid.errors import InputError, LoadError
 
 
 @pytest.fixture
@@ -50,10 +51,10 @@ def fake(monkeypatch):
     """Replaces loading and the report by fakes; what the report is asked for lands in the returned list."""
     asked: list[tuple] = []
 
-    def build(model, prompt, *, counterfactual, target, progress):
+    def build(model, prompt, *, counterfactual, target):
         if not prompt:
             raise InputError("an empty prompt:\nnothing to explain")
-        asked.append((model, prompt, counterfactual, target, progress))
+        asked.append((model, prompt, counterfactual, target))
         return SimpleNamespace(html="<p>é</p>", findings=["Paris rises at layer 20"])
 
     module = ModuleType("pellucid.views.report")
@@ -83,7 +84,7 @@ def test_report_writes_the_file_and_prints_what_it_found(pellucid_says, fake, tm
     assert file.read_text(encoding="utf-8") == "<p>é</p>"
     assert out.splitlines() == [f"wrote {file}", "- Paris rises at layer 20"]
     model, *rest = fake[0]
-    assert rest == ["A", "B", "C", True]
+    assert rest == ["A", "B", "C"]
     assert model.how == {
         "task": "causal-lm",
         "revision": "main",
@@ -128,6 +129,20 @@ def test_a_missing_model_is_one_line_and_exit_code_2(pellucid_says, verb, tmp_pa
     assert code == 2
     assert err.startswith("pellucid: no such file or directory")
     assert err.count("\n") == 1
+
+
+def test_a_model_that_nobody_has_is_one_line_without_what_the_web_client_met(monkeypatch):
+    """Also for whoever reads the traceback in Python: it has one exception, ours."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(LoadError, match="neither a directory here nor in the hub's cache") as raised:
+        loading.read("nobody/nothing")
+    assert raised.value.__cause__ is None and raised.value.__suppress_context__
+    assert "Name or service not known" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_pickle_only_model_is_one_line_and_exit_code_2(pellucid_says, tmp_path):

@@ -329,7 +329,6 @@ def report() -> str:
         model,
         "The <script>alert(5)</script> of France is",
         counterfactual="The <script>alert(5)</script> of Italy is",
-        progress=False,
     ).html
 
 

@@ -178,7 +178,7 @@ def test_the_public_names_stay_functions_however_often_they_are_asked_for() -> N
 def test_a_kind_of_view_is_one_row_of_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up kind, added in one place, is chosen, sent, read back, told in plain words, and known by name."""
 
-    class Dial(s.View, frozen=True):
+    class Dial(s.Shown, frozen=True):
         amount: float
 
     row = kinds.Kind(
@@ -229,12 +229,24 @@ def test_a_notebook_output_carries_all_it_needs_and_a_plain_form() -> None:
     assert output(result({})).count("<script") == 2
 
 
-def test_the_code_corner_holds_the_call_and_says_what_cannot_be_written_down() -> None:
-    made = Provenance("patching", "gpt2", inputs={"clean": ["a"], "corrupted": ["b"]}, arguments={"over": "layers.*.mlp.out", "metric": "logit difference"}, seed=3)  # fmt: skip
-    python = document(result({"layer": range(3)}, provenance=made)).code.python
-    assert "pl.causal.patching(model, 'a', 'b', over='layers.*.mlp.out', seed=3, metric=metric)" in python
-    assert "# metric: logit difference: as you gave it" in python
+def test_the_code_corner_is_the_recorded_call_and_gives_the_numbers_again(llama: pl.Model) -> None:
+    metric = pl.metrics.logit_difference(" the", " of")
+    found = pl.causal.ablation(llama, PROMPT, over="layers.*.mlp.out", metric=metric)
+    python = document(found).code.python
+    assert "pl.causal.ablation(model, 'The capital of France is', over='layers.*.mlp.out', metric=pl.metrics." in python
+    given = {"module": llama.module, "tokenizer": llama.tokenizer}
+    exec(python, given)
+    np.testing.assert_allclose(given["result"].values, found.values, atol=1e-6)
     assert document(result({"layer": range(3)})).code.python == ""
+
+
+def test_effect_and_share_are_planes_with_a_scale_each(llama: pl.Model) -> None:
+    metric = pl.metrics.logit_difference(" the", " of")
+    found = pl.causal.patching(llama, PROMPT, "The capital of Italy is", over="layers.*.resid_pre@*", metric=metric)
+    data = document(found).data
+    assert isinstance(data, s.Grid) and data.signed
+    assert [(p.name, p.unit or data.unit) for p in data.planes] == [("effect", "effect"), ("share", "share")]
+    np.testing.assert_allclose(data.planes[1].values.array(), found["share"].values, atol=1e-6)
 
 
 def test_the_bundle_is_small() -> None:

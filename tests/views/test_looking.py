@@ -80,11 +80,11 @@ def test_of_too_many_heads_those_that_look_at_one_place_are_left_out(monkeypatch
 
 def test_an_encoder_decoder_shows_its_three_attentions_each_with_its_rollout() -> None:
     model = opened("t5")
-    found = pl.attention.patterns(model, PROMPT, target="Paris is")
+    found = pl.attention.patterns(model, PROMPT, decoder="Paris is")
     shown = pl.views.attention(
         found,
-        pl.attention.rollout(model, PROMPT, target="Paris is"),
-        pl.attention.flow(model, PROMPT, target="Paris is", queries=-1),
+        pl.attention.rollout(model, PROMPT, decoder="Paris is"),
+        pl.attention.flow(model, PROMPT, decoder="Paris is", queries=-1),
     )
     assert isinstance(shown.data, s.Attention)
     stacks = {stack.name: stack for stack in shown.data.stacks}

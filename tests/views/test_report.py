@@ -34,7 +34,7 @@ def llama() -> pl.Model:
 
 @pytest.fixture(scope="module")
 def report(llama: pl.Model) -> Report:
-    return build(llama, PROMPT, counterfactual="The capital of Italy is", progress=False)
+    return build(llama, PROMPT, counterfactual="The capital of Italy is")
 
 
 def test_the_page_asks_no_network_for_anything(report: Report) -> None:
@@ -54,21 +54,21 @@ def test_the_python_of_every_section_runs(report: Report, llama: pl.Model, monke
     monkeypatch.setattr("pellucid.model.load", lambda *args, **kwargs: llama)
     ran = 0
     for section in report.sections:
-        if section.python:
-            exec(compile(section.python, section.id, "exec"), {"module": llama.module, "tokenizer": llama.tokenizer})
+        if section.program:
+            exec(compile(section.program, section.id, "exec"), {"module": llama.module, "tokenizer": llama.tokenizer})
             ran += 1
-    assert ran >= 5
+    assert ran >= 8
 
 
 def test_what_a_prompt_contains_is_shown_not_run(llama: pl.Model) -> None:
-    page = build(llama, "The <script>alert(1)</script> of", progress=False).html
+    page = build(llama, "The <script>alert(1)</script> of").html
     assert "<script>alert" not in page
     assert len(re.findall(r"<script(?! type=\"application/json\")", page)) == 1
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_other_kinds_of_model_get_a_page_too(model_type: str) -> None:
-    page = build(opened(model_type), PROMPT, progress=False)
+    page = build(opened(model_type), PROMPT)
     lacking = [s.id for s in page.sections if "Not available" in str(s.lead)]
     assert set(lacking) <= {"patches", "direct"}  # no counterfactual found; a head behind the last residual
     assert page.html.startswith("<!doctype html>") or page.html.startswith("<!DOCTYPE html>")
@@ -77,7 +77,7 @@ def test_other_kinds_of_model_get_a_page_too(model_type: str) -> None:
 
 def test_a_model_without_answers_is_told_about_its_vectors(llama: pl.Model) -> None:
     body = pl.load(llama.module.model, tokenizer=llama.tokenizer)
-    found = build(body, PROMPT, counterfactual="The capital of Italy is", progress=False)
+    found = build(body, PROMPT, counterfactual="The capital of Italy is")
     assert any("vectors" in line for line in found.findings)
     assert {s.id: bool(s.views) for s in found.sections} | {
         "words": True,
@@ -99,11 +99,19 @@ def test_every_finding_has_its_section_and_every_claim_its_control(report: Repor
     assert "Rank correlations" in str(agree.lead)
 
 
+def test_a_target_of_several_tokens_is_refused_in_the_words_of_the_command_line(llama: pl.Model) -> None:
+    with pytest.raises(InputError) as refused:
+        build(llama, PROMPT, target="unbelievably long")
+    said = str(refused.value)
+    assert "tokens for this model" in said and re.search(r"begin with --target '.+'$", said)
+    assert "sequence_log_probability" not in said and "(" in said and "\n" not in said
+
+
 def test_input_that_does_not_fit_is_one_clear_error(llama: pl.Model) -> None:
     with pytest.raises(InputError, match="empty"):
-        build(llama, " ", progress=False)
+        build(llama, " ")
     with pytest.raises(InputError, match="token"):
-        build(llama, PROMPT, counterfactual="The capital", progress=False)
+        build(llama, PROMPT, counterfactual="The capital")
 
 
 def test_unrelated_prompts_are_as_long_and_keep_special_tokens_in_their_places() -> None:
@@ -120,7 +128,7 @@ def test_unrelated_prompts_are_as_long_and_keep_special_tokens_in_their_places()
 
 def test_an_encoder_decoder_is_shown_writing_with_all_three_attentions() -> None:
     model = opened("t5")
-    found = build(model, PROMPT, progress=False)
+    found = build(model, PROMPT)
     data = next(s for s in found.sections if s.id == "looks").views[0].data
     assert isinstance(data, Attention)
     assert [stack.name for stack in data.stacks] == ["decoder to encoder", "encoder", "decoder"]

@@ -13,6 +13,7 @@ import torch
 from starlette.testclient import TestClient
 
 import pellucid as pl
+from pellucid.views.schema import Document
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Edit, Pane, State
 from pellucid.workbench.notebook import SAVED, notebook
@@ -56,6 +57,10 @@ def test_the_cells_run_and_give_what_the_page_showed(
     for run_, side in ((names["run"], "clean"), (names["edited"], "edited")):
         logits = run_.logits[0, -1].detach()
         np.testing.assert_allclose([c["logit"] for c in shown[side]["top"]], logits.topk(10).values, rtol=1e-4)
+    lens = next(c["source"] for c in cells(notebook(hub, State(panes=[pane]), [])) if "logit_lens" in c["source"])
+    again = eval(lens.removesuffix(".show()"), names)  # of the edited run, as the page's grid is
+    reading = Document.read(json.dumps(shown["lens"])).data.readings[0]
+    np.testing.assert_allclose(again["probability"].values, reading.probability.array(), atol=1e-5)
     assert names["answer"] == shown["clean"]["top"][0]["id"]
     difference = llama.score(names["edited"], names["metric"]).item()
     assert difference == pytest.approx(shown["edited"]["difference"], abs=1e-4)

@@ -14,6 +14,7 @@ import torch
 from starlette.testclient import TestClient
 
 import pellucid as pl
+from pellucid.views import schema as s
 from pellucid.views.schema import Document
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.worker import LIVE, Task
@@ -79,14 +80,51 @@ def test_the_panels_code_makes_what_is_shown(
     page: TestClient, llama: pl.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pl, "load", lambda *a, **k: llama, raising=False)
-    for name, options, kind in VIEWS:
-        code = page.post("/api/view", json=view(name, other=OTHER, options=options)).json()["document"]["code"][
-            "python"
-        ]
+    for name, options, _ in VIEWS:
+        shown = document(page.post("/api/view", json=view(name, other=OTHER, options=options)).json()["document"])
         names: dict[str, Any] = {"module": None, "tokenizer": None}
-        exec(code, names)
-        if kind == "grid" and name == "patching":
-            assert names["other"] == OTHER
+        exec(shown.code.python, names)
+        if isinstance(shown.data, s.Tokens) and len(shown.data.tracks) == 1:
+            np.testing.assert_allclose(shown.data.tracks[0].values.array(), names["result"].values, atol=1e-6)
+        elif isinstance(shown.data, s.Contributions):
+            np.testing.assert_allclose(shown.data.values.array(), names["result"].values, atol=1e-6)
+        elif name == "patching":
+            assert isinstance(shown.data, s.Grid)
+            np.testing.assert_allclose(shown.data.planes[0].values.array(), names["result"].values, atol=1e-6)
+
+
+def test_words_say_which_contrast_is_asked_and_what_can_mislead_in_the_method(page: TestClient) -> None:
+    """The rival is the second prompt's answer where there is one; either way it is named beside the words."""
+    for other, says in ((OTHER, "the answer to the second prompt"), (None, "the runner-up")):
+        shown = document(page.post("/api/view", json=view("tokens", other=other)).json()["document"])
+        assert "rather than" in shown.lead and says in shown.lead
+        assert "signs can be wrong" in shown.care
+        assert isinstance(shown.data, s.Tokens) and "logit difference" in shown.data.unit and "−" in shown.data.unit
+        assert "logit_difference" in shown.code.python
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        ({"component": "layers.9.mlp.out", "kind": "zero"}, "there is no layer 9"),
+        ({"component": "layers.1.mpl.out", "kind": "zero"}, "mlp.out"),  # the nearest
+        ({"component": "layers.1.mlp.out", "kind": "patch"}, "second prompt"),
+        ({"component": "layers.1.mlp.out", "kind": "steer"}, "second prompt"),
+        ({"component": "layers.1.attn.pattern", "kind": "steer", "direction": "random"}, "no direction"),
+        ({"component": "layers.1.mlp.out", "kind": "zero", "position": 99}, "outside the prompt"),
+    ],
+)
+def test_an_edit_that_cannot_be_made_is_refused_before_it_is(page: TestClient, edit: dict[str, Any], says: str) -> None:
+    refused = page.post("/api/edit", json=live(edit=edit))
+    assert refused.status_code == 422 and says in refused.json()["error"] and "\n" not in refused.json()["error"]
+    assert page.post("/api/live", json=live(edits=[edit])).status_code == 422  # as making it would
+
+
+def test_an_edit_that_can_be_made_is_let_in(page: TestClient) -> None:
+    for component in ("layers.1", "layers.0.attn.heads.2", "layers.1.mlp.neurons.3", "embed"):
+        edit = {"component": component, "kind": "steer"}
+        assert page.post("/api/edit", json=live(other=OTHER, edit=edit)).status_code == 200
+        assert page.post("/api/live", json=live(other=OTHER, edits=[edit])).status_code == 200
 
 
 def test_edits_reach_the_attention_and_other_panels_say_that_they_do_not(page: TestClient) -> None:

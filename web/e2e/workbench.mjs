@@ -41,8 +41,10 @@ async function type(page, text, name = "a") {
   await settled(page);
 }
 async function select(page, component) {
+  const looked = page.waitForResponse((r) => r.url().endsWith("/api/edit"));
   await page.locator("#part-a").fill(component);
   await page.locator("#part-a").press("Enter");
+  await looked;
 }
 async function act(page, kind) {
   const answered = page.waitForResponse((r) => r.url().endsWith("/api/live"));
@@ -106,16 +108,56 @@ const claims = {
     assert.match(await pane(page).locator(".under").first().innerText(), /5 tokens/);
     return page;
   },
-  async "what goes wrong is one sentence beside the prompt, and goes with its cause"() {
+  async "a part the model does not have is refused when it is named, with the nearest, and nothing changes"() {
+    const page = await open();
+    page.expected.push("/api/edit");
+    await choices(page).waitFor();
+    const shown = await choices(page).innerText();
+    await select(page, "layers.9.mlp.out");
+    const problem = pane(page).locator(".act .problem");
+    await problem.waitFor();
+    assert.match(await problem.innerText(), /no layer 9.*0 to 1/);
+    await select(page, "layers.1.mpl.out");
+    await problem.filter({ hasText: "mlp.out" }).waitFor();
+    await button(pane(page), "Zero").click(); // nothing is selected
+    assert.equal(await pane(page).getByRole("list", { name: "Edits" }).count(), 0);
+    assert.equal(await choices(page).innerText(), shown);
+    await select(page, "layers.1.mlp.out");
+    await problem.waitFor({ state: "detached" });
+    await act(page, "Zero");
+    assert.equal(await choices(page).count(), 2);
+    return page;
+  },
+  async "what goes wrong is one sentence beside the prompt, the old answer is dimmed, and both go with their cause"() {
     const page = await open();
     page.expected.push("/api/live");
-    await select(page, "layers.99.mlp.out");
-    await button(pane(page), "Zero").click();
+    const answer = pane(page).locator(".answer");
+    await panel(page, "lens").locator("figure").waitFor();
+    assert.equal(await answer.getAttribute("aria-busy"), "false");
+    await prompt(page).fill("a ".repeat(3000)); // more than the model can read
     const problem = pane(page).locator(".under .problem");
     await problem.waitFor();
-    assert.match(await problem.innerText(), /99/);
-    await pane(page).getByRole("button", { name: /^Remove: / }).click();
+    assert.match(await answer.innerText(), /answer to the question before/);
+    for (const shown of [answer, panel(page, "lens").locator("> div")]) {
+      assert.equal(await shown.getAttribute("aria-busy"), "true");
+      await page.waitForFunction((e) => +getComputedStyle(e).opacity < 0.6, await shown.elementHandle());
+    }
+    await type(page, "The city");
     await problem.waitFor({ state: "detached" });
+    await page.waitForFunction((e) => +getComputedStyle(e).opacity === 1, await answer.elementHandle());
+    return page;
+  },
+  async "an answer is marked as old while the one to a newer question is awaited"() {
+    const page = await open();
+    await choices(page).waitFor();
+    let release;
+    const held = new Promise((go) => (release = go));
+    await page.route("**/api/live", async (route) => { await held; await route.continue().catch(() => {}); });
+    await prompt(page).fill("The city");
+    for (const shown of [pane(page).locator(".answer"), panel(page, "lens").locator("> div")])
+      await page.waitForFunction((e) => e.ariaBusy === "true" && +getComputedStyle(e).opacity < 0.6, await shown.elementHandle());
+    release();
+    await page.waitForFunction(() => document.querySelector(".answer").ariaBusy === "false");
     return page;
   },
   async "an empty prompt asks for nothing and shows nothing"() {

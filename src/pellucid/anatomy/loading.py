@@ -243,20 +243,20 @@ def _on_hub(name: str, revision: str | None) -> _Files:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
         return _Files(name, name, frozenset(f.rfilename for f in info.siblings or []), info.sha)
     except hub_errors.GatedRepoError as error:
-        raise LoadError(f"{name!r} is gated: accept its terms on the hub, then `hf auth login`") from error
+        raise LoadError(f"{name!r} is gated: accept its terms on the hub, then `hf auth login`") from None
     except hub_errors.RevisionNotFoundError as error:
-        raise LoadError(f"{name!r} has no revision {revision!r}: no such branch, tag or commit") from error
+        raise LoadError(f"{name!r} has no revision {revision!r}: no such branch, tag or commit") from None
     except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
-        raise LoadError(f"{name!r} is neither a directory here nor a model on the hub{hint}") from error
+        raise LoadError(f"{name!r} is neither a directory here nor a model on the hub{hint}") from None
     except _TRANSPORT as error:
-        unreachable = error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
     except OSError:
         which = repr(name) if revision is None else f"{name!r} at revision {revision!r}"
         raise LoadError(
-            f"{which} is neither a directory here nor in the hub's cache, and the hub cannot be reached{hint}"
-        ) from unreachable
+            f"{which} is neither a directory here nor in the hub's cache, and the hub cannot be reached ({reason}){hint}"
+        ) from None
     return _Files(name, str(folder), frozenset(f.name for f in folder.iterdir()), folder.name)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pellucid.results import Result
 
 
+@options.opens_models
 def benchmark(
     model: options.Source,
     data: Annotated[
@@ -42,12 +43,8 @@ def benchmark(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("benchmark.html"),
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
-    task: options.Task = "auto",
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_pickle: options.AllowPickle = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    opened: options.Open,
 ) -> None:
     """Run attribution methods over texts, measure them, and say which to prefer on this model and why.
 
@@ -60,15 +57,7 @@ def benchmark(
     from pellucid.attribution.evaluation.page import page
 
     examples = read_examples(data, limit)
-    subject = options.opened(
-        model,
-        task=task,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    subject = opened(model)
     found = compare(
         subject,
         examples,

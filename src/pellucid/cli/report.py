@@ -11,36 +11,25 @@ from pellucid.cli import options
 from pellucid.errors import InputError
 
 
+@options.opens_models
 def report(
     model: options.Source,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain.")],
     counterfactual: Annotated[str | None, typer.Option(help="A prompt with another answer, to patch from.")] = None,
     target: Annotated[str | None, typer.Option(help="The answer to explain; by default the model's own.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
-    task: options.Task = "auto",
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_pickle: options.AllowPickle = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    opened: options.Open,
 ) -> None:
     """Trace a prompt through the model and write what was found to an HTML file."""
     if not output.parent.is_dir():  # said before minutes of work, not after
         raise InputError(f"cannot write {str(output)!r}: there is no directory {str(output.parent)!r}")
     if output.is_dir():
         raise InputError(f"cannot write {str(output)!r}: it is a directory")
-    subject = options.opened(
-        model,
-        task=task,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    subject = opened(model)
     from pellucid.views.report import build
 
-    found = build(subject, prompt, counterfactual=counterfactual, target=target, progress=True)
+    found = build(subject, prompt, counterfactual=counterfactual, target=target)
     output.write_text(found.html, encoding="utf-8")
     typer.echo(f"wrote {output.absolute()}")
     for finding in found.findings:

@@ -15,6 +15,7 @@ Sources = Annotated[
 ]
 
 
+@options.opens_models
 def workbench(
     models: Sources,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
@@ -22,12 +23,8 @@ def workbench(
     name: Annotated[list[str] | None, typer.Option(help="A host name browsers may reach it by; may be repeated.")] = None,
     folder: Annotated[Path, typer.Option(help="Where workspaces are kept.")] = Path("workspaces"),
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
-    task: options.Task = "auto",
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_pickle: options.AllowPickle = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    *,
+    opened: options.Open,
 ) -> None:  # fmt: skip
     """Serve the workbench on this machine and open it in a browser."""
     try:
@@ -42,16 +39,4 @@ def workbench(
             "read the workspaces, and the connection is not encrypted",
             err=True,
         )
-    opened = [
-        options.opened(
-            source,
-            task=task,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
-        for source in models
-    ]
-    serve(opened, host, port, folder, name or [], browser, typer.echo)
+    serve([opened(source) for source in models], host, port, folder, name or [], browser, typer.echo)

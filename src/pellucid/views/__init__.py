@@ -28,9 +28,11 @@ __all__ = ["Document", "attention", "circuit", "compare", "document", "output", 
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        import importlib
+    import importlib
 
+    if name in _HOME:
         module, own = _HOME[name]
         return getattr(importlib.import_module(f"pellucid.views.{module}"), own)
+    if name == "question":  # what the code of a report names
+        return importlib.import_module("pellucid.views.question")
     raise AttributeError(f"module 'pellucid.views' has no attribute {name!r}")

@@ -49,8 +49,7 @@ def _document(thing: Any) -> Document:
     """Of what was fitted: its result, or how it was trained."""
     if isinstance(held := getattr(thing, "result_", None), Result):
         return _document(held)
-    losses = next((each for n in ("losses_", "losses") if (each := getattr(thing, n, None)) is not None), ())
-    if len(losses):
+    if (losses := getattr(thing, "losses_", None)) is not None and len(losses):
         return Document(
             title=f"Training of {type(thing).__name__}", data=forms.curves(_training(thing, np.asarray(losses)))
         )
@@ -84,22 +83,25 @@ def _model(thing: Model) -> Document:
 
 @_document.register
 def _circuit(thing: Circuit) -> Document:
-    return _made(f"A circuit of {len(thing)} edges", maps.circuit(thing), thing)
+    made, program = thing.provenance, code(thing.provenance, show="pl.views.document(result)")
+    return Document(
+        title=f"A circuit of {len(thing)} edges", data=maps.circuit(thing), code=program, provenance=origin(made)
+    )
 
 
 @_document.register
 def _scores(thing: EdgeScores) -> Document:
-    return _made(thing.result.title, maps.circuit(thing.circuit(min(EDGES, len(thing.graph)))), thing.result)
+    return msgspec.structs.replace(_circuit(thing.circuit(min(EDGES, len(thing.graph)))), title=thing.result.title)
 
 
-def _made(title: str, data: s.View, thing: Any) -> Document:
-    lead = _prompts(thing, data) if isinstance(thing, Result) else ""
-    return Document(title=title, data=data, lead=lead, code=code(thing.provenance), provenance=origin(thing.provenance))
+def _made(title: str, data: s.View, result: Result) -> Document:
+    lead, made = _prompts(result, data), result.provenance
+    return Document(title=title, data=data, lead=lead, code=code(made), provenance=origin(made))
 
 
 def _training(fitted: Any, losses: np.ndarray) -> Result:
     """What a fit leaves behind: a loss [step], or several [step, site], as the tuned lens has one for each site."""
-    dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases_", getattr(fitted, "biases", ())))
+    dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases_", ()))
     names = {"site": sites} if losses.ndim == 2 and len(sites) == losses.shape[1] else {}
     return Result(xr.DataArray(losses, {"step": np.arange(len(losses)), **names}, dims, "loss"), kind="training curve")
 
@@ -134,10 +136,13 @@ def compare(methods: Mapping[str, Result], title: str = "") -> Document:
     """
     if not methods:
         raise InputError("there is nothing to compare: give results by name, {'one': result, 'other': result}")
-    sources = [origin(result.provenance) for result in methods.values()]
+    made = [result.provenance for result in methods.values()]
+    sources = [origin(each) for each in made]
     facts = tuple(s.Fact(name=name, value=source.line) for name, source in zip(methods, sources, strict=True))
     origins = s.Origin(line=sources[0].line, facts=facts)
-    return Document(title=title or " and ".join(methods), data=kinds.together(methods), provenance=origins)
+    return Document(
+        title=title or " and ".join(methods), data=kinds.together(methods), code=code(*made), provenance=origins
+    )
 
 
 def attention(patterns: Result, *more: Result, title: str = "") -> Document:

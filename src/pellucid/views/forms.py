@@ -26,7 +26,13 @@ from pellucid.views.pages import is_selective, selective
 from pellucid.views.schema import Fact, Numbers
 
 LISTED = 2000  # rows of a table
-ASIDE = ("low", "high", "error", "value")  # told with the main numbers: their interval, the metric they are a change of
+ASIDE = (
+    "low",
+    "high",
+    "error",
+    "value",
+    "p",
+)  # told with the main numbers: interval, test, the metric they are a change of
 PLANES = 12
 LINES = 7  # of a chart with one for each layer
 
@@ -185,14 +191,16 @@ def grid(result: Result, unit: str = "") -> s.Grid:
             at = {} if label is None else {third: label}
             low, high = (None if e is None else Numbers.of(e.sel(at).values) for e in ends)
             planes.append(s.Plane(name=str(label) if third else name, values=Numbers.of(variable.sel(at).transpose(rows, columns).values.astype(float)),
-                                  low=low, high=high, component=component.replace("{part}", str(label))))  # fmt: skip
-    first = next(iter(variables.values())).values
+                                  low=low, high=high, component=component.replace("{part}", str(label)),
+                                  unit="" if name == main.name else name))  # fmt: skip
+    # an effect has two sides even where only one of them is seen
+    signed = main.name == "effect" or any(bool(np.nanmin(v.values, initial=0) < 0) for v in variables.values())
     told = (
         n for n in ("clean", "corrupted", "total_effect") if n in result.data and result.data[n].dtype.kind in "iuf"
     )
     facts = tuple(Fact(name=n.replace("_", " "), value=f"{float(result.data[n].mean()):.3g}") for n in told)
     return s.Grid(rows=_axis(main, rows, over), columns=_axis(main, columns, over), planes=tuple(planes), unit=unit or str(main.name),
-                  signed=bool(np.nanmin(first, initial=0) < 0), prompts=_pair(data), facts=facts)  # fmt: skip
+                  signed=signed, prompts=_pair(data), facts=facts)  # fmt: skip
 
 
 def _pair(data: xr.Dataset) -> tuple[tuple[str, ...], ...]:

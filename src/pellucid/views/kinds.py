@@ -1,6 +1,6 @@
 """Which kinds of view are there, and which one shows a result?
 
-One row for each. To add a kind: write its schema (a `schema.View`), what makes it from a result and what it says without
+One row for each. To add a kind: write its schema (a `schema.Shown`), what makes it from a result and what it says without
 scripts, and add a row here; in web/src/kinds.ts a row says how it is drawn and what its table holds. Nothing else knows
 how many kinds there are.
 """
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from typing import Any
 
 from pellucid.errors import InputError
@@ -31,7 +29,7 @@ class Kind:
     compare   several results, by name, in one view; None where that shows nothing
     """
 
-    schema: type[s.View]
+    schema: type[s.Shown]
     plain: Callable[[Any], Cells]
     fits: Callable[[Result], bool] | None = None
     make: Callable[[Result], s.View] | None = None
@@ -65,11 +63,6 @@ def view(result: Result) -> s.View:
 
 def of(shown: s.View) -> Kind:
     return next(kind for kind in KINDS if kind.schema is type(shown))
-
-
-def schemas() -> Any:
-    """The union of all schemas: what the data of a document may be."""
-    return reduce(or_, (kind.schema for kind in KINDS))
 
 
 def together(methods: Mapping[str, Result]) -> s.View:

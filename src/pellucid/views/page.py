@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from pellucid.views import source
 from pellucid.views.figures import details
 from pellucid.views.hosts import bundle, element, policy, theme_button
 from pellucid.views.markup import Child, Html, join, tag
 from pellucid.views.schema import Code, Document, Origin
-from pellucid.views.source import origin
 
 if TYPE_CHECKING:
     from pellucid.results import Result
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Section:
     """One question of a report: how to read the answer, the views, what can mislead in it, and how to make it again.
 
-    `finding` is the sentence it adds to the findings; `results` are kept for the provenance.
+    `finding` is the sentence it adds to the findings; `results` say where it comes from and, unless `python` does, how it is
+    made again.
     """
 
     id: str
@@ -44,18 +45,20 @@ class Section:
 
     def html(self) -> Html:
         care = tag("p", tag("b", "Mind: "), self.care, class_="care") if self.care else None
-        made = (
-            details("Make it yourself", code(self.python), code(self.shell)) if self.python and not self.views else None
-        )
+        python = self.program
+        made = details("Make it yourself", code(python), code(self.shell)) if python and not self.views else None
         return tag("section", tag("h2", self.title, id=f"{self.id}-title"), tag("p", self.lead), self.figure,
                    [element(self._sourced(v)) for v in self.views], care, made, id=self.id, aria_labelledby=f"{self.id}-title")  # fmt: skip
 
+    @property
+    def program(self) -> str:
+        return self.python or source.code(*(result.provenance for result in self.results)).python
+
     def _sourced(self, view: Document) -> Document:
         """The view with the section's code and the provenance of its result."""
-        source = (
-            view.provenance if view.provenance != Origin() or not self.results else origin(self.results[0].provenance)
-        )
-        return msgspec.structs.replace(view, code=Code(python=self.python, shell=self.shell or ""), provenance=source)
+        known = view.provenance != Origin() or not self.results
+        made = view.provenance if known else source.origin(self.results[0].provenance)
+        return msgspec.structs.replace(view, code=Code(python=self.program, shell=self.shell or ""), provenance=made)
 
 
 def missing(id: str, name: str, title: str, why: str) -> Section:

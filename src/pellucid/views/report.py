@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tqdm.auto import tqdm
-
+from pellucid.engine.pausing import progress, quiet
 from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.counterfactual import made
@@ -51,7 +49,6 @@ def build(
     counterfactual: str | None = None,
     target: str | None = None,
     top: int = 5,
-    progress: bool = True,
 ) -> Report:
     """Trace `prompt` through the model and describe what was found.
 
@@ -63,25 +60,17 @@ def build(
     >>> report = build(model, "The capital of France is")                           # doctest: +SKIP
     >>> Path("report.html").write_text(report.html)                                 # doctest: +SKIP
     """
-    with tqdm(total=11, disable=not progress or not sys.stderr.isatty(), bar_format="{desc} {bar} {n}/{total}") as bar:
-
-        def step(what: str) -> None:
-            bar.set_description_str(f"{what:24}")
-            bar.update()
-
-        step("asking")
+    with progress(what="report", total=11) as bar, quiet():  # one bar for all of its methods
         question = ask(model, prompt, target, counterfactual, top)
-        if counterfactual is None:
-            step("finding a counterfactual")
-            found = made(question)
-            if found is not None:
-                question = against(question, found.prompt, top, found.how)
-        sections = _sections(question, top, step)
+        if counterfactual is None and (found := made(question)) is not None:
+            question = against(question, found.prompt, top, found.how)
+        bar.step()
+        sections = _sections(question, top, bar.step)
     findings = [s.finding for s in sections if s.finding]
     return Report(_page(question, sections), findings, tuple(sections))
 
 
-def _sections(question: Question, top: int, step: Callable[[str], None]) -> list[Section]:
+def _sections(question: Question, top: int, step: Callable[[], None]) -> list[Section]:
     evidence = Evidence()
     plan = [
         ("answer", "The answer", "What does the model answer?", lambda: answer.answer(question, top)),
@@ -97,7 +86,6 @@ def _sections(question: Question, top: int, step: Callable[[str], None]) -> list
     ]
     made: list[Section] = []
     for id, name, title, section in plan:
-        step(name.lower())
         why = question.lacks(id)
         try:
             made.append(missing(id, name, title, why) if why else section())
@@ -105,7 +93,8 @@ def _sections(question: Question, top: int, step: Callable[[str], None]) -> list
             made.append(missing(id, name, title, str(error).rstrip(".")))
         except RuntimeError as error:  # torch's own: a model whose code allows no gradient, or too little memory
             made.append(missing(id, name, title, f"torch refused ({str(error).splitlines()[0].rstrip('.')})"))
-    return [*made, origin.origin(question, made)]
+        step()
+    return [replace(section, shell=question.shell) for section in (*made, origin.origin(question, made))]
 
 
 def _page(question: Question, sections: list[Section]) -> str:

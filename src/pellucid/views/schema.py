@@ -10,13 +10,19 @@ as the TypeScript types the views are compiled against. A change that older view
 from __future__ import annotations
 
 import base64
+import importlib
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import numpy as np
 
+from pellucid.errors import InputError
+
 VERSION = 1
+T = TypeVar("T")
 Dtype = Literal["float32", "int32", "uint16", "uint8"]
 WIRE: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int32": np.dtype("<i4"), "uint16": np.dtype("<u2"), "uint8": np.dtype("u1")}  # fmt: skip
 
@@ -25,8 +31,14 @@ class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A value of the schema."""
 
 
-class View(Struct, frozen=True, tag_field="kind", tag=str.lower):
-    """What one kind of view shows; `kind` is the name of its class. The kinds there are: `pellucid.views.kinds`."""
+class View:
+    """What a document shows: the data of some kind of view. The kinds there are: `pellucid.views.kinds`."""
+
+    __slots__ = ()
+
+
+class Shown(Struct, View, frozen=True, tag_field="kind", tag=str.lower):
+    """The data of one kind of view; `kind` is the name of its class."""
 
 
 class Numbers(Struct, frozen=True):
@@ -99,7 +111,7 @@ class Track(Struct, frozen=True):
     note: str = ""
 
 
-class Tokens(View, frozen=True):
+class Tokens(Shown, frozen=True):
     """A text whose tokens carry numbers: attributions by one or several methods, activations, surprise."""
 
     tokens: tuple[str, ...]
@@ -146,7 +158,7 @@ class Looking(Struct, frozen=True):
     left_out: int = 0  # heads of the model that are not here
 
 
-class Attention(View, frozen=True):
+class Attention(Shown, frozen=True):
     """Where heads look, in one stack or by choice in one of several."""
 
     stacks: tuple[Looking, ...]
@@ -172,7 +184,7 @@ class Reading(Struct, frozen=True):
     followed: tuple[Followed, ...] = ()
 
 
-class Lens(View, frozen=True):
+class Lens(Shown, frozen=True):
     """What the model would say after each layer."""
 
     tokens: tuple[str, ...]
@@ -184,7 +196,7 @@ class Lens(View, frozen=True):
     prediction: tuple[str, ...]  # by position
 
 
-class Contributions(View, frozen=True):
+class Contributions(Shown, frozen=True):
     """Numbers that add up: what each part writes towards an answer."""
 
     names: tuple[str, ...]
@@ -206,7 +218,7 @@ class Plane(Struct, frozen=True):
     unit: str = ""  # where it is not the grid's; planes of one unit share a scale
 
 
-class Grid(View, frozen=True):
+class Grid(Shown, frozen=True):
     """A number for every row and column: patching by layer and position, ablation by layer and head."""
 
     rows: Axis
@@ -229,7 +241,7 @@ class Node(Struct, frozen=True):
     group: str = ""  # nodes of one name stand as one
 
 
-class Circuit(View, frozen=True):
+class Circuit(Shown, frozen=True):
     """Who sends what to whom."""
 
     nodes: tuple[Node, ...]
@@ -260,7 +272,7 @@ class Level(Struct, frozen=True):
     y: float
 
 
-class Curves(View, frozen=True):
+class Curves(Shown, frozen=True):
     """Numbers along something, with their intervals."""
 
     x: Ruler
@@ -282,7 +294,7 @@ class Effect(Struct, frozen=True):
     value: float
 
 
-class Neuron(View, frozen=True):
+class Neuron(Shown, frozen=True):
     """One neuron or feature: what excites it, how often, and what it writes."""
 
     component: str
@@ -305,7 +317,7 @@ class Roc(Struct, frozen=True):
     control_high: float | None = None
 
 
-class Traces(View, frozen=True):
+class Traces(Shown, frozen=True):
     """What a probe or monitor says at every token, by layer."""
 
     tokens: tuple[str, ...]
@@ -344,7 +356,7 @@ class Stack(Struct, frozen=True):
     blocks: tuple[Block, ...]
 
 
-class Anatomy(View, frozen=True):
+class Anatomy(Shown, frozen=True):
     """The map of a model: its parts, what is proven of them, what is refused and why."""
 
     model: str
@@ -363,7 +375,7 @@ class Column(Struct, frozen=True):
     tokens: bool = False  # the texts are tokens
 
 
-class Table(View, frozen=True):
+class Table(Shown, frozen=True):
     """Any result, row by row."""
 
     columns: tuple[Column, ...]
@@ -391,37 +403,37 @@ class Document(Struct, frozen=True):
         return embeddable(msgspec.json.encode(self).decode())
 
     def __repr__(self) -> str:
-        return f"<Document {self.title!r}: {self.data.__struct_config__.tag}>"
+        return f"<Document {self.title!r}: {type(self.data).__name__.lower()}>"
 
     def _repr_html_(self) -> str:
-        from pellucid.views.hosts import output
-
-        return output(self)
+        return str(_hosts().output(self))
 
     def save_html(self, path: str | Path, *more: Any) -> Path:
         """Write one file that shows this view (and `more`) anywhere, without a network."""
-        from pellucid.views.hosts import save_html
-
-        return save_html(path, self, *more)
+        return Path(_hosts().save_html(path, self, *more))
 
     @classmethod
     def read(cls, text: str | bytes) -> Document:
         """A document checked against the schema. InputError for anything else."""
-        from pellucid.errors import InputError
-        from pellucid.views.kinds import schemas  # the kinds know the schema; here it asks which there are
-
         try:
-            found = msgspec.json.decode(text, type=_Unread)
-            data = msgspec.json.decode(found.data, type=schemas())
-            return cls(**{**{name: getattr(found, name) for name in cls.__struct_fields__}, "data": data})
+            return read(text, cls)
         except msgspec.MsgspecError as error:
             raise InputError(f"this is no view of version {VERSION}: {error}") from None
 
 
-class _Unread(Document, frozen=True):
-    """A document whose data is yet to be read, as the kind that it names."""
+def read(text: str | bytes, kind: type[T]) -> T:
+    """A message that may hold documents. MsgspecError for what is none."""
+    return msgspec.json.decode(text, type=kind, dec_hook=_view)
 
-    data: msgspec.Raw  # type: ignore[assignment]
+
+def _view(kind: type, found: Any) -> Any:
+    """The data of a document, as the kind that it names."""
+    return msgspec.convert(found, reduce(or_, Shown.__subclasses__()))
+
+
+def _hosts() -> Any:
+    """Where documents live: it stands above them, so they only know it by name, as a result does."""
+    return importlib.import_module("pellucid.views.hosts")
 
 
 def embeddable(json: str) -> str:

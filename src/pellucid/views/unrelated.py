@@ -7,6 +7,7 @@ prompt says.
 from __future__ import annotations
 
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.marks import special_ids
 from pellucid.views.question import Question
 
 TEXTS = (
@@ -19,7 +20,7 @@ TEXTS = (
 def unrelated(question: Question) -> list[Inputs]:
     """One prompt of equal length from each of `TEXTS`."""
     tokenizer, ids = question.model.tokenizer, question.source.ids[0].tolist()
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+    special = special_ids(tokenizer)
     made = []
     for text in TEXTS:
         words = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -18,7 +18,7 @@ class Window:
 
     >>> Window.of("abc", 2).selector
     >>> Window.of("x" * 100, 99).selector
-    '36:100'
+    slice(36, 100, None)
     >>> Window.of("x" * 100, 80).positions[0]
     20
     """
@@ -37,8 +37,8 @@ class Window:
         return list(range(self.start, self.stop))
 
     @property
-    def selector(self) -> str | None:
-        return None if self.stop - self.start == self.length else f"{self.start}:{self.stop}"
+    def selector(self) -> slice | None:
+        return None if self.stop - self.start == self.length else slice(self.start, self.stop)
 
     def cut(self, items: Sequence[T]) -> Sequence[T]:
         return items[self.start : self.stop]

@@ -15,7 +15,8 @@ from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.model import Model
-from pellucid.views.question import Kind, answer_position, kind_of, read, with_mask
+from pellucid.question import Question
+from pellucid.views.question import KINDS, asked_of, likeliest, place, with_mask
 from pellucid.workbench.messages import Answer, Choice
 
 TOP = 10
@@ -28,11 +29,19 @@ class Passed:
     """A prompt after its pass: where its answer is read, and what a masked model's prompt was completed with."""
 
     run: Run
-    inputs: Inputs
-    kind: Kind
+    asked: Question
     position: int
     kept: frozenset[str]
     note: str = ""
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.asked.inputs
+
+    @property
+    def kind(self) -> str:
+        """As the report has it: what is no choice among answers counts as vectors."""
+        return self.asked.kind if self.asked.kind in KINDS else "vectors"
 
     @property
     def source(self) -> Stream:
@@ -42,9 +51,9 @@ class Passed:
     @property
     def logits(self) -> Tensor | None:
         """[vocabulary] (or [class]) where the answer is read; None for a model that gives vectors."""
-        if self.kind == "embedding":
+        if self.kind == "vectors":
             return None
-        return (self.run.logits[0] if self.kind == "class" else self.run.logits[0, self.position]).float()
+        return self.asked.rows(self.run)[0].float()
 
 
 def passed(model: Model, prompt: str, keep: Iterable[str] = (), edits: Sequence[Edit] = ()) -> Passed:
@@ -53,8 +62,8 @@ def passed(model: Model, prompt: str, keep: Iterable[str] = (), edits: Sequence[
     inputs = model.inputs(text)
     with torch.no_grad():
         run = model.run(inputs, keep=list(keep), edits=edits)
-    kind = kind_of(model, run, inputs)
-    return Passed(run, inputs, kind, answer_position(model, inputs, kind), frozenset(keep), " ".join(notes))
+    asked = asked_of(model, inputs)
+    return Passed(run, asked, place(asked), frozenset(keep), " ".join(notes))
 
 
 class Memory:
@@ -101,7 +110,7 @@ def answer(model: Model, asked: Passed, text: str = "", pair: tuple[int, int] | 
     logits = asked.logits
     if logits is None:
         return Answer(top=[], entropy=0.0, generated=text, difference=None)
-    options = read(model, asked.run.logits, asked.kind, asked.position, TOP)
+    options = likeliest(asked.asked, asked.run, TOP)
     top = [Choice(token=o.text, probability=o.probability, logit=float(logits[o.id]), id=o.id) for o in options]
     p = logits.softmax(-1)
     entropy = float(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum())

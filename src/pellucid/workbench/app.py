@@ -24,10 +24,12 @@ import pellucid
 from pellucid.errors import PellucidError
 from pellucid.views.hosts import page as views_page
 from pellucid.workbench import shell
+from pellucid.workbench.edits import check
 from pellucid.workbench.guard import Door, Guard
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.jobs import Jobs
 from pellucid.workbench.messages import (
+    EditRequest,
     JobRequest,
     LiveRequest,
     Models,
@@ -83,6 +85,15 @@ def create(hub: Hub, door: Door, folder: Path) -> ASGIApp:
         opened = hub.of(asked.model)
         task = Task(LIVE, asked.tab, partial(opened.live.reply, asked), key=("live", asked.tab, asked.pane))
         return reply(await asyncio.wrap_future(opened.worker.submit(task)))
+
+    @app.post("/api/edit")
+    async def edit(request: Request) -> Response:
+        asked = read(await request.body(), EditRequest)
+        opened = hub.of(asked.model)
+        key = ("edit", asked.tab, asked.pane)
+        task = Task(LIVE, asked.tab, lambda _: check(opened.model, asked.edit, asked.prompt, asked.other), key=key)
+        await asyncio.wrap_future(opened.worker.submit(task))
+        return reply({})
 
     @app.post("/api/view")
     async def view(request: Request) -> Response:

@@ -31,6 +31,8 @@ from pellucid.workbench.answers import Memory, Passed
 from pellucid.workbench.messages import Edit
 
 LAYER = re.compile(r"((\w+\.)?layers\.-?\d+)")
+NO_OTHER = "steering along a contrast and patching need a second prompt; give one"
+NO_DIRECTION = "{!r} has no direction to steer in; steer what a head or layer says"
 SITES = 2000  # one edit may name through a pattern
 
 
@@ -72,6 +74,20 @@ def sites_of(model: Model, edit: Edit) -> list[Site]:
     return found
 
 
+def check(model: Model, edit: Edit, prompt: str, other: str | None) -> None:
+    """Whether an edit can be made, before it is. SiteError, Refused or InputError, as making it would raise."""
+    for site in sites_of(model, edit):
+        if edit.kind == "steer" and site.dims[-1] == "key":
+            raise InputError(NO_DIRECTION.format(str(site)))
+    if not other and (edit.kind == "patch" or (edit.kind == "steer" and edit.direction == "contrast")):
+        raise InputError(NO_OTHER)
+    if edit.position is not None and prompt.strip():
+        inputs = model.inputs(prompt)
+        length = len(inputs.streams.get("encoder", inputs.stream("")).labels[0])
+        if not -length <= edit.position < length:
+            raise InputError(f"position {edit.position} is outside the prompt, which has {length} tokens")
+
+
 def ready(found: Sequence[Asked], memory: Memory, prompt: str, other: str | None) -> list[engine.Edit]:
     """The engine's edits, the runs they read from taken from memory.
 
@@ -81,7 +97,7 @@ def ready(found: Sequence[Asked], memory: Memory, prompt: str, other: str | None
 
     def second() -> Passed:
         if not other:
-            raise InputError("steering along a contrast and patching need a second prompt; give one")
+            raise InputError(NO_OTHER)
         return memory.of(other, [site for each in found for site in each.wholes])
 
     return [_made(each.edit, site, clean, second) for each in found for site in each.sites]
@@ -117,7 +133,7 @@ def direction(edit: Edit, site: Site, prompt: Passed, other: Callable[[], Passed
 def _at(passed: Passed, site: Site, position: int | None) -> Tensor:
     """The site's value at a position of a run, by default where the answer is read."""
     if site.dims[-1] == "key":
-        raise InputError(f"{str(site)!r} has no direction to steer in; steer what a head or layer says")
+        raise InputError(NO_DIRECTION.format(str(site)))
     stream = passed.run.stream(site)
     if position is None:
         answered = stream is passed.inputs.stream("") and passed.kind != "class"

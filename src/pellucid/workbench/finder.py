@@ -67,7 +67,7 @@ def neurons(question: Question, wanted: Wanted) -> tuple[list[NeuronRow], Docume
         if wanted.sort == "effect":
             raise
         effects, note = None, f"No effects here: {refusal}"
-    length, answered = len(values[0]), _answered(question)
+    length, answered = len(values[0]), question.position
     at = wanted.position
     if at is not None and not -length <= at < length:
         raise InputError(f"position {at} is outside the prompt, which has {length} tokens")
@@ -195,7 +195,3 @@ def _effects(model: Model, words: Tensor, largest: bool) -> tuple[Effect, ...]:
     found = words.topk(min(WORDS, len(words)), largest=largest)
     words = texts(model.tokenizer, found.indices).tolist()
     return tuple(Effect(word=word, value=v) for word, v in zip(words, found.values.tolist(), strict=True))
-
-
-def _answered(question: Question) -> int:
-    return question.position if question.kind not in ("class", "embedding") else len(question.answered) - 1

@@ -22,11 +22,11 @@ from pellucid.engine.pausing import Moment
 from pellucid.errors import InputError, PellucidError, nearest
 from pellucid.views.documents import document
 from pellucid.views.question import Question
-from pellucid.views.schema import Code, Document
+from pellucid.views.schema import Document
 from pellucid.workbench import finder
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Job, JobKind, JobRequest, JobState
-from pellucid.workbench.panels import patched, patching_line, posed
+from pellucid.workbench.panels import patched, posed
 from pellucid.workbench.worker import JOB, Superseded, Task, Worker
 
 log = logging.getLogger("pellucid.workbench")
@@ -153,14 +153,13 @@ def head_ablation(question: Question, options: dict[str, Any]) -> Document:
     how = _one_of(options, "how", "zero", ("zero", "mean"))
     over = f"{question.model.anatomy.stacks[-1].prefix}layers.*.attn.heads.*{question.at}"
     found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric)  # type: ignore[arg-type]
-    line = f"pl.causal.ablation(model, prompt, over={over!r}, how={how!r}, metric=metric).show()"
     care = f"Change of the {question.metric_name}. Other heads can make up for one that is off, which does not show."
-    return _made(document(found), question, line, care)
+    return document(found, care=care)
 
 
 def patching(question: Question, options: dict[str, Any]) -> Document:
     """`over`: resid, attention, mlp (layer by token) or heads."""
-    return _made(patched(question, options), question, patching_line(question, options), both=True)
+    return patched(question, options)
 
 
 def neuron_ablation(question: Question, options: dict[str, Any]) -> Document:
@@ -171,9 +170,8 @@ def neuron_ablation(question: Question, options: dict[str, Any]) -> Document:
     rows, _, _ = finder.neurons(question, finder.Wanted(sort, options.get("layer"), None, top))
     over = [row.component for row in rows]
     found = ablation(question.model, question.inputs, over=over, how=how, metric=question.metric)  # type: ignore[arg-type]
-    line = f"pl.causal.ablation(model, prompt, over={over!r}, how={how!r}, metric=metric).show()"
     care = f"Change of the {question.metric_name}; the neurons are the first by {sort} on this prompt, so they are no random sample."
-    return _made(document(found), question, line, care)
+    return document(found, care=care)
 
 
 def circuit(question: Question, options: dict[str, Any]) -> Document:
@@ -183,34 +181,22 @@ def circuit(question: Question, options: dict[str, Any]) -> Document:
     how: Any = "zero" if other is None else "resample"
     reference = None if other is None else [other]
     model, inputs, metric = question.model, question.inputs, question.metric
-    scores = edge_attribution(
-        model, inputs, metric, how=how, reference=reference, method="eap-ig-inputs", steps=steps
-    )
+    scores = edge_attribution(model, inputs, metric, how=how, reference=reference, method="eap-ig-inputs", steps=steps)
     n = min(edges, len(scores.graph))
     judged = faithfulness_curve(
         model, scores, inputs, metric, how=how, reference=reference, sizes=[n / len(scores.graph)]
     )
-    given = ", reference=[other]" if other is not None else ""
-    lines = [
-        f'scores = pl.circuits.edge_attribution(model, prompt, metric, how="{how}"{given}, method="eap-ig-inputs", steps={steps})',
-        f"scores.circuit({n})",
-    ]
     care = (
         f"Run alone, these edges give {float(judged['sized'][0]):.0%} of the answer (0 is no edges, 100% all), as many "
         f"random ones {float(judged['random'][0]):.0%}. Found and judged on this one prompt, everything else switched off "
         + ("to zero." if other is None else "to the second prompt's values.")
     )
-    return _made(document(scores.circuit(n)), question, "\n".join(lines), care, both=True)
+    return document(scores.circuit(n), care=care)
 
 
 WORK: dict[JobKind, Callable[[Question, dict[str, Any]], Document]] = {
     "head_ablation": head_ablation, "patching": patching, "circuit": circuit, "neuron_ablation": neuron_ablation,
 }  # fmt: skip
-
-
-def _made(shown: Document, question: Question, line: str, care: str = "", both: bool = False) -> Document:
-    code = question.code(question.metric_code, line, both=both and question.counterfactual is not None)
-    return msgspec.structs.replace(shown, code=Code(python=code), care=care or shown.care)
 
 
 def _one_of(options: dict[str, Any], name: str, default: str, known: tuple[str, ...]) -> str:

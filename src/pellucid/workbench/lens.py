@@ -88,7 +88,7 @@ class LiveLens:
     def fits(self, passed: Passed) -> bool:
         """Whether this run has one residual and one row of logits for every token, and they belong together."""
         shape = passed.inputs.stream("").ids.shape
-        if self.refused or passed.kind in ("class", "embedding") or passed.run.logits.shape[:2] != shape:
+        if self.refused or passed.kind in ("class", "vectors") or passed.run.logits.shape[:2] != shape:
             return False
         if not self._checked:
             last = passed.run.tensor(self.sites[-1])

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from pellucid.errors import InputError
+from pellucid.views import schema
 from pellucid.views.schema import Document
 
 Name = Annotated[str, Meta(min_length=1, max_length=80)]
@@ -77,6 +78,17 @@ class LiveRequest(Message):
     lens: bool = True
     generate: Annotated[int, Meta(ge=0, le=64)] = 0
     serial: int = 0
+
+
+class EditRequest(Message):
+    """An edit that is about to be made: can it be, on this model and these prompts?"""
+
+    tab: Name
+    pane: Name
+    model: Name
+    edit: Edit
+    prompt: Text = ""
+    other: Text | None = None
 
 
 class Choice(Message):
@@ -259,6 +271,6 @@ def read(body: bytes, kind: type[T]) -> T:
     1.0
     """
     try:
-        return msgspec.json.decode(body, type=kind)
+        return schema.read(body, kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"this is no {kind.__name__} the workbench understands: {error}") from None

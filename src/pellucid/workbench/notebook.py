@@ -14,16 +14,16 @@ from typing import Any
 from pellucid.model import Model
 from pellucid.views.hosts import output
 from pellucid.views.markup import visible
-from pellucid.views.question import with_mask
+from pellucid.views.question import read_at, with_mask
 from pellucid.views.schema import Document
 from pellucid.workbench.answers import generates
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Pane, State
-from pellucid.workbench.recipes import answer_offset, edit_lines, opening
+from pellucid.workbench.recipes import edit_lines, opening
 
 SAVED = "# This view was saved with the workspace; the cells above make such views anew."
 VIEWS = {
-    "lens": "pl.lenses.logit_lens(model, prompt).show()",
+    "lens": "pl.lenses.logit_lens(model, prompt, edits=edits).show()",
     "attention": "pl.attention.patterns(model, prompt, edits=edits).show()",
     "anatomy": "model.anatomy",
 }
@@ -54,8 +54,8 @@ def _pane(hub: Hub, pane: Pane) -> list[dict[str, Any]]:
     opened = next((each for each in hub.models.values() if each.card.name == pane.model), None)
     model = None if opened is None else opened.model
     prompt = pane.prompt if model is None else with_mask(model, pane.prompt)[0]
-    at = answer_offset(model, prompt) if model is not None and prompt.strip() else -1
-    lines = [*opening(pane.model if model is None else model.name), f"prompt = {prompt!r}"]
+    at = read_at(model, prompt) if model is not None and prompt.strip() else -1
+    lines = [*opening(f"pl.load({pane.model!r})" if model is None else model.opened), f"prompt = {prompt!r}"]
     if pane.other:
         lines.append(f"other = {pane.other if model is None else with_mask(model, pane.other)[0]!r}")
     cells = [_code("\n".join(lines)), _code("\n".join(edit_lines(pane.edits, pane.other, model, at)))]

@@ -33,13 +33,25 @@ from pellucid.workbench.answers import Memory
 from pellucid.workbench.messages import ViewReply, ViewRequest
 from pellucid.workbench.recipes import edit_lines
 
+CARE = {  # what can mislead in each method
+    "saliency": "sizes of gradients, which say how strongly the answer reacts to a token, not in which direction",
+    "gradient_x_input": "a straight line drawn at this prompt alone; where the model saturates even its signs can be wrong, "
+    "so look at integrated gradients or occlusion before you believe one",
+    "smoothgrad": "a mean of gradients at noisy inputs, which are no prompts the model ever read",
+    "integrated_gradients": "the shares depend on the baseline that stands for an absent token, which is a choice",
+    "deeplift": "differences from a baseline, which is a choice, carried through nonlinearities by a rule",
+    "relevance": "shares by a rule for each operation; another rule gives other shares",
+    "occlusion": "one token at a time is put away: what two tokens say alike is missed by neither",
+    "lime": "a linear model of sampled prompts with gaps; another seed gives other numbers",
+    "kernel_shap": "estimated from sampled prompts with gaps; another seed gives other numbers",
+}
 OVERS = {"resid": "layers.*.resid_pre@*", "heads": "layers.*.attn.heads.*", "attention": "layers.*.attn.out@*", "mlp": "layers.*.mlp.out@*"}  # fmt: skip
 
 
 def draw(model: Model, memory: Memory, asked: ViewRequest) -> ViewReply:
     """One panel. PellucidError where it cannot be had for this prompt or model."""
     if asked.view == "anatomy":
-        return ViewReply(document=document(model, code=f"import pellucid as pl\n\npl.load({model.name!r}).anatomy"))
+        return ViewReply(document=document(model, code=f"import pellucid as pl\n\n{model.opened}.anatomy"))
     question, note = _last(model, memory, asked)
     makers: dict[str, Callable[[Question, ViewRequest], ViewReply]] = {
         "tokens": _tokens, "contributions": _contributions, "heads": _heads, "patching": _patching,
@@ -81,10 +93,21 @@ def _tokens(question: Question, asked: ViewRequest) -> ViewReply:
         if name not in METHODS:
             raise InputError(f"there is no attribution method {name!r}{nearest(name, METHODS)}")
     found = {name: METHODS[name](question.model, question.inputs, question.metric) for name in names}
-    lines = [f"shares = pl.attribution.{METHODS[n].__name__}(model, prompt, metric)\nshares.show()" for n in names]
-    title = "Which tokens the answer rests on"
-    shown = compare(found, title) if len(found) > 1 else Document(title=title, data=tokens(found, unit="attribution"))
-    return _reply(shown, question, question.metric_code, *lines)
+    shown = compare(found, "Which tokens the answer rests on")
+    if len(found) == 1:
+        shown = msgspec.structs.replace(shown, data=tokens(found, unit=f"attribution to the {question.measured}"))
+    care = " ".join(f"{name.replace('_', ' ')}: {CARE[name]}." for name in names if name in CARE)
+    return ViewReply(document=msgspec.structs.replace(shown, lead=_rival(question), care=care))
+
+
+def _rival(question: Question) -> str:
+    """Which contrast is asked about, and how to ask about another."""
+    if question.target is None or question.against is None or question.kind == "class":
+        return ""
+    asked = f"Asked is why {quoted(question.target.text)} rather than {quoted(question.against.text)}"
+    if question.counterfactual is not None:
+        return f"{asked}, the answer to the second prompt."
+    return f"{asked}, the runner-up. A second prompt with another answer asks against that one."
 
 
 def _attention(question: Question, asked: ViewRequest, memory: Memory) -> ViewReply:
@@ -95,9 +118,11 @@ def _attention(question: Question, asked: ViewRequest, memory: Memory) -> ViewRe
     shown = document(result)
     if (first := _head(asked.options.get("component"))) is not None:
         shown = msgspec.structs.replace(shown, data=attention_view(result, first=first))
-    lines = edit_lines(asked.edits, asked.other, question.model, question.last_first) if found else []
-    call = "pl.attention.patterns(model, prompt" + (", edits=edits" if found else "") + ").show()"
-    return _reply(shown, question, *lines, call, both=bool(asked.other and found))
+    if not found:
+        return ViewReply(document=shown)
+    lines = [f"other = {asked.other!r}"] if asked.other else []
+    lines += edit_lines(asked.edits, asked.other, question.model, question.last_first)
+    return _reply(shown, question, *lines, "pl.attention.patterns(model, prompt, edits=edits).show()")
 
 
 def _head(component: Any) -> tuple[int, int] | None:
@@ -107,32 +132,27 @@ def _head(component: Any) -> tuple[int, int] | None:
     return (int(ends[0]), int(ends[3])) if len(ends) == 4 and ends[0].isdigit() and ends[3].isdigit() else None
 
 
-def _shares(question: Question, by: Any) -> tuple[Result, str]:
-    """Direct logit attribution of the answer, and its call."""
+def _shares(question: Question, by: Any) -> Result:
+    """Direct logit attribution of the answer."""
     lacking = question.lacks("direct")
     if lacking or question.target is None:
         raise InputError(f"there are no contributions to split here: {lacking or 'this model has no answer'}")
     rival = question.against if question.counterfactual is not None else None
-    against = None if rival is None else rival.id
-    found = direct_logit_attribution(
-        question.model, question.inputs, question.target.id, against=against, by=by, positions=question.last_first
+    target, against = question.word(question.target), None if rival is None else question.word(rival)
+    return direct_logit_attribution(
+        question.model, question.inputs, target, against=against, by=by, positions=question.last_first
     )
-    more = "" if against is None else f", against={against}"
-    where = "" if question.last_first == -1 else f", positions={question.last_first}"
-    call = f"pl.lenses.direct_logit_attribution(model, prompt, {question.target.id}{more}, by={by!r}{where})"
-    return found, call
 
 
 def _contributions(question: Question, asked: ViewRequest) -> ViewReply:
-    found, call = _shares(question, asked.options.get("by", "head"))
+    found = _shares(question, asked.options.get("by", "head"))
     assert question.target is not None
-    title = f"What wrote {quoted(question.target.text)}"
-    return _reply(document(found, title=title), question, f"{call}.show()")
+    return ViewReply(document=document(found, title=f"What wrote {quoted(question.target.text)}"))
 
 
 def _heads(question: Question, asked: ViewRequest) -> ViewReply:
     """The direct effects of all heads, layer by head."""
-    found, call = _shares(question, "head")
+    found = _shares(question, "head")
     data, prefix = found.data, question.model.anatomy.stacks[-1].prefix
     part = data["part"].values.astype(str)
     heads = np.char.endswith(part, ".heads") & np.char.startswith(part, "attn")
@@ -144,23 +164,17 @@ def _heads(question: Question, asked: ViewRequest) -> ViewReply:
     rows, columns = (s.Axis(name=n, labels=tuple(map(str, range(k)))) for n, k in zip(("layer", "head"), values.shape, strict=True))  # fmt: skip
     plane = s.Plane(name="direct effect", values=Numbers.of(values), component=f"{prefix}layers.{{row}}.attn.heads.{{column}}")  # fmt: skip
     grid = s.Grid(rows=rows, columns=columns, planes=(plane,), unit="contribution to the logit")
-    return _reply(Document(title="What each head writes towards the answer", data=grid), question, f"{call}.show()")
+    return ViewReply(document=document(found, title="What each head writes towards the answer", data=grid))
 
 
 def _patching(question: Question, asked: ViewRequest) -> ViewReply:
-    return _reply(patched(question, asked.options), question, question.metric_code, patching_line(question, asked.options), both=True)  # fmt: skip
+    return ViewReply(document=patched(question, asked.options))
 
 
 def patched(question: Question, options: dict[str, Any]) -> Document:
     over = over_of(question, options)
-    found = patching(
-        question.model, question.prompt, question.counterfactual, over=over, metric=question.metric
-    )
+    found = patching(question.model, question.prompt, question.counterfactual, over=over, metric=question.metric)
     return document(found, title="Where the difference between the prompts is carried")
-
-
-def patching_line(question: Question, options: dict[str, Any]) -> str:
-    return f"pl.causal.patching(model, prompt, other, over={over_of(question, options)!r}, metric=metric).show()"
 
 
 def over_of(question: Question, options: dict[str, Any]) -> str:
@@ -191,6 +205,5 @@ def _options(given: dict[str, Any], kind: Any) -> Any:
         raise InputError(f"these options cannot be used: {error}") from None
 
 
-def _reply(shown: Document, question: Question, *lines: str, both: bool = False) -> ViewReply:
-    both = both and question.counterfactual is not None
-    return ViewReply(document=msgspec.structs.replace(shown, code=Code(python=question.code(*lines, both=both))))
+def _reply(shown: Document, question: Question, *lines: str) -> ViewReply:
+    return ViewReply(document=msgspec.structs.replace(shown, code=Code(python=question.code(*lines))))

@@ -9,16 +9,9 @@ from pellucid.workbench.edits import LAYER, sites_of
 from pellucid.workbench.messages import Edit, LiveRequest
 
 
-def opening(name: str, in_memory: bool = False) -> list[str]:
-    return [
-        "import pellucid as pl",
-        "",
-        f"model = pl.load({'module, tokenizer=tokenizer' if in_memory else repr(name)})",
-    ]
-
-
-def in_memory(model: Model) -> bool:
-    return model.name == type(model.module).__name__
+def opening(opened: str) -> list[str]:
+    """`opened` is the expression that opens the model."""
+    return ["import pellucid as pl", "", f"model = {opened}"]
 
 
 def edit_lines(edits: Sequence[Edit], other: str | None, model: Model | None = None, answered: int = -1) -> list[str]:
@@ -68,18 +61,10 @@ def steering(edit: Edit, site: str, name: str, other: str | None, answered: int)
     ]
 
 
-def answer_offset(model: Model, prompt: str) -> int:
-    """Where the answer is read, counted from the end of the prompt: at a masked model's mask, else at the last token."""
-    ids = model.inputs(prompt).stream("").ids[0].tolist()
-    mask = getattr(model.tokenizer, "mask_token_id", None)
-    masked = mask in ids and model.anatomy.stacks[-1].causal is False
-    return ids.index(mask) - len(ids) if masked else -1
-
-
 def lens_code(model: Model, asked: LiveRequest, answered: int) -> str:
-    lines = [*opening(model.name, in_memory(model)), f"prompt = {asked.prompt!r}"]
-    if any(e.on for e in asked.edits):
+    lines = [*opening(model.opened), f"prompt = {asked.prompt!r}"]
+    edited = any(edit.on for edit in asked.edits)
+    if edited:
         lines += [f"other = {asked.other!r}"] if asked.other else []
         lines += edit_lines(asked.edits, asked.other, model, answered)
-        lines += ["run = model.run(prompt, edits=edits)", "# the grid is that of the edited run; without the edits:"]
-    return "\n".join([*lines, "pl.lenses.logit_lens(model, prompt).show()"])
+    return "\n".join([*lines, f"pl.lenses.logit_lens(model, prompt{', edits=edits' if edited else ''}).show()"])

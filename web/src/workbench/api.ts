@@ -1,7 +1,7 @@
 // The workbench's server as the page sees it: every answer is JSON, every error one sentence.
 import type { Document } from "../schema";
 import { Superseded } from "./follow";
-import type { Job, JobRequest, Jobs, LiveReply, LiveRequest, Models, State, ViewReply, ViewRequest, Workspace, Workspaces } from "./types";
+import type { EditRequest, Job, JobRequest, Jobs, LiveReply, LiveRequest, Models, State, ViewReply, ViewRequest, Workspace, Workspaces } from "./types";
 
 /** A name no other page has: the server gives up a page's older questions by it, and never those of a neighbour. */
 const tab = Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -13,6 +13,7 @@ export class Api {
 
   models = () => this.#json<Models>("GET", "/api/models");
   live = (question: LiveRequest, signal: AbortSignal) => this.#json<LiveReply>("POST", "/api/live", question, signal);
+  check = (question: EditRequest) => this.#json<unknown>("POST", "/api/edit", question);
   view = (question: ViewRequest, signal: AbortSignal) => this.#json<ViewReply>("POST", "/api/view", question, signal);
   start = (job: JobRequest) => this.#json<{ id: string }>("POST", "/api/jobs", job);
   jobs = () => this.#json<Jobs>("GET", "/api/jobs");

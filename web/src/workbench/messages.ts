@@ -45,6 +45,16 @@ export interface LiveRequest {
   serial?: number;
 }
 
+/** An edit that is about to be made: can it be, on this model and these prompts? */
+export interface EditRequest {
+  tab: string;
+  pane: string;
+  model: string;
+  edit: Edit;
+  prompt?: string;
+  other?: string | null;
+}
+
 /** One possible answer. */
 export interface Choice {
   token: string;

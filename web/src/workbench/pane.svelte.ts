@@ -2,7 +2,7 @@
 import type { Document } from "../schema";
 import type { Api } from "./api";
 import { made, withEdit } from "./edits";
-import { Follow, type Pace } from "./follow";
+import { Follow, type Pace, Superseded } from "./follow";
 import { PanelStore } from "./panel.svelte";
 import type { Edit, Kind, LiveReply, LiveRequest, ModelCard, Neurons, PaneState, ViewRequest } from "./types";
 import { PANELS, type View } from "./views";
@@ -23,6 +23,7 @@ export class PaneStore {
   reply = $state.raw<LiveReply | null>(null);
   answered = $state(""); // the prompt that `reply` answers
   error = $state("");
+  refused = $state(""); // why the edit that was last asked for cannot be made
   busy = $state(false);
   readonly panels: Record<string, PanelStore>;
   readonly neuron: PanelStore; // the page of the neuron that was opened
@@ -32,6 +33,8 @@ export class PaneStore {
   #changed: () => void;
   #opened = ""; // the neuron whose page is open
   #rests = new WeakSet<LiveRequest>(); // questions for the rest of what is shown
+  #asked = $state(""); // the question that was last asked, and the one that `reply` answers
+  #heardOf = $state("");
   #written = false; // the text shown is that of the question that was answered
 
   constructor(api: Api, model: ModelCard, given: PaneState, changed: () => void) {
@@ -48,6 +51,11 @@ export class PaneStore {
       async (question, signal, serial) => [await api.live({ ...question, serial }, signal), question],
       { answered: ([reply, question]) => this.#heard(reply, question), failed: (error) => { this.error = error.message; }, busy: (now) => { this.busy = now; } },
     );
+  }
+
+  /** Is what is shown the answer to another question than the one that was last asked, or to none that could be answered? */
+  get old(): boolean {
+    return !!this.reply && (!!this.error || this.#asked !== this.#heardOf);
   }
 
   get state(): PaneState {
@@ -69,10 +77,12 @@ export class PaneStore {
       this.error = "";
       return;
     }
-    this.#live.ask({
+    const question = {
       tab: this.#api.tab, pane: this.id, model: this.model.id, prompt: this.prompt, other: this.pair, edits: this.edits.filter((e) => e.on),
       lens: this.views.includes("lens"), generate: pace === "sliding" ? 0 : this.generate,
-    }, pace);
+    };
+    this.#asked = essence(question);
+    this.#live.ask(question, pace);
   }
 
   get pair(): string | null {
@@ -88,6 +98,7 @@ export class PaneStore {
     this.#written = question.generate! > 0 || (rest && this.#written);
     this.reply = reply;
     this.answered = question.prompt;
+    this.#heardOf = essence(question);
     this.error = "";
     if (reply.more) this.#askRest({ ...question, generate: 0 });
     else if (this.generate && !this.#written) this.#askRest({ ...question, generate: this.generate });
@@ -143,6 +154,7 @@ export class PaneStore {
   setModel(model: ModelCard): void {
     this.model = model;
     this.reply = null;
+    this.refused = "";
     Object.values(this.panels).forEach((p) => { p.stop(); p.document = p.rows = null; });
     this.#opened = "";
     this.neuron.stop();
@@ -151,9 +163,24 @@ export class PaneStore {
     if (this.views.includes("anatomy")) this.draw("anatomy");
   }
 
-  act(component: string, kind: Kind, position: number | null): void {
-    this.edits = withEdit(this.edits, made(component, kind, position, !!this.pair));
+  /** Do something to a part, if the model has it and this can be done to it. */
+  async act(component: string, kind: Kind, position: number | null): Promise<void> {
+    const edit = made(component, kind, position, !!this.pair);
+    if (!(await this.takes(edit))) return;
+    this.edits = withEdit(this.edits, edit);
     this.ask();
+  }
+
+  /** Whether an edit can be made; why not is `refused`. */
+  async takes(edit: Edit): Promise<boolean> {
+    try {
+      await this.#api.check({ tab: this.#api.tab, pane: this.id, model: this.model.id, edit, prompt: this.prompt, other: this.pair });
+      this.refused = "";
+    } catch (error) {
+      if (!(error instanceof Superseded)) this.refused = (error as Error).message;
+      return false;
+    }
+    return true;
   }
 
   change(i: number, more: Partial<Edit>, pace: Pace = "now"): void {
@@ -178,3 +205,6 @@ export class PaneStore {
     [...Object.values(this.panels), this.neuron].forEach((p) => p.stop());
   }
 }
+
+/** What an answer depends on. */
+const essence = ({ model, prompt, other, edits }: LiveRequest) => JSON.stringify([model, prompt, other, edits]);

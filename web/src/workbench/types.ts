@@ -6,4 +6,4 @@ export type Kind = Edit["kind"];
 export type PaneState = Required<Omit<messages.Pane, "edits">> & { edits: Edit[] };
 export interface Neurons { sort: "activation" | "effect"; layer: number | null }
 export interface State { version: 1; panes: PaneState[]; selection: { component: string | null; position: number | null }; neurons: Neurons }
-export type { Answer, Job, JobRequest, Jobs, LiveReply, LiveRequest, ModelCard, Models, NeuronRow, ViewReply, ViewRequest, Workspace, Workspaces } from "./messages";
+export type { Answer, EditRequest, Job, JobRequest, Jobs, LiveReply, LiveRequest, ModelCard, Models, NeuronRow, ViewReply, ViewRequest, Workspace, Workspaces } from "./messages";

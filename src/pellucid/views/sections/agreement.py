@@ -48,7 +48,7 @@ def agree(question: Question, evidence: Evidence) -> Section:
     return Section(
         "agree", "The agreement", TITLE, lead, _disagreements(methods), (view,),
         care="methods that share an assumption agree for that reason alone: both ways of switching off see a head’s whole effect, the direct share only its last step.",
-        python=question.code("# the three calls stand with the writers and the heads above", "print(model.anatomy)"), shell=question.shell, finding=finding,
+        finding=finding,
     )  # fmt: skip
 
 

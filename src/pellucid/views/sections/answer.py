@@ -5,7 +5,7 @@ from __future__ import annotations
 from pellucid.views.figures import bars
 from pellucid.views.markup import Child, Html, join, number, percent, quoted, tag, token
 from pellucid.views.page import Section
-from pellucid.views.question import Option, Question
+from pellucid.views.question import Answer, Question
 
 SAYS = {
     "next token": "The likeliest next tokens after the prompt.",
@@ -31,7 +31,7 @@ def answer(question: Question, top: int) -> Section:
         finding += f" On the counterfactual it answers {quoted(other.text)} with {percent(other.probability)}."
     return Section(
         "answer", "The answer", "What does the model answer?", SAYS[question.kind], figure,
-        care=_counterfactual(question), python=question.code(*lines), shell=question.shell, finding=finding,
+        care=_counterfactual(question), python=question.code(*lines), finding=finding,
     )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def _place(question: Question) -> str:
     return "" if question.kind == "class" else f", {question.last_first}"
 
 
-def _options(options: list[Option], heading: str) -> Html:
+def _options(options: list[Answer], heading: str) -> Html:
     return tag(
         "div", tag("h3", heading), bars([(token(o.text), o.probability, percent(o.probability)) for o in options])
     )
@@ -79,12 +79,12 @@ def _embedding(question: Question) -> Section:
         "This model has no head that answers: it turns a text into vectors, one per token. Throughout, it is measured how "
         "similar (cosine) the vectors' mean stays to that of the intact model on this prompt, which is 1."
     )
-    width = question.output.shape[-1]
+    width = question.run.logits.shape[-1]
     finding = f"The model gives no answer but vectors of {width} numbers; what is measured is how similar their mean stays (1 = the same)."
     if question.counterfactual is not None:
         similar = number(question.scores[1])
         finding += f" The counterfactual's is {similar}."
     return Section(
         "answer", "The output", "What does the model give?", lead,
-        python=question.code("print(model.run(prompt).logits[0].mean(0))"), shell=question.shell, finding=finding,
+        python=question.code("print(model.run(prompt).logits[0].mean(0))"), finding=finding,
     )  # fmt: skip

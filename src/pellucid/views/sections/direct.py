@@ -44,11 +44,6 @@ def direct(question: Question, evidence: Evidence) -> Section:
         f"The final state is a sum of what every part has written. Each part’s share of the {question.metric_name} "
         f"{quoted(question.target.text)} − {quoted(question.against.text)}, added up part by part; blue supports the answer. Head 9.4 is head 4 of layer 9."
     )
-    where = "" if question.last_first == -1 else f", positions={question.last_first}"
-    code = [
-        f"shares = pl.lenses.direct_logit_attribution(model, prompt, {target!r}, against={against!r}, by='head'{where})",
-        "shares.show()",
-    ]
     best = max(written, key=lambda p: p.share)
     finding = f"Of single parts, {best.name} writes most of the answer directly: {number(best.share, sign=True)} of {number(total, sign=True)}."
     return Section(
@@ -56,7 +51,7 @@ def direct(question: Question, evidence: Evidence) -> Section:
         (Document(title="Direct logit attribution", data=contributions(found)),),
         care="only the direct way to the output is counted, with the final norm’s scale held at its value here. A part that "
         "works through later ones shows nothing, and a large share may be cancelled by another.",
-        python=question.code(*code), shell=question.shell, finding=finding, results=(found,),
+        finding=finding, results=(found,),
     )  # fmt: skip
 
 

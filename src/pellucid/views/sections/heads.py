@@ -21,7 +21,6 @@ TITLE = "Which heads does the answer need?"
 def heads(question: Question, evidence: Evidence) -> Section:
     found: list[Result] = []
     views = []
-    over = ""
     for stack in question.model.anatomy.stacks:
         if not any(block.attentions for block in stack.blocks):
             continue
@@ -43,13 +42,9 @@ def heads(question: Question, evidence: Evidence) -> Section:
         f"({number(float(found[0]['clean']), sign=True)} when nothing is off). Orange: the answer suffers without the head. Blue: it does better. "
         "“Zero” sets what the head says to nothing, “mean” to what it says on average over the prompt’s tokens."
     )
-    lines = [
-        question.metric_code, f"effect = pl.causal.ablation(model, prompt, over={over!r}, metric=metric)",
-        "effect.show()",
-    ]  # fmt: skip
     finding = f"Switching off {worst.name} costs the answer most among {len(evidence.zero)} heads: {number(worst.share, sign=True)} in the {question.metric_name}."
     return Section(
-        "heads", "The heads", TITLE, lead, "", tuple(views), care=_care(evidence), python=question.code(*lines), shell=question.shell,
+        "heads", "The heads", TITLE, lead, "", tuple(views), care=_care(evidence),
         finding=finding, results=tuple(found),
     )  # fmt: skip
 

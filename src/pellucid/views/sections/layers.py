@@ -35,12 +35,11 @@ def layers(question: Question, top: int, evidence: Evidence) -> Section:
         "The model’s state after every layer, read as if it were the last: through the final norm and the unembedding (logit lens). Each cell shows the "
         "best guess for what follows that token; outlined where it is what the model ends up with. Click a cell to pin its word and follow it."
     )
-    code = [f"lens = pl.lenses.logit_lens(model, prompt, top={top}, targets={targets!r})", "lens.show()"]
     return Section(
         "layers", "The layers", TITLE, lead, window.note(len(question.answered)) or "", (Document(title="Logit lens", data=lens(found)),),
         care="early layers were never trained to be read this way, so a blank there is no proof that the answer is absent. "
         f"The last row was checked against the model’s own output. {_control(question, evidence)}",
-        python=question.code(*code), shell=question.shell, finding=_finding(names, rank[:, at, 0], likely[:, 0], said_of(question)), results=(found,),
+        finding=_finding(names, rank[:, at, 0], likely[:, 0], said_of(question)), results=(found,),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def looks(question: Question, evidence: Evidence) -> Section:
             f"the prompt has {len(question.tokens)} tokens, and patterns are kept up to {LONG}",
         )
     model, target = question.model, question.written
-    found = patterns(model, question.prompt, target=target)
+    found = patterns(model, question.prompt, decoder=target)
     more = [*_rolled(question, target), *_summed(question)]
     best = _best(evidence)
     roles = {at: role for result in more for at, role in roles_of(result, "pattern").items()}
@@ -41,35 +41,27 @@ def looks(question: Question, evidence: Evidence) -> Section:
         + "Rollout multiplies the patterns of all layers, half of each kept in place; its control has every head look everywhere alike. "
         "Heads are named by what they do on random tokens said twice (induction, duplicate and previous token) and on this prompt."
     )
-    given = f", target={target!r}" if target else ""
-    code = [
-        f"found = pl.attention.patterns(model, prompt{given})",
-        f"more = pl.attention.rollout(model, prompt{given}), pl.attention.head_summaries(model, prompt{_stack(question)})",
-        "page = pl.views.attention(found, *more)  # shows itself in a notebook; page.save_html('attention.html')",
-    ]
     return Section(
         "looks", "The attention", TITLE, lead, "", (view,),
         care="where a head looks is not what it says: much attention can carry nothing (many heads rest on the first token), and little can decide. "
         "Whether a head matters is asked below by switching it off.",
-        python=question.code(*code), shell=question.shell, finding=_finding(question, found, best, roles), results=(found, *more),
+        finding=_finding(question, found, best, roles), results=(found, *more),
     )  # fmt: skip
 
 
 def _rolled(question: Question, target: str | None) -> list[Result]:
     with suppress(PellucidError):
-        return [rollout(question.model, question.prompt, target=target)]
+        return [rollout(question.model, question.prompt, decoder=target)]
     return []
 
 
 def _summed(question: Question) -> list[Result]:
     """What heads do on random tokens said twice and on this prompt; none where the model reads no plain text alone."""
     with suppress(PellucidError, RuntimeError):
-        return [head_summaries(question.model, question.prompt, stack=STACK if _stack(question) else "")]
+        return [
+            head_summaries(question.model, question.prompt, stack=STACK if len(question.inputs.streams) > 1 else "")
+        ]
     return []
-
-
-def _stack(question: Question) -> str:
-    return f", stack={STACK!r}" if len(question.inputs.streams) > 1 else ""
 
 
 def _best(evidence: Evidence) -> tuple[int, int] | None:

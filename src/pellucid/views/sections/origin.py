@@ -50,5 +50,4 @@ def origin(question: Question, others: Sequence[Section]) -> Section:
         figure,
         (Document(title="What the model is made of", data=anatomy(model.anatomy)),),
         python=question.code("print(model.anatomy)"),
-        shell=question.shell,
     )

@@ -34,16 +34,13 @@ def patches(question: Question, evidence: Evidence) -> Section:
         "at one token, the state is put back to what it was on the prompt. 1 means that this alone brings the whole answer back, 0 that it does nothing: "
         "follow the strong colours down to see where the fact goes.",
     )  # fmt: skip
-    lines = [
-        question.metric_code, f"effect = pl.causal.patching(model, prompt, other, over={_over(question)!r}, metric=metric)", "effect.show()",
-    ]  # fmt: skip
     care = (
         f"{_control(evidence)}“Enough to bring the answer back” is not “needed”: other places may carry the fact too."
     )
     if question.made:
         care += f" The counterfactual was made by pellucid ({question.made}); with another one the picture can differ."
     return Section(
-        "patches", "The patches", TITLE, lead, _fewer(question, layers, positions) or "", (_view(question, effect, layers, positions),), care=care, python=question.code(*lines, both=True), shell=question.shell,
+        "patches", "The patches", TITLE, lead, _fewer(question, layers, positions) or "", (_view(question, effect, layers, positions),), care=care,
         finding=_finding(question, effect, layers, positions), results=found,
     )  # fmt: skip
 
@@ -147,9 +144,7 @@ def _foreign(
     for prompt in unrelated(question):
         with torch.no_grad():
             run = model.run(prompt, keep=[_over(question).partition("@")[0]])
-        swept = model.sweep(
-            question.counterfactual, [Patch(site, run) for site in sites], question.metric, progress=False
-        )
+        swept = model.sweep(question.counterfactual, [Patch(site, run) for site in sites], question.metric)
         found.append((swept.values[:, 0].double().cpu().numpy() - corrupted) / (clean - corrupted))
     own = float(np.mean([effect[at] for at in strong]))
     return Foreign(len(strong), own, float(np.mean(found)), len(found))

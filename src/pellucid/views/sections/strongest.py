@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from pellucid.causal import ablation
 from pellucid.engine.edits import Ablate
+from pellucid.engine.run import Run
 from pellucid.errors import PellucidError
 from pellucid.results import Result
 from pellucid.views.evidence import Evidence, Fall
@@ -14,7 +14,7 @@ from pellucid.views.forms import column
 from pellucid.views.markup import number
 from pellucid.views.naming import Part, named
 from pellucid.views.page import Section, missing
-from pellucid.views.question import Option, Question, read
+from pellucid.views.question import Answer, Question, asked_of, likeliest
 from pellucid.views.schema import Document, Table
 
 TITLE = "What happens without the strongest parts?"
@@ -45,7 +45,7 @@ def strongest(question: Question, evidence: Evidence) -> Section:
     columns = [column("part", [p.name for p in ranked]), column("off (zero)", zero), column("off (mean)", mean)]
     if written:
         columns.append(column("writes directly", [direct.get(p.site, float("nan")) for p in ranked]))
-    if question.kind != "embedding":
+    if question.kind != "vectors":
         columns += [
             column("then the answer is", [w.text for w in without if w], tokens=True),
             column("its probability", [w.probability for w in without if w], bar=1.0),
@@ -61,16 +61,11 @@ def strongest(question: Question, evidence: Evidence) -> Section:
         f"The {len(ranked)} heads and MLPs whose absence changes the {question.metric_name} of {number(clean, sign=True)} most. “Zero” sets what the part writes to nothing, "
         "“mean” to what it writes on average over the prompt’s tokens; the likeliest answer is the one with the part at zero."
     )
-    code = [
-        question.metric_code,
-        f"without = model.run(prompt, edits=[pl.Ablate({ranked[0].site + question.at!r})])",
-        "print(model.score(without, metric) - model.score(model.run(prompt), metric))",
-    ]
     return Section(
         "strongest", "The strongest parts", TITLE, lead, "", (view,),
         care="early MLPs often act as a second embedding: without them nothing works, which does not make them the place where this fact is kept. "
         "Where zero and mean disagree, trust neither alone.",
-        python=question.code(*code), shell=question.shell, results=found,
+        results=found,
     )  # fmt: skip
 
 
@@ -96,20 +91,20 @@ def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
     return parts, tuple(found)
 
 
-def _says(question: Question, part: Part) -> Option | None:
+def _says(question: Question, part: Part) -> Answer | None:
     """The likeliest answer without a part."""
-    if question.kind == "embedding":
+    if question.kind == "vectors":
         return None
-    return read(question.model, _logits(question, part), question.kind, question.position, 1)[0]
+    asked, run = asked_of(question.model, question.inputs), _without(question, part)
+    return likeliest(asked, run, 1)[0]
 
 
 def _left(question: Question, part: Part) -> float:
     """What is left of the probability of the model's own answer without a part."""
-    logits = _logits(question, part)
-    p = (logits[0] if question.kind == "class" else logits[0, question.position]).float().softmax(-1)
-    return float(p[question.options[0].id])
+    p = asked_of(question.model, question.inputs).distribution(_without(question, part))[0]
+    return float((p[:, 1] if p.ndim == 2 else p)[question.options[0].id])
 
 
-def _logits(question: Question, part: Part) -> Tensor:
+def _without(question: Question, part: Part) -> Run:
     with torch.no_grad():
-        return question.model.run(question.inputs, edits=[Ablate(part.site + question.at)]).logits
+        return question.model.run(question.inputs, edits=[Ablate(part.site + question.at)])

@@ -59,7 +59,6 @@ def trust(question: Question, evidence: Evidence) -> Section:
         "",
         (view,),
         python=question.code("print(model.anatomy)"),
-        shell=question.shell,
         finding=finding,
     )
 

@@ -6,7 +6,6 @@ import warnings
 from contextlib import suppress
 
 import numpy as np
-from torch import Tensor
 
 from pellucid.attribution import integrated_gradients, occlusion
 from pellucid.errors import PellucidError
@@ -50,18 +49,6 @@ def words(question: Question, evidence: Evidence) -> Section:
             else ""
         )
     )
-    lines = [
-        question.metric_code,
-        f"baseline = model.inputs(prompt).stream({question.prefix[:-1]!r}).ids[0].clone()",
-        f"baseline[1:] = {fill}  # {question.model.tokenizer.decode([fill])!r}",
-        f"shares = pl.attribution.integrated_gradients(model, prompt, metric, baseline=baseline, steps={int(found['steps'])})",
-        *(
-            ["drops = pl.attribution.occlusion(model, prompt, metric, baseline=baseline)"]
-            if "occlusion" in evidence.words
-            else []
-        ),
-        "shares.show()",
-    ]
     name, most = _strongest(question, values)
     whole = f"{number(most, sign=True)} of the {number(moved, sign=True)} by which the prompt changes the {question.metric_name}"
     finding = (
@@ -74,8 +61,8 @@ def words(question: Question, evidence: Evidence) -> Section:
         data=tokens(evidence.words, unit=f"share of the {question.metric_name}"),
     )
     return Section(
-        "words", "The words", TITLE, lead, tag("p", sums, class_="note"), (view,), care=_control(question, evidence.words), python=question.code(*lines),
-        shell=question.shell, finding=finding, results=tuple(evidence.words.values()),
+        "words", "The words", TITLE, lead, tag("p", sums, class_="note"), (view,), care=_control(question, evidence.words),
+        finding=finding, results=tuple(evidence.words.values()),
     )  # fmt: skip
 
 
@@ -92,10 +79,10 @@ def _others(question: Question, fill: int, other: int) -> dict[str, Result]:
     return found
 
 
-def _baseline(question: Question, token_id: int) -> Tensor:
-    ids = question.source.ids[0].clone()
-    ids[1:] = token_id
-    return ids
+def _baseline(question: Question, token_id: int) -> list[int]:
+    """The first token, and another in place of all others."""
+    first, *others = question.source.ids[0].tolist()
+    return [first, *(token_id for _ in others)]
 
 
 def _attributed(question: Question, token_id: int) -> Result:
