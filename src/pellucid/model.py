@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
-from pellucid.anatomy.structure import Anatomy
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, resolved

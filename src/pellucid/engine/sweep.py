@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy
+from pellucid.anatomy.map import Anatomy
 from pellucid.engine.checkpoint import Checkpoint, fingerprint
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
-from pellucid.engine.pausing import progress as shown
-from pellucid.engine.pausing import shared
+from pellucid.engine.pausing import progress, shared
 from pellucid.engine.reading import Reads
 from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.engine.trial import certified, deviation, told
@@ -129,10 +128,7 @@ class Plan:
         """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
         if self.job.anatomy.module.training:
             raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
-        with (
-            torch.no_grad(),
-            shown(what="runs", total=len(self.variants)) as bar,
-        ):
+        with torch.no_grad(), progress(what="runs", total=len(self.variants)) as bar:
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
             bar.step(int(self.done.sum()))
