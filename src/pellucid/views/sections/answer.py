@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pellucid.views.figures import bars
-from pellucid.views.markup import Child, Html, join, number, percent, quoted, tag, token
+from pellucid.views.markup import Child, Html, bars, join, number, percent, quoted, tag, token
 from pellucid.views.page import Section
 from pellucid.views.question import Answer, Question
 
