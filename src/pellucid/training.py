@@ -137,16 +137,18 @@ def train(
             keeper.save(kept | state, {"steps": total, "noted": noted})
 
     whole = True  # no update is half done
-    start = len(noted)
+    start, devices = len(noted), {p.device for p in trained if p.device.type == "cuda"}
+    noise = [torch.default_generator, *(torch.cuda.default_generators[d.index or 0] for d in devices)]
     rest = batches(start) if callable(batches) else batches[start:]
     try:
         with (
-            torch.random.fork_rng(_devices(trained)),
+            torch.random.fork_rng(list(devices)),
             torch.enable_grad(),
             progress(what=what, total=total, done=start) as bar,
         ):
             for step, batch in zip(range(start, total), rest, strict=False):
-                torch.manual_seed((seed << 32) + step)
+                for generator in noise:
+                    generator.manual_seed((seed << 32) + step)
                 rule.zero_grad()
                 found = loss(batch, step)
                 if isinstance(found, Tensor):
@@ -205,11 +207,6 @@ def _resumed(
     rule.load_state_dict({"state": state, "param_groups": rule.state_dict()["param_groups"]})
     noted: list[Any] = about["noted"]
     return noted
-
-
-def _devices(parameters: Sequence[Tensor]) -> list[torch.device]:
-    """The devices beside the CPU whose random numbers a step may draw."""
-    return list({p.device for p in parameters if p.device.type == "cuda"})
 
 
 def _mean(noted: Any) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -23,6 +23,7 @@ scored = st.lists(st.tuples(st.integers(-4, 4), st.booleans()), min_size=2, max_
 
 
 @given(scored)
+@settings(deadline=None)
 def test_the_curve_and_its_area_are_those_of_scikit_learn(rows):
     scores, labels = map(np.array, zip(*rows, strict=True))
     found = roc(scores, labels)
@@ -33,6 +34,7 @@ def test_the_curve_and_its_area_are_those_of_scikit_learn(rows):
 
 
 @given(scored)
+@settings(deadline=None)
 def test_the_area_knows_nothing_but_the_order(rows):
     scores, labels = map(np.array, zip(*rows, strict=True))
     assert float(roc(scores, labels).area) == pytest.approx(float(roc(np.exp(scores / 2), labels).area))

@@ -19,6 +19,8 @@ tokens that is not bound to the model it comes from. Everything but the weights 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,14 +30,18 @@ from torch import Tensor, nn
 
 from pellucid.attention.correlation import MEASURES, token_scores
 from pellucid.attention.patterns import single, special
+from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
+from pellucid.training import draws, train
 
 GUIDES = ("attention", "uniform", "permuted", "learnt")
 
 
+@technique
 def attention_diagnostic(
     model: Model, texts: Sequence[str], labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int],
     *, measure: str = "last layer", guides: Mapping[str, Sequence[Any]] | None = None, epochs: int = 40, seeds: int = 5,
@@ -65,7 +71,7 @@ def attention_diagnostic(
     y = torch.as_tensor([*labels, *test_labels])
     names = [*GUIDES, *(guides or {})]
     scores = np.zeros((len(names), seeds))
-    for s in range(seeds):
+    for s in progress(range(seeds), "attention diagnostic"):
         generator = torch.Generator().manual_seed(seed + s)
         shuffled = [torch.as_tensor(w)[torch.randperm(len(w), generator=generator)] for _, w in read]
         here = {**weights, "uniform": [torch.ones(len(x)) for x, _ in read], "permuted": shuffled, "learnt": None}
@@ -76,7 +82,7 @@ def attention_diagnostic(
             classifier.fit(x[:n], y[:n], None if w is None else w[:n], mask[:n])
             scores[i, s] = classifier.score(x[n:], y[n:], None if w is None else w[n:], mask[n:])
     uniform = scores[names.index("uniform")]
-    intervals = np.array([[interval(row, seed), interval(row - uniform, seed)] for row in scores])
+    intervals = np.array([[interval(row, seed, within=(0.0, 1.0)), interval(row - uniform, seed)] for row in scores])
     data = xr.Dataset(
         {
             "accuracy": ("guide", scores.mean(1)), "low": ("guide", intervals[:, 0, 0]), "high": ("guide", intervals[:, 0, 1]),
@@ -86,12 +92,7 @@ def attention_diagnostic(
         },
         {"guide": names, "seed": range(seed, seed + seeds)},
     )  # fmt: skip
-    about = Provenance(
-        "attention_diagnostic", model.name, digest=model.digest, seed=seed,
-        inputs=f"{len(texts)} texts, {len(test_texts)} to test on",
-        arguments={"measure": measure, "guides": list(guides or {}), "epochs": epochs, "seeds": seeds},
-    )  # fmt: skip
-    return Result(data, kind="attention diagnostic", title="Do attention weights guide a stranger?", provenance=about)
+    return Result(data, kind="attention diagnostic", title="Do attention weights guide a stranger?")
 
 
 def _read(model: Model, text: str, measure: str) -> tuple[Tensor, np.ndarray]:
@@ -116,6 +117,7 @@ def _padded(x: Sequence[Tensor], w: Sequence[Any] | None) -> tuple[Tensor, Tenso
     return nn.utils.rnn.pad_sequence(list(x), batch_first=True), weights, mask
 
 
+@dataclass(eq=False)
 class TokenClassifier:
     """The model that cannot attend, in scikit-learn's manner: `fit`, `predict`, `score`.
 
@@ -123,10 +125,15 @@ class TokenClassifier:
     tokens.
     """
 
-    def __init__(
-        self, width: int = 64, epochs: int = 40, rate: float = 3e-3, decay: float = 1e-3, seed: int = 0
-    ) -> None:
-        self.width, self.epochs, self.rate, self.decay, self.seed = width, epochs, rate, decay, seed
+    width: int = 64
+    epochs: int = 40
+    learning_rate: float = 3e-3
+    decay: float = 1e-3
+    seed: int = 0
+    hidden_: nn.Linear = field(init=False, repr=False)
+    output_: nn.Linear = field(init=False, repr=False)
+    scorer_: nn.Linear = field(init=False, repr=False)
+    scale_: Tensor = field(init=False, repr=False)
 
     def fit(self, x: Tensor, y: Tensor, weights: Tensor | None, mask: Tensor) -> TokenClassifier:
         with torch.random.fork_rng(devices=[]):
@@ -135,17 +142,19 @@ class TokenClassifier:
             self.output_ = nn.Linear(self.width, int(y.max()) + 1)
             self.scorer_ = nn.Linear(self.width, 1, bias=False)
         self.scale_ = x[mask.bool()].std()
-        parameters = [p for m in (self.hidden_, self.output_, self.scorer_) for p in m.parameters()]
-        optimiser = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.decay)
-        generator = torch.Generator().manual_seed(self.seed)
-        with torch.enable_grad():
-            for _ in range(self.epochs):
-                for part in torch.randperm(len(x), generator=generator).split(32):
-                    z = self.logits(x[part], None if weights is None else weights[part], mask[part])
-                    loss = nn.functional.cross_entropy(z, y[part])
-                    optimiser.zero_grad()
-                    loss.backward()
-                    optimiser.step()
+
+        def loss(rows: Tensor, step: int) -> Tensor:
+            z = self.logits(x[rows], None if weights is None else weights[rows], mask[rows])
+            return nn.functional.cross_entropy(z, y[rows])
+
+        used = {"hidden": self.hidden_, "output": self.output_} | ({"scorer": self.scorer_} if weights is None else {})
+        train(
+            {f"{name}.{key}": p for name, module in used.items() for key, p in module.named_parameters()},
+            draws(len(x), 32, self.epochs, self.seed),
+            loss,
+            partial(torch.optim.AdamW, lr=self.learning_rate, weight_decay=self.decay),
+            what="token classifier",
+        )
         return self
 
     def logits(self, x: Tensor, weights: Tensor | None, mask: Tensor) -> Tensor:

@@ -3,11 +3,10 @@
 from pellucid.lenses.attribution import direct_logit_attribution
 from pellucid.lenses.causal_basis import causal_basis
 from pellucid.lenses.decoder_lens import decoder_lens
-from pellucid.lenses.depth import prediction_depth
 from pellucid.lenses.future_lens import FutureLens
 from pellucid.lenses.head_lens import head_lens
 from pellucid.lenses.lens import unembed
-from pellucid.lenses.logit_lens import logit_lens
+from pellucid.lenses.logit_lens import logit_lens, prediction_depth
 from pellucid.lenses.patchscope import patchscope
 from pellucid.lenses.tuned_lens import TunedLens, lens_quality
 

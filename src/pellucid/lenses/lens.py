@@ -8,9 +8,10 @@ lens takes any object with `translate` and `check`, and asks here which sites, l
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -214,5 +215,6 @@ def one_column(inputs: Inputs, positions: Positions, what: str) -> Tensor:
 def states(model: Model, inputs: Inputs, names: Sequence[str]) -> Run:
     """A run that kept these sites and the last residual, without unembedding more than it must."""
     with torch.no_grad():
-        few = model.inputs({**inputs.tensors, "logits_to_keep": 1})
-        return model.run(few, keep=[*names, last_residual(model)])
+        if "logits_to_keep" in inspect.signature(model.module.forward).parameters:
+            inputs = replace(inputs, tensors={**inputs.tensors, "logits_to_keep": 1})
+        return model.run(inputs, keep=[*names, last_residual(model)])

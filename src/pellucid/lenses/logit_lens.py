@@ -25,7 +25,7 @@ from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Stream
 from pellucid.engine.run import Run
-from pellucid.errors import Refused
+from pellucid.errors import InputError, Refused
 from pellucid.lenses.lens import Lens, Positions, columns, last_residual, layer_coords, lens_sites, logits, unembed
 from pellucid.model import Model
 from pellucid.results import Result
@@ -111,6 +111,28 @@ def logit_lens(
     data = data.isel(prompt=0) if len(inputs) == 1 else data
     kind = "logit lens" if through is None else "tuned lens"
     return Result(data, kind=kind, title=f"{kind.capitalize()} of {model.name}")
+
+
+@technique
+def prediction_depth(lens: Result) -> Result:
+    """From which row of a lens result on is every layer's first choice the model's own? [prompt?, position], 0 the first row.
+
+    (Baldock et al. 2021; read with lenses by Belrose et al. 2023.) Hard examples are decided late.
+    NaN past the end of shorter prompts. InputError for another result.
+    """
+    if lens.kind not in ("logit lens", "tuned lens"):
+        raise InputError(f"a prediction depth is read from a lens, not from {lens.kind!r}")
+    rank = lens.data["rank"].transpose("layer", ...)
+    unlike = (rank.values != 0)[::-1]
+    settled = np.where(unlike.any(0), len(unlike) - unlike.argmax(0), 0).astype(
+        float
+    )  # rows after the last other choice
+    settled = np.where(np.isnan(rank.values).any(0), np.nan, settled)
+    depth = xr.DataArray(
+        settled, dims=rank.dims[1:], name="depth",
+        coords={k: v for k, v in lens.data.coords.items() if set(v.dims) <= set(rank.dims[1:]) and k != "target"},
+    )  # fmt: skip
+    return Result(depth, kind="prediction depth", title=lens.title.replace(lens.kind.capitalize(), "Prediction depth"))
 
 
 # ---- one layer at a time

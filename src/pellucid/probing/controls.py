@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import xarray as xr
 
 from pellucid.controls import shuffled
 from pellucid.errors import InputError
@@ -69,17 +68,8 @@ def selectivity(
     control = Scores(np.concatenate(placebo), right.groups)
     difference = Scores(right.values - control.values, right.groups)
     low, high = difference.interval()
-    data = xr.Dataset(
-        {
-            "selectivity": ("layer", difference.mean()),
-            "low": ("layer", low),
-            "high": ("layer", high),
-            "accuracy": ("layer", right.mean()),
-            "control": ("layer", control.mean()),
-            "majority": majority(examples, protocol),
-        }
-    )
-    return result(data, "selectivity", f"Selectivity for {examples.name}", features)
+    return result("selectivity", f"Selectivity for {examples.name}", features, selectivity=difference.mean(), low=low,
+                  high=high, accuracy=right.mean(), control=control.mean(), majority=majority(examples, protocol))  # fmt: skip
 
 
 def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -> Model:
@@ -115,15 +105,6 @@ def beside_random(
     )
     difference = Scores(own.values - other.values, own.groups)
     low, high = difference.interval()
-    data = xr.Dataset(
-        {
-            "gain": ("layer", difference.mean()),
-            "low": ("layer", low),
-            "high": ("layer", high),
-            "accuracy": ("layer", own.mean()),
-            "random": ("layer", other.mean()),
-            "majority": majority(examples, protocol),
-        }
-    )
     title = f"Probes of {examples.name} beside random weights"
-    return result(data, "beside random", title, features)
+    return result("beside random", title, features, gain=difference.mean(), low=low, high=high, accuracy=own.mean(),
+                  random=other.mean(), majority=majority(examples, protocol))  # fmt: skip

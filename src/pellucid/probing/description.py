@@ -23,7 +23,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pellucid.errors import InputError
@@ -80,20 +79,10 @@ def online_code(
     extra = math.log2(len(l2))
     length, placebo = own.sum(2) + extra, control.sum(2) + extra
     uniform = n * math.log2(k)
-    data = xr.Dataset(
-        {
-            "bits": ("layer", length.mean(0)),
-            "low": ("layer", length.min(0)),
-            "high": ("layer", length.max(0)),
-            "compression": ("layer", uniform / length.mean(0)),
-            "control_bits": ("layer", placebo.mean(0)),
-            "control_compression": ("layer", uniform / placebo.mean(0)),
-            "curve": (("layer", "block"), own.mean(0) / sizes),
-            "uniform": uniform,
-        },
-        coords={"sent": ("block", ends)},
-    )
-    return result(data, "online code", f"Online code of {examples.name}", features)
+    return result("online code", f"Online code of {examples.name}", features, bits=length.mean(0), low=length.min(0),
+                  high=length.max(0), compression=uniform / length.mean(0), control_bits=placebo.mean(0),
+                  control_compression=uniform / placebo.mean(0), curve=(("layer", "block"), own.mean(0) / sizes),
+                  uniform=uniform, sent=("block", ends))  # fmt: skip
 
 
 def _blocks(x: Tensor, y: np.ndarray, k: int, ends: list[int], l2: Sequence[float]) -> np.ndarray:
@@ -132,19 +121,10 @@ def variational_code(
         lengths.append(_variational(x, y, k, steps, seed))
     (data_bits, model_bits), (other, more) = lengths
     uniform = n * math.log2(k)
-    data = xr.Dataset(
-        {
-            "bits": ("layer", data_bits + model_bits),
-            "data_bits": ("layer", data_bits),
-            "model_bits": ("layer", model_bits),
-            "compression": ("layer", uniform / (data_bits + model_bits)),
-            "control_bits": ("layer", other + more),
-            "control_compression": ("layer", uniform / (other + more)),
-            "uniform": uniform,
-        }
-    )
-    title = f"Variational code of {examples.name}"
-    return result(data, "variational code", title, features)
+    bits, placebo = data_bits + model_bits, other + more
+    return result("variational code", f"Variational code of {examples.name}", features, bits=bits, data_bits=data_bits,
+                  model_bits=model_bits, compression=uniform / bits, control_bits=placebo,
+                  control_compression=uniform / placebo, uniform=uniform)  # fmt: skip
 
 
 def _variational(x: Tensor, y: Tensor, k: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pellucid.errors import InputError
@@ -89,22 +88,12 @@ def edge_probing(
     low, high = scores.interval(seed, within=(0.0, 1.0))
     ends = interval(lambda w: _expected(scores.at(w)), seed, n=len(scores.tested), within=(0.0, layers - 1.0))
     resolved = _expected(scores.at(weights(len(scores.tested), seed=seed)))
-    data = xr.Dataset(
-        {
-            "accuracy": ("layer", scores.mean()),
-            "low": ("layer", low),
-            "high": ("layer", high),
-            "adds": ("layer", np.diff(scores.mean(), prepend=np.nan)),
-            "weight": ("layer", mixed.mean(0)),
-            "expected_layer": _expected(scores.mean()[None])[0],
-            "expected_low": ends[0],
-            "expected_high": ends[1],
-            "expected_draws": ("draw", resolved),
-            "centre_of_gravity": float(mixed.mean(0) @ np.arange(layers)),
-        }
-    )
-    title = f"Edge probing of {examples.name}"
-    return result(data, "edge probing", title, features)
+    return result(
+        "edge probing", f"Edge probing of {examples.name}", features, accuracy=scores.mean(), low=low, high=high,
+        adds=np.diff(scores.mean(), prepend=np.nan), weight=mixed.mean(0), expected_layer=_expected(scores.mean()[None])[0],
+        expected_low=ends[0], expected_high=ends[1], expected_draws=("draw", resolved),
+        centre_of_gravity=float(mixed.mean(0) @ np.arange(layers)),
+    )  # fmt: skip
 
 
 def _expected(scores: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -67,22 +68,16 @@ def probe(
     """
     protocol = protocol or Protocol()
     features = features_of(source, examples, sites, pool)
+    title, per_seed = f"Probes of {examples.name}", ("seed", "layer")
     if examples.numeric:
-        data = _numbers(features, examples, protocol)
-    else:
-        right, losses, l2 = judged(features, examples, protocol)
-        low, high = right.interval(within=(0.0, 1.0))
-        data = xr.Dataset(
-            {
-                "accuracy": ("layer", right.mean()),
-                "low": ("layer", low),
-                "high": ("layer", high),
-                "loss": ("layer", losses.mean()),
-                "majority": majority(examples, protocol),
-                "l2": (("seed", "layer"), l2),
-            }
-        )
-    return result(data, "probe", f"Probes of {examples.name}", features)
+        misses, spreads, l2 = _missed(features, examples, protocol)
+        low, high = interval(lambda w: 1 - misses.at(w) / spreads.at(w), n=len(misses.tested), within=(-np.inf, 1.0))
+        explained = 1 - misses.mean() / spreads.mean()
+        return result("probe", title, features, r2=explained, low=low, high=high, l2=(per_seed, l2))
+    right, losses, l2 = judged(features, examples, protocol)
+    low, high = right.interval(within=(0.0, 1.0))
+    return result("probe", title, features, accuracy=right.mean(), low=low, high=high, loss=losses.mean(),
+                  majority=majority(examples, protocol), l2=(per_seed, l2))  # fmt: skip
 
 
 def judged(features: Features, examples: Examples, protocol: Protocol) -> tuple[Scores, Scores, np.ndarray]:
@@ -116,7 +111,8 @@ def majority(examples: Examples, protocol: Protocol) -> float:
     return float(np.mean(found))
 
 
-def _numbers(features: Features, examples: Examples, protocol: Protocol) -> xr.Dataset:
+def _missed(features: Features, examples: Examples, protocol: Protocol) -> tuple[Scores, Scores, np.ndarray]:
+    """Squared errors of each held-out number, of saying the training mean, and the strengths [seed, layer]."""
     shape = (protocol.seeds, len(features.sites), len(examples))
     missed, spread, l2 = np.full(shape, np.nan), np.full(shape, np.nan), np.zeros(shape[:2])
     for layer in progress(range(shape[1]), "layers probed"):
@@ -131,22 +127,14 @@ def _numbers(features: Features, examples: Examples, protocol: Protocol) -> xr.D
     misses, spreads = Scores(missed, groups), Scores(spread, groups)
     if not bool((spreads.mean() > 0).all()):
         raise InputError(f"{examples.name!r} is the same number everywhere: there is nothing to read")
-    low, high = interval(lambda w: 1 - misses.at(w) / spreads.at(w), n=len(misses.tested), within=(-np.inf, 1.0))
-    return xr.Dataset(
-        {
-            "r2": ("layer", 1 - misses.mean() / spreads.mean()),
-            "low": ("layer", low),
-            "high": ("layer", high),
-            "l2": (("seed", "layer"), l2),
-        }
-    )
+    return misses, spreads, l2
 
 
-def result(data: xr.Dataset, kind: str, title: str, features: Features) -> Result:
-    """A result over layers."""
-    if "layer" in data.dims:
-        data = data.assign_coords({"layer": features.layers, "site": ("layer", list(features.sites))})
-    return Result(data, kind=kind, title=f"{title} on {features.model}")
+def result(kind: str, title: str, features: Features, **columns: Any) -> Result:
+    """A result over layers: columns are [layer], single numbers, or (dimensions, values)."""
+    made = {k: v if isinstance(v, tuple) or np.ndim(v) != 1 else ("layer", v) for k, v in columns.items()}
+    coords = {"layer": features.layers, "site": ("layer", list(features.sites))}
+    return Result(xr.Dataset(made, coords), kind=kind, title=f"{title} on {features.model}")
 
 
 def balanced(examples: Examples, seed: int = 0) -> Examples:

@@ -16,7 +16,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-import xarray as xr
 
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -135,22 +134,10 @@ def questions(
     own = Scores(_left_out(read_, asked, topic, kind, strengths, seed)[None], np.arange(len(asked)))
     placebo = np.array([_left_out(read_, d, topic, kind, strengths, seed).mean(1) for d in deals])
     low, high = own.interval(seed, within=(0.0, 1.0))
-    data = xr.Dataset(
-        {
-            "accuracy": ("layer", own.mean()),
-            "low": ("layer", low),
-            "high": ("layer", high),
-            "shuffled": ("layer", placebo.mean(0)),
-            "shuffled_low": ("layer", placebo.min(0)),
-            "shuffled_high": ("layer", placebo.max(0)),
-            "by_topic": (
-                ("layer", "topic"),
-                np.stack([own.values[0][:, topic == t].mean(1) for t in range(len(topics))], 1),
-            ),
-        },
-        coords={"topic": topics},
-    )
-    return result(data, "questions", "Yes/no questions", read_)
+    by_topic = np.stack([own.values[0][:, topic == t].mean(1) for t in range(len(topics))], 1)
+    return result("questions", "Yes/no questions", read_, accuracy=own.mean(), low=low, high=high, shuffled=placebo.mean(0),
+                  shuffled_low=placebo.min(0), shuffled_high=placebo.max(0), by_topic=(("layer", "topic"), by_topic),
+                  topic=("topic", topics))  # fmt: skip
 
 
 def _left_out(

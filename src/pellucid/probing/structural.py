@@ -22,7 +22,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pellucid.errors import InputError
@@ -112,25 +111,16 @@ def structural(
         what="structural probes",
     )
     scores = [_judge(values, bank, trees[i], i, maps) for i in judged]
-    hits, edges = (
-        np.array([s["hits"] for s in scores]),
-        np.array([s["edges"] for s in scores]),
-    )  # [sentence, layer], [sentence]
+    hits, edges = (np.array([s[name] for s in scores]) for name in ("hits", "edges"))  # [sentence, layer], [sentence]
     low, high = interval(hits, seed, over=edges, within=(0.0, 1.0))
     lengths = [len(bank.sentences[i].words) for i in judged]
-    data = xr.Dataset(
-        {
-            "uuas": ("layer", hits.sum(0) / edges.sum()),
-            "uuas_low": ("layer", low),
-            "uuas_high": ("layer", high),
-            "distance_spearman": ("layer", _by_length([s["distance"] for s in scores], lengths)),
-            "root_accuracy": ("layer", np.mean([s["root"] for s in scores], 0)),
-            "depth_spearman": ("layer", _by_length([s["depth"] for s in scores], lengths)),
-            "neighbours": np.sum([s["neighbours"] for s in scores]) / edges.sum(),
-        }
-    )
-    title = "Structural probes"
-    return result(data, "structural", title, features)
+    return result(
+        "structural", "Structural probes", features, uuas=hits.sum(0) / edges.sum(), uuas_low=low, uuas_high=high,
+        distance_spearman=_by_length([s["distance"] for s in scores], lengths),
+        root_accuracy=np.mean([s["root"] for s in scores], 0),
+        depth_spearman=_by_length([s["depth"] for s in scores], lengths),
+        neighbours=np.sum([s["neighbours"] for s in scores]) / edges.sum(),
+    )  # fmt: skip
 
 
 def _loss(values: Tensor, bank: Treebank, trees: dict[int, np.ndarray], batch: list[int], maps: Tensor) -> Tensor:

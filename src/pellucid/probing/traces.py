@@ -87,11 +87,10 @@ class ProbeTraces:
             placebos = [LogisticProbe(probe.l2_).fit(x[~held], deal) for deal in deals]
             null = np.array([area(log_odds(each, label, x[held]), truth[held]) for each in placebos])
             rows.append(self._judged(log_odds(probe, label, x[held]), truth[held], groups[held]) | _range(null))
-        data = xr.Dataset({name: ("layer", [row[name] for row in rows]) for name in rows[0] if name != "curve"})
-        data["true_positive"] = (("layer", "false_positive"), np.stack([row["curve"] for row in rows]))
-        data = data.assign_coords(false_positive=np.linspace(0, 1, POINTS))
-        title = f"How well probes tell {label!r} apart"
-        self.result_ = result(data, "ProbeTraces", title, features)
+        columns: dict[str, Any] = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "curve"}
+        columns["true_positive"] = (("layer", "false_positive"), np.stack([row["curve"] for row in rows]))
+        columns["false_positive"] = ("false_positive", np.linspace(0, 1, POINTS))
+        self.result_ = result("ProbeTraces", f"How well probes tell {label!r} apart", features, **columns)
         self.label_, self.digest_ = label, features.digest
         return self
 
