@@ -138,7 +138,8 @@ def page(question: Question, component: str) -> tuple[Document, str]:
         run = model.run(question.inputs, keep=[site.whole])
     values = run.tensor(site)[0].float().cpu()  # [position]
     stream = run.stream(site)
-    raises, lowers, note = (), (), ""
+    raises: tuple[s.Effect, ...] = ()
+    lowers, note = raises, ""
     strongest = int(values.abs().argmax())
     facts = [Fact(name="strongest here", value=f"{float(values[strongest]):.3g} at {stream.labels[0][strongest]!r}")]
     try:
