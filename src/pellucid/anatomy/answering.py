@@ -58,7 +58,7 @@ class Answering:
     def numbers(self, target: Any) -> Any:
         """Classes by number or name, in whatever lists they stand, as numbers. InputError for one that is none."""
         if not isinstance(target, str) and isinstance(target, Sequence):
-            return type(target)([self.numbers(each) for each in target])
+            return tuple(self.numbers(each) for each in target)
         known = {name: number for number, name in self.names.items()}
         number = known.get(target) if isinstance(target, str) else target
         if not isinstance(number, int) or not 0 <= number < self.size:
