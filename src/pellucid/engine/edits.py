@@ -419,5 +419,7 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
     for edit in edits:
         for prompts in asked(edit).values():
             wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
-    runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
+    runs: dict[Any, Any] = {
+        prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()
+    }
     return [replace(e, **{n: runs[p] for n, p in asked(e).items()}) if asked(e) else e for e in edits]
