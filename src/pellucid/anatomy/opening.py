@@ -64,7 +64,7 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
     prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head, only)
     proofs = [covered, *prover.prove()]
     if known is None or only is None:
-        causal = causality(module, inputs, stacks, prover)
+        causal: Mapping[str, bool | None] = causality(module, inputs, stacks, prover)
     else:
         proofs = [as_before(new, old) for new, old in zip(proofs, known.proofs, strict=True)]
         causal = {s.name: s.causal for s in known.stacks}
