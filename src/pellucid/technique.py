@@ -35,7 +35,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Provenance
 from pellucid.tasks import Prompts
 
 P = ParamSpec("P")

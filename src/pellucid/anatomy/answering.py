@@ -82,7 +82,9 @@ def answering(module: Any, output: Any) -> Answering:
             return Answering("vectors")  # a number for each token, whether it was replaced
     size = made.shape[-1]
     if meaning == "tokens":
-        return Answering("tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__))
+        return Answering(
+            "tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__)
+        )
     names = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items() if int(k) < size}
     problem = getattr(config, "problem_type", None)
     if problem == "regression":
