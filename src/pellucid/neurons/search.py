@@ -193,10 +193,7 @@ def _blind(vocabulary: Vocabulary, generator: torch.Generator) -> Propose:
 
 def _drawn(rows: Tensor, number: int, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     shape = len(rows), number
-    return (
-        torch.randint(rows.shape[1], shape, generator=generator),
-        torch.randint(tokens, shape, generator=generator),
-    )
+    return (torch.randint(rows.shape[1], shape, generator=generator), torch.randint(tokens, shape, generator=generator))
 
 
 def _exchanged(rows: Tensor, where: Tensor, token: Tensor) -> Tensor:
