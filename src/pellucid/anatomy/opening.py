@@ -15,10 +15,11 @@ from pellucid.anatomy import discovery
 from pellucid.anatomy.answering import LOGITS, answering
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
-from pellucid.anatomy.structure import Anatomy, Head, Proof, Stack
+from pellucid.anatomy.structure import Head, Proof, Stack
 from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
