@@ -53,6 +53,7 @@ class Objective:
 
     def __init__(self, model: Model, unit: Unit, vocabulary: Vocabulary, fluency: float = 0.0) -> None:
         self.model, self.vocabulary, self.fluency, self.spread = model, vocabulary, fluency, 1.0
+        self.number: int | None
         units, self.number = unit if isinstance(unit, tuple) else (unit, None)
         self.units = units if isinstance(units, Units) else None
         name = units.site if isinstance(units, Units) else str(units)
