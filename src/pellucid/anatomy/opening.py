@@ -55,7 +55,11 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
         if head is not None:
             found.append(found.pop(found.index((stack, spans))))  # the stack that the head reads comes last
             break
-    stacks = tuple(stack for stack, _ in found)
+    first = {"decoder": "decoder_input_ids"}
+    stacks = tuple(
+        replace(s, embeds=discovery.embeddings(t, inputs.get(first.get(s.name, "input_ids"), inputs.get("input_ids"))))
+        for s, _ in found
+    )
     meaning = answering(module, output)
     covered, elsewhere = coverage(t, [span for _, spans in found for span in spans])
     del t, found

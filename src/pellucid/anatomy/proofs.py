@@ -85,7 +85,8 @@ class Prover:
         taps = {t for _, b in self.blocks for t in (*b.taps.values(), *self.helpers(b))} - {None}
         ends = [s.blocks[-1].taps.get("resid_post") for s in self.stacks]  # the head reads one of them
         seams = [end for a, b in self.seams() for end in (a.taps.get("resid_post"), b.taps.get("resid_pre"))]
-        taps |= {t for t in (*ends, *seams) if t is not None}
+        embeds = [tap for s in self.stacks for tap in s.embeds.values()]
+        taps |= {t for t in (*ends, *seams, *embeds) if t is not None}
         if self.head is not None and self.head.norm is not None:
             taps.add(self.head.norm)
         slow = {t for t in taps if t.port in ("scores", "pattern", *moe.EXPERT_PORTS)}  # not the native kernels

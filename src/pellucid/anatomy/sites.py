@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "mlp.router": ("batch", "position", "expert"),
     "mixer.out": TOKENS,
 }
-WHOLE = {"embed": TOKENS, "final_norm": TOKENS, "logits": ("batch", "position", "vocabulary")}
+WHOLE = {"embed": TOKENS, "embed.tokens": TOKENS, "embed.positions": TOKENS, "final_norm": TOKENS, "logits": ("batch", "position", "vocabulary")}
 UNITS = {"head", "kv_head", "neuron", "expert", "d_model"}
 HEAD_PORTS = ("q", "k", "v", "z", "z_out", "scores", "pattern", "out")
 EXPERT_PORTS = ("neurons", "out")

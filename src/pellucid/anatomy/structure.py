@@ -195,6 +195,9 @@ class Stack:
     name: str
     blocks: tuple[Block, ...]
     d_model: int
+    embeds: dict[str, Tap] = field(
+        default_factory=dict
+    )  # "tokens", "positions": where embeddings hand out their vectors
     causal: bool | None = None  # earlier residuals stay the same when the last token changes; None: not probed
 
     @property
