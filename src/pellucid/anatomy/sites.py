@@ -1,6 +1,6 @@
 """Sites: parseable, printable, hashable addresses of a model's tensors.
 
-    embed    layers.5.resid_post    layers.5.attn.heads.9.q    decoder.layers.2.cross.pattern    mlp.neurons.1234
+    embed    embed.tokens    layers.5.resid_post    layers.5.attn.heads.9.q    decoder.layers.2.cross.pattern    mlp.neurons.1234
     layers.*.resid_pre    layers.2:6.mlp.out    layers.-1.attn.z    layers.3.resid_post@-1    ...@'John'    ...@subject
 
 `*`, `2:6`, `1,4` and `-1` select layers, units and positions; `@` narrows to positions, counted on real (not padding)
