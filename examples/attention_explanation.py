@@ -65,7 +65,7 @@ def diagnostic(model: pellucid.Model, data: Data) -> None:
 
 
 def uniform(model: pellucid.Model, data: Data) -> None:
-    found = uniform_attention(model, *data.train, *data.test, epochs=3, rate=5e-5, progress=False)
+    found = uniform_attention(model, *data.train, *data.test, epochs=3, learning_rate=5e-5)
     print("accuracy of the model with its own and with uniform attention, as it is and trained on")
     for row in found.to_frame("accuracy", "low", "high").itertuples():
         print(f"  {row.attention:7} {row.training:7} {row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
@@ -74,8 +74,8 @@ def uniform(model: pellucid.Model, data: Data) -> None:
 def training(model: pellucid.Model, data: Data) -> None:
     texts, held_out = data.train[0][:100], data.test[0][:50]
     found = adversarial_training(
-        model, texts, held_out, strengths=(0, 0.3, 1, 3), epochs=2, rate=1e-3, batch=4, progress=False,
-        trained=lambda name: ".query." in name or ".key." in name,
+        model, texts, held_out, strengths=(0, 0.3, 1, 3), epochs=2, learning_rate=1e-3, batch=4,
+        parameters=("*.query.*", "*.key.*"),
     )  # fmt: skip
     print(f"queries and keys trained to answer the same and attend elsewhere, {len(held_out)} held-out reviews")
     for row in found.to_frame("js", "js_low", "js_high", "tv", "tv_low", "tv_high", "same").itertuples():

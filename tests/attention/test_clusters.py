@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import jensenshannon
 
 from pellucid.attention import head_clusters, patterns
-from pellucid.attention.clusters import distances, joined, scaled
+from pellucid.attention.heads import distances, joined, scaled
 from pellucid.errors import InputError
 from tests.attention.opening import PROMPT, opened
 

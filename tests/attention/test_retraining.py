@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pellucid.attention import adversarial_training, patterns, uniform_attention
-from pellucid.attention.retraining import Base, duplicate, uniform
+from pellucid.attention.retraining import Base, copied, uniform
 from pellucid.errors import InputError, Refused
 from tests.attention.opening import PROMPT, classifier, opened
 
@@ -34,7 +34,7 @@ def test_the_users_model_stays_as_it_was():
     model = classifier()
     before = {name: p.clone() for name, p in model.module.state_dict().items()}
     wants = {name: p.requires_grad for name, p in model.module.named_parameters()}
-    found = uniform_attention(model, TEXTS, [0, 1, 2, 0], TEXTS, [0, 1, 2, 0], epochs=15, rate=3e-3)
+    found = uniform_attention(model, TEXTS, [0, 1, 2, 0], TEXTS, [0, 1, 2, 0], epochs=15, learning_rate=3e-3)
     adversarial_training(model, TEXTS, TEXTS, strengths=[1.0])
     assert all(torch.equal(p, before[name]) for name, p in model.module.state_dict().items())
     assert wants == {name: p.requires_grad for name, p in model.module.named_parameters()}
@@ -45,7 +45,7 @@ def test_the_users_model_stays_as_it_was():
 
 def test_attention_moves_farther_the_more_it_is_paid_for():
     model = classifier()
-    found = adversarial_training(model, TEXTS, TEXTS, strengths=[0.0, 3.0], epochs=25, rate=1e-2, noise=0.05)
+    found = adversarial_training(model, TEXTS, TEXTS, strengths=[0.0, 3.0], epochs=25, learning_rate=1e-2, noise=0.05)
     assert float(found.js.sel(strength=3.0)) > 2 * float(found.js.sel(strength=0.0))
     assert (found.js_low <= found.js).all()
     assert found.tv_by_text.shape == (2, 4)
@@ -54,7 +54,7 @@ def test_attention_moves_farther_the_more_it_is_paid_for():
 
 def test_a_copy_is_compared_as_equal():
     model = classifier()
-    off, far, same = Base(model).compared(duplicate(model), PROMPT)
+    off, far, same = Base(model).compared(copied(model)[0], PROMPT)
     assert float(off) == pytest.approx(0, abs=1e-6)
     assert float(far) == pytest.approx(0, abs=1e-6)
     assert same
@@ -63,7 +63,7 @@ def test_a_copy_is_compared_as_equal():
 def test_what_cannot_be_trained_is_said():
     with pytest.raises(Refused, match="classifiers"):
         uniform_attention(opened("gpt2"), TEXTS, [0] * 4, TEXTS, [0] * 4)
-    with pytest.raises(InputError, match="chose no parameter"):
-        adversarial_training(classifier(), TEXTS, TEXTS, trained=lambda name: False)
+    with pytest.raises(InputError, match="no parameter of this model is called 'nothing"):
+        adversarial_training(classifier(), TEXTS, TEXTS, parameters="nothing.*")
     with pytest.raises(InputError, match="one label for each"):
         uniform_attention(classifier(), TEXTS, [0], TEXTS, [0] * 4)

@@ -102,7 +102,7 @@ def test_smoothgrad_and_captums_agree_within_their_errors(family):
 
 
 def test_smoothgrads_error_is_that_of_a_mean_where_the_mean_is_what_is_given():
-    from pellucid.attribution.smoothgrad import _gradients
+    from pellucid.attribution.saliency import _gradients
 
     model = opened("llama")
     embedded = Embedded(Case.of(model, PROMPT, " Paris"))

@@ -26,12 +26,11 @@ from pellucid.attribution import (
 )
 from pellucid.attribution.case import Case
 from pellucid.attribution.game import Game
-from pellucid.attribution.kernel_shap import _all, draw, solve
 from pellucid.attribution.lime import draw as lime_draw
 from pellucid.attribution.lime import fit, kernel
 from pellucid.attribution.owen import _order, grouped, halved, leaves, split
 from pellucid.attribution.players import Players
-from pellucid.attribution.shapley import coalitions, exact, marginals
+from pellucid.attribution.shapley import _all, coalitions, draw, exact, marginals, solve
 from pellucid.errors import InputError
 from pellucid.metrics import logit
 from tests.attribution.hand import PROMPT, classifier, opened, run_ids, token

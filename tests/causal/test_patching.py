@@ -248,6 +248,8 @@ def test_a_masked_model_is_read_at_its_mask():
         model, clean, corrupted, over="layers.*.resid_pre@*", metric=logit_difference(" Paris", " Rome", position=at)
     )
     np.testing.assert_allclose(result.value, placed.value, atol=1e-6)
+    with pytest.raises(InputError, match="answered at different places"):
+        patching(model, clean, f"The capital of Italy {mask} is city", metric=PARIS)
 
 
 def test_a_results_program_gives_it_again():

@@ -15,7 +15,7 @@ import pellucid
 from pellucid.errors import InputError
 from pellucid.neurons import harvest
 from pellucid.neurons.clustering import UnitClusters, UnitVectors, unit_clusters
-from pellucid.neurons.weights import output_weights
+from pellucid.neurons.directions import output_weights
 from tests.zoo import build, tokenizer
 
 TEXTS = ["The capital of France is Paris", "Mary and John went to the store", "When he gave a drink to Mary"]

@@ -22,7 +22,7 @@ from pellucid.neurons import (
 )  # fmt: skip
 from pellucid.neurons.contexts import activations
 from pellucid.neurons.dictionaries import Dictionary, ReLU
-from pellucid.neurons.effects import effects
+from pellucid.neurons.directions import effects
 from pellucid.views import document
 from pellucid.views.schema import Document
 from tests.neurons.test_harvest import TEXTS

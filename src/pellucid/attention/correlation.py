@@ -30,9 +30,9 @@ import xarray as xr
 
 from pellucid.attention.comparing import last_residual, moved, rows_read
 from pellucid.attention.flow import flow
+from pellucid.attention.gradients import relevances
 from pellucid.attention.norms import norm_weighted
 from pellucid.attention.patterns import asked, attended, single, special
-from pellucid.attention.relevance import relevances
 from pellucid.attention.rollout import rollout
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs

@@ -21,41 +21,41 @@ was never a way this model could attend.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pellucid.attention.adversarial import probe, reaching
 from pellucid.attention.comparing import js, moved
 from pellucid.attention.patterns import attended, kinds, single
+from pellucid.changed import Copied
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, Refused
+from pellucid.engine.pausing import progress
+from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
 from pellucid.question import Question
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.statistics import interval
+from pellucid.technique import technique
+from pellucid.training import draws, train
 
-Trained = Callable[[str], bool]
 
-
+@technique
 def uniform_attention(
     model: Model, texts: Sequence[str], labels: Sequence[int], test_texts: Sequence[str], test_labels: Sequence[int],
-    *, epochs: int = 1, rate: float = 1e-4, batch: int = 16, trained: Trained | None = None, seed: int = 0,
-    progress: bool = True,
+    *, parameters: str | Sequence[str] = "*", epochs: int = 1, learning_rate: float = 1e-4, batch: int = 16, seed: int = 0,
 ) -> Result:  # fmt: skip
     """Test accuracy of a classifier with its own and with uniform attention, as it is and trained on.
 
-    `trained` says by its name whether a parameter is trained (all of them by default). Gives `accuracy` [attention,
+    `parameters` are patterns of the names of those that are trained ("classifier.*"). Gives `accuracy` [attention,
     training] over attention "own" and "uniform" and training "none" and "further", with the interval over test texts,
-    and `right` [attention, training, text]. Refused for models that are no classifier.
+    and `right` [attention, training, text]. Refused for models that are no classifier, and for quantised weights.
 
     >>> uniform_attention(model, texts, labels, test_texts, test_labels).accuracy  # doctest: +SKIP
     """
@@ -67,39 +67,42 @@ def uniform_attention(
             "uniform_attention trains classifiers of one class a text, and this model is none: open one with "
             "task='classification'"
         )
-    right = np.zeros((2, 2, len(test_texts)))
-    for i, name in enumerate(("own", "uniform")):
-        edits = [] if name == "own" else uniform(model)
-        right[i, 0] = _right(model, test_texts, test_labels, edits, batch)
-        twin = duplicate(model)
-        _fit_labels(twin, texts, labels, edits, epochs, rate, batch, trained, seed, progress)
-        right[i, 1] = _right(twin, test_texts, test_labels, edits, batch)
-    intervals = np.array([[interval(right[i, j], seed) for j in range(2)] for i in range(2)])
+    right = np.zeros((len(test_texts), 2, 2))
+    y = torch.as_tensor(np.asarray(labels))
+    for i, edits in enumerate(([], uniform(model))):
+        right[:, i, 0] = _right(model, test_texts, test_labels, edits, batch)
+        twin, trained = copied(model, parameters)
+
+        def loss(rows: Tensor, step: int, twin: Model = twin, edits: list[Edit] = edits) -> Tensor:
+            z = _classes(twin.run([texts[t] for t in rows.tolist()], edits=edits).logits)
+            return nn.functional.nll_loss(z.clamp_min(1e-30).log(), y[rows].to(z.device))
+
+        train(
+            trained, draws(len(texts), batch, epochs, seed), loss,
+            lambda each: torch.optim.AdamW(each, lr=learning_rate, weight_decay=0.01), seed=seed,
+        )  # fmt: skip
+        right[:, i, 1] = _right(twin, test_texts, test_labels, edits, batch)
+    low, high = interval(right, seed, within=(0, 1))
     two = ("attention", "training")
     data = xr.Dataset(
-        {"accuracy": (two, right.mean(-1)), "low": (two, intervals[..., 0]), "high": (two, intervals[..., 1]),
-         "right": ((*two, "text"), right)},
+        {"accuracy": (two, right.mean(0)), "low": (two, low), "high": (two, high), "right": (("text", *two), right)},
         {"attention": ["own", "uniform"], "training": ["none", "further"]},
-    )  # fmt: skip
-    about = Provenance(
-        "uniform_attention", model.name, digest=model.digest, seed=seed,
-        inputs=f"{len(texts)} texts, {len(test_texts)} to test on",
-        arguments={"epochs": epochs, "rate": rate, "batch": batch, "trained": trained},
-    )  # fmt: skip
-    return Result(data, kind="uniform attention", title="Does the task need attention?", provenance=about)
+    )
+    return Result(data.transpose(*two, "text"), kind="uniform attention", title="Does the task need attention?")
 
 
+@technique
 def adversarial_training(
     model: Model, texts: Sequence[str], test_texts: Sequence[str], *, strengths: Sequence[float] = (0.0, 0.1, 0.3, 1.0),
-    epochs: int = 1, rate: float = 1e-4, batch: int = 16, noise: float = 0.1, trained: Trained | None = None,
-    seed: int = 0, progress: bool = True,
+    parameters: str | Sequence[str] = "*", epochs: int = 1, learning_rate: float = 1e-4, batch: int = 16, noise: float = 0.1,
+    seed: int = 0,
 ) -> Result:  # fmt: skip
     """The trade-off between the same answers and other attention, on held-out texts.
 
-    `noise` is in units of each trained weight's standard deviation. Gives `js` [strength], the mean divergence of
-    attention in nats, and `tv` [strength], the mean distance of predictions, each with its interval over texts
-    (`js_low` ...), `same` [strength], the share of equal decisions, and `js_by_text`, `tv_by_text` [strength, text].
-    Strength 0 is the control: training alone moves attention so much.
+    `noise` is in units of each trained weight's standard deviation, `parameters` as in `uniform_attention`. Gives `js`
+    [strength], the mean divergence of attention in nats, and `tv` [strength], the mean distance of predictions, each
+    with its interval over texts (`js_low` ...), `same` [strength], the share of equal decisions, and `js_by_text`,
+    `tv_by_text` [strength, text]. Strength 0 is the control: training alone moves attention so much.
 
     >>> adversarial_training(model, texts, test_texts).to_frame("js", "tv")  # doctest: +SKIP
     """
@@ -108,39 +111,41 @@ def adversarial_training(
             f"{len(texts)} texts, {len(test_texts)} test texts, {len(strengths)} strengths: expected some of each"
         )
     base = Base(model)
-    found = np.zeros((3, len(strengths), len(test_texts)))
-    for i, strength in enumerate(strengths):
-        twin = duplicate(model)
-        parameters = _parameters(twin, trained)
-        _perturb(parameters, noise, seed)
-        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        for part in tqdm(_parts(len(texts), epochs, batch, seed), desc=f"strength {strength}", disable=not progress):
-            optimiser.zero_grad()
-            for t in part.tolist():
-                with torch.enable_grad():
-                    off, far, _ = base.compared(twin, texts[t])
-                    ((off - strength * far) / len(part)).backward()
-            optimiser.step()
+    found = np.zeros((len(test_texts), 3, len(strengths)))
+    for i, strength in enumerate(progress(strengths, "strengths")):
+        twin, trained = copied(model, parameters)
+        _perturb(list(trained.values()), noise, seed)
+
+        def loss(
+            rows: Tensor,
+            step: int,
+            twin: Model = twin,
+            trained: dict[str, Tensor] = trained,
+            strength: float = strength,
+        ) -> list[float]:
+            noted = []
+            for t in rows.tolist():  # one graph at a time
+                off, far, _ = base.compared(twin, texts[t])
+                ((off - strength * far) / len(rows)).backward(inputs=list(trained.values()))
+                noted.append(float((off - strength * far).detach()))
+            return noted
+
+        train(
+            trained, draws(len(texts), batch, epochs, seed), loss,
+            lambda each: torch.optim.AdamW(each, lr=learning_rate, weight_decay=0.0), seed=seed,
+        )  # fmt: skip
         with torch.no_grad():
-            found[:, i] = np.array([[float(x) for x in base.compared(twin, text)] for text in test_texts]).T
-    variables: dict[str, Any] = {}
-    for name, values in (("js", found[1]), ("tv", found[0])):
-        low, high = np.array([interval(row, seed) for row in values]).T
-        variables |= {name: values.mean(1), f"{name}_low": low, f"{name}_high": high}
-    data = xr.Dataset(
-        {
-            **{n: ("strength", v) for n, v in variables.items()}, "same": ("strength", found[2].mean(1)),
-            "js_by_text": (("strength", "text"), found[1]), "tv_by_text": (("strength", "text"), found[0]),
-        },
-        {"strength": list(strengths)},
-    )  # fmt: skip
-    about = Provenance(
-        "adversarial_training", model.name, digest=model.digest, seed=seed,
-        inputs=f"{len(texts)} texts, {len(test_texts)} to test on",
-        arguments={"strengths": list(strengths), "epochs": epochs, "rate": rate, "batch": batch, "noise": noise,
-                   "trained": trained},
-    )  # fmt: skip
-    return Result(data, kind="adversarial training", title="Same answers, other attention", provenance=about)
+            found[..., i] = [[float(x) for x in base.compared(twin, text)] for text in test_texts]
+    means, (low, high) = found.mean(0), interval(found, seed)
+    variables: dict[str, Any] = {"same": ("strength", means[2])}
+    for j, name in ((1, "js"), (0, "tv")):
+        variables |= {
+            name: ("strength", means[j]), f"{name}_low": ("strength", low[j]), f"{name}_high": ("strength", high[j]),
+            f"{name}_by_text": (("strength", "text"), found[:, j].T),
+        }  # fmt: skip
+    data = xr.Dataset(variables, {"strength": list(strengths)})
+    first = ["js", *(name for name in variables if name != "js")]
+    return Result(data[first], kind="adversarial training", title="Same answers, other attention")
 
 
 class Base:
@@ -180,9 +185,15 @@ class Base:
         return self._known[text]
 
 
-def duplicate(model: Model) -> Model:
-    """The same model with weights of its own."""
-    return Model(replace(model.loaded, module=copy.deepcopy(model.module)))
+def copied(model: Model, parameters: str | Sequence[str] = "*") -> tuple[Model, dict[str, Tensor]]:
+    """The model with parameters of its own where their names fit the patterns, and those: what is trained."""
+    names = [name for name, _ in model.module.named_parameters()]
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise InputError(f"no parameter of this model is called {' or '.join(map(repr, patterns))}{nearest('', names)}")
+    twin = model.changed(Copied(tuple(chosen)))
+    return twin, {name: p for name, p in twin.module.named_parameters() if name in chosen}
 
 
 def uniform(model: Model) -> list[Edit]:
@@ -193,21 +204,6 @@ def uniform(model: Model) -> list[Edit]:
         return (seen / seen.sum(-1, keepdim=True).clamp_min(1) * x.sum(-1, keepdim=True)).expand_as(x).contiguous()
 
     return [Replace(kind.site(layer), even) for kind in kinds(model.anatomy) for layer in kind.layers]
-
-
-def _fit_labels(
-    twin: Model, texts: Sequence[str], labels: Sequence[int], edits: Sequence[Edit], epochs: int, rate: float,
-    batch: int, trained: Trained | None, seed: int, progress: bool,
-) -> None:  # fmt: skip
-    y = torch.as_tensor(np.asarray(labels))
-    optimiser = torch.optim.AdamW(_parameters(twin, trained), lr=rate, weight_decay=0.01)
-    for part in tqdm(_parts(len(texts), epochs, batch, seed), desc="training", disable=not progress):
-        with torch.enable_grad():
-            z = twin.run([texts[t] for t in part.tolist()], edits=edits).logits
-            loss = nn.functional.nll_loss(_classes(z).clamp_min(1e-30).log(), y[part].to(z.device))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
 
 
 def _right(model: Model, texts: Sequence[str], labels: Sequence[int], edits: Sequence[Edit], batch: int) -> np.ndarray:
@@ -225,30 +221,12 @@ def _classes(z: Tensor) -> Tensor:
     return torch.cat([(-z).sigmoid(), z.sigmoid()], 1) if z.shape[1] == 1 else z.softmax(1)
 
 
-def _parameters(model: Model, trained: Trained | None) -> list[nn.Parameter]:
-    named = model.module.named_parameters()
-    chosen = [p for name, p in named if p.is_floating_point() and (trained is None or trained(name))]
-    if not chosen:
-        raise InputError("trained= chose no parameter of this model")
-    for p in model.module.parameters():
-        p.requires_grad_(False)
-    for p in chosen:
-        p.requires_grad_(True)
-    return chosen
-
-
-def _perturb(parameters: Sequence[nn.Parameter], noise: float, seed: int) -> None:
+def _perturb(parameters: Sequence[Tensor], noise: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters:
             size = p.float().std(unbiased=False)
             p.add_((noise * size * torch.randn(p.shape, generator=generator).to(p.device)).to(p))
-
-
-def _parts(n: int, epochs: int, batch: int, seed: int) -> list[Tensor]:
-    """Minibatches of all epochs."""
-    generator = torch.Generator().manual_seed(seed)
-    return [part for _ in range(epochs) for part in torch.randperm(n, generator=generator).split(batch)]
 
 
 def _check(texts: Sequence[str], labels: Sequence[int]) -> None:

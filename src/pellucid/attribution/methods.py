@@ -4,16 +4,13 @@ from collections.abc import Callable
 
 from pellucid.attribution.deeplift import deeplift
 from pellucid.attribution.expected_gradients import expected_gradients
-from pellucid.attribution.gradient_x_input import gradient_x_input
 from pellucid.attribution.integrated_gradients import integrated_gradients
-from pellucid.attribution.kernel_shap import kernel_shap
 from pellucid.attribution.lime import lime
 from pellucid.attribution.occlusion import occlusion
 from pellucid.attribution.owen import owen, partition
 from pellucid.attribution.relevance import relevance_propagation
-from pellucid.attribution.saliency import saliency
-from pellucid.attribution.shapley import exact_shapley, shapley
-from pellucid.attribution.smoothgrad import smoothgrad
+from pellucid.attribution.saliency import gradient_x_input, saliency, smoothgrad
+from pellucid.attribution.shapley import exact_shapley, kernel_shap, shapley
 from pellucid.results import Result
 
 METHODS: dict[str, Callable[..., Result]] = {

@@ -136,8 +136,8 @@ class Estimator:
         gradients = Run(run.anatomy, run.inputs, run.output, run.gradients, run.sites)  # to be read as values are
         products = {s: change * aligned_values(gradients, s.whole) for s, change in self.linear.items()}
         products |= {s: self._through_pattern(s, change, run) for s, change in self.fixed.items()}
-        sums = (sum(self._of_node(node, products[_source(node)]) for node in group) for group in self.groups)
-        return np.stack([numbers(each) for each in sums], 1)
+        nodes = {n: numbers(self._of_node(n, products[_source(n)])) for group in self.groups for n in group}
+        return np.stack([np.sum([nodes[n] for n in group], 0) for group in self.groups], 1)
 
     def _of_node(self, node: Site, product: Tensor) -> Tensor:
         """[prompt] the sum over a node's positions and width of a product [prompt, position, unit, ...]."""

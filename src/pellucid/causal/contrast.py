@@ -77,6 +77,11 @@ def ask(
     other = None
     if reference is not None:
         other = model.inputs(reference, decoder=decoder, spans=spans if aligned else None)
+    for each in metric.values() if isinstance(metric, Mapping) else [metric]:
+        if aligned and other is not None and placed(model, other, each) != placed(model, inputs, each):
+            raise InputError(
+                "clean and corrupted prompts are answered at different places: put the mask at the same token of both"
+            )
     if not isinstance(metric, Mapping):
         return Asked(inputs, other, model.bind(placed(model, inputs, metric), len(inputs)))
     if not several or not metric:

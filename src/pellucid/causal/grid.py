@@ -55,6 +55,7 @@ class Grid:
         """SiteError for a pattern that names nothing; InputError for `@*` over prompts of unequal length."""
         if isinstance(over, str | Site):
             return cls._of_pattern(model, over, inputs)
+        over = over if isinstance(over, Mapping) else list(over)
         if isinstance(over, Mapping):
             groups = [named(model, each, inputs) for each in over.values()]
             axis, names = "set", list(over)

@@ -77,8 +77,8 @@ def mitigation(
         return _bias(test, edits), perplexity(model, texts, edits)
 
     before, price = measured([])
-    rows = [measured(order[:size]) for size in sizes]
-    chance = [[measured(rng.permutation(len(groups))[:size]) for _ in range(draws)] for size in sizes]
+    rows = [measured(order[:size].tolist()) for size in sizes]
+    chance = [[measured(rng.permutation(len(groups))[:size].tolist()) for _ in range(draws)] for size in sizes]
     bias, cost = np.stack([b for b, _ in rows]), np.array([p for _, p in rows])
     low, high = interval(bias.T, seed)
     before_low, before_high = interval(before, seed)

@@ -69,7 +69,8 @@ def one_by_one(runner: Runner, edges: Sequence[tuple[int, int]]) -> Iterator[tup
     """(source, reader, metric [batch]) with each edge alone off; edges of one reader run together, from its
     layer on."""
     possible = runner.wiring.graph.possible
-    with progress(what="edges", total=len(edges)) as bar:
+    bar: progress[None] = progress(what="edges", total=len(edges))
+    with bar:
         for reader in sorted({r for _, r in edges}):
             for some in chunks([s for s, r in edges if r == reader], capacity(runner)):
                 on = possible.repeat(len(some), 1, 1)

@@ -4,7 +4,7 @@ from pellucid.neurons import dictionaries
 from pellucid.neurons.clustering import UnitClusters, UnitVectors, unit_clusters
 from pellucid.neurons.compositional import Beam, Concepts, Formula, compositional
 from pellucid.neurons.contexts import Context, UnitContexts, read_contexts
-from pellucid.neurons.effects import logit_effects
+from pellucid.neurons.directions import input_weights, logit_effects, output_weights
 from pellucid.neurons.harvest import Harvest, Moment, Units, harvest
 from pellucid.neurons.judges import CallableJudge, Judge, ModelJudge, StatisticalJudge
 from pellucid.neurons.knowledge import knowledge_attribution, knowledge_effect, knowledge_neurons
@@ -14,7 +14,6 @@ from pellucid.neurons.scoring import random_directions, score_descriptions
 from pellucid.neurons.search import Exchanges, activating_inputs
 from pellucid.neurons.selectivity import neuron_selectivity
 from pellucid.neurons.superposition import crowding, dimensionality, interference, toy_model
-from pellucid.neurons.weights import input_weights, output_weights
 
 __all__ = [
     "Beam",

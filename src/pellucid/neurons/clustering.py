@@ -27,8 +27,8 @@ import xarray as xr
 
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.neurons.directions import input_weights, output_weights
 from pellucid.neurons.harvest import Harvest
-from pellucid.neurons.weights import input_weights, output_weights
 from pellucid.results import Result
 from pellucid.technique import technique
 

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from pellucid.errors import PellucidError, at_least
 from pellucid.model import Model
 from pellucid.neurons.contexts import activations, apart
-from pellucid.neurons.effects import logit_effects
+from pellucid.neurons.directions import input_weights, logit_effects, output_weights
 from pellucid.neurons.harvest import Harvest, Moment
-from pellucid.neurons.weights import input_weights, output_weights
 from pellucid.results import Result
 from pellucid.tasks.tokens import texts
 from pellucid.technique import technique

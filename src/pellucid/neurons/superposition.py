@@ -30,7 +30,7 @@ from pellucid.controls import random_directions
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
-from pellucid.neurons.weights import output_weights
+from pellucid.neurons.directions import output_weights
 from pellucid.results import Result
 from pellucid.technique import technique
 

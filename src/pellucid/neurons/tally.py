@@ -88,8 +88,7 @@ class Tally:
         x = x - middle
         rest = (one @ x).double()  # not 0 where float32 could not say the mean
         more = middle + rest / n - self.mean
-        self.deviations += one @ (x * x) - rest * rest / n
-        self.deviations += more * more * (self.count * n / (self.count + n))
+        self.deviations += one @ x.square_() - rest * rest / n + more * more * (self.count * n / (self.count + n))
         self.count += n
         self.mean += more * (n / self.count)
 

@@ -10,8 +10,8 @@ import pytest
 
 from pellucid.attribution import exact_shapley, gradient_x_input, occlusion
 from pellucid.attribution.evaluation import compare, faithfulness
+from pellucid.attribution.evaluation.agreement import prefer
 from pellucid.attribution.evaluation.page import page
-from pellucid.attribution.evaluation.preference import prefer
 from pellucid.attribution.evaluation.truth import answer, programmed, sentence
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import logit

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, f1_score, precision_recall_curve
 
 from pellucid.attribution.evaluation import plausibility
-from pellucid.attribution.evaluation.plausibility import iou_f1
+from pellucid.attribution.evaluation.data import iou_f1
 from pellucid.errors import InputError
 
 CASES = st.integers(2, 12).flatmap(

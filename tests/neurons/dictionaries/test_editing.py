@@ -176,6 +176,23 @@ def test_what_cannot_be_done_is_said():
         ):
             with pytest.raises(InputError, match="belongs to other weights"):
                 use(strange)
+    mine = dictionary(model, digest=model.digest)
+    model.run(PROMPTS[0], edits=mine.splice())
+    weight = model.module.lm_head.weight
+    before = weight.detach().clone()
+    with torch.no_grad():  # the weights change under the model's hands
+        weight.add_(1)
+    with pytest.raises(InputError, match="other weights"):
+        model.run(PROMPTS[0], edits=mine.splice())
+    with torch.no_grad():
+        weight.copy_(before)
+    model.run(PROMPTS[0], edits=mine.splice())
+    wide = Dictionary(torch.ones(5, 3), torch.zeros(3), torch.ones(3, 5), torch.zeros(5), ReLU(), SITE)
+    for edits in (wide.edits(1), wide.splice(), wide.edits(0, "steer", 1.0)):
+        with pytest.raises(InputError, match="holds 32 numbers, but this dictionary writes 5"):
+            model.run(PROMPTS[0], edits=edits)
+    with pytest.raises(InputError, match="reads 5 numbers at 'layers.0.resid_post', not 32"):
+        wide.features(model, PROMPTS)
     with pytest.raises(SiteError):
         dictionary(model, site="layers.9.resid_post").features(model, PROMPTS)
     with pytest.raises(SiteError, match="vectors at every position"):

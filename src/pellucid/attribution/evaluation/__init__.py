@@ -3,9 +3,8 @@
 from pellucid.attribution.absence import absence
 from pellucid.attribution.evaluation.agreement import agreement
 from pellucid.attribution.evaluation.compare import compare
-from pellucid.attribution.evaluation.data import Example, read_examples
+from pellucid.attribution.evaluation.data import Example, plausibility, read_examples
 from pellucid.attribution.evaluation.faithfulness import faithfulness
-from pellucid.attribution.evaluation.plausibility import plausibility
 from pellucid.attribution.evaluation.sanity import (
     implementation_invariance,
     label_randomisation,

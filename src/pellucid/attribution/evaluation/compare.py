@@ -5,12 +5,18 @@ happens to the answer when the tokens they name are taken away or kept (`faithfu
 under deletion, and the metrics of `pellucid.attribution.evaluation.faithfulness`), against known reasons where the data has
 them (`plausibility`), by how far they agree, and by their cost. Means come with 95 % bootstrap intervals over prompts;
 which method to prefer is decided by paired differences (`preference`) and said in one sentence.
+
+What a comparison has done so far: one line of JSON per example and method, so that it goes on where it stopped, and with more
+examples or methods.
+
+The first line says what was asked; a file of another question is refused rather than mixed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +27,9 @@ import xarray as xr
 
 from pellucid.attribution.absence import Absence, absence
 from pellucid.attribution.case import Case
-from pellucid.attribution.evaluation.agreement import agreement, mean_over_prompts
-from pellucid.attribution.evaluation.data import Example
+from pellucid.attribution.evaluation.agreement import agreement, mean_over_prompts, prefer
+from pellucid.attribution.evaluation.data import PLAUSIBILITY, Example, plausibility
 from pellucid.attribution.evaluation.faithfulness import METRICS, SOFT, Metric, curve, curves, measure, named
-from pellucid.attribution.evaluation.plausibility import PLAUSIBILITY, plausibility
-from pellucid.attribution.evaluation.preference import prefer
-from pellucid.attribution.evaluation.rows import Row, Rows
 from pellucid.attribution.evaluation.scores import (
     RANDOM,
     Method,
@@ -238,3 +241,65 @@ def _summary(model: Model, job: _Job, examples: list[Example]) -> Result:
     )  # fmt: skip
     title = f"{len(left) - 1} attribution methods and random scores on {len(examples)} prompts of {model.name}"
     return Result(data, kind="attribution comparison", title=title)
+
+
+Row = dict[str, Any]
+
+
+class Rows:
+    """Rows by (example, method), in memory and, with a path, in a file that is written as they come."""
+
+    def __init__(self, path: str | Path | None, asked: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.found: dict[tuple[str, str], Row] = {}
+        asked = json.loads(json.dumps({"format": "pellucid-benchmark", "version": 1, **asked}))
+        if self.path is None:
+            return
+        if not self.path.exists():
+            self._write(asked)
+            return
+        with self.path.open(encoding="utf-8") as lines:
+            kept = [row for line in lines if (row := _read(line)) is not None]
+        if not kept or kept[0] != asked:
+            parts = [k for k in asked if not kept or kept[0].get(k) != asked[k]]
+            raise InputError(
+                f"{str(self.path)!r} has rows of another question (other {', '.join(parts)}): name another file or remove it"
+            )
+        self.found = {(row["example"], row["method"]): row for row in kept[1:]}
+        text = "".join(json.dumps(_plain(row)) + "\n" for row in [asked, *self.found.values()])
+        self.path.write_text(text, encoding="utf-8")  # without a last line that an interruption cut short
+
+    def add(self, row: Row) -> None:
+        self.found[row["example"], row["method"]] = row
+        if self.path is not None:
+            self._write(row)
+
+    def _write(self, row: Row) -> None:
+        assert self.path is not None
+        try:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(_plain(row)) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {str(self.path)!r}: {error.strerror or error}") from None
+
+
+def _read(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return {k: _numbers(v) for k, v in row.items()} if isinstance(row, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """NaN has no JSON: null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """What stood for NaN, inside of measured values."""
+    return {k: float("nan") if v is None else v for k, v in value.items()} if isinstance(value, dict) else value

@@ -11,15 +11,15 @@ Twin         A functionally equal model with other weights must get the same att
              gradients with respect to what the embedding hands out are others, and what they say about tokens should not be.
 
 The first three report Spearman's correlation of the scores with those of the intact model, signed and in size (`magnitude`);
-near 0 passes. Weights are drawn from a normal distribution with each tensor's own mean and deviation, and restored bit by
-bit afterwards; parameters outside blocks go with the last block registered before them.
+near 0 passes. Weights are drawn from a normal distribution with each tensor's own mean and deviation, in changed models
+(`pellucid.controls`); parameters outside blocks go with the last block registered before them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,19 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.agreement import mean_over_prompts
 from pellucid.attribution.evaluation.scores import Method, explain, methods_named, read_scores
 from pellucid.attribution.players import Players
+from pellucid.changed import Change
+from pellucid.controls import redrawn
 from pellucid.errors import InputError, Refused
-from pellucid.model import Model, load
-from pellucid.results import Provenance, Result
+from pellucid.model import Model
+from pellucid.results import Result
 from pellucid.statistics import interval, spearman
+from pellucid.technique import technique
 
 Methods = Mapping[str, Method] | Sequence[str] | None
 SAME = 1e-3  # how far the logits of two equal models may be apart, relative to the largest
 
 
+@technique
 def weight_randomisation(
     model: Model,
     prompts: Sequence[Any],
@@ -52,22 +56,19 @@ def weight_randomisation(
 ) -> Result:
     """Explain prompts again and again while the weights are lost from the top down.
 
-    While this runs the model is another one: use it for nothing else. Gives `correlation` and `magnitude`
-    [technique, depth], means over prompts with 95 % bootstrap intervals (`_low`, `_high`); `depth` names what was drawn anew
-    last. A method that is refused on the model raises Refused.
+    Gives `correlation` and `magnitude` [technique, depth], means over prompts with 95 % bootstrap intervals (`_low`, `_high`); `depth` names what was drawn anew
+    last. Refused for a method that is refused on the model, and for quantised weights.
     """
     asked = _Asked(model, prompts, target, against, players, methods_named(methods))
-    before = asked.scores(model)
-    after: list[list[list[np.ndarray]]] = []
-    with kept_weights(model.module):
-        for _, parameters in layers_from_the_top(model):
-            _draw(parameters, seed + len(after))
-            after.append(asked.scores(model))
-    depths = [name for name, _ in layers_from_the_top(model)]
-    found = np.array([_similarity(before, each) for each in after])  # [depth, prompt, method, measure]
-    return asked.result("weight_randomisation", "depth", depths, found, seed)
+    before, lost, found = asked.scores(model), model, []
+    layers = layers_from_the_top(model)
+    for depth, (_, parameters) in enumerate(layers):
+        lost = redrawn(lost, parameters, seed + depth)
+        found.append(_similarity(before, asked.scores(lost)))
+    return asked.result("Weight randomisation", "depth", [name for name, _ in layers], found, seed)
 
 
+@technique
 def target_randomisation(
     model: Model,
     prompts: Sequence[Any],
@@ -85,9 +86,10 @@ def target_randomisation(
     for _ in range(draws):
         others = [_other(case, rng) for case in asked.cases]
         found.append(_similarity(before, asked.scores(model, others)))
-    return asked.result("target_randomisation", "draw", list(range(draws)), np.array(found), seed)
+    return asked.result("Target randomisation", "draw", list(range(draws)), found, seed)
 
 
+@technique
 def label_randomisation(
     model: Model,
     control: Model,
@@ -107,9 +109,10 @@ def label_randomisation(
         ):
             raise InputError(f"{control.name} cuts the prompts into other tokens than {model.name}")
     found = _similarity(asked.scores(model), asked.scores(control))
-    return asked.result("label_randomisation", "control", [control.name], found[None], seed)
+    return asked.result("Label randomisation", "control", [control.name], [found], seed)
 
 
+@technique
 def implementation_invariance(
     model: Model,
     prompts: Sequence[Any],
@@ -140,10 +143,7 @@ def implementation_invariance(
         {"deviation": ("technique", (np.array(gaps) / np.maximum(np.array(sizes), 1e-12)).max(0))},
         coords={"technique": list(asked.methods)},
     )
-    return Result(
-        data, kind="sanity", title="Attributions of a functionally equal model",
-        provenance=asked.provenance("implementation_invariance", seed),
-    )  # fmt: skip
+    return Result(data, kind="sanity", title="Attributions of a functionally equal model")
 
 
 # ---- explaining
@@ -173,25 +173,17 @@ class _Asked:
             for prompt, target, case, parts in rows
         ]
 
-    def provenance(self, method: str, seed: int) -> Provenance:
-        return Provenance(
-            method, self.model.name, digest=self.model.digest, inputs=[str(p) for p in self.prompts], seed=seed,
-            arguments={"methods": list(self.methods), "players": self.players},
-        )  # fmt: skip
-
-    def result(self, method: str, dim: str, labels: list[Any], found: np.ndarray, seed: int) -> Result:
-        """found [label, prompt, method, measure]."""
-        by_prompt = np.moveaxis(found, 1, 0)
+    def result(self, check: str, dim: str, labels: list[Any], found: list[np.ndarray], seed: int) -> Result:
+        """found: for each label [prompt, method, measure]."""
+        by_prompt = np.stack(found, 1)
         low, high = interval(by_prompt, seed)
         variables = {}
         for ending, values in (("", mean_over_prompts(by_prompt)), ("_low", low), ("_high", high)):
             for i, name in enumerate(("correlation", "magnitude")):
                 variables[name + ending] = (("technique", dim), values[..., i].T)
         data = xr.Dataset(variables, coords={"technique": list(self.methods), dim: labels})
-        title = (
-            f"{method.replace('_', ' ').capitalize()} on {len(self.prompts)} prompts: correlation with the intact model"
-        )
-        return Result(data, kind="sanity", title=title, provenance=self.provenance(method, seed))
+        title = f"{check} on {len(self.prompts)} prompts: correlation with the intact model"
+        return Result(data, kind="sanity", title=title)
 
 
 def _similarity(one: list[list[np.ndarray]], two: list[list[np.ndarray]]) -> np.ndarray:
@@ -220,46 +212,24 @@ def _other(case: Case, rng: np.random.Generator) -> int:
 # ---- other weights
 
 
-def layers_from_the_top(model: Model) -> list[tuple[str, list[Tensor]]]:
-    """Parameters of the head, each block from the last to the first, and the embedding."""
+def layers_from_the_top(model: Model) -> list[tuple[str, list[str]]]:
+    """Names of the parameters of the head, of each block from the last to the first, and of the embedding."""
     blocks = {
         block.module: f"{stack.prefix}layers.{block.index}" for stack in model.anatomy.stacks for block in stack.blocks
     }
-    groups: dict[str, list[Tensor]] = {"embedding": []}
+    groups: dict[str, list[str]] = {"embedding": []}
     last = [name for name, _ in model.module.named_parameters() if _block_of(name, blocks)][-1:]
     current, passed = "embedding", False
-    for name, parameter in model.module.named_parameters():
+    for name, _ in model.module.named_parameters():
         own = _block_of(name, blocks)
         current = own or ("head" if passed else current)
         passed = passed or name in last
-        groups.setdefault(current, []).append(parameter)
+        groups.setdefault(current, []).append(name)
     return [(name, parameters) for name, parameters in reversed(groups.items()) if parameters]
 
 
 def _block_of(name: str, blocks: Mapping[str, str]) -> str | None:
     return next((label for module, label in blocks.items() if name.startswith(f"{module}.")), None)
-
-
-def _draw(parameters: list[Tensor], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            if parameter.is_floating_point() and parameter.numel() > 1:
-                noise = torch.randn(parameter.shape, generator=generator)
-                values = parameter.float()
-                parameter.copy_(noise.to(values) * values.std() + values.mean())
-
-
-@contextmanager
-def kept_weights(module: Any) -> Iterator[None]:
-    """All parameters as they were, whatever happens inside."""
-    kept = [(parameter, parameter.detach().clone()) for parameter in module.parameters()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, values in kept:
-                parameter.copy_(values)
 
 
 class Factored(nn.Module):
@@ -284,19 +254,27 @@ class Factored(nn.Module):
         return (looked_up.double() @ self.back).to(looked_up)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Reparametrised(Change):
+    """The embedding stored in another basis: turned, and stretched by up to 2."""
+
+    seed: int = 0
+
+    def apply(self, tree: Any) -> None:
+        table = tree.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise Refused("this model has no embedding module whose basis could be changed")
+        d = table.weight.shape[1]
+        generator = torch.Generator().manual_seed(self.seed)
+        turned, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+        stretched = torch.exp2(torch.rand(d, generator=generator, dtype=torch.float64) * 2 - 1)
+        tree.set_input_embeddings(Factored(table, (turned * stretched).to(table.weight.device)))
+
+
 def reparametrised(model: Model, seed: int = 0) -> Model:
     """The same function, whose embedding is stored in another basis (turned, and stretched by up to 2). Refused for a model
     without an embedding module that can be exchanged."""
-    module: Any = copy.deepcopy(model.module)
-    table = module.get_input_embeddings()
-    if not isinstance(table, nn.Embedding):
-        raise Refused(f"{model.name} has no embedding module whose basis could be changed")
-    d = table.weight.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    turned, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
-    stretched = torch.exp2(torch.rand(d, generator=generator, dtype=torch.float64) * 2 - 1)
-    module.set_input_embeddings(Factored(table, (turned * stretched).to(table.weight.device)))
-    return load(module, tokenizer=model.tokenizer)
+    return model.changed(Reparametrised(seed))
 
 
 __all__: list[str] = [

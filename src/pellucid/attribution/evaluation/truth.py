@@ -26,7 +26,7 @@ from torch import nn
 
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.agreement import mean_over_prompts
-from pellucid.attribution.evaluation.plausibility import average_precision
+from pellucid.attribution.evaluation.data import average_precision
 from pellucid.attribution.evaluation.scores import (
     RANDOM,
     Method,
