@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from pellucid.anatomy.structure import Anatomy, Attention, Block, Head, Mlp, Path, Stack, State
+from pellucid.anatomy.structure import Anatomy, Attention, Block, Mlp, Path, Stack, State, Unembedding
 
 MARK = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}
 CLAIMS = {
@@ -133,7 +133,7 @@ def _output(linear: str | None, given: str, path: Path | None) -> str | None:
     return made
 
 
-def _head(head: Head | None) -> dict[str, Any] | None:
+def _head(head: Unembedding | None) -> dict[str, Any] | None:
     if head is None:
         return None
     return {

@@ -18,7 +18,7 @@ from pellucid.anatomy.checks import error
 from pellucid.anatomy.modes import evaluating, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
-from pellucid.anatomy.structure import Anatomy, Head, Proof, Stack
+from pellucid.anatomy.structure import Anatomy, Proof, Stack, Unembedding
 from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
@@ -47,7 +47,7 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
     t, output = discovery.trace(module, inputs)
     found = discovery.find_stacks(t, batch)
     has_head = any(getattr(output, k, None) is not None for k in LOGITS)
-    head: Head | None = None
+    head: Unembedding | None = None
     for stack, spans in reversed(found) if has_head else ():
         tap = stack.blocks[-1].taps.get("resid_post")
         if tap is not None:

@@ -16,13 +16,13 @@ from pellucid.anatomy.checks import Beside, error, mixture_error
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
     Block,
-    Head,
     Linear,
     Path,
     Proof,
     Stack,
     State,
     Tap,
+    Unembedding,
 )  # fmt: skip
 from pellucid.anatomy.trials import (
     Verdicts,
@@ -64,7 +64,7 @@ class Prover:
 
     def __init__(
         self, module: nn.Module, forward: Callable[[], Any], read: Callable[[Any], Tensor],
-        stacks: tuple[Stack, ...], head: Head | None, batch: int, logits: bool,
+        stacks: tuple[Stack, ...], head: Unembedding | None, batch: int, logits: bool,
         only: Collection[tuple[str, int]] | None = None,
     ) -> None:  # fmt: skip
         self.module, self.forward, self.read = module, forward, read

@@ -99,9 +99,9 @@ class Linear:
 class Reads:
     """How something of a block takes the residual stream in: which state of it, and through what.
 
-    Heads and neurons (`columns` [unit, e]) own columns of what the last of `modules` makes, met at `tap`; the first takes
-    what it reads, [batch, position, `width`], at `given`. A whole part (no columns) takes it at `tap`, where `alone` says
-    that nothing else does.
+    Heads and neurons (`columns` [unit, e]) own columns of what the last of `modules` makes, met at `tap`; the first
+    takes what it reads, [batch, position, `width`], at `given`. A whole part (no columns) takes it at `tap`, where
+    `alone` says that nothing else does.
     """
 
     tap: Tap
@@ -116,7 +116,7 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Head:
+class Unembedding:
     """From the last residual to the logits: a chain of steps, each a module call or an operation."""
 
     steps: tuple[Callable[[Tensor], Tensor], ...]
@@ -221,7 +221,7 @@ class Anatomy:
 
     module: Any  # a transformers model
     stacks: tuple[Stack, ...]
-    head: Head | None
+    head: Unembedding | None
     proofs: list[Proof]
     refusals: dict[str, str]  # site pattern -> reason
     inputs: dict[str, Any]  # the probe the map was found and proven with
