@@ -28,12 +28,12 @@ class Peer:
         run = self.model.run(clean, keep="layers.*.resid_pre")
         sites = [f"layers.{layer}.resid_pre@{p}" for layer in layers for p in range(corrupted.shape[1])]
         variants = [pellucid.Patch(site, run) for site in sites]
-        yield self.model.sweep(corrupted, variants, self.metric, progress=False).values
+        yield self.model.sweep(corrupted, variants, self.metric).values
 
     def ablate(self, prompts: Tensor, layers: Iterable[int]) -> Iterator[Tensor]:
         heads = range(self.shape.heads)
         variants = [pellucid.Ablate(f"layers.{layer}.attn.heads.{head}") for layer in layers for head in heads]
-        yield self.model.sweep(prompts, variants, self.metric, progress=False).values
+        yield self.model.sweep(prompts, variants, self.metric).values
 
     def keep(self, ids: Tensor) -> dict[str, Tensor]:
         run = self.model.run(ids, keep=[f"layers.*.{part}" for part in EVERYTHING])

@@ -245,7 +245,9 @@ def longest(model: Model) -> int:
 def inputs(model: Model, rows: Sequence[Row]) -> Inputs:
     """Rows as one batch."""
     paired = any(row.decoder is not None for row in rows)
-    return model.inputs([list(row.ids) for row in rows], decoder=[row.decoder or "" for row in rows] if paired else None)
+    return model.inputs(
+        [list(row.ids) for row in rows], decoder=[row.decoder or "" for row in rows] if paired else None
+    )
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
-from pellucid.anatomy.structure import Anatomy
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, resolved
@@ -217,15 +217,13 @@ class Model:
         prompt: Any,
         variants: Sequence[Edit | Sequence[Edit]],
         metric: Metric | Any,
-        *,
-        progress: bool = True,
         **options: Any,
     ) -> Sweep:
         """Score the prompts under each of many sets of edits: `.values` [variant, batch], `.clean` [batch].
 
         Gives the numbers of running them one by one, for a fraction of the cost; options are those of `plan`.
         """
-        return self.plan(prompt, variants, metric, **options).run(progress)
+        return self.plan(prompt, variants, metric, **options).run()
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""

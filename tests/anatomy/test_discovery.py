@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
-from pellucid.anatomy.structure import Anatomy, Block
+from pellucid.anatomy.structure import Block
 from tests.zoo import build, inputs
 
 

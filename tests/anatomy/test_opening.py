@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy import display
+from pellucid.anatomy import map as display
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
-from pellucid.anatomy.structure import Anatomy
 from tests.zoo import build, inputs
 
 

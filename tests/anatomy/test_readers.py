@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
-from pellucid.anatomy.structure import Anatomy, Reads, Tap
+from pellucid.anatomy.structure import Reads, Tap
 from pellucid.anatomy.wiretap import Wiretap, tapped
 from tests.zoo import build, inputs
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 from transformers.modeling_utils import AttentionInterface
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
-from pellucid.anatomy.structure import Anatomy
 from tests.zoo import build, inputs
 
 

@@ -16,8 +16,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from pellucid.anatomy.layout import TOKENS, Layout
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import open_module
-from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Wiretap, explicit_attention, tapped
 from pellucid.errors import Refused
 from tests.zoo import build, inputs

@@ -15,10 +15,11 @@ from pellucid.anatomy import discovery
 from pellucid.anatomy.answering import LOGITS, answering
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
-from pellucid.anatomy.structure import Anatomy, Proof, Stack, Unembedding
+from pellucid.anatomy.structure import Proof, Stack, Unembedding
 from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
@@ -67,7 +68,7 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
     prover = Prover(module, lambda: module(**inputs), main_output, stacks, head, batch, has_head, only)
     proofs = [covered, *prover.prove()]
     if known is None or only is None:
-        causal = causality(module, inputs, stacks, prover)
+        causal: Mapping[str, bool | None] = causality(module, inputs, stacks, prover)
     else:
         proofs = [as_before(new, old) for new, old in zip(proofs, known.proofs, strict=True)]
         causal = {s.name: s.causal for s in known.stacks}

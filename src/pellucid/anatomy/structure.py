@@ -4,22 +4,15 @@ are right.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.experts import Experts
-from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.layout import Layout
 from pellucid.anatomy.trace import SELF
-
-if TYPE_CHECKING:
-    from rich.tree import Tree
 
 ATTENTION_PORTS = ("q", "k", "v", "scores", "pattern", "z")
 
@@ -213,46 +206,3 @@ class Proof:
     holds: bool | None
     error: float | None = None
     detail: str = ""
-
-
-@dataclass(repr=False)
-class Anatomy:
-    """The map of a model and its proofs. Print it to see the tree."""
-
-    module: Any  # a transformers model
-    stacks: tuple[Stack, ...]
-    head: Unembedding | None
-    proofs: list[Proof]
-    refusals: dict[str, str]  # site pattern -> reason
-    inputs: dict[str, Any]  # the probe the map was found and proven with
-    route: str
-    answering: Answering  # what its logits mean
-    memo: Memo = field(init=False)  # what is worked out about the module later, for as long as its weights stay
-
-    def __post_init__(self) -> None:
-        self.memo = Memo(self.module)
-
-    @property
-    def complete(self) -> bool:
-        return all(p.holds is not False for p in self.proofs)
-
-    def tree(self) -> Tree:
-        """The map as a rich tree: stacks, blocks folded when alike, the head, every proof, every refusal."""
-        from pellucid.anatomy import display
-
-        return display.tree(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What the tree shows, as plain data."""
-        from pellucid.anatomy import display
-
-        return display.describe(self)
-
-    def to_json(self) -> str:
-        """What the tree shows, as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __repr__(self) -> str:
-        from pellucid.anatomy import display
-
-        return display.text(self)

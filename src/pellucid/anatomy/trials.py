@@ -6,22 +6,40 @@ Proofs that compare what one untouched pass shows are in `proofs.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.anatomy.checks import error, size, spread, without_heads
 from pellucid.anatomy.structure import Attention, Block, Linear, Mlp, Proof, Stack, Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
 
-if TYPE_CHECKING:
-    from pellucid.anatomy.proofs import Prover
-
 # About one part of a block: an error, or why the claim cannot hold. Parts it does not apply to are left out.
 Verdicts = Iterator[tuple[str, float | str]]
 Check = Callable[[Stack, Block], Verdicts]
 Where = tuple[Stack, Block, Attention, Linear]
+
+
+class Prover(Protocol):
+    """What the trials ask of the proofs' `Prover`."""
+
+    module: nn.Module
+    modules: dict[str, nn.Module]
+    blocks: list[tuple[Stack, Block]]
+    batch: int
+    native: Tensor  # the logits of an untouched pass
+    values: dict[Tap, Tensor]  # what one shows at the taps
+    tolerance: float
+    failed: dict[tuple[str, int], dict[tuple[str, str], str]]  # (stack, block) -> (proof, part) -> why
+
+    @property
+    def forward(self) -> Callable[[], Any]: ...
+
+    @property
+    def read(self) -> Callable[[Any], Tensor]: ...
+
+    def through_the_model(self, name: str, err: float) -> Proof: ...
 
 
 def rounding(prover: Prover) -> float:

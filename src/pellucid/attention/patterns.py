@@ -21,7 +21,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy, Stack
+from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from pellucid.causal.contrast import Metrics, contrast
-from pellucid.causal.contrast import check_aligned as check_aligned  # where others look for it
 from pellucid.causal.grid import Grid, Over, effects
 from pellucid.engine.edits import swaps
 from pellucid.engine.run import stream_of

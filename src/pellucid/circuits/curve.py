@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 
 from pellucid.circuits.ablation import How
-from pellucid.circuits.bench import Bench
+from pellucid.circuits.judge import Bench
 from pellucid.circuits.scores import SIZES, By, EdgeScores, ranked
 from pellucid.engine.pausing import progress
 from pellucid.metrics import Metric

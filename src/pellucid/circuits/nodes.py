@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy, Block, Stack
+from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.structure import Block, Stack
 from pellucid.circuits.graph import Graph, Reader, Source, Split
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused

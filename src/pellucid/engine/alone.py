@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.proofs import TOLERANCE, error
-from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
+from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.inputs import Inputs

@@ -17,8 +17,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import choose
-from pellucid.anatomy.structure import Anatomy, Attention, Block, Stack, Tap
+from pellucid.anatomy.structure import Attention, Block, Stack, Tap
 from pellucid.engine.alone import Alone, within
 from pellucid.engine.projections import AttentionWeights, HeadWeights, MlpWeights, NeuronWeights
 from pellucid.errors import Refused, SiteError

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import Position, Site
-from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.errors import InputError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from pellucid.anatomy.structure import Anatomy
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.wiretap import Wiretap
 from pellucid.engine.edits import Edit, Step
 from pellucid.engine.inputs import Inputs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import PARTS, WHOLE, Site, choose
-from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
+from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.errors import PellucidError, Refused, SiteError, nearest
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.layout import HEADS, PATTERN, Layout
-from pellucid.anatomy.structure import Anatomy, Block, Stack, Tap
+from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
 from pellucid.anatomy.wiretap import Wiretap, explicit_attention
 from pellucid.engine.inputs import Inputs

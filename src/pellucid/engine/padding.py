@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
-from pellucid.anatomy.structure import Anatomy
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.errors import Refused
 

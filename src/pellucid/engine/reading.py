@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.weights import linear_map
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.interfaces import listening
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import uncompiled
 from pellucid.anatomy.opening import main_output
-from pellucid.anatomy.structure import Anatomy, Stack
+from pellucid.anatomy.structure import Stack
 from pellucid.anatomy.trace import take
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import Refused

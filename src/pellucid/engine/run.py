@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
-from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit, turned

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.structure import Anatomy, Stack
+from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Ablate, Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import PackedPass, Variant

@@ -7,15 +7,13 @@ pass for each batch gives every variant the gradient of its own metric. Variants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pellucid.engine.edits import Edit, Place
-from pellucid.engine.pausing import progress as shown
-from pellucid.engine.pausing import quiet
+from pellucid.engine.pausing import progress
 from pellucid.engine.sweep import Plan
 from pellucid.errors import InputError, Refused
 
@@ -41,7 +39,7 @@ class Slope:
     gradient: Tensor
 
 
-def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterator[Slope]:
+def slopes(plan: Plan, leaves: Sequence[Leaf]) -> Iterator[Slope]:
     """The slope of every variant of a plan, each of which is one of `leaves`; in the order they are computed.
 
     Refused in training mode, InputError for a metric without a gradient.
@@ -51,7 +49,7 @@ def slopes(plan: Plan, leaves: Sequence[Leaf], progress: bool = True) -> Iterato
     with torch.no_grad():
         plan.settle()
         plan.rung.clean(plan.job)  # recorded without a graph
-    with nullcontext() if progress else quiet(), shown(what="runs", total=len(leaves)) as bar:
+    with progress(what="runs", total=len(leaves)) as bar:
         for chunk in plan.chunks(plan.variants):
             with torch.enable_grad():
                 scores = [plan.metric(read) for read in plan.logits(chunk)]

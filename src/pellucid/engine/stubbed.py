@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import main_output
-from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Wiretap
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant

@@ -8,20 +8,18 @@ it does not agree with a plain run after all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy
+from pellucid.anatomy.map import Anatomy
 from pellucid.engine.checkpoint import Checkpoint, fingerprint
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
-from pellucid.engine.pausing import progress as shown
-from pellucid.engine.pausing import quiet, shared
+from pellucid.engine.pausing import progress, shared
 from pellucid.engine.reading import Reads
 from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.engine.trial import certified, deviation, told
@@ -126,15 +124,11 @@ class Plan:
 
     # ---- doing it
 
-    def run(self, progress: bool = True) -> Sweep:
+    def run(self) -> Sweep:
         """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
         if self.job.anatomy.module.training:
             raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
-        with (
-            torch.no_grad(),
-            nullcontext() if progress else quiet(),
-            shown(what="runs", total=len(self.variants)) as bar,
-        ):
+        with torch.no_grad(), progress(what="runs", total=len(self.variants)) as bar:
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
             bar.step(int(self.done.sum()))

@@ -13,9 +13,10 @@ from math import inf
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating
 from pellucid.anatomy.proofs import TOLERANCE
-from pellucid.anatomy.structure import Anatomy, Stack
+from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.recording import Shapes, record

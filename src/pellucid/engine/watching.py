@@ -12,8 +12,9 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import Site
-from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate

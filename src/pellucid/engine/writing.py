@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.structure import Anatomy, Tap
+from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.structure import Tap
 from pellucid.engine.edits import Edit, Place, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, spots

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import xarray as xr
 
-from pellucid.anatomy.structure import Anatomy
+from pellucid.anatomy.map import Anatomy
 from pellucid.circuits import Circuit, EdgeScores
 from pellucid.errors import InputError
 from pellucid.model import Model

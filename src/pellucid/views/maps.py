@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.anatomy.display import CLAIMS, describe
-from pellucid.anatomy.structure import Anatomy as Map
+from pellucid.anatomy.map import CLAIMS, describe
+from pellucid.anatomy.map import Anatomy as Map
 from pellucid.views import schema as s
 from pellucid.views.cells import Cells, strongest
 from pellucid.views.naming import site_of

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pellucid import metrics
-from pellucid.causal.patching import check_aligned
+from pellucid.causal.contrast import check_aligned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError

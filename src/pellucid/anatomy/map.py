@@ -1,4 +1,4 @@
-"""How does the map of a model look? One description, as plain data, and as a tree drawn from that data.
+"""The map of a model and its proofs, and how it looks: one description, as plain data, and a tree drawn from that data.
 
 Blocks that are alike are folded into one entry; every proof is shown with its error, every refusal with its
 reason.
@@ -6,6 +6,8 @@ reason.
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +15,9 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from pellucid.anatomy.structure import Anatomy, Attention, Block, Mlp, Path, Stack, State, Unembedding
+from pellucid.anatomy.answering import Answering
+from pellucid.anatomy.fingerprint import Memo
+from pellucid.anatomy.structure import Attention, Block, Mlp, Path, Proof, Stack, State, Unembedding
 
 MARK = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}
 CLAIMS = {
@@ -32,6 +36,46 @@ CLAIMS = {
     "unembedding": "the head, by the unembedding's own weights, makes the logits",
     "ablation": "a head switched off is that head's weights switched off",
 }
+
+
+@dataclass(repr=False)
+class Anatomy:
+    """The map of a model and its proofs. Print it to see the tree."""
+
+    module: Any  # a transformers model
+    stacks: tuple[Stack, ...]
+    head: Unembedding | None
+    proofs: list[Proof]
+    refusals: dict[str, str]  # site pattern -> reason
+    inputs: dict[str, Any]  # the probe the map was found and proven with
+    route: str
+    answering: Answering  # what its logits mean
+    memo: Memo = field(init=False)  # what is worked out about the module later, for as long as its weights stay
+
+    def __post_init__(self) -> None:
+        self.memo = Memo(self.module)
+
+    @property
+    def complete(self) -> bool:
+        return all(p.holds is not False for p in self.proofs)
+
+    def tree(self) -> Tree:
+        """The map as a rich tree: stacks, blocks folded when alike, the head, every proof, every refusal."""
+        return tree(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the tree shows, as plain data."""
+        return describe(self)
+
+    def to_json(self) -> str:
+        """What the tree shows, as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __repr__(self) -> str:
+        return text(self)
+
+
+# ---- as data
 
 
 def describe(anatomy: Anatomy) -> dict[str, Any]:
