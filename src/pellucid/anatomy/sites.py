@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from operator import index
-from typing import SupportsIndex
 
 from pellucid.errors import SiteError, nearest
 
@@ -63,6 +62,7 @@ _LENS = {
 }  # fmt: skip
 # TransformerLens has these before the rotation, and the rotated ones beside them; here they are met after it.
 _UNROTATED = {"attn.hook_q": "attn.q", "attn.hook_k": "attn.k"}
+PLAIN = {int, str, type(None)}
 _SELECTOR = re.compile(r"-?\d+|\*|-?\d*:-?\d*|\d+(,\d+)+")
 
 
@@ -89,7 +89,7 @@ class Site:
     def __post_init__(self) -> None:
         for name in ("layer", "unit", "at"):
             value = getattr(self, name)
-            if isinstance(value, SupportsIndex) and type(value) is not int:  # numpy's integers print as such
+            if type(value) not in PLAIN and hasattr(value, "__index__"):  # numpy's integers print as such
                 object.__setattr__(self, name, index(value))
 
     @classmethod
