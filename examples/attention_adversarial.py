@@ -25,9 +25,9 @@ from sklearn.metrics import roc_auc_score
 
 import pellucid
 from pellucid.attention import adversarial_attention, edits
-from pellucid.statistics import interval
 from pellucid.attention.correlation import token_scores
 from pellucid.attention.patterns import special
+from pellucid.statistics import interval
 
 MEASURES = ("last layer", "all layers", "rollout", "flow", "norms", "relevance")
 

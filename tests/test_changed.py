@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 import pellucid
 from pellucid.anatomy.fingerprint import weight_digest
 from pellucid.changed import Added, Change, Copied, Exchanged, Replaced, applied, slots, twin
+from pellucid.controls import Shuffled
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
+from pellucid.results import Result
 from tests.engine.hand import PROMPTS, opened
 from tests.zoo import build, inputs, tokenizer
 
@@ -134,6 +137,21 @@ def test_the_provenance_of_a_result_tells_the_change():
     about = [pellucid.lenses.logit_lens(m, PROMPTS[0]).provenance for m in (old, new)]
     assert about[0].digest == old.digest != about[1].digest == new.digest
     assert "Replaced(model.norm.weight)" in about[1].model and "Replaced" not in about[0].model
+
+
+def test_the_program_of_a_result_makes_the_change_again(tmp_path, monkeypatch):
+    old = opened("llama")
+    change = low_rank(old, MATRICES["llama"])
+    new = old.changed([change, Shuffled(1, keep=(MATRICES["llama"],))])
+    found = pellucid.lenses.logit_lens(new, PROMPTS[0])
+    monkeypatch.chdir(tmp_path)
+    found.save("result.zip")
+    space: dict[str, Any] = {"module": old.module, "tokenizer": old.tokenizer}
+    exec(Result.load("result.zip").provenance.code(), space)
+    assert space["model"].digest == new.digest
+    for name in found.data:
+        if found.data[name].dtype.kind == "f":
+            np.testing.assert_allclose(space["result"].data[name], found.data[name], atol=1e-6)
 
 
 def test_changes_are_values_that_print_and_compare():

@@ -98,11 +98,11 @@ class Corpus:
         InputError too for a text that is none, or too long, by its number; blank texts give no row of a packed corpus, and an
         empty one otherwise.
         """
-        place, read, held, number = after or Place(), hashlib.sha256(), [], -1
+        place, read, number = after or Place(), hashlib.sha256(), -1
+        held: list[int] = []
         frame = _Frame.of(model)
-        packed = (
-            (model.anatomy.stacks[-1].causal and len(model.anatomy.stacks) == 1) if self.packed is None else self.packed
-        )
+        one, *more = model.anatomy.stacks
+        packed = bool(one.causal and not more) if self.packed is None else self.packed
         context = self._context(model, packed)
         for number, given in enumerate(self._texts()):
             value, decoder = self._parted(model, given, number)
@@ -233,7 +233,7 @@ class _Frame:
 
 def longest(model: Model) -> int:
     """How many tokens the model holds, where its config says so."""
-    config = model.module.config
+    config: Any = model.module.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 1 else 1 << 30
@@ -245,7 +245,9 @@ def longest(model: Model) -> int:
 def inputs(model: Model, rows: Sequence[Row]) -> Inputs:
     """Rows as one batch."""
     paired = any(row.decoder is not None for row in rows)
-    return model.inputs([list(row.ids) for row in rows], decoder=[row.decoder or "" for row in rows] if paired else None)
+    return model.inputs(
+        [list(row.ids) for row in rows], decoder=[row.decoder or "" for row in rows] if paired else None
+    )
 
 
 def batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

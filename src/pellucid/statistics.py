@@ -111,7 +111,7 @@ def interval(
     if callable(statistic):
         if given is None and n is None:
             raise ValueError("a statistic of weights needs groups= or n=, the number of examples")
-        given = np.arange(n) if given is None else given
+        given = np.arange(n or 0) if given is None else given
         count = int(given.max(initial=-1)) + 1
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = np.asarray(statistic(_once_and_drawn(count, draws, seed)[:, given]), dtype=float)

@@ -35,7 +35,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.model import Model
-from pellucid.results import Provenance, Result
+from pellucid.results import Provenance
 from pellucid.tasks import Prompts
 
 P = ParamSpec("P")
@@ -147,7 +147,12 @@ class Program:
         self.model = self.model or value
         if value is self.model:
             return "model"
-        return value.opened if value.named else self._leave(value, name)
+        return self.opening(value) if value.named else self._leave(value, name)
+
+    def opening(self, model: Model) -> str:
+        """What opens a model, and changes it."""
+        changes = list(model.loaded.changes)
+        return f"{model.opened}.changed({self.write(changes, 'changes')})" if changes else model.opened
 
     @_write.register
     def _inputs(self, value: Inputs, name: str) -> str:
@@ -366,7 +371,7 @@ class _Call:
             arguments={k: v for k, v in self.arguments.items() if k != "seed"},
             seed=self.arguments.get("seed"),
             call=program.call,
-            opened="" if model is None else model.opened,
+            opened="" if model is None else program.opening(model),
             given=program.given,
             free=program.free,
         )

@@ -24,6 +24,7 @@ from pellucid.attribution import (
     partition,
     shapley,
 )
+from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
 from pellucid.attribution.game import Game
 from pellucid.attribution.lime import draw as lime_draw
@@ -369,3 +370,22 @@ def test_every_method_is_called_alike():
         found = method(opened("gpt2"), PROMPT, " Paris", against=" Rome", players="word")
         assert found.kind == "attribution" and found.provenance.method == method.__name__
         assert found.main.name == "attribution" and found.main.dims == ("player",)
+
+
+@pytest.mark.parametrize("method", [occlusion, exact_shapley, lime])
+@pytest.mark.parametrize("how", ["remove", "resample"])
+def test_remove_and_resample_mean_what_they_mean_in_the_evaluation(method, how):
+    model = opened("gpt2")
+    found = method(model, PROMPT, " Paris", baseline=how)
+    world = absence(Case.of(model, PROMPT, " Paris"), how=how)
+    assert float(found.baseline_score) == pytest.approx(float(world.none), abs=1e-5)
+    assert found.data.attrs["baseline"] == world.name
+    if method is occlusion:
+        drops = [float(world.all - world(row[None])[0]) for row in 1 - torch.eye(5)]
+        np.testing.assert_allclose(found.values, drops, atol=1e-5)
+
+
+def test_methods_with_a_gradient_refuse_absence_that_is_no_embedding():
+    for how in ("remove", "resample"):
+        with pytest.raises(InputError, match="puts nothing in a token's place"):
+            METHODS["integrated_gradients"](opened("gpt2"), PROMPT, " Paris", baseline=how)

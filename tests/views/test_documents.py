@@ -14,7 +14,7 @@ import xarray as xr
 
 import pellucid as pl
 from pellucid.errors import InputError
-from pellucid.results import Provenance, Result
+from pellucid.results import Result
 from pellucid.views import kinds
 from pellucid.views import schema as s
 from pellucid.views.documents import document

@@ -10,12 +10,12 @@ import torch
 
 import pellucid as pl
 from pellucid.errors import InputError
+from pellucid.views.counterfactual import unrelated
 from pellucid.views.evidence import Evidence, Foreign
 from pellucid.views.question import ask
 from pellucid.views.report import Report, build
 from pellucid.views.schema import Attention, Table
 from pellucid.views.sections import trust
-from pellucid.views.unrelated import unrelated
 from tests.zoo import build as tiny
 from tests.zoo import tokenizer
 

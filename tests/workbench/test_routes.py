@@ -179,11 +179,8 @@ def test_the_words_of_a_neuron_are_what_its_row_adds_to_the_logits(page: TestCli
     found = document(
         page.post("/api/view", json=view("neuron", options={"component": "layers.1.mlp.neurons.3"})).json()["document"]
     )
-    resid = llama.run(PROMPT, keep="layers.1.resid_post").tensor("layers.1.resid_post@-1")[0, 0].detach()
-    row = llama.module.model.layers[1].mlp.down_proj.weight[:, 3].detach()
-    scale = resid.square().mean().add(1e-6).rsqrt()
-    logits = (row * scale * llama.module.model.norm.weight.detach()) @ llama.module.lm_head.weight.detach().T
-    best = (logits - logits.mean()).topk(12)
+    row = llama.module.model.layers[1].mlp.down_proj.weight[:, 3].detach()  # at a residual of size 1
+    best = ((row * llama.module.model.norm.weight.detach()) @ llama.module.lm_head.weight.detach().T).topk(12)
     assert [e.word for e in found.data.raises] == [llama.tokenizer.decode([i]) for i in best.indices.tolist()]  # type: ignore[union-attr]
     np.testing.assert_allclose([e.value for e in found.data.raises], best.values, rtol=1e-3)  # type: ignore[union-attr]
 

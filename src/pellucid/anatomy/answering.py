@@ -58,7 +58,7 @@ class Answering:
     def numbers(self, target: Any) -> Any:
         """Classes by number or name, in whatever lists they stand, as numbers. InputError for one that is none."""
         if not isinstance(target, str) and isinstance(target, Sequence):
-            return type(target)([self.numbers(each) for each in target])
+            return tuple(self.numbers(each) for each in target)
         known = {name: number for number, name in self.names.items()}
         number = known.get(target) if isinstance(target, str) else target
         if not isinstance(number, int) or not 0 <= number < self.size:
@@ -82,7 +82,9 @@ def answering(module: Any, output: Any) -> Answering:
             return Answering("vectors")  # a number for each token, whether it was replaced
     size = made.shape[-1]
     if meaning == "tokens":
-        return Answering("tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__))
+        return Answering(
+            "tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__)
+        )
     names = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items() if int(k) < size}
     problem = getattr(config, "problem_type", None)
     if problem == "regression":

@@ -140,7 +140,7 @@ class Game(Coalitions):
         """In batches through the whole model, where the planner cannot read the target or place the edits."""
         rows, made = self.embedded.batches(len(present)), []
         fixed, own = self.baseline.values, self.embedded.values
-        with torch.no_grad(), progress(what="runs", total=len(present)) as bar:
+        with torch.no_grad(), progress[None](what="runs", total=len(present)) as bar:
             for part in present.split(rows):
                 here = torch.ones(len(part), own.shape[1], 1, device=own.device)
                 for row, coalition in enumerate(part):

@@ -420,4 +420,5 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
         for prompts in asked(edit).values():
             wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
     runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
-    return [replace(e, **{n: runs[p] for n, p in asked(e).items()}) if asked(e) else e for e in edits]
+    ready: list[dict[str, Any]] = [{n: runs[p] for n, p in asked(e).items()} for e in edits]
+    return [replace(e, **given) if given else e for e, given in zip(edits, ready, strict=True)]

@@ -49,7 +49,7 @@ def slopes(plan: Plan, leaves: Sequence[Leaf]) -> Iterator[Slope]:
     with torch.no_grad():
         plan.settle()
         plan.rung.clean(plan.job)  # recorded without a graph
-    with progress(what="runs", total=len(leaves)) as bar:
+    with progress[None](what="runs", total=len(leaves)) as bar:
         for chunk in plan.chunks(plan.variants):
             with torch.enable_grad():
                 scores = [plan.metric(read) for read in plan.logits(chunk)]

@@ -128,7 +128,7 @@ class Plan:
         """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
         if self.job.anatomy.module.training:
             raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
-        with torch.no_grad(), progress(what="runs", total=len(self.variants)) as bar:
+        with torch.no_grad(), progress[None](what="runs", total=len(self.variants)) as bar:
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
             bar.step(int(self.done.sum()))

@@ -2,7 +2,7 @@
 
     logits = unembed(translate(site, x))
 
-`translate` is the identity for the logit lens, affine for a fitted one (`Affine`: tuned, future). Everything that reads with a
+No lens at all is the logit lens; a fitted one is affine (`Affine`: tuned, future). Everything that reads with a
 lens takes any object with `translate` and `check`, and asks here which sites, layers and positions there are.
 """
 
@@ -43,16 +43,6 @@ class Lens(Protocol):
     def check(self, model: Model) -> None:
         """InputError if it does not belong to this model's weights."""
         ...
-
-
-class LogitLens:
-    """The lens that changes nothing: every residual is read as if it were the last."""
-
-    def translate(self, site: str, x: Tensor) -> Tensor:
-        return x
-
-    def check(self, model: Model) -> None:
-        """It fits every model."""
 
 
 @dataclass(eq=False)

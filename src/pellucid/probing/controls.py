@@ -78,7 +78,7 @@ def random_twin(model: Model, seed: int = 0, *, keep_embeddings: bool = False) -
     `keep_embeddings` leaves the token embeddings (and an unembedding tied to them): what is then readable beyond them
     the random layers have mixed in from the context.
     """
-    embeddings: Any = model.module.get_input_embeddings()
+    embeddings: Any = model.module.get_input_embeddings()  # type: ignore[operator]
     kept = set(map(id, embeddings.parameters())) if keep_embeddings else set()
     return shuffled(model, seed, [name for name, p in model.module.named_parameters() if id(p) in kept])
 

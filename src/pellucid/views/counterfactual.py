@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError, PellucidError
 from pellucid.tasks.tokens import encode
 from pellucid.views.question import Question
@@ -203,3 +205,28 @@ def made(question: Question) -> Made | None:
         return make(question)
     except (PellucidError, RuntimeError):  # torch's own: no gradient through this model's code
         return None
+
+
+# ---- prompts that have nothing to do with this one
+
+TEXTS = (
+    "The two of them walked along the river in the evening and talked about the boats that had come in that week.",
+    "If the water is too cold for the yeast, the dough will rise slowly, and the bread needs an hour more in the oven.",
+    "She opened the old letter again, read it twice, and put it back between the books on the lowest shelf.",
+)
+
+
+def unrelated(question: Question) -> list[Inputs]:
+    """One prompt of equal length from each of `TEXTS`, special tokens left in their places.
+
+    They are the controls of a report: what a method finds on them, or with their states, it does not find because of what
+    this prompt says.
+    """
+    tokenizer, ids = question.model.tokenizer, question.source.ids[0].tolist()
+    special = special_ids(tokenizer)
+    made = []
+    for text in TEXTS:
+        words = tokenizer(text, add_special_tokens=False)["input_ids"]
+        fresh = iter(words * (1 + len(ids) // max(1, len(words))))
+        made.append(question.model.inputs([[i if i in special else next(fresh) for i in ids]]))
+    return made

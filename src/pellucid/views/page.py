@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pellucid.views import source
-from pellucid.views.figures import details
 from pellucid.views.hosts import bundle, element, policy, theme_button
-from pellucid.views.markup import Child, Html, join, tag
+from pellucid.views.markup import Child, Html, details, join, tag
 from pellucid.views.schema import Code, Document, Origin
 
 if TYPE_CHECKING:

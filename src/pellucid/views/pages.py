@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import xarray as xr
 
 from pellucid.results import Result
 from pellucid.views import schema as s
@@ -27,12 +28,6 @@ def is_selective(result: Result) -> bool:
 def neuron(result: Result) -> s.Neuron:
     """The view of a `neuron_page`."""
     data = result.data
-    words = {
-        key: tuple(s.Effect(word=str(w), value=float(v)) for w, v in zip(data[f"{key}_token"].values, data[key].values, strict=True))
-        if key in data
-        else ()
-        for key in ("raised", "lowered")
-    }  # fmt: skip
     facts = [
         Fact(name="tokens read", value=f"{int(data['tokens']):,}"),
         Fact(name="mean", value=f"{float(data['mean']):.3g}"),
@@ -47,10 +42,16 @@ def neuron(result: Result) -> s.Neuron:
         contexts=tuple(_context(result, i) for i in range(data.sizes["context"])),
         edges=Numbers.of(np.append(data["low"].values, data["high"].values[-1:])),
         counts=Numbers.of(np.round(data["count"].values).astype(np.int32)),
-        raises=words["raised"],
-        lowers=words["lowered"],
+        raises=words(data, "raised"),
+        lowers=words(data, "lowered"),
         facts=tuple(facts),
     )
+
+
+def words(data: xr.Dataset, which: str) -> tuple[s.Effect, ...]:
+    """The words a unit has "raised" or "lowered", where they are known."""
+    known = zip(data[f"{which}_token"].values, data[which].values, strict=True) if which in data else ()
+    return tuple(s.Effect(word=str(word), value=float(value)) for word, value in known)
 
 
 def selective(result: Result) -> s.Table:

@@ -33,6 +33,13 @@ WRITTEN = 12  # tokens a decoder writes to be looked at
 WORK = 10_000  # tokens that one set of runs may read in all before a report takes less
 
 
+@dataclass(frozen=True)
+class Option(Answer):
+    """One possible answer, with its probability."""
+
+    probability: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """A prompt and what is measured on it; `position` is where the answer is read, counted on real tokens."""
@@ -43,11 +50,11 @@ class Question:
     inputs: Inputs
     position: int
     run: Run  # of the intact model
-    options: list[Answer]  # the likeliest first
-    target: Answer | None
-    against: Answer | None = None
+    options: list[Option]  # the likeliest first
+    target: Option | None
+    against: Option | None = None
     counterfactual: str | None = None
-    other_options: list[Answer] = field(default_factory=list)  # on the counterfactual
+    other_options: list[Option] = field(default_factory=list)  # on the counterfactual
     scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
     notes: tuple[str, ...] = ()
@@ -137,7 +144,7 @@ class Question:
             return self.metric_name
         return f"{self.metric_name} {quoted(self.target.text)} − {quoted(self.against.text)}"
 
-    def word(self, answer: Answer | None) -> str | int:
+    def word(self, answer: Option | None) -> str | int:
         """The text of an answer where the metric finds its token by it, else its id."""
         assert answer is not None
         return answer.text if _ids(self.model, answer.text) == {answer.text: answer.id} else answer.id
@@ -238,9 +245,11 @@ def asked_of(model: Model, inputs: Inputs) -> Asked:
     return Asked(model, inputs, kind, kind, answer_position(model, inputs))
 
 
-def likeliest(asked: Asked, run: Run, top: int) -> list[Answer]:
+def likeliest(asked: Asked, run: Run, top: int) -> list[Option]:
     """The likeliest answers of a run to one prompt; none where the model does not choose among answers."""
-    return asked.likeliest(run, top)[0] if asked.kind in KINDS and asked.kind != "vectors" else []
+    if asked.kind not in KINDS or asked.kind == "vectors":
+        return []
+    return [Option(each.ids, each.text, each.probability or 0.0) for each in asked.likeliest(run, top)[0]]
 
 
 def read_at(model: Model, prompt: str) -> int:
@@ -274,7 +283,7 @@ def _ids(model: Model, *texts: str) -> dict[str, int]:
     return found
 
 
-def _chosen(asked: Asked, run: Run, target: str) -> tuple[Answer, tuple[str, ...]]:
+def _chosen(asked: Asked, run: Run, target: str) -> tuple[Option, tuple[str, ...]]:
     """The target as an answer: the text given, or with a space before it where that is what the model would say."""
     model = asked.model
     if asked.kind == "vectors":
@@ -283,7 +292,7 @@ def _chosen(asked: Asked, run: Run, target: str) -> tuple[Answer, tuple[str, ...
     p = p[:, 1] if p.ndim == 2 else p  # each class by itself
     if asked.kind == "class":
         number = model.anatomy.answering.numbers(target)
-        return Answer((number,), target, float(p[number])), ()
+        return Option((number,), target, float(p[number])), ()
     found = _ids(model, target, " " + target.lstrip(" "))
     if not found:
         ids = answer_ids(model.tokenizer, target)
@@ -296,7 +305,7 @@ def _chosen(asked: Asked, run: Run, target: str) -> tuple[Answer, tuple[str, ...
         )
     text = max(found, key=lambda each: float(p[found[each]]))
     note = () if text == target else (f"The target {target!r} was read as {text!r}, as it stands in running text.",)
-    return Answer((found[text],), text, float(p[found[text]])), note
+    return Option((found[text],), text, float(p[found[text]])), note
 
 
 def described(model: Model) -> str:

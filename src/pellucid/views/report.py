@@ -60,7 +60,8 @@ def build(
     >>> report = build(model, "The capital of France is")                           # doctest: +SKIP
     >>> Path("report.html").write_text(report.html)                                 # doctest: +SKIP
     """
-    with progress(what="report", total=11) as bar, quiet():  # one bar for all of its methods
+    bar: progress[None] = progress(what="report", total=11)
+    with bar, quiet():  # one bar for all of its methods
         question = ask(model, prompt, target, counterfactual, top)
         if counterfactual is None and (found := made(question)) is not None:
             question = against(question, found.prompt, top, found.how)

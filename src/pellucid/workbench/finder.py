@@ -2,8 +2,8 @@
 
 Sorted by activation: every neuron at the token where it is strongest (or at one position). Sorted by effect: its share
 of the answer's logit (minus that of the other prompt's answer) by direct logit attribution, which exists only where the
-answer is read. The page of one neuron shows its activation along the prompt and the words it writes: its output direction
-through the final norm, held at its scale on this prompt, and the unembedding, minus the mean over the vocabulary.
+answer is read. The page of one neuron shows its activation along the prompt and the words it writes
+(`pellucid.neurons.logit_effects`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ import torch
 from torch import Tensor
 
 from pellucid import metrics
-from pellucid.anatomy.sites import Site
-from pellucid.anatomy.weights import linear_map
-from pellucid.engine.frozen import linearised
-from pellucid.engine.locate import block_of
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.lenses.attribution import Shares
-from pellucid.model import Model
+from pellucid.neurons import logit_effects
 from pellucid.neurons.knowledge import layer_of, neuron_sites
-from pellucid.tasks.tokens import texts
+from pellucid.views import pages
 from pellucid.views import schema as s
 from pellucid.views.forms import column
 from pellucid.views.question import Question
-from pellucid.views.schema import Context, Document, Effect, Fact, Numbers
+from pellucid.views.schema import Context, Document, Fact, Numbers
 from pellucid.workbench.messages import NeuronRow
 
 WORDS = 12
@@ -142,56 +138,16 @@ def page(question: Question, component: str) -> tuple[Document, str]:
         run = model.run(question.inputs, keep=[site.whole])
     values = run.tensor(site)[0].float().cpu()  # [position]
     stream = run.stream(site)
-    facts: list[Fact] = []
-    raises: tuple[Effect, ...] = ()
-    lowers: tuple[Effect, ...] = ()
-    note = ""
+    raises: tuple[s.Effect, ...] = ()
+    lowers, note = raises, ""
     strongest = int(values.abs().argmax())
-    facts.append(
-        Fact(name="strongest here", value=f"{float(values[strongest]):.3g} at {stream.labels[0][strongest]!r}")
-    )
+    facts = [Fact(name="strongest here", value=f"{float(values[strongest]):.3g} at {stream.labels[0][strongest]!r}")]
     try:
-        words = written(question, site)
-        raises, lowers = _effects(model, words, True), _effects(model, words, False)
-        facts.append(
-            Fact(name="words", value="change of the logit for an activation of 1, minus the vocabulary's mean")
-        )
+        found = logit_effects(model, component, top=WORDS).sel(unit=str(site))
+        raises, lowers = pages.words(found.data, "raised"), pages.words(found.data, "lowered")
+        facts.append(Fact(name="words", value="change of the logit for an activation of 1, at a residual of size 1"))
     except PellucidError as refusal:
         note = f"Which words it writes cannot be told: {refusal}"
     context = Context(tokens=stream.labels[0], values=Numbers.of(values.numpy()), note="this prompt")
     data = s.Neuron(component=str(site), contexts=(context,), raises=raises, lowers=lowers, facts=tuple(facts))
     return Document(title=f"Neuron {site.unit} of layer {site.layer}", data=data), note
-
-
-def written(question: Question, site: Site) -> Tensor:
-    """[vocabulary] what an activation of 1 adds to the logits, read where the answer is."""
-    model, lacking = question.model, question.lacks("direct")
-    block, head, stack = block_of(model.anatomy, site), model.anatomy.head, model.anatomy.stacks[-1]
-    mlp = block.mlps.get(site.part.partition(".")[0])
-    if lacking or head is None or "head" in model.anatomy.refusals or site.stack != stack.name:
-        raise Refused(lacking or "it does not write to the stream that the head reads")
-    if mlp is None or mlp.linear is None or mlp.path is None or "gate" in mlp.path.names:
-        raise Refused("what it writes is worked on before it is added")
-    if any(state.norm_in is not None for b in stack.blocks for state in b.states):
-        raise Refused("every later layer of this model normalises the stream anew")
-    last = f"{stack.prefix}layers.{len(stack.blocks) - 1}.resid_post"
-    keep: list[str | Site] = [last, site.whole]
-    with torch.no_grad():
-        run = model.run(question.inputs, keep=keep)
-        at = f"@{question.last_first}"
-        weight, bias = linear_map(model.module.get_submodule(mlp.linear.module), mlp.linear.shape)
-        given = run.tensor(f"{site.whole}{at}").flatten(2).to(weight.dtype)
-        made = given @ weight + (0.0 if bias is None else bias)
-        onward, _ = linearised(mlp.path.steps, mlp.path.names, made)
-        assert isinstance(site.unit, int)
-        row, zero = weight[site.unit][None, None], torch.zeros_like(made)
-        direction = (onward(row) - onward(zero)) * block.taps[f"{mlp.part}.out"].layout.scale
-        read, _ = linearised(head.steps[: head.after], head.names[: head.after], run.tensor(f"{last}{at}"))
-        logits = (read(direction) - read(torch.zeros_like(direction)))[0, 0].float().cpu()
-    return logits - logits.mean()
-
-
-def _effects(model: Model, words: Tensor, largest: bool) -> tuple[Effect, ...]:
-    found = words.topk(min(WORDS, len(words)), largest=largest)
-    words = texts(model.tokenizer, found.indices).tolist()
-    return tuple(Effect(word=word, value=v) for word, v in zip(words, found.values.tolist(), strict=True))

@@ -17,7 +17,6 @@ from pellucid.workbench import edits as acting
 from pellucid.workbench.answers import Memory, Passed, answer, generated, passed, rivals
 from pellucid.workbench.lens import SECONDS, LiveLens
 from pellucid.workbench.messages import LiveReply, LiveRequest, Milliseconds
-from pellucid.workbench.recipes import lens_code
 
 STILL = ("zero", "scale")  # kinds of edits that read nothing of the prompt
 
@@ -44,7 +43,7 @@ class Live:
         if asked.lens and self.lens.refused:
             note = " ".join(filter(None, (note, self.lens.refused)))
         elif lens and self.lens.fits(shown):
-            code = lens_code(self.model, asked, shown.position - len(shown.inputs.stream("").labels[0]))
+            code = acting.lens_code(self.model, asked, shown.position - len(shown.inputs.stream("").labels[0]))
             document, more = self.lens.document((asked.tab, asked.pane), shown, _still(asked), code, self.seconds)
         before = answer(self.model, clean, self.memory.generated(asked.prompt, asked.generate), pair)
         text = generated(self.model, asked.prompt, engine, asked.generate) if engine else ""

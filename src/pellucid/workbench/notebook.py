@@ -17,9 +17,9 @@ from pellucid.views.markup import visible
 from pellucid.views.question import read_at, with_mask
 from pellucid.views.schema import Document
 from pellucid.workbench.answers import generates
+from pellucid.workbench.edits import edit_lines, opening
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Pane, State
-from pellucid.workbench.recipes import edit_lines, opening
 
 SAVED = "# This view was saved with the workspace; the cells above make such views anew."
 VIEWS = {

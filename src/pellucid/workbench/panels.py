@@ -31,7 +31,6 @@ from pellucid.workbench import edits as acting
 from pellucid.workbench import finder
 from pellucid.workbench.answers import Memory
 from pellucid.workbench.messages import ViewReply, ViewRequest
-from pellucid.workbench.recipes import edit_lines
 
 CARE = {  # what can mislead in each method
     "saliency": "sizes of gradients, which say how strongly the answer reacts to a token, not in which direction",
@@ -121,7 +120,7 @@ def _attention(question: Question, asked: ViewRequest, memory: Memory) -> ViewRe
     if not found:
         return ViewReply(document=shown)
     lines = [f"other = {asked.other!r}"] if asked.other else []
-    lines += edit_lines(asked.edits, asked.other, question.model, question.last_first)
+    lines += acting.edit_lines(asked.edits, asked.other, question.model, question.last_first)
     return _reply(shown, question, *lines, "pl.attention.patterns(model, prompt, edits=edits).show()")
 
 
@@ -194,7 +193,7 @@ def _neurons(question: Question, asked: ViewRequest) -> ViewReply:
 def _neuron(question: Question, asked: ViewRequest) -> ViewReply:
     component = str(asked.options.get("component", ""))
     shown, note = finder.page(question, component)
-    line = f"model.run(prompt, keep={component!r})[{component!r}]"
+    line = f"model.run(prompt, keep={component!r})[{component!r}], pl.neurons.logit_effects(model, {component!r})"
     return msgspec.structs.replace(_reply(shown, question, line), note=note)
 
 

@@ -121,7 +121,7 @@ def test_integrated_gradients_do_not_change_with_the_basis_and_gradient_norms_do
     found = implementation_invariance(
         model,
         TEXTS[:2],
-        logit(" Paris"),
+        logit(" Paris") if family == "bert" else None,  # BERT without a mask is asked by a metric
         methods={"IG": integrated_gradients, "GxI": gradient_x_input, "norm": saliency},
     )
     deviation = dict(zip(found.technique.values, found.deviation.values, strict=True))

@@ -105,7 +105,7 @@ def compare(
     }  # fmt: skip
     rows = Rows(checkpoint, asked)
     job = _Job(model, chosen, wanted, players, replacement, reference, seed, rows)
-    with progress(what="explanations", total=len(read) * (len(chosen) + 1)) as bar:
+    with progress[None](what="explanations", total=len(read) * (len(chosen) + 1)) as bar:
         for example in read:
             job.run(example, bar)
     found = _summary(model, job, read)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pellucid.views.figures import bars
-from pellucid.views.markup import Child, Html, join, number, percent, quoted, tag, token
+from pellucid.views.markup import Child, Html, bars, join, number, percent, quoted, tag, token
 from pellucid.views.page import Section
-from pellucid.views.question import Answer, Question
+from pellucid.views.question import Option, Question
 
 SAYS = {
     "next token": "The likeliest next tokens after the prompt.",
@@ -39,7 +38,7 @@ def _place(question: Question) -> str:
     return "" if question.kind == "class" else f", {question.last_first}"
 
 
-def _options(options: list[Answer], heading: str) -> Html:
+def _options(options: list[Option], heading: str) -> Html:
     return tag(
         "div", tag("h3", heading), bars([(token(o.text), o.probability, percent(o.probability)) for o in options])
     )

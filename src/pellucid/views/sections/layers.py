@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pellucid.lenses import logit_lens
+from pellucid.views.counterfactual import unrelated
 from pellucid.views.evidence import Evidence
 from pellucid.views.forms import lens
-from pellucid.views.markup import percent, quoted
+from pellucid.views.markup import Html, percent, quoted, tag
 from pellucid.views.page import Section
 from pellucid.views.question import Question
 from pellucid.views.schema import Document
-from pellucid.views.unrelated import unrelated
-from pellucid.views.window import Window
 
+WIDEST = 64  # tokens
 TITLE = "When does the answer appear?"
 
 
@@ -96,3 +98,37 @@ def _settled(rank: np.ndarray) -> int | None:
 
 def _after(layer: str) -> str:
     return "in the embedding" if layer == "embed" else f"after layer {layer}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which part of a long prompt is shown: positions `start` to `stop` of `length`, which end near where the answer is read.
+
+    >>> Window.of("abc", 2).selector
+    >>> Window.of("x" * 100, 99).selector
+    slice(36, 100, None)
+    >>> Window.of("x" * 100, 80).positions[0]
+    20
+    """
+
+    start: int
+    stop: int
+    length: int
+
+    @classmethod
+    def of(cls, tokens: Sequence[str], answer: int) -> Window:
+        stop = min(len(tokens), max(answer + 4, WIDEST))
+        return cls(max(0, stop - WIDEST), stop, len(tokens))
+
+    @property
+    def positions(self) -> list[int]:
+        return list(range(self.start, self.stop))
+
+    @property
+    def selector(self) -> slice | None:
+        return None if self.stop - self.start == self.length else slice(self.start, self.stop)
+
+    def note(self, length: int) -> Html | None:
+        if self.selector is None:
+            return None
+        return tag("p", f"Shown are tokens {self.start} to {self.stop - 1} of {length}.", class_="note")

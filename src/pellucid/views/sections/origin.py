@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pellucid.results import Provenance
-from pellucid.views.figures import details, table
 from pellucid.views.maps import anatomy
-from pellucid.views.markup import join, tag, token
+from pellucid.views.markup import details, join, table, tag, token
 from pellucid.views.page import Section
 from pellucid.views.question import Question, described
 from pellucid.views.schema import Document

@@ -8,12 +8,12 @@ import torch
 from pellucid.causal import patching
 from pellucid.engine.edits import Patch
 from pellucid.results import Result
+from pellucid.views.counterfactual import unrelated
 from pellucid.views.evidence import Evidence, Foreign
 from pellucid.views.markup import Html, join, number, percent, quoted, tag
 from pellucid.views.page import Section, missing
 from pellucid.views.question import WORK, Question
 from pellucid.views.schema import Axis, Document, Grid, Numbers, Plane
-from pellucid.views.unrelated import unrelated
 
 TITLE = "Where does the fact travel?"
 HALF = 0.5  # of the answer: what a place must bring back to be said to carry the fact

@@ -14,7 +14,7 @@ from pellucid.views.forms import column
 from pellucid.views.markup import number
 from pellucid.views.naming import Part, named
 from pellucid.views.page import Section, missing
-from pellucid.views.question import Answer, Question, asked_of, likeliest
+from pellucid.views.question import Option, Question, asked_of, likeliest
 from pellucid.views.schema import Document, Table
 
 TITLE = "What happens without the strongest parts?"
@@ -91,7 +91,7 @@ def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
     return parts, tuple(found)
 
 
-def _says(question: Question, part: Part) -> Answer | None:
+def _says(question: Question, part: Part) -> Option | None:
     """The likeliest answer without a part."""
     if question.kind == "vectors":
         return None
