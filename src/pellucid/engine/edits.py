@@ -419,13 +419,6 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
     for edit in edits:
         for prompts in asked(edit).values():
             wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
-<<<<<<< HEAD
-    runs: dict[Any, Any] = {
-        prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()
-    }
-    return [replace(e, **{n: runs[p] for n, p in asked(e).items()}) if asked(e) else e for e in edits]
-=======
     runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
     ready: list[dict[str, Any]] = [{n: runs[p] for n, p in asked(e).items()} for e in edits]
     return [replace(e, **given) if given else e for e, given in zip(edits, ready, strict=True)]
->>>>>>> main
