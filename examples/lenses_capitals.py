@@ -40,7 +40,7 @@ def climb(curve: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lens", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=5, help="of noise")
+    parser.add_argument("--draws", type=int, default=5, help="of noise")
     options = parser.parse_args()
     model = pl.load(str(smollm2()))
     tuned = TunedLens.load(options.lens)
@@ -53,7 +53,7 @@ def main() -> None:
         values = found.target_log_probability.transpose("prompt", "layer", "position", "target").values[:, 1:, 0]
         rows = np.arange(len(prompts))
         read[name] = np.stack([values[rows, :, rows], values[rows, :, (rows + 1) % len(rows)]], -1)
-    traced = tracing(model, prompts, capitals, subject=countries, parts=("resid_post",), samples=options.samples).data
+    traced = tracing(model, prompts, capitals, subject=countries, parts=("resid_post",), draws=options.draws).data
     arrival = traced.each.sel(part="resid_post", role="last").values  # [fact, layer]
     arrival = arrival / arrival[:, -1:]
 
