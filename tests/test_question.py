@@ -55,6 +55,10 @@ def test_a_masked_model_is_asked_at_its_mask():
     torch.testing.assert_close(value(Case.of(model, prompt, " France")), z[at, [token(model, "France")]])
     with pytest.raises(InputError, match="2 mask tokens"):
         Case.of(model, "The <mask> of <mask>", " France")
+    for each in (logit(" France"), logit(" France", position=at)):  # a metric that names no place is asked there too
+        torch.testing.assert_close(value(Case.of(model, prompt, each)), z[at, [token(model, "France")]])
+    with pytest.raises(InputError, match="2 mask tokens"):
+        Case.of(model, "The <mask> of <mask>", logit(" France"))
 
 
 def test_a_class_is_named_or_numbered():

@@ -28,7 +28,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import beside, numbers, placed
+from pellucid.causal.contrast import beside, numbers
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
@@ -37,7 +37,7 @@ from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.metrics import Answers, BoundMetric, Metric, probability
 from pellucid.model import Model
-from pellucid.question import answer_position
+from pellucid.question import answer_position, placed
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
