@@ -69,12 +69,9 @@ def cutting() -> None:
     print(f"\nACDC on 4 layers of 4 heads, in full-model-equivalent forwards (one per edge: {edges})")
     for batch in (1, 8):
         for threshold in (1e-4, 1e-3, 1e-2, 1e-1):
-            found = circuits.acdc(
-                model, ids, METRIC, threshold=threshold, how="resample", reference=other, batch=batch
-            )
+            found = circuits.acdc(model, ids, METRIC, threshold=threshold, how="resample", reference=other, batch=batch)
             print(
-                f"  batch {batch}, threshold {threshold:g}: {found.attrs['forwards']:6.1f}, "
-                f"{len(found)} edges left",
+                f"  batch {batch}, threshold {threshold:g}: {found.attrs['forwards']:6.1f}, {len(found)} edges left",
                 flush=True,
             )
 

@@ -78,7 +78,9 @@ def the_tower(model: Model, subjects: tuple[str, ...], samples: int) -> None:
             peak = int(np.where(inside, effect.max("layer"), -np.inf).argmax())
             last = len(inside) - 1
             for part, at in (("mlp.out", None), ("mlp.out", peak), ("attn.out", last)):
-                print(curve(window_curve(model, PROMPT, ANSWER, subject=subject, part=part, positions=at, draws=samples)))
+                print(
+                    curve(window_curve(model, PROMPT, ANSWER, subject=subject, part=part, positions=at, draws=samples))
+                )
             print()
 
 

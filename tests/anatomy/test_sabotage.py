@@ -136,8 +136,12 @@ def test_the_proof_that_the_damage_touches_fails_and_no_other(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_queries_that_leak_from_head_to_head_fail_the_reads_proof_alone_and_are_read_no_more(dtype: torch.dtype) -> None:
-    def leak(_: nn.Module, __: Any, q: Tensor) -> Tensor:  # [batch, position, head, e], by a way no torch function shows
+def test_queries_that_leak_from_head_to_head_fail_the_reads_proof_alone_and_are_read_no_more(
+    dtype: torch.dtype,
+) -> None:
+    def leak(
+        _: nn.Module, __: Any, q: Tensor
+    ) -> Tensor:  # [batch, position, head, e], by a way no torch function shows
         return q + torch.from_numpy(0.2 * np.roll(q.detach().float().numpy(), 1, 2)).to(q.dtype)
 
     module = build("qwen3", dtype=dtype)

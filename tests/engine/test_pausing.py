@@ -91,9 +91,7 @@ def test_generating_can_be_ended_at_every_token_and_leaves_no_hook(model: pl.Mod
 
 def test_edge_attribution_and_integrated_gradients_are_the_same_with_runs_in_their_pauses(model: pl.Model) -> None:
     def scores() -> torch.Tensor:
-        return pl.circuits.edge_attribution(
-            model, PROMPT, METRIC, how="zero", method="eap-ig-inputs", steps=3
-        ).tensor
+        return pl.circuits.edge_attribution(model, PROMPT, METRIC, how="zero", method="eap-ig-inputs", steps=3).tensor
 
     def shares() -> torch.Tensor:
         return torch.tensor(pl.attribution.integrated_gradients(model, PROMPT, METRIC, steps=40).values)

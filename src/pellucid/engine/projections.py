@@ -320,7 +320,9 @@ class NeuronWeights:
     def _columns(self) -> dict[str, tuple[str, int]]:
         readers = [(_name(r), int(r.columns[self.index, 0])) for r in self.mlp.readers if r.columns is not None]
         if not readers:
-            raise Refused("the neurons of this model are not each made from one or two features of what reads the stream")
+            raise Refused(
+                "the neurons of this model are not each made from one or two features of what reads the stream"
+            )
         alone = len({name for name, _ in readers}) == len(readers)
         return {name if alone else f"{name}.{column}": (name, column) for name, column in readers}
 
