@@ -81,8 +81,6 @@ PUBLIC = dict(public())
 def test_a_signature_uses_the_words_of_the_house(address: str) -> None:
     parameters = inspect.signature(PUBLIC[address]).parameters
     wrong = {name: FORBIDDEN[name] for name in parameters if name in FORBIDDEN}
-    if address == "pl.attribution.label":  # as in metrics: the one row that is read
-        wrong.pop("position")
     assert not wrong, f"{address} says {wrong}"
 
 

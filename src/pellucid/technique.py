@@ -271,6 +271,7 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
     Calls inside a recorded call are part of it, and are not recorded on their own.
 
     >>> import xarray as xr
+    >>> from pellucid.results import Result
     >>> @technique
     ... def half(x: float, of: str = "all") -> Result:
     ...     return Result(xr.DataArray(x / 2), kind="half")

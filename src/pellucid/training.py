@@ -144,7 +144,7 @@ def train(
         with (
             torch.random.fork_rng(list(devices)),
             torch.enable_grad(),
-            progress(what=what, total=total, done=start) as bar,
+            progress[None](what=what, total=total, done=start) as bar,
         ):
             for step, batch in zip(range(start, total), rest, strict=False):
                 for generator in noise:

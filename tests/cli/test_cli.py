@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import pellucid
-from pellucid.cli import app, main
 from pellucid.anatomy import loading
+from pellucid.cli import app, main
 from pellucid.errors import InputError, LoadError
 
 

@@ -9,8 +9,16 @@ import xarray as xr
 
 import pellucid as pl
 from pellucid.lenses import (
-    FutureLens, TunedLens, causal_basis, decoder_lens, direct_logit_attribution, head_lens, lens_quality, logit_lens,
-    patchscope, prediction_depth,
+    FutureLens,
+    TunedLens,
+    causal_basis,
+    decoder_lens,
+    direct_logit_attribution,
+    head_lens,
+    lens_quality,
+    logit_lens,
+    patchscope,
+    prediction_depth,
 )  # fmt: skip
 from tests.lenses.test_tuned_lens import HELD_OUT, PROMPT, SMALL, TEXTS, opened
 from tests.test_technique import again

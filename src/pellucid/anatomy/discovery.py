@@ -64,6 +64,33 @@ def find_stacks(t: Trace, batch: int) -> list[tuple[Stack, list[Span]]]:
     return found
 
 
+def embeddings(t: Trace, ids: Any) -> dict[str, Tap]:
+    """Where the embeddings of tokens and positions hand out their vectors: what an embedding looks up is these ids
+    [batch, position], or numbers that count the positions.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        return {}
+    try:
+        own = t.root.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        own = None
+    found: dict[str, Tap] = {}
+    for op in (op for op in t.ops if op.name == "embedding" and op.call is not None and op.call.output is not None):
+        asked, call = op.inputs[0].tensor, op.call
+        made = call.output if call is not None else None
+        if call is None or made is None or made.tensor.ndim != 3:
+            continue
+        key = next(k for k, v in call.outputs.items() if v is made)
+        if torch.equal(asked, ids) or torch.equal(asked, ids.T):
+            native = TOKENS if asked.shape == ids.shape else "p b d"
+            if "tokens" not in found or call.module is own:
+                found["tokens"] = Tap(call.name, "out", Layout(native, TOKENS), key, call.nth)
+        elif asked.ndim == 2 and asked.shape[1] == ids.shape[1] and bool((asked.diff(dim=1) == 1).all()):
+            layout = Layout(TOKENS, TOKENS, shared=len(asked) == 1 < len(ids))
+            found.setdefault("positions", Tap(call.name, "out", layout, key, call.nth))
+    return found
+
+
 def unmapped(t: Trace, span: Span, reached: set[int]) -> tuple[str, ...]:
     """Attention that runs in a block but is in nothing that any residual stream of the block is made of."""
     lost = [op for op in attending.attention_ops(t, span.start, span.end) if op.index not in reached]

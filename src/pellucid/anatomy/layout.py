@@ -49,6 +49,7 @@ class Layout:
     canonical: str
     sizes: tuple[tuple[str, int], ...] = ()  # sizes that do not change between runs, such as h
     scale: float = 1.0  # canonical value = scale * native value
+    shared: bool = False  # one native row serves all prompts of the batch
     _plain: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -56,6 +57,8 @@ class Layout:
 
     def read(self, x: Tensor, b: int) -> Tensor:
         """The canonical view of a native tensor of batch size `b`."""
+        if self.shared:
+            x = x.expand(b, *x.shape[1:])
         if not self._plain:
             x = _rearrange(x, self.native, self.canonical, {**dict(self.sizes), "b": b})
         return x if self.scale == 1.0 else x * self.scale

@@ -244,11 +244,11 @@ def _on_hub(name: str, revision: str | None) -> _Files:
     try:
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
         return _Files(name, name, frozenset(f.rfilename for f in info.siblings or []), info.sha)
-    except hub_errors.GatedRepoError as error:
+    except hub_errors.GatedRepoError:
         raise LoadError(f"{name!r} is gated: accept its terms on the hub, then `hf auth login`") from None
-    except hub_errors.RevisionNotFoundError as error:
+    except hub_errors.RevisionNotFoundError:
         raise LoadError(f"{name!r} has no revision {revision!r}: no such branch, tag or commit") from None
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         raise LoadError(f"{name!r} is neither a directory here nor a model on the hub{hint}") from None
     except _TRANSPORT as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,7 +17,7 @@ from rich.tree import Tree
 
 from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.fingerprint import Memo
-from pellucid.anatomy.structure import Attention, Block, Head, Mlp, Path, Proof, Stack, State
+from pellucid.anatomy.structure import Attention, Block, Mlp, Path, Proof, Stack, State, Unembedding
 
 MARK = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}
 CLAIMS = {
@@ -44,7 +44,7 @@ class Anatomy:
 
     module: Any  # a transformers model
     stacks: tuple[Stack, ...]
-    head: Head | None
+    head: Unembedding | None
     proofs: list[Proof]
     refusals: dict[str, str]  # site pattern -> reason
     inputs: dict[str, Any]  # the probe the map was found and proven with
@@ -177,7 +177,7 @@ def _output(linear: str | None, given: str, path: Path | None) -> str | None:
     return made
 
 
-def _head(head: Head | None) -> dict[str, Any] | None:
+def _head(head: Unembedding | None) -> dict[str, Any] | None:
     if head is None:
         return None
     return {

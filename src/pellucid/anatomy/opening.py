@@ -19,7 +19,7 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
-from pellucid.anatomy.structure import Head, Proof, Stack
+from pellucid.anatomy.structure import Proof, Stack, Unembedding
 from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
@@ -48,7 +48,7 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
     t, output = discovery.trace(module, inputs)
     found = discovery.find_stacks(t, batch)
     has_head = any(getattr(output, k, None) is not None for k in LOGITS)
-    head: Head | None = None
+    head: Unembedding | None = None
     for stack, spans in reversed(found) if has_head else ():
         tap = stack.blocks[-1].taps.get("resid_post")
         if tap is not None:
@@ -56,7 +56,11 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
         if head is not None:
             found.append(found.pop(found.index((stack, spans))))  # the stack that the head reads comes last
             break
-    stacks = tuple(stack for stack, _ in found)
+    first = {"decoder": "decoder_input_ids"}
+    stacks = tuple(
+        replace(s, embeds=discovery.embeddings(t, inputs.get(first.get(s.name, "input_ids"), inputs.get("input_ids"))))
+        for s, _ in found
+    )
     meaning = answering(module, output)
     covered, elsewhere = coverage(t, [span for _, spans in found for span in spans])
     del t, found

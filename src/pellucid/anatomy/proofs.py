@@ -16,13 +16,13 @@ from pellucid.anatomy.checks import Beside, error, mixture_error
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
     Block,
-    Head,
     Linear,
     Path,
     Proof,
     Stack,
     State,
     Tap,
+    Unembedding,
 )  # fmt: skip
 from pellucid.anatomy.trials import (
     Verdicts,
@@ -64,7 +64,7 @@ class Prover:
 
     def __init__(
         self, module: nn.Module, forward: Callable[[], Any], read: Callable[[Any], Tensor],
-        stacks: tuple[Stack, ...], head: Head | None, batch: int, logits: bool,
+        stacks: tuple[Stack, ...], head: Unembedding | None, batch: int, logits: bool,
         only: Collection[tuple[str, int]] | None = None,
     ) -> None:  # fmt: skip
         self.module, self.forward, self.read = module, forward, read
@@ -85,7 +85,8 @@ class Prover:
         taps = {t for _, b in self.blocks for t in (*b.taps.values(), *self.helpers(b))} - {None}
         ends = [s.blocks[-1].taps.get("resid_post") for s in self.stacks]  # the head reads one of them
         seams = [end for a, b in self.seams() for end in (a.taps.get("resid_post"), b.taps.get("resid_pre"))]
-        taps |= {t for t in (*ends, *seams) if t is not None}
+        embeds = [tap for s in self.stacks for tap in s.embeds.values()]
+        taps |= {t for t in (*ends, *seams, *embeds) if t is not None}
         if self.head is not None and self.head.norm is not None:
             taps.add(self.head.norm)
         slow = {t for t in taps if t.port in ("scores", "pattern", *moe.EXPERT_PORTS)}  # not the native kernels

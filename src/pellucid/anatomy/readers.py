@@ -6,8 +6,8 @@ found by running what lies between once more on random numbers: for f from the p
 
     g_k = grad_y sum_u c_k(u) (r . x_u),    g_k(j) / g_0(j) = c_k(u)   where column j feeds unit u and no other
 
-with c_0 = 1, the digits of u as c_1, c_2 ..., and random r. A ratio that is no digit tells a column that units share. Nothing
-here is taken from names, and all of it is a claim until `trials.reads` has proven it by damage.
+with c_0 = 1, the digits of u as c_1, c_2 ..., and random r. A ratio that is no digit tells a column that units share.
+Nothing here is taken from names, and all of it is a claim until `trials.reads` has proven it by damage.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Readers:
         self.unread: dict[str, str] = {}
 
     def find(self, ports: dict[str, Port]) -> tuple[dict[str, tuple[Reads, ...]], dict[str, str]]:
-        """Readers by part, "attn.q" or "mlp.neurons" (from `ports`) with their columns, "mlp" or "mixer" as a whole; and
-        why there are none.
+        """Readers by part, "attn.q" or "mlp.neurons" (from `ports`) with their columns, "mlp" or "mixer" as a whole;
+        and why there are none.
         """
         for part, port in ports.items():
             found: list[Reads] = []
@@ -174,7 +174,8 @@ class Readers:
         if stream is None or None in taps:
             raise Unread("what reads the stream, or the stream there, is laid out in an unknown order")
         norm = "" if found[1] is None else found[1].name
-        return Reads(taps[1], stream, norm, found[2], taps[0], tuple(c.name for c in chain), given.shape[-1], columns)  # type: ignore[arg-type]
+        names = tuple(c.name for c in chain)
+        return Reads(taps[1], stream, norm, found[2], taps[0], names, given.shape[-1], columns)  # type: ignore[arg-type]
 
     # ---- whole parts
 

@@ -1,7 +1,7 @@
 """Sites: parseable, printable, hashable addresses of a model's tensors.
 
     embed    layers.5.resid_post    layers.5.attn.heads.9.q    decoder.layers.2.cross.pattern    mlp.neurons.1234
-    layers.*.resid_pre    layers.2:6.mlp.out    layers.-1.attn.z    layers.3.resid_post@-1    ...@'John'    ...@subject
+    embed.tokens    layers.*.resid_pre    layers.2:6.mlp.out    layers.-1.attn.z    layers.3.resid_post@-1    ...@'John'
 
 `*`, `2:6`, `1,4` and `-1` select layers, units and positions; `@` narrows to positions, counted on real (not padding)
 tokens: an index, a slice, a quoted token or the name of a span. TransformerLens names are understood as aliases.
@@ -43,7 +43,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "mlp.router": ("batch", "position", "expert"),
     "mixer.out": TOKENS,
 }
-WHOLE = {"embed": TOKENS, "final_norm": TOKENS, "logits": ("batch", "position", "vocabulary")}
+WHOLE = {
+    **dict.fromkeys(("embed", "embed.tokens", "embed.positions", "final_norm"), TOKENS),
+    "logits": ("batch", "position", "vocabulary"),
+}
 UNITS = {"head", "kv_head", "neuron", "expert", "d_model"}
 HEAD_PORTS = ("q", "k", "v", "z", "z_out", "scores", "pattern", "out")
 EXPERT_PORTS = ("neurons", "out")

@@ -92,9 +92,9 @@ class Linear:
 class Reads:
     """How something of a block takes the residual stream in: which state of it, and through what.
 
-    Heads and neurons (`columns` [unit, e]) own columns of what the last of `modules` makes, met at `tap`; the first takes
-    what it reads, [batch, position, `width`], at `given`. A whole part (no columns) takes it at `tap`, where `alone` says
-    that nothing else does.
+    Heads and neurons (`columns` [unit, e]) own columns of what the last of `modules` makes, met at `tap`; the first
+    takes what it reads, [batch, position, `width`], at `given`. A whole part (no columns) takes it at `tap`, where
+    `alone` says that nothing else does.
     """
 
     tap: Tap
@@ -109,7 +109,7 @@ class Reads:
 
 
 @dataclass(frozen=True)
-class Head:
+class Unembedding:
     """From the last residual to the logits: a chain of steps, each a module call or an operation."""
 
     steps: tuple[Callable[[Tensor], Tensor], ...]
@@ -188,6 +188,9 @@ class Stack:
     name: str
     blocks: tuple[Block, ...]
     d_model: int
+    embeds: dict[str, Tap] = field(
+        default_factory=dict
+    )  # "tokens", "positions": where embeddings hand out their vectors
     causal: bool | None = None  # earlier residuals stay the same when the last token changes; None: not probed
 
     @property

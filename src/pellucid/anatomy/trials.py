@@ -152,7 +152,7 @@ def position_wise(prover: Prover) -> Check:
 def reads(prover: Prover) -> Check:
     """Changed columns of a projection change the head or neuron they belong to, and no other.
 
-    One unit in every row of the batch, in all blocks at once: what projections read, and what is made of it, is put back.
+    One unit in every row of the batch, in all blocks at once: what projections read and make is put back after it.
     """
     generator = torch.Generator().manual_seed(0)
     kept: dict[Tap, Tensor] = {}

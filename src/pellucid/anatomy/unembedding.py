@@ -11,13 +11,13 @@ from torch import Tensor
 from pellucid.anatomy import dataflow as flow
 from pellucid.anatomy.layout import STREAMS, TOKENS, Layout, recognise
 from pellucid.anatomy.paths import Step, find_path, replay
-from pellucid.anatomy.structure import Head, Tap
+from pellucid.anatomy.structure import Tap, Unembedding
 from pellucid.anatomy.trace import OPAQUE, Call, Trace, Value
 
 Move = Callable[[Tensor], Tensor]
 
 
-def find_head(t: Trace, last: Value, after: int, logits: Tensor, layout: Layout, batch: int) -> Head | None:
+def find_head(t: Trace, last: Value, after: int, logits: Tensor, layout: Layout, batch: int) -> Unembedding | None:
     """Follow the last residual through modules and operations until the logits are reached."""
     # the head may read parallel streams as the family lays them out
     before = (Step("streams", layout.write, last),) if layout.canonical == STREAMS else ()
@@ -29,7 +29,7 @@ def find_head(t: Trace, last: Value, after: int, logits: Tensor, layout: Layout,
     return None
 
 
-def _head(path: tuple[Step, ...], width: int, chosen: Move | None, batch: int) -> Head | None:
+def _head(path: tuple[Step, ...], width: int, chosen: Move | None, batch: int) -> Unembedding | None:
     linear = [i for i, step in enumerate(path) if _is_unembedding(step, width)]
     if not linear:
         return None
@@ -43,7 +43,7 @@ def _head(path: tuple[Step, ...], width: int, chosen: Move | None, batch: int) -
         tap = Tap(norm.name, "out", form, key, norm.nth) if form is not None else None
     call = path[linear[-1]].call
     runs, names = tuple(s.run for s in path), tuple(s.name for s in path)
-    return Head(runs, names, tap, call.name if call else "", linear[-1] + 1, chosen)
+    return Unembedding(runs, names, tap, call.name if call else "", linear[-1] + 1, chosen)
 
 
 def _shape(path: tuple[Step, ...], x: Tensor) -> torch.Size:

@@ -8,7 +8,6 @@ and segments stay as they are.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property, partial
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.layout import TOKENS, Layout
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import TOKENS as SITE_DIMS
 from pellucid.anatomy.sites import Site
@@ -36,50 +34,15 @@ class Embedded:
 
     def __init__(self, case: Case) -> None:
         self.case, self.model, self.lengths = case, case.model, case.lengths
-        known: dict[tuple[str, ...], list[Tap]] = self.model.memo("embeddings of streams", dict)
-        found = known.get(tuple(case.streams)) or self._find()
-        if min(case.lengths) > 1:  # a single token looks the same in any layout
-            known[tuple(case.streams)] = found
-        self.taps = found
-        self.modules: list[Any] = [self.model.module.get_submodule(tap.module) for tap in found]
+        sites = (Site("embed.tokens", stack=name) for name in case.streams)
+        self.taps = [locate(self.model.anatomy, site).tap for site in sites]
+        self.modules: list[Any] = [self.model.module.get_submodule(tap.module) for tap in self.taps]
         parts = [self._look_up(m, s.ids) for m, s in zip(self.modules, case.streams.values(), strict=True)]
         if len({part.shape[-1] for part in parts}) > 1:
             raise Refused(
                 f"{self.model.name} embeds source and target tokens in widths that differ: attribute one token"
             )
         self.values = torch.cat(parts, 1)  # [1, position, d] of the prompt itself
-
-    def _find(self) -> list[Tap]:
-        """For each credited stream what the embedding module makes that is given its tokens, at which of its calls."""
-        module: Any = self.model.module
-        calls, given = Counter[str](), list[tuple[str, int, Tensor]]()
-
-        def seen(name: str) -> Callable[[Any, Any], None]:
-            def hook(_: Any, args: tuple[Any, ...]) -> None:
-                if args and isinstance(args[0], Tensor):
-                    given.append((name, calls[name], args[0]))
-                calls[name] += 1
-
-            return hook
-
-        with ExitStack() as hooks, torch.no_grad():
-            for name, each in module.named_modules():
-                if isinstance(each, nn.Embedding):
-                    hooks.callback(each.register_forward_pre_hook(seen(name)).remove)
-            module(**{**self.case.inputs.tensors, **uncached(module)})
-        own, chosen = module.get_input_embeddings(), list[Tap]()
-        for stream in self.case.streams.values():
-            found = [
-                Tap(name, "out", Layout(native, TOKENS), nth=nth)
-                for name, nth, ids in given
-                for native, ours in ((TOKENS, stream.ids), ("p b d", stream.ids.T))
-                if torch.equal(ids, ours)
-            ]
-            found = [tap for tap in found if tap not in chosen]  # source and target may be the same text
-            if not found:
-                raise Refused(f"{self.model.name} does not look its input tokens up in an embedding")
-            chosen.append(next((tap for tap in found if module.get_submodule(tap.module) is own), found[0]))
-        return chosen
 
     def _look_up(self, module: nn.Embedding, ids: Tensor) -> Tensor:
         with torch.no_grad():

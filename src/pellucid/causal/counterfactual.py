@@ -114,7 +114,8 @@ class Search:
         """[row, answer] for tokens [row, position], or for embeddings in their place."""
         inputs = self.inputs.repeated(len(ids))
         inputs = replace(inputs, tensors=inputs.tensors | {"input_ids": ids})
-        logits = self.model.run(inputs if vectors is None else from_embeddings(inputs, vectors)).logits
+        given, edits = (inputs, []) if vectors is None else from_embeddings(self.model, inputs, vectors)
+        logits = self.model.run(given, edits=edits).logits
         self.runs += len(ids)
         return logits if self.asked.position is None else logits[:, self.asked.position]
 

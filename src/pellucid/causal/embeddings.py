@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.sites import Site
+from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.errors import Refused
 from pellucid.model import Model
@@ -34,19 +36,22 @@ def first_stream(inputs: Inputs) -> Stream:
     return inputs.streams.get("encoder") or inputs.stream("")
 
 
-def from_embeddings(inputs: Inputs, vectors: Tensor) -> Inputs:
-    """The same prompts, run from these embeddings [batch, position, d] of their first stream."""
+def from_embeddings(model: Model, inputs: Inputs, vectors: Tensor) -> tuple[Inputs, list[Edit]]:
+    """The same prompts, run from these embeddings [batch, position, d] of their first stream: as an input where the model
+    takes one (a sweep then starts from it), by an edit otherwise.
+    """
+    if "inputs_embeds" not in inspect.signature(model.module.forward).parameters:
+        return inputs, [Patch(Site("embed.tokens", stack=model.anatomy.stacks[0].name), vectors)]
     tensors = {k: v for k, v in inputs.tensors.items() if k != "input_ids"} | {"inputs_embeds": vectors}
-    return replace(inputs, tensors=tensors)
+    return replace(inputs, tensors=tensors), []
 
 
 def check_embeddings(model: Model, inputs: Inputs) -> None:
     """Refused unless running from the embeddings gives what running from the tokens gives."""
     name = type(model.module).__name__
-    if "inputs_embeds" not in inspect.signature(model.module.forward).parameters:
-        raise Refused(f"{name} takes no inputs_embeds, so its token embeddings cannot be changed")
     with torch.no_grad():
         native = model.run(inputs).logits
-        again = model.run(from_embeddings(inputs, embed(model, first_stream(inputs).ids))).logits
+        given, edits = from_embeddings(model, inputs, embed(model, first_stream(inputs).ids))
+        again = model.run(given, edits=edits).logits
     if not torch.allclose(native, again, atol=1e-3 * max(1.0, float(native.abs().max()))):
         raise Refused(f"{name} reads its tokens in more ways than by their embeddings: those cannot stand in for them")

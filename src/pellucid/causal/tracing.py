@@ -163,7 +163,7 @@ def _traced(
     found = []
     for i, question in enumerate(questions):
         noised = _Noised.of(model, question, parts, metric, noise * sigma, draws, seed + i)
-        edits = [noised.edits(*case) for case in cases(question, len(questions) == 1)]
+        edits = [[*noised.noise, *noised.edits(*case)] for case in cases(question, len(questions) == 1)]
         swept = model.sweep(noised.rows, edits, noised.metric, checkpoint=beside(checkpoint, i))
         found.append((noised, numbers(swept.values) - numbers(noised.corrupted)))
     return found, sigma
@@ -240,6 +240,7 @@ class _Noised:
     model: Model
     question: _Question
     rows: Inputs
+    noise: list[Edit]  # in models that take no embeddings as inputs
     run: Run
     metric: BoundMetric
     clean: Tensor
@@ -257,14 +258,14 @@ class _Noised:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(draws, stop - start, vectors.shape[-1], generator=generator) * scale
         vectors[:, start:stop] += drawn.to(vectors.device, vectors.dtype)
-        rows = from_embeddings(inputs.repeated(draws), vectors)
+        rows, added = from_embeddings(model, inputs.repeated(draws), vectors)
         prefix = model.anatomy.stacks[0].prefix
         with torch.no_grad():
             run = model.run(inputs, keep=[f"{prefix}layers.*.{part}" for part in parts])
             asked = placed(model, inputs, metric(question.target))
             clean, bound = model.score(run, asked), model.bind(asked, draws)
-            corrupted = model.score(model.run(rows), bound)
-        return cls(model, question, rows, run, bound, clean, corrupted)
+            corrupted = model.score(model.run(rows, edits=added), bound)
+        return cls(model, question, rows, added, run, bound, clean, corrupted)
 
     def edits(self, part: str, layer: int, position: int, window: int) -> list[Edit]:
         """The clean values of a case's layers back in place."""

@@ -130,7 +130,8 @@ class _Finder:
         if len(reads) != 1 or reads[0].columns is None:
             why = self.at.unread.get(f"{part}.{port}", "they are made from more than one projection")
             raise Refused(
-                f"{what} are no columns of a projection of the residual ({why}), so each head's input cannot be changed alone"
+                f"{what} are no columns of a projection of the residual ({why}), so each head's input cannot be "
+                "changed alone"
             )
         heads, wanted = len(reads[0].columns), len(self.readers(part, port))
         if heads != wanted:

@@ -103,6 +103,13 @@ def locate(anatomy: Anatomy, site: Site) -> Spot:
     """Where a concrete site is met. SiteError if the model has no such site, Refused if a proof it needs failed."""
     if site.part == "embed":
         return replace(locate(anatomy, Site("resid_pre", 0, stack_of(anatomy, site).name)), site=site)
+    if site.part in ("embed.tokens", "embed.positions"):
+        stack, what = stack_of(anatomy, site), site.part.removeprefix("embed.")
+        if what not in stack.embeds:
+            raise Refused(
+                f"{str(site)!r} is refused on this model: it does not look its input {what} up in an embedding"
+            )
+        return Spot(site, stack.embeds[what], None, 2, 1, stack.name, stack.name)
     if site.part == "final_norm":
         if anatomy.head is None or anatomy.head.norm is None:
             raise SiteError("this model has no final norm between its last block and its head")

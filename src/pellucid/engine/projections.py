@@ -1,10 +1,10 @@
 """Which matrices does a head or a neuron read the stream with?
 
-Which modules read it is on the map (`anatomy.readers`). Queries, keys and values are found by asking the model: what the
-projections read is replaced by the unit vectors, and what comes out is their matrix, whether they are three modules or
-one fused, grouped or not, in whatever orientation. It is read at the first position, where rotary embeddings do not turn yet: `W_Q`, `W_K`
-are the matrices before the rotation, and `QK` compares a query with a key at distance 0. What is not linear
-in what the attention reads is refused with the reason.
+Which modules read it is on the map (`anatomy.readers`). Queries, keys and values are found by asking the model: what
+the projections read is replaced by the unit vectors, and what comes out is their matrix, whether they are three modules
+or one fused, grouped or not, in whatever orientation. It is read at the first position, where rotary embeddings do not
+turn yet: `W_Q`, `W_K` are the matrices before the rotation, and `QK` compares a query with a key at distance 0. What is
+not linear in what the attention reads is refused with the reason.
 
     q = x W_Q + b_Q     k = x W_K + b_K     QK = W_Q W_K^T     OV = W_V W_O    (x: what is read, normed)
 

@@ -293,7 +293,7 @@ def prepare(anatomy: Anatomy, inputs: Inputs, index: int, edits: Edit | Sequence
     start = inputs.stream("").ids.shape[1] - 1
     for w in writers:
         site = w.spot.site
-        inside = (site.stack or last.name) == last.name
+        inside = (site.stack or last.name) == last.name and not site.part.startswith("embed.")
         here = int(site.layer or 0) if inside else -1
         layer = min(layer, len(last.blocks) if site.part == "final_norm" else here)
         reads_all = isinstance(w.edit, Ablate) and w.edit.how != "zero" and w.edit.reference is None

@@ -188,7 +188,7 @@ def compositional(
     tested = np.isin(text, order[: max(1, round(held_out * len(order)))])
     parts = [Concepts(concepts.names, concepts.masks[at]) for at in (~tested, tested)]
     shifted = [_shifted(firing[at], rng) for at in (~tested, tested)]
-    with progress(what="units explained", total=2 * firing.shape[1]) as bar:
+    with progress[Any](what="units explained", total=2 * firing.shape[1]) as bar:
         found = search(firing[~tested], parts[0], beam, bar)
         null = search(shifted[0], parts[0], beam, bar)
     both, either = held(firing[tested], [f for f, _ in found], parts[1], text[tested])

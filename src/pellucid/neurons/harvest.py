@@ -305,7 +305,8 @@ class Harvest:
                     f"{str(folder)!r} was written by another version of pellucid ({version}): harvest again"
                 )
             count, firsts, prompts, read = (about.pop(key) for key in ("count", "firsts", "prompts", "read"))
-            plan = Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
+            stated: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
+            plan = Plan(**stated)
             state = load_file(str(folder / f"state-{len(firsts):05d}.safetensors"))
         except (OSError, ValueError, TypeError, KeyError) as error:
             if isinstance(error, InputError):
@@ -362,7 +363,7 @@ def harvest(
     made = _begin(plan, readers, None if path is None else Path(path))
     special = special_ids(model.tokenizer)
     size = len(corpus.texts) if hasattr(corpus.texts, "__len__") else None
-    with progress(what="texts harvested", total=size, done=made.read.texts) as bar:
+    with progress[Any](what="texts harvested", total=size, done=made.read.texts) as bar:
         for segment in segments(corpus.rows(model, after=made.read), SEGMENT):
             rows: dict[int, list[int]] = {}
             for group in by_length(segment, batch_tokens):

@@ -41,14 +41,7 @@ Neurons = Result | Sequence[str | tuple[int, int]]  # as `knowledge_neurons` giv
 
 
 @technique
-def knowledge_attribution(
-    model: Model,
-    prompt: Any,
-    target: Answers,
-    *,
-    steps: int = 20,
-    metric: Any = None,
-) -> Result:
+def knowledge_attribution(model: Model, prompt: Any, target: Answers, *, steps: int = 20, metric: Any = None) -> Result:
     """The share of every neuron of every layer of the last stack in the probability of `target`.
 
     `prompt` is one prompt or several (targets one each, or one for all), asked at its last position, or at its mask token

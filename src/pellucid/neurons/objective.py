@@ -6,15 +6,13 @@ the cross-entropy is wanted.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pellucid.anatomy.layout import TOKENS, Layout
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
@@ -53,6 +51,7 @@ class Objective:
 
     def __init__(self, model: Model, unit: Unit, vocabulary: Vocabulary, fluency: float = 0.0) -> None:
         self.model, self.vocabulary, self.fluency, self.spread = model, vocabulary, fluency, 1.0
+        self.number: int | None
         units, self.number = unit if isinstance(unit, tuple) else (unit, None)
         self.units = units if isinstance(units, Units) else None
         name = units.site if isinstance(units, Units) else str(units)
@@ -150,8 +149,7 @@ class Objective:
             leaves.append(x.detach().clone().requires_grad_())
             return leaves[0].clone()  # the model may work on it in place
 
-        entrance = Tap(self._entrance, "out", Layout(TOKENS, TOKENS))
-        handlers: dict[Tap, Handler] = {entrance: embedded, self.tap: partial(kept.__setitem__, self.tap)}
+        handlers: dict[Tap, Handler] = {self._entrance: embedded, self.tap: partial(kept.__setitem__, self.tap)}
         with Wiretap(module, handlers, len(rows)):
             output = module(**inputs.tensors)
         values = Run(self.model.anatomy, inputs, None, kept, [self.site.whole]).tensor(self.site)
@@ -167,25 +165,10 @@ class Objective:
             raise InputError(f"{self.units.label!r} has {every.shape[1]} units and {asked}: give (Units, number)")
         return every[:, number].view(values.shape[:2])
 
-    @cached_property
-    def _entrance(self) -> str:
-        """The name of the embedding that is first given the tokens. Refused if none is."""
-        module: Any = self.model.module
-        inputs = self.model.inputs(self.vocabulary.around(self.vocabulary.allowed[None, :4]))
-        ids, met = inputs.tensors["input_ids"], list[str]()
-
-        def given(name: str, _: Any, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and torch.equal(args[0], ids):
-                met.append(name)
-
-        with ExitStack() as hooks, torch.no_grad():
-            for name, each in module.named_modules():
-                if isinstance(each, nn.Embedding):
-                    hooks.callback(each.register_forward_pre_hook(partial(given, name)).remove)
-            module(**inputs.tensors)
-        if not met:
-            raise Refused(f"{self.model.name} does not look its input tokens up in an embedding")
-        return met[0]
+    @property
+    def _entrance(self) -> Tap:
+        """Where the tokens of the first stack are looked up. Refused where they are not."""
+        return locate(self.model.anatomy, Site("embed.tokens", stack=self.model.anatomy.stacks[0].name)).tap
 
     def _embeddings(self) -> Tensor:
         """[allowed token, d] as the model's embedding hands them out."""
@@ -198,7 +181,7 @@ class Objective:
 
     @property
     def _table(self) -> Any:
-        return self.model.module.get_submodule(self._entrance)
+        return self.model.module.get_submodule(self._entrance.module)
 
     # ---- what is read
 

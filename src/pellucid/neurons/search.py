@@ -102,7 +102,7 @@ def activating_inputs(
     given, windows = from_corpus(aim, texts, length) if texts else ({}, None)
     known = [] if windows is None else [best(aim, windows, (restarts + 1) // 2)]
     start = Found.joined([*known, best(aim, drawn, restarts - sum(len(each.rows) for each in known))])
-    with progress(what="steps of the search", total=2 * steps) as bar:
+    with progress[Any](what="steps of the search", total=2 * steps) as bar:
         climb = Climb(aim, start, exchanges.trials, steps, bar)
         climb.run(_steepest(aim, exchanges.top, generator))
         controls = given
@@ -193,10 +193,7 @@ def _blind(vocabulary: Vocabulary, generator: torch.Generator) -> Propose:
 
 def _drawn(rows: Tensor, number: int, tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     shape = len(rows), number
-    return (
-        torch.randint(rows.shape[1], shape, generator=generator),
-        torch.randint(tokens, shape, generator=generator),
-    )
+    return (torch.randint(rows.shape[1], shape, generator=generator), torch.randint(tokens, shape, generator=generator))
 
 
 def _exchanged(rows: Tensor, where: Tensor, token: Tensor) -> Tensor:

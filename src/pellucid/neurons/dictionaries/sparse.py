@@ -39,13 +39,7 @@ class Code:
 
 
 def encode(
-    x: Tensor,
-    encoder: Tensor,
-    bias: Tensor,
-    k: int,
-    *,
-    scan: torch.dtype = torch.float32,
-    among: Tensor | None = None,
+    x: Tensor, encoder: Tensor, bias: Tensor, k: int, *, scan: torch.dtype = torch.float32, among: Tensor | None = None
 ) -> Code:
     """The k features that read the most in each row of x [rows, d]; encoder [features, d], bias [features].
 
