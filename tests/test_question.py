@@ -228,6 +228,10 @@ def test_a_token_classifier_is_asked_for_the_label_of_a_word():
     assert given.position == at
     with pytest.raises(InputError, match="labels every word: name one"):
         Question.of(model, PROMPT, "B-LOC")
+    for use in (lambda m: Question.of(model, PROMPT, m), lambda m: pl.causal.ablation(model, PROMPT, metric=m)):
+        use(logit("B-LOC", position=at))
+        with pytest.raises(InputError, match="say where logit is read"):  # not at the last token, which is a mark
+            use(logit("B-LOC"))
     with pytest.raises(InputError, match="does not label words"):
         Question.of(classifier(), PROMPT, label("good", word=1))
     with pytest.raises(InputError, match="is no class"):

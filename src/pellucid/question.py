@@ -286,8 +286,12 @@ def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
     """
     if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
         return metric
-    masks = inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
-    if kind_of(model, inputs) == "masked token" and not torch.as_tensor(masks).any():
+    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    if kind in ("label", "span"):
+        raise InputError(
+            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
+        )
+    if kind == "masked token" and not torch.as_tensor(masks).any():
         return metric
     position = answer_position(model, inputs)
     return metric if position is None else replace(metric, position=position)
