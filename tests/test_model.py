@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pellucid as pl
-from pellucid.errors import SiteError
+from pellucid.errors import InputError, LoadError, SiteError
 from tests.zoo import build, tokenizer
 
 
@@ -33,3 +33,15 @@ def test_two_stacks_are_asked_for_by_name():
 
 def test_a_model_says_what_it_is_and_that_it_is_proven():
     assert "LlamaForCausalLM, 2 layers, d_model 32; proven" in repr(opened("llama"))
+
+
+def test_what_is_given_in_another_form_is_taken_or_named():
+    """B15: a string for an edit, a single edit and keep=None were raw errors."""
+    model = opened("gpt2")
+    edit = pl.Ablate("layers.0.mlp.out")
+    prompt = "The capital of France"
+    torch.testing.assert_close(model.run(prompt, edits=edit).logits, model.run(prompt, edits=[edit], keep=None).logits)
+    with pytest.raises(InputError, match="'layers.0.mlp.out' is no edit"):
+        model.run(prompt, edits=["layers.0.mlp.out"])
+    with pytest.raises(LoadError, match="5 is no model"):
+        pl.load(5)

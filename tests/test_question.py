@@ -55,6 +55,10 @@ def test_a_masked_model_is_asked_at_its_mask():
     torch.testing.assert_close(value(Case.of(model, prompt, " France")), z[at, [token(model, "France")]])
     with pytest.raises(InputError, match="2 mask tokens"):
         Case.of(model, "The <mask> of <mask>", " France")
+    for each in (logit(" France"), logit(" France", position=at)):  # a metric that names no place is asked there too
+        torch.testing.assert_close(value(Case.of(model, prompt, each)), z[at, [token(model, "France")]])
+    with pytest.raises(InputError, match="2 mask tokens"):
+        Case.of(model, "The <mask> of <mask>", logit(" France"))
 
 
 def test_a_class_is_named_or_numbered():
@@ -224,6 +228,10 @@ def test_a_token_classifier_is_asked_for_the_label_of_a_word():
     assert given.position == at
     with pytest.raises(InputError, match="labels every word: name one"):
         Question.of(model, PROMPT, "B-LOC")
+    for use in (lambda m: Question.of(model, PROMPT, m), lambda m: pl.causal.ablation(model, PROMPT, metric=m)):
+        use(logit("B-LOC", position=at))
+        with pytest.raises(InputError, match="say where logit is read"):  # not at the last token, which is a mark
+            use(logit("B-LOC"))
     with pytest.raises(InputError, match="does not label words"):
         Question.of(classifier(), PROMPT, label("good", word=1))
     with pytest.raises(InputError, match="is no class"):

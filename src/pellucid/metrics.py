@@ -12,7 +12,8 @@ space:
     [" Paris", " Rome"]               one token per prompt
     [[" he", " she"], [" it"]]        several alternatives per prompt; [[" he", " she"]] for every prompt
 
-A metric reads the last token unless told otherwise: `position` counts the real tokens of each prompt.
+A metric reads the last token unless told otherwise: `position` counts the real tokens of each prompt. Methods ask one
+that names no position where its prompts are answered (a mask, see `pellucid.question`); `model.score` and `sweep` do not.
 """
 
 from __future__ import annotations

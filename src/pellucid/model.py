@@ -21,7 +21,7 @@ from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import SiteError
+from pellucid.errors import InputError, SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ class Model:
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        keep = [keep] if isinstance(keep, str) else keep
+        keep = [keep] if isinstance(keep, str | Site) else keep or ()
         metric = None if grad_of is None else self.bind(grad_of, len(inputs))
         return execute(
             self.anatomy,
@@ -227,7 +227,10 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
+        edits = [edits] if isinstance(edits, Edit) else edits
         for edit in edits:
+            if not isinstance(edit, Edit):
+                raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
             if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
                 check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
         return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))

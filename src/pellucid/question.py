@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
@@ -36,7 +36,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
+from pellucid.metrics import AnswerMetric, BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import answer_ids, covering, encode, single_id
@@ -174,7 +174,7 @@ class Question:
             return _reading(model, inputs, target)
         kind = kind_of(model, inputs)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
-            bound = model.bind(target, len(inputs))
+            bound = model.bind(placed(model, inputs, target), len(inputs))
             return cls(model, inputs, kind, bound.name, metric=bound)
         return _answered(model, inputs, kind, target, against)
 
@@ -277,6 +277,24 @@ def answer_position(model: Model, inputs: Inputs) -> int | None:
             "these prompts are answered at different places (masks, marks at the end): ask them one at a time"
         )
     return at[0]
+
+
+def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
+    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
+
+    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
+    """
+    if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
+        return metric
+    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    if kind in ("label", "span"):
+        raise InputError(
+            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
+        )
+    if kind == "masked token" and not torch.as_tensor(masks).any():
+        return metric
+    position = answer_position(model, inputs)
+    return metric if position is None else replace(metric, position=position)
 
 
 def _mask(model: Model, ids: Sequence[int]) -> int:

@@ -284,7 +284,11 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
     def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
         if _settled.get() is not None:
             return function(*args, **kwargs)
-        call = _Call.of(recorded, signature.bind(*args, **kwargs))  # before anything is consumed or changed
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
+        call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
         try:
             result = function(*args, **kwargs)

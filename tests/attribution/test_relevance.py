@@ -272,6 +272,14 @@ def test_weights_that_let_no_gradient_through_are_refused():
         relevance_propagation(model, PROMPT, 30)
 
 
+def test_gradients_are_managed_inside():
+    """B1: a raw error under no_grad."""
+    model = opened("gpt2")
+    with torch.no_grad():
+        found = relevance_propagation(model, PROMPT, " Paris").main
+    np.testing.assert_allclose(found, relevance_propagation(model, PROMPT, " Paris").main, atol=1e-6)
+
+
 def test_the_module_is_left_as_it_was():
     model = opened("gpt2")
     before = {name: p.requires_grad for name, p in model.module.named_parameters()}

@@ -223,6 +223,8 @@ def test_what_is_missing_is_said():
         ablation(opened("gpt2"), PROMPTS[0])
     with pytest.raises(InputError, match="cannot ablate by 'noise'"):
         ablation(opened("gpt2"), PROMPTS[0], how="noise", metric=PARIS)
+    with pytest.raises(InputError, match="'nothing' names no site"):
+        ablation(opened("gpt2"), PROMPTS[0], over={"nothing": [], "mlp": "layers.0.mlp.out"}, metric=PARIS)
 
 
 def test_a_result_comes_back_from_its_file(tmp_path):

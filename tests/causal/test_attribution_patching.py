@@ -238,6 +238,7 @@ def test_the_check_patches_for_real_and_counts_random_nodes_too() -> None:
         assert exact == pytest.approx((edited - plain).mean().item(), abs=1e-6)
     assert -1 <= result["spearman"].item() <= 1
     assert 0 <= result["missed"].item() <= 1
+    assert attribution_patching(model, clean, clean, metric=METRIC, check=0).share.isnull().all()  # of no difference
 
 
 @pytest.mark.parametrize("grad_drop", [False, True])

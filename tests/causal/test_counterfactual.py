@@ -94,6 +94,9 @@ def test_a_classifier_is_flipped_to_the_class_asked_for() -> None:
                 assert logits[before] > logits[target]
     with pytest.raises(InputError, match="already"):
         counterfactual(model, PROMPT, target=before)
+    module = build(entry, num_labels=1)
+    with pytest.raises(InputError, match="has a single class"):
+        counterfactual(load(module, tokenizer=tokenizer(module)), PROMPT)
 
 
 GOOD = [

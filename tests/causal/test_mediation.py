@@ -122,6 +122,11 @@ def test_concentration_tells_one_from_all_alike() -> None:
     assert concentration(one)["gini"].item() == pytest.approx(0.9)
 
 
+def test_prompts_without_a_task_are_named(gpt2: Model) -> None:
+    with pytest.raises(InputError, match="needs a task"):
+        mediation(gpt2, "The capital of France is")  # type: ignore[arg-type]
+
+
 def test_greedy_sets_start_with_the_strongest_and_end_with_all(gpt2: Model) -> None:
     prompts = pairs(gpt2)
     result = interaction(gpt2, prompts, k=12, pool=12, draws=2)

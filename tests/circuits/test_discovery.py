@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ def test_edge_attribution_is_the_derivative_of_the_metric_by_each_edge(kind: str
     mask = scores.graph.possible.float().requires_grad_()
     (naive,) = torch.autograd.grad(runner.scores(mask).mean(), mask)
     torch.testing.assert_close(scores.tensor, -naive * scores.graph.possible, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eap", "eap-ig-inputs", "eap-ig-activations"])
+def test_a_model_in_bfloat16_has_its_edges(method: Any) -> None:
+    """B16: a raw TypeError."""
+    model = random_model("gpt2")
+    ids, other = prompts()
+    half = pl.load(copy.deepcopy(model.module).bfloat16(), tokenizer=model.tokenizer)
+    scores = [edge_attribution(m, ids, METRIC, how="resample", reference=other, method=method) for m in (model, half)]
+    exact, rough = (s.tensor.nan_to_num().flatten() for s in scores)
+    assert torch.nn.functional.cosine_similarity(exact, rough, dim=0) > 0.98
 
 
 def test_edge_attribution_approaches_exact_patching_for_small_changes() -> None:

@@ -91,6 +91,8 @@ def test_prompts_may_be_texts_ids_or_tensors() -> None:
         ([], "no prompt was given"),
         ([[]], "the prompt is empty"),
         ([3.5], "a prompt must be a string or token ids, not float"),
+        (None, "a prompt must be a string or token ids, not None"),
+        (5, "a prompt must be a string or token ids, not 5"),
         (torch.zeros(1, 0, dtype=torch.long), r"whole numbers \[batch, length\], not \[1, 0\]"),
         (torch.zeros(1, 3), "not .* of torch.float32"),
         ([5, 97], "token id 97 is unknown: this model has 0 to 96"),

@@ -89,7 +89,15 @@ def test_positions_and_sites_narrow_what_is_read():
 
 
 @pytest.mark.parametrize(
-    ("positions", "columns"), [([1, 2], [1, 2]), ([-1], [-1]), (slice(1, 3), [1, 2]), (slice(-2, None), [-2, -1])]
+    ("positions", "columns"),
+    [
+        ([1, 2], [1, 2]),
+        ([-1], [-1]),
+        (np.int64(1), [1]),
+        (np.array([1, 2]), [1, 2]),
+        (slice(1, 3), [1, 2]),
+        (slice(-2, None), [-2, -1]),
+    ],
 )
 def test_positions_are_lists_and_slices_too(positions, columns):
     """F12: a list was a raw TypeError."""

@@ -180,7 +180,8 @@ def test_models_whose_heads_do_not_write_by_themselves_are_refused():
 
 def test_the_basis_is_orthonormal_in_order_and_stronger_than_chance():
     model = opened("llama")
-    found = causal_basis(model, TEXTS[:3], "layers.0.resid_post", size=4, steps=30).data
+    with torch.no_grad():  # gradients are managed inside (B1)
+        found = causal_basis(model, TEXTS[:3], "layers.0.resid_post", size=4, steps=30).data
     basis = torch.tensor(found.direction.values)
     torch.testing.assert_close(basis @ basis.T, torch.eye(4), atol=1e-4, rtol=0)
     assert (found.influence > 3 * found.random).all()

@@ -7,7 +7,19 @@ import pytest
 import torch
 
 from pellucid.errors import InputError
-from pellucid.probing import Examples, Inlp, Leace, LogisticProbe, RidgeProbe, Spans, Treebank, read
+from pellucid.probing import (
+    Examples,
+    Inlp,
+    Leace,
+    LogisticProbe,
+    RidgeProbe,
+    Spans,
+    Treebank,
+    read,
+    ridge,
+    roc,
+    statements,
+)
 from pellucid.store import store_activations
 from tests.probing.trees import CONLLU, tiny
 
@@ -122,6 +134,15 @@ def test_a_missing_label_is_named_by_its_row(missing):
     x[3, 0] = float("nan")
     with pytest.raises(InputError, match="row 3 of the features"):
         LogisticProbe().fit(x, list("ababab"))
+    with pytest.raises(InputError, match="row 1 has no label"):
+        roc([0.1, 0.2, 0.3], [True, missing, False])
+    with pytest.raises(InputError, match="row 0 has no label"):
+        statements(["a", "b"], [missing, True], ["x", "x"])
+    if numbers:
+        with pytest.raises(InputError, match="row 2 has no label"):
+            Examples(spans, torch.tensor(labels))
+        with pytest.raises(InputError, match="missing or infinite"):
+            ridge(torch.ones(3, 2), torch.tensor(labels), 1.0)
 
 
 def test_whole_numbers_are_classes_only_where_asked():

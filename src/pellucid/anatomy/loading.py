@@ -214,6 +214,8 @@ class _Files:
 
 
 def _locate(source: str | Path, revision: str | None) -> _Files:
+    if not isinstance(source, str | Path):
+        raise LoadError(f"{source!r} is no model: give a hub id, a directory, a .gguf file or a module")
     path, name = Path(source).expanduser(), str(source)
     if not path.exists():
         hub_id = isinstance(source, str) and len(path.parts) <= 2 and not name.startswith((".", "/", "~"))

@@ -185,7 +185,8 @@ def _backward(
     tokens: dict[str, list[Tensor]] = {name: [] for name in rules.tokens}
     biases, sites = [], dict[Site, list[Tensor]]((site, []) for site in taps)
     for o in range(n):
-        found = torch.autograd.grad(scores[o], wanted, retain_graph=o + 1 < n, allow_unused=True)
+        with torch.enable_grad():  # else scores[o] forgets where it comes from
+            found = torch.autograd.grad(scores[o], wanted, retain_graph=o + 1 < n, allow_unused=True)
         gradient = dict(zip(map(id, wanted), found, strict=True))
         for name, looked_up in rules.tokens.items():
             size = rules.streams[name].numel()

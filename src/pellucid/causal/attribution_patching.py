@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.causal.contrast import Asked, contrast, numbers
-from pellucid.causal.grid import CONTRIBUTIONS, Grid, Over, described, over_prompts, totals
+from pellucid.causal.grid import CONTRIBUTIONS, Grid, Over, described, over_prompts, shares, totals
 from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned, swaps
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import block_of, locate
@@ -81,7 +81,7 @@ def attribution_patching(
     unpatched, patched_from = (asked.score(model, each) for each in (estimator.base, estimator.other))
     columns = described("estimate", per_prompt, seed, test=not grad_drop)  # sizes have no sign to flip
     if not grad_drop:
-        columns["share"] = columns["estimate"] / (patched_from - unpatched).mean()
+        columns["share"] = shares(per_prompt, patched_from - unpatched, seed)["share"]
     data = grid.data(columns).assign(totals(unpatched, patched_from, seed, denoise=denoise))
     if check:
         data = data.assign(_check(model, asked, base, estimator.other, grid, columns["estimate"], check, seed))

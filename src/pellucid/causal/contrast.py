@@ -7,7 +7,7 @@ metric of several outputs: a sweep under all of them is still one sweep.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch import Tensor
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import AnswerMetric, BoundMetric, Metric
+from pellucid.metrics import BoundMetric, Metric
 from pellucid.model import Model
-from pellucid.question import answer_position, kind_of
+from pellucid.question import placed
 from pellucid.tasks import Prompts
 
 Metrics = Metric | Callable[[Tensor], Tensor] | Mapping[str, Metric | Callable[[Tensor], Tensor]]
@@ -87,20 +87,6 @@ def ask(
     if not several or not metric:
         raise InputError(f"expected one metric, got {len(metric)} in a mapping: give one at a time")
     return Asked(inputs, other, joined(model, metric, inputs), tuple(metric))
-
-
-def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
-    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
-
-    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
-    """
-    if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
-        return metric
-    masks = inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
-    if kind_of(model, inputs) == "masked token" and not torch.as_tensor(masks).any():
-        return metric
-    position = answer_position(model, inputs)
-    return metric if position is None else replace(metric, position=position)
 
 
 def contrast(

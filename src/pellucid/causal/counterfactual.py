@@ -85,6 +85,8 @@ class Search:
         asked = Question.of(model, text)
         if asked.kind not in ("next token", "masked token", "class"):
             raise InputError(f"{model.name} gives a {asked.kind} here: expected a model of tokens or classes")
+        if model.anatomy.answering.size == 1:
+            raise InputError(f"{model.name} has a single class: there is no other prediction to flip to")
         inputs = asked.inputs
         check_embeddings(model, inputs)
         stream = first_stream(inputs)

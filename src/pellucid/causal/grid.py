@@ -52,13 +52,15 @@ class Grid:
 
     @classmethod
     def of(cls, model: Model, over: Over, inputs: Inputs) -> Grid:
-        """SiteError for a pattern that names nothing; InputError for `@*` over prompts of unequal length."""
+        """SiteError for a pattern that names nothing; InputError for `@*` over prompts of unequal length, or a set of no sites."""
         if isinstance(over, str | Site):
             return cls._of_pattern(model, over, inputs)
         over = over if isinstance(over, Mapping) else list(over)
         if isinstance(over, Mapping):
             groups = [named(model, each, inputs) for each in over.values()]
             axis, names = "set", list(over)
+            if empty := [name for name, group in zip(names, groups, strict=True) if not group]:
+                raise InputError(f"{empty[0]!r} names no site: a set needs one or more")
         else:
             groups = [[site] for site in named(model, over, inputs)]
             axis, names = "site", [str(group[0]) for group in groups]

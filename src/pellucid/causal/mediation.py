@@ -84,6 +84,8 @@ class Mediators:
 
     @classmethod
     def of(cls, model: Model, prompts: Prompts, over: Over) -> Mediators:
+        if not isinstance(prompts, Prompts):
+            raise InputError("mediation needs a task (pellucid.tasks.Prompts), whose prompts come in pairs")
         if not prompts.single_token:
             raise InputError(f"{prompts.name}: mediation needs answers of one token each")
         right = [[ids[0] for ids in each] for each in prompts.answer_ids]

@@ -28,16 +28,16 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.causal.contrast import beside, numbers, placed
+from pellucid.causal.contrast import beside, numbers
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.metrics import Answers, BoundMetric, Metric, probability
 from pellucid.model import Model
-from pellucid.question import answer_position
+from pellucid.question import answer_position, placed
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
@@ -76,6 +76,7 @@ def tracing(
 
     >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
     """
+    at_least(1, window=window, draws=draws)
     layers = len(model.anatomy.stacks[0].blocks)
 
     def cases(question: _Question, alone: bool) -> list[Case]:

@@ -42,7 +42,7 @@ class EdgeScores:
     @classmethod
     def of(cls, graph: Graph, each: Tensor, kind: str, how: str) -> EdgeScores:
         """From effects `each` [prompt, source, reader] under `how` edges were switched off."""
-        each = each.masked_fill(~graph.possible, float("nan"))
+        each = (each if each.dtype == torch.float64 else each.float()).masked_fill(~graph.possible, float("nan"))
         error = each.std(0) / len(each) ** 0.5 if len(each) > 1 else torch.full_like(each[0], float("nan"))
         columns = {"effect": (EDGES, each.mean(0)), "error": (EDGES, error), "each": (("prompt", *EDGES), each)}
         data = xr.Dataset(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -210,6 +210,8 @@ def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
 
 def _rows(tokenizer: Any, prompt: Any) -> list[list[int]]:
     """Token ids of every prompt, each a text or already a list of ids."""
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"a prompt must be a string or token ids, not {prompt!r}")
     prompts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [
         p.tolist() if isinstance(p, (np.ndarray, np.generic)) else p for p in prompts

@@ -110,7 +110,8 @@ def _strongest(
         v, rate, value = project(start), 0.5, -1.0
         for _ in range(steps):
             v = v.requires_grad_()
-            sigma = _influence(read, h, mean, v)
+            with torch.enable_grad():
+                sigma = _influence(read, h, mean, v)
             (slope,) = torch.autograd.grad(sigma, v)
             v, slope, now = v.detach(), slope.detach(), float(sigma.detach())
             if now > most:

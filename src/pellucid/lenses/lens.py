@@ -158,6 +158,7 @@ def layer_numbers(model: Model, layers: Layers) -> list[int]:
     count = len(model.anatomy.stacks[-1].blocks)
     if layers is None or isinstance(layers, slice):
         return list(range(count)[slice(None) if layers is None else layers])
+    layers = getattr(layers, "tolist", lambda: layers)()  # numpy, torch
     wanted = [layers] if isinstance(layers, int) else layers
     if isinstance(wanted, str) or not all(isinstance(i, int) and -count <= i < count for i in wanted):
         raise InputError(f"layers={layers!r}: expected a number below {count}, a slice or a list of numbers")
@@ -171,6 +172,7 @@ def selector(positions: Positions) -> Position:
             raise InputError(f"positions={positions!r}: a slice of positions has no step")
         start, stop = ("" if n is None else str(n) for n in (positions.start, positions.stop))
         return f"{start}:{stop}"
+    positions = getattr(positions, "tolist", lambda: positions)()  # numpy, torch
     if isinstance(positions, str | int | None):
         return positions
     if not positions or not all(isinstance(p, int) for p in positions):

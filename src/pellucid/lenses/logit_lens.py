@@ -25,7 +25,7 @@ from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Stream
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.lenses.lens import Lens, Positions, columns, last_residual, layer_coords, lens_sites, logits, unembed
 from pellucid.model import Model
 from pellucid.results import Result
@@ -77,6 +77,7 @@ def logit_lens(
     >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
     >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
     """
+    at_least(1, top=top)
     inputs = model.inputs(prompt, decoder=decoder)
     names = lens_sites(model, sites)
     if through is not None:

@@ -353,6 +353,9 @@ def harvest(
     at_least(0, skip=skip)
     corpus = Corpus.of(texts, context=context, packed=False, long="windows")
     readers = _readers(model, sites)
+    for units in readers.values():
+        if isinstance(units.read, Dictionary):
+            units.read.check(model)
     plan = Plan(
         model.digest, tuple(readers), tuple(u.site for u in readers.values()),
         tuple(fingerprint(u.read) for u in readers.values()), top, sample, corpus.context or context, skip, seed, model.name,

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from pellucid.errors import InputError
 
@@ -76,7 +77,7 @@ class Spans:
 
 def known(labels: Any) -> np.ndarray:
     """Labels as an array. InputError that names the first row without one: None, NaN, an infinite number."""
-    given = list(labels)
+    given = list(labels.tolist() if isinstance(labels, torch.Tensor) else labels)
     for row, label in enumerate(given):
         gone = label is None or type(label).__name__ in ("NAType", "NaTType")
         if gone or (isinstance(label, float | np.floating) and not np.isfinite(label)):

@@ -61,7 +61,7 @@ def statements(texts: Sequence[str], truth: Sequence[bool], topics: Sequence[str
     >>> asked.labels.tolist(), asked.types.tolist()
     (['true', 'false'], ['cities', 'cities'])
     """
-    labels = ["true" if t else "false" for t in truth]
+    labels = ["true" if t else "false" for t in known(truth)]
     return Examples(Spans.whole(texts), labels, types=list(topics), name="truth")
 
 

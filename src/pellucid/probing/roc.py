@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from pellucid.errors import InputError
+from pellucid.probing.examples import known
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
@@ -26,7 +27,7 @@ def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", se
     """The curve of `scores` [n] against `labels` [n] (truth values), `groups` [n] what is drawn together.
 
     Gives over `threshold`, from the highest down, `true_positive` and `false_positive`; and `area` with its 95 % interval
-    `low` to `high` (1000 draws by `seed`). InputError where one class is empty, or a score is missing.
+    `low` to `high` (1000 draws by `seed`). InputError where one class is empty, or a score or label is missing.
 
     >>> found = roc([0.1, 0.4, 0.35, 0.8], [False, False, True, True])
     >>> float(found.area), found.true_positive.values.tolist()
@@ -51,7 +52,7 @@ def roc(scores: Any, labels: Any, groups: Any = None, *, name: str = "score", se
 
 def checked(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores as floats and labels as truth values; InputError where they do not fit."""
-    s, y = np.asarray(scores, dtype=float), np.asarray(labels)
+    s, y = np.asarray(scores, dtype=float), known(labels)
     if s.ndim != 1 or y.shape != s.shape:
         raise InputError(f"scores of shape {list(s.shape)} with labels of shape {list(y.shape)}: expected [n] of both")
     if not np.isfinite(s).all():

@@ -270,6 +270,8 @@ def ridge(x: Tensor, y: Tensor, l2: Any, weights: Tensor | None = None) -> Line:
     """minimise sum_i w_i |y_i - W x_i - b|^2 + l2 |W|^2 (scikit-learn's Ridge, alpha = l2), for every strength `l2`
     [problem] from one eigendecomposition, in float64. `y` is [n] or [n, target]; `weights` [n]."""
     x, y = x.double(), torch.as_tensor(y).double().reshape(len(x), -1)
+    if not bool((x.isfinite().all(1) & y.isfinite().all(1)).all()):
+        raise InputError("features or targets have numbers that are missing or infinite")
     w = torch.ones(len(x), dtype=x.dtype) if weights is None else torch.as_tensor(weights).double()
     strength = torch.as_tensor(np.atleast_1d(l2), dtype=x.dtype)
     mean, centre = w @ x / w.sum(), w @ y / w.sum()

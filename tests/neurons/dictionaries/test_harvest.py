@@ -35,3 +35,5 @@ def test_a_feature_has_its_strongest_tokens_and_its_page(tmp_path):
     other = replace(d, encoder=d.encoder + 1)
     with pytest.raises(InputError):
         harvest(model, TEXTS, Units(SITE, other, name="features"), path=tmp_path)
+    with pytest.raises(InputError, match="this dictionary belongs to other weights"):
+        harvest(model, TEXTS, Units(SITE, replace(d, digest="0" * 64), name="features"))
