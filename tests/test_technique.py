@@ -100,6 +100,28 @@ def test_the_program_of_a_saved_result_gives_it_again(
     assert found.provenance.digest == result.provenance.digest
 
 
+def test_a_run_is_written_with_its_edits_and_one_of_another_model_is_left_open(model: pl.Model) -> None:
+    edited = model.run("The town", keep="layers.0.attn.z", edits=[pl.Scale("layers.0.resid_pre", 3.0)])
+    written = total(model, "The city", [2], over=pl.Patch("layers.0.attn.z", edited)).provenance.call
+    again = eval(made_of(written), {"pl": pl, "model": model})
+    assert torch.equal(again.tensor("layers.0.attn.z"), edited.tensor("layers.0.attn.z"))
+    other = pl.load(build("gpt2", layers=2, seed=1), tokenizer=model.tokenizer).run("The town", keep="layers.0.attn.z")
+    assert total(model, "The city", [2], over=pl.Patch("layers.0.attn.z", other)).provenance.free == {
+        "source": "the Run you gave"
+    }
+
+
+def made_of(call: str) -> str:
+    """The run within the printed patch."""
+    start = call.index("model.run(")
+    depth = 0
+    for i in range(start, len(call)):
+        depth += {"(": 1, ")": -1}.get(call[i], 0)
+        if depth == 0 and call[i] == ")":
+            return call[start : i + 1]
+    raise AssertionError(call)
+
+
 def test_different_questions_have_different_provenance(model: pl.Model) -> None:
     one, two = (total(model, "Hi", over=pl.metrics.logit_difference(*pair)) for pair in ((" a", " b"), (" b", " a")))
     assert one != two

@@ -169,7 +169,10 @@ class Program:
 
     @_write.register
     def _run(self, value: Run, name: str) -> str:
-        return f"model.run({self.write(value.inputs, name)}, keep={self.write(list(value.sites), name)})"
+        if self.model is not None and value.anatomy is not self.model.anatomy:
+            return self._leave(value, name)  # of another model
+        edits = f", edits={self.write(list(value.edits), name)}" if value.edits else ""
+        return f"model.run({self.write(value.inputs, name)}, keep={self.write(list(value.sites), name)}{edits})"
 
     def built(self, value: Any, name: str) -> str:
         """A dataclass as the call of its class, with what differs from the defaults."""

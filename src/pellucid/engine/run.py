@@ -33,6 +33,7 @@ class Run:
     ) -> None:
         self.anatomy, self.inputs, self.output = anatomy, inputs, output
         self.kept, self.sites = kept, sites
+        self.edits: tuple[Edit, ...] = ()  # under which it was made
         self.gradients: dict[Tap, Tensor] = {}
         self.metric: Tensor | None = None  # [batch], where a gradient was asked for
 
@@ -239,6 +240,7 @@ def execute(
         else:
             output = module(**{**inputs.tensors, **(forward or {})})
         run = Run(anatomy, inputs, output, session.kept, session.sites)
+        run.edits = tuple(edits)
         if grad_of is not None:
             _differentiate(run, grad_of, session)
     return run
