@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.answering import Answering
-from pellucid.errors import InputError
+from pellucid.errors import InputError, checked
 from pellucid.tasks.tokens import answer_ids, single_id
 
 Token = str | int
@@ -113,11 +113,13 @@ class Metric(Protocol):
 # -- scores of answers -----------------------------------------------------------------------------------
 
 
+@checked
 def logit(answer: Answers, *, position: int = -1) -> Metric:
     """mean over A of z_a."""
     return AnswerMetric("logit", _mean, (answer,), position, reads_all=False)
 
 
+@checked
 def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
     """mean over A of z_a - mean over W of z_w. With one token each it equals log(p_a / p_w).
 
@@ -127,31 +129,37 @@ def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> 
     return AnswerMetric("logit_difference", _mean_difference, (answer, wrong), position, reads_all=False)
 
 
+@checked
 def probability(answer: Answers, *, position: int = -1) -> Metric:
     """P(A) = sum over A of p_a."""
     return AnswerMetric("probability", _probability, (answer,), position)
 
 
+@checked
 def probability_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
     """P(A) - P(W)."""
     return AnswerMetric("probability_difference", _probability_difference, (answer, wrong), position)
 
 
+@checked
 def log_probability(answer: Answers, *, position: int = -1) -> Metric:
     """log P(A), in nats."""
     return AnswerMetric("log_probability", _log_probability, (answer,), position)
 
 
+@checked
 def cross_entropy(answer: Answers, *, position: int = -1) -> Metric:
     """-log P(A), in nats: the loss of a model that should answer A."""
     return AnswerMetric("cross_entropy", _cross_entropy, (answer,), position)
 
 
+@checked
 def log_odds(answer: Answers, *, position: int = -1) -> Metric:
     """log(P(A) / (1 - P(A))), in nats, without the cancellation in 1 - P(A)."""
     return AnswerMetric("log_odds", _log_odds, (answer,), position)
 
 
+@checked
 def rank(answer: Answers, *, position: int = -1) -> Metric:
     """How many tokens have a larger logit than the best of A: 0 is the top. A count, without gradient.
 
@@ -355,10 +363,11 @@ class ReferenceMetric:
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
-        reference = (
-            torch.as_tensor(np.asarray(self.reference)) if not isinstance(self.reference, Tensor) else self.reference
-        )
-        positions = None if self.positions is None else tuple(self.positions)
+        reference, positions = _numbers(self.name, self.reference), self.positions
+        if positions is not None:
+            if not isinstance(positions, Sequence) or not all(hasattr(p, "__index__") for p in positions):
+                raise InputError(f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None")
+            positions = tuple(map(index, positions))
         if reference.ndim < 3:
             reference = reference.reshape(-1, 1, reference.shape[-1])
         read = reference.shape[1] if positions is None else len(positions)
@@ -369,6 +378,17 @@ class ReferenceMetric:
             )
         function = partial(_compare, self.formula, _log_softmax(reference.detach()))
         return BoundMetric(self.name, positions, None, function)
+
+
+def _numbers(name: str, reference: Any) -> Tensor:
+    """Reference logits as a tensor. InputError for what holds none."""
+    try:
+        found = reference if isinstance(reference, Tensor) else torch.as_tensor(np.asarray(reference))
+    except (TypeError, ValueError):
+        found = torch.zeros(0)
+    if not found.ndim or not found.numel() or found.is_complex():
+        raise InputError(f"{name}: {reference!r} is no reference: give logits [vocab] or [batch or 1, n_positions, vocab]")
+    return found
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -407,6 +427,7 @@ def _agreement(log_r: Tensor, log_p: Tensor) -> Tensor:
 # -- answers of several tokens ---------------------------------------------------------------------------
 
 
+@checked
 def sequence_log_probability(answer: Answers, *, per_token: bool = False) -> Metric:
     """sum_i log p(a_i | prompt, a_1 ... a_{i-1}), in nats, or its mean over the tokens of the answer.
 

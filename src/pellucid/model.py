@@ -21,7 +21,7 @@ from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import InputError, SiteError
+from pellucid.errors import InputError, SiteError, checked
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -142,6 +142,7 @@ class Model:
 
     # ---- running
 
+    @checked
     def run(
         self,
         prompt: Any,
@@ -158,7 +159,9 @@ class Model:
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        keep = [keep] if isinstance(keep, str | Site) else keep or ()
+        keep = [keep] if isinstance(keep, str | Site) else () if keep is None else keep
+        if not isinstance(keep, Iterable):
+            raise InputError(f"keep={keep!r}: expected addresses of sites, such as ['layers.0.resid_post']")
         metric = None if grad_of is None else self.bind(grad_of, len(inputs))
         return execute(
             self.anatomy,
@@ -168,6 +171,7 @@ class Model:
             None if metric is None else lambda run: self.score(run, metric),
         )
 
+    @checked
     def generate(
         self,
         prompt: Any,
@@ -189,6 +193,7 @@ class Model:
             self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
         )
 
+    @checked
     def plan(
         self,
         prompt: Any,
@@ -227,7 +232,10 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = [edits] if isinstance(edits, Edit) else edits
+        edits = [edits] if isinstance(edits, Edit) else () if edits is None else edits
+        if not isinstance(edits, Iterable):
+            raise InputError(f"edits={edits!r}: expected a list, such as [pl.Ablate('layers.0.mlp.out')]")
+        edits = list(edits)
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")

@@ -17,7 +17,7 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
-from pellucid.errors import InputError
+from pellucid.errors import InputError, plain
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -68,6 +68,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", Site.parse(self.site))
+        kinds = {f.name: str(f.type) for f in fields(self)}
+        for name, value in plain(kinds, {name: getattr(self, name) for name in kinds}).items():
+            object.__setattr__(self, name, value)
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         raise NotImplementedError
@@ -214,10 +217,11 @@ class ProjectOut(Edit):
     directions: Tensor
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        rows = torch.atleast_2d(torch.as_tensor(self.directions)).to(x.device, torch.float64)
+        given = _tensor(self.directions, "the directions", place)
+        rows = torch.atleast_2d(given).to(x.device, torch.float64)
         if rows.ndim != 2 or rows.shape[1] != x.shape[-1]:
             raise InputError(
-                f"the directions for {str(place.site)!r} are {list(self.directions.shape)}: expected [k, {x.shape[-1]}]"
+                f"the directions for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}]"
             )
         inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -341,11 +345,22 @@ def _check_aligned(source: Stream, place: Place) -> None:
     )
 
 
+def _tensor(value: Any, what: str, place: Place) -> Tensor:
+    """Numbers as a tensor; InputError for what is none."""
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.dtype == torch.bool or found.is_complex():
+        raise InputError(f"{what} for {str(place.site)!r} is {value!r}: expected numbers, such as a tensor")
+    return found
+
+
 def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
     """A number, or a tensor that broadcasts to x [batch, n, ...]; InputError for anything else."""
     if isinstance(value, (int, float)):
         return value
-    value = torch.as_tensor(value).to(x.device, x.dtype)
+    value = _tensor(value, what, place).to(x.device, x.dtype)
     shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
     if len(shape) > x.ndim or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
         raise InputError(

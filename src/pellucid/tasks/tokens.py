@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.engine.marks import once
+from pellucid.engine.marks import once, readable_text
 from pellucid.errors import InputError
 
 # What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
@@ -27,7 +27,7 @@ def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[in
     if not getattr(tokenizer, "is_fast", False):
         name = type(tokenizer).__name__
         raise InputError(f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)")
-    encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
+    encoding = tokenizer(readable_text(text), add_special_tokens=specials, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
     if not specials:
         return ids, offsets
