@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,7 +41,9 @@ def ugly(message: str) -> str | None:
         return f"{len(message)} characters"
     if "\n" in message:
         return "more than a line"
-    found = re.search(r"Traceback|\bat 0x[0-9a-f]+|np\.(int|float|str|bool)_?\d*\(|<class '|\bNoneType\b|object at ", message)
+    found = re.search(
+        r"Traceback|\bat 0x[0-9a-f]+|np\.(int|float|str|bool)_?\d*\(|<class '|\bNoneType\b|object at ", message
+    )
     return f"has {found[0]!r}" if found else None
 
 
@@ -55,6 +57,8 @@ def attempt(call: Callable[[], Any]) -> None:
         fault = ugly(str(error))
         assert fault is None, f"{fault}: {error}"
     except Exception as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+            return  # a function of the user's own
         raise AssertionError(f"{type(error).__name__} leaves the package: {error}") from error
 
 
@@ -82,7 +86,9 @@ MODELS = ("gpt2", "llama", "bert", "t5", "mixtral", "bertClassifier", "gpt2Witho
 
 SCRIPTS = "aZ 0.,'ßéçñøあ漢字한글नमस्ते ไทย مرحبا שלום Привет Ωμέγα ́‍🎉👩‍👩‍👧\u200b\ufeff\u2028\n\t\x00<>"
 texts = st.one_of(
-    st.sampled_from([CLEAN, OTHER, "", " ", "\n", "\t \n", "<pad>", "<s>", "</s>", "<mask>", "<unk>", "The <mask> is", "<s><s>"]),
+    st.sampled_from(
+        [CLEAN, OTHER, "", " ", "\n", "\t \n", "<pad>", "<s>", "</s>", "<mask>", "<unk>", "The <mask> is", "<s><s>"]
+    ),
     st.text(SCRIPTS, max_size=12),
     st.text(st.characters(), max_size=6),
     st.sampled_from(["\ud800", "a\udfffb", "\x00", "e" * 70, "\u202eabc"]),
@@ -129,11 +135,51 @@ prompts = st.one_of(
 )  # fmt: skip
 
 STACKS = ["", "", "", "", "encoder.", "decoder.", "stack0.", "middle."]
-PARTS = """resid_pre resid_mid resid_post attn attn.q attn.k attn.v attn.z attn.z_out attn.scores attn.pattern attn.out
-mlp mlp.out mlp.neurons mlp.router mlp.experts mlp.experts.0 mlp.experts.1.neurons mlp.experts.neurons.3 cross.z cross.pattern
-attn.heads attn.heads.0 attn.heads.*.z attn.heads.1:3.q attn.heads.-1.pattern attn.heads.9 attn.heads.0.nothing mixer.out
-mlp.neurons.3 mlp.neurons.* mlp.neurons.0:4 mlp.neurons.999 mlp.neurons.-1 resid_post.7 attn.hook_z hook_resid_pre attn.hook_q
-embed logits * attn.*""".split()
+PARTS = [
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn",
+    "attn.q",
+    "attn.k",
+    "attn.v",
+    "attn.z",
+    "attn.z_out",
+    "attn.scores",
+    "attn.pattern",
+    "attn.out",
+    "mlp",
+    "mlp.out",
+    "mlp.neurons",
+    "mlp.router",
+    "mlp.experts",
+    "mlp.experts.0",
+    "mlp.experts.1.neurons",
+    "mlp.experts.neurons.3",
+    "cross.z",
+    "cross.pattern",
+    "attn.heads",
+    "attn.heads.0",
+    "attn.heads.*.z",
+    "attn.heads.1:3.q",
+    "attn.heads.-1.pattern",
+    "attn.heads.9",
+    "attn.heads.0.nothing",
+    "mixer.out",
+    "mlp.neurons.3",
+    "mlp.neurons.*",
+    "mlp.neurons.0:4",
+    "mlp.neurons.999",
+    "mlp.neurons.-1",
+    "resid_post.7",
+    "attn.hook_z",
+    "hook_resid_pre",
+    "attn.hook_q",
+    "embed",
+    "logits",
+    "*",
+    "attn.*",
+]
 NUMBERS = ["0", "1", "-1", "*", "0:1", ":", "1:0", "2", "99", "-9", "0,1", "0,9", "x", "", "1.5", "0:1:2", "１"]
 AT = ["", "", "", "@-1", "@0", "@*", "@1:3", "@", "@99", "@-99", "@'Paris'", "@'nothing'", "@'", '@"Paris"', "@subject", "@1,2", "@1,99", "@:",
       "@3:1", "@@1", "@''", "@x y", "@['a']", "@0x1", "@1e3", "@\ud800", "@'\\'"]  # fmt: skip
@@ -144,7 +190,9 @@ grammatical = st.builds(
 whole = st.builds(
     lambda stack, part, at: stack + part + at,
     st.sampled_from(STACKS),
-    st.sampled_from(["embed", "final_norm", "logits", "embed.tokens", "embed.positions", "blocks.0.hook_resid_post", "layers"]),
+    st.sampled_from(
+        ["embed", "final_norm", "logits", "embed.tokens", "embed.positions", "blocks.0.hook_resid_post", "layers"]
+    ),
     st.sampled_from(AT),
 )
 
@@ -155,13 +203,22 @@ def mutated(draw: Any) -> str:
     text = list(draw(grammatical))
     for _ in range(draw(st.integers(1, 2))):
         i = draw(st.integers(0, max(0, len(text) - 1)))
-        text[i : i + 1] = draw(st.sampled_from([[], [".", "."], ["*"], ["9"], ["-"], ["@"], [" "], ["é"], [":"], [","]]))
+        text[i : i + 1] = draw(
+            st.sampled_from([[], [".", "."], ["*"], ["9"], ["-"], ["@"], [" "], ["é"], [":"], [","]])
+        )
     return "".join(text)
 
 
 sites = st.one_of(grammatical, grammatical, whole, mutated(), odd)
 good_sites = st.sampled_from(
-    ["layers.0.resid_post", "layers.1.attn.heads.1", "layers.*.mlp.out", "layers.0.attn.pattern", "layers.0.mlp.neurons.3", "final_norm"]
+    [
+        "layers.0.resid_post",
+        "layers.1.attn.heads.1",
+        "layers.*.mlp.out",
+        "layers.0.attn.pattern",
+        "layers.0.mlp.neurons.3",
+        "final_norm",
+    ]
 )
 positions = st.one_of(st.integers(-9, 9), odd)
 
@@ -215,7 +272,11 @@ edits = st.one_of(
     making(pl.Replace, somewhere, st.sampled_from([torch.zeros_like, lambda x: x[:1], lambda x: None, lambda x: x.double(), lambda x: 1 / 0, "x", None])),
 )  # fmt: skip
 tokens = st.one_of(
-    st.sampled_from([" Paris", " Rome", "Paris", 7, 0, 96]), numbers, texts, st.lists(st.one_of(texts, numbers), max_size=3), odd
+    st.sampled_from([" Paris", " Rome", "Paris", 7, 0, 96]),
+    numbers,
+    texts,
+    st.lists(st.one_of(texts, numbers), max_size=3),
+    odd,
 )
 M = pl.metrics
 metrics = st.one_of(
@@ -230,10 +291,19 @@ metrics = st.one_of(
         lambda f: making(f, mostly(st.just(torch.zeros(97))), positions=mostly(st.just((-1,))))
     ),
     odd.map(lambda value: lambda: value),
-    st.sampled_from([lambda z: z[:, -1, 0], lambda z: z, lambda z: None, lambda z: z.sum(), lambda z: 3.0]).map(lambda f: lambda: f),
+    st.sampled_from([lambda z: z[:, -1, 0], lambda z: z, lambda z: None, lambda z: z.sum(), lambda z: 3.0]).map(
+        lambda f: lambda: f
+    ),
 )
-good_metrics = st.sampled_from([M.logit(7), M.logit_difference(" Paris", " Rome"), M.probability(" Paris")]).map(lambda m: lambda: m)
-counts = mostly(st.integers(1, 3), st.one_of(st.sampled_from([-1, 0, 2.5, "3", None, True, float("nan"), np.int64(2), torch.tensor(2), [1], 1.0]), st.just(0)))
+good_metrics = st.sampled_from([M.logit(7), M.logit_difference(" Paris", " Rome"), M.probability(" Paris")]).map(
+    lambda m: lambda: m
+)
+counts = mostly(
+    st.integers(1, 3),
+    st.one_of(
+        st.sampled_from([-1, 0, 2.5, "3", None, True, float("nan"), np.int64(2), torch.tensor(2), [1], 1.0]), st.just(0)
+    ),
+)
 seeds = mostly(st.just(1), st.one_of(numbers, odd))
 
 
@@ -243,12 +313,22 @@ seeds = mostly(st.just(1), st.one_of(numbers, odd))
 A, T, C, R, L, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.neurons
 one = mostly(st.just(CLEAN), prompts)
 target = mostly(st.sampled_from([None, " Paris", 7]), tokens)
-players = mostly(st.sampled_from(["token", "word", "sentence"]), st.one_of(odd, st.lists(texts, max_size=2), st.lists(st.tuples(st.integers(-2, 9), st.integers(-2, 9)), max_size=2)))
+players = mostly(
+    st.sampled_from(["token", "word", "sentence"]),
+    st.one_of(
+        odd, st.lists(texts, max_size=2), st.lists(st.tuples(st.integers(-2, 9), st.integers(-2, 9)), max_size=2)
+    ),
+)
 baselines = mostly(st.sampled_from([None, "mean", "mask", "pad", "zero", "remove", " the"]), odd)
 asked = {"target": target, "against": mostly(st.just(None), tokens)}
 played = asked | {"players": players, "baseline": baselines, "keep_special": st.sampled_from([True, False, None, "no"])}
 layers = mostly(st.sampled_from([0, [0, 1], slice(0, 1)]), st.one_of(numbers, odd))
-overs = mostly(st.sampled_from(["layers.*.attn.heads.*", "layers.*", "layers.0.mlp.out", ["layers.0.mlp.out"], {"a": ["layers.1.attn.out"]}]), sites)
+overs = mostly(
+    st.sampled_from(
+        ["layers.*.attn.heads.*", "layers.*", "layers.0.mlp.out", ["layers.0.mlp.out"], {"a": ["layers.1.attn.out"]}]
+    ),
+    sites,
+)
 kept = st.one_of(sites, st.lists(sites, max_size=2))
 
 TECHNIQUES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
@@ -294,8 +374,8 @@ TECHNIQUES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
     "attribution_patching": (C.attribution_patching, (one, mostly(st.just(CLEAN.replace("Paris", "Rome")), prompts)), {"over": overs, "check": counts}),
     "tracing": (lambda model, prompt, subject, **more: C.tracing(model, prompt, subject=subject, **more), (one, mostly(st.just("Paris"))), {"draws": counts, "window": counts, "seed": seeds}),
     "counterfactual": (C.counterfactual, (mostly(st.just("Paris is"), one),), {"target": tokens, "positions": positions, "max_changes": counts, "candidates": mostly(st.just(2), counts), "beam": counts}),
-    "edge_attribution": (R.edge_attribution, (one,), {"how": mostly(st.just("zero"), hows)}),
-    "exact_patching": (R.exact_patching, (st.just("Paris is"),), {"how": mostly(st.just("zero"), hows)}),
+    "edge_attribution": (lambda model, prompt, how: R.edge_attribution(model, prompt, how=how), (one, mostly(st.just("zero"), hows)), {}),
+    "exact_patching": (lambda model, prompt, how: R.exact_patching(model, prompt, how=how), (st.just("Paris is"), mostly(st.just("zero"), hows)), {}),
     "knowledge_attribution": (N.knowledge_attribution, (one, target), {"steps": counts}),
     "logit_effects": (N.logit_effects, (mostly(st.just("layers.1.mlp.neurons.*"), sites),), {"top": counts}),
     "harvest": (N.harvest, (mostly(st.just([CLEAN, OTHER]), prompts), mostly(st.just(["layers.0.mlp.neurons"]), kept)), {"top": counts, "sample": counts}),
@@ -330,7 +410,14 @@ def plain_prompt(model: str) -> Any:
 
 
 @cases(500)
-@given(model=models, called=calling(None, (mostly(st.just(CLEAN), prompts),), {"decoder": mostly(st.just("Paris"), st.one_of(texts, odd)), "spans": odd}))
+@given(
+    model=models,
+    called=calling(
+        None,
+        (mostly(st.just(CLEAN), prompts),),
+        {"decoder": mostly(st.just("Paris"), st.one_of(texts, odd)), "spans": odd},
+    ),
+)
 def test_any_input(model: str, called: Any) -> None:
     _, prompt, options = called
     attempt(lambda: opened(model).run(*prompt, **options))
@@ -350,7 +437,11 @@ def test_any_edit(model: str, edit: Any, others: Any) -> None:
 
 
 @cases(200)
-@given(model=models, metric=metrics, options=st.one_of(st.just({}), st.fixed_dictionaries({}, optional={"memory": odd, "executor": odd})))
+@given(
+    model=models,
+    metric=metrics,
+    options=st.one_of(st.just({}), st.fixed_dictionaries({}, optional={"memory": odd, "executor": odd})),
+)
 def test_any_metric(model: str, metric: Any, options: Any) -> None:
     attempt(lambda: opened(model).sweep(plain_prompt(model), [pl.Ablate("layers.0.mlp.out")], metric(), **options))
 
@@ -376,7 +467,10 @@ def test_any_generation(model: str, called: Any) -> None:
 
 
 @cases(650)
-@given(model=st.sampled_from(["gpt2", "gpt2", "bert", "t5", "bertClassifier", "gpt2Without"]), called=st.sampled_from(sorted(TECHNIQUES)).flatmap(technique))
+@given(
+    model=st.sampled_from(["gpt2", "gpt2", "bert", "t5", "bertClassifier", "gpt2Without"]),
+    called=st.sampled_from(sorted(TECHNIQUES)).flatmap(technique),
+)
 def test_any_option_of_a_technique(model: str, called: Any) -> None:
     function, arguments, options = called
     if model.endswith("Without"):

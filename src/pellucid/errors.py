@@ -77,7 +77,7 @@ def at_least(least: float, **numbers: float) -> None:
 
 
 def _whole(value: Any) -> Any:
-    if isinstance(value, bool) or isinstance(value, float | str) or not hasattr(value, "__index__"):
+    if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
         return None
     return index(value) if isinstance(value, Integral) or getattr(value, "ndim", 0) == 0 else None
 
@@ -88,13 +88,12 @@ def _number(value: Any) -> Any:
     return value if not math.isnan(float(value)) else None
 
 
-# What a plain annotation asks for: in words, and a value as its own kind (None: it is none).
+# What a plain annotation asks for: in words, and a value as its own kind (None: it is none). Texts are not among them:
+# where an annotation says `str`, ids or several are often welcome too.
 PLAIN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "int": ("a whole number", _whole),
     "float": ("a number", _number),
     "bool": ("True or False", lambda value: bool(value) if type(value).__name__ in ("bool", "bool_") else None),
-    "str": ("a text", lambda value: value if isinstance(value, str) else None),
-    "Path": ("a path", lambda value: value if hasattr(value, "__fspath__") else None),
     "None": ("None", lambda value: None),
 }
 
@@ -119,7 +118,22 @@ def plain(annotations: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[
         fitting[name] = next((each for each in found if each is not None), None)
         if fitting[name] is None:
             raise InputError(f"{name}={value!r}: expected {' or '.join(PLAIN[kind][0] for kind in kinds)}")
+        if name == "seed" and not 0 <= fitting[name] < 2**63:  # what every generator of random numbers takes
+            raise InputError(f"seed={value!r}: expected a whole number from 0 to 2**63 - 1")
     return fitting
+
+
+def listed(name: str, value: Any, expected: str) -> list[Any]:
+    """The items of a value of which several are expected; InputError where it has none.
+
+    >>> listed("queries", 3.5, "positions")
+    Traceback (most recent call last):
+    pellucid.errors.InputError: queries=3.5: expected positions
+    """
+    try:
+        return list(value)
+    except TypeError:
+        raise InputError(f"{name}={value!r}: expected {expected}") from None
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

@@ -47,6 +47,7 @@ class BoundMetric:
     function: logits [batch, n_positions, k or vocab] -> [batch], or [batch, outputs].
     classes: it reads a classifier, and function maps logits [batch, classes] -> [batch].
     outputs: how many numbers it gives per prompt; None = one, without a dimension of its own.
+    size: how many answers a model must have for those it names.
     """
 
     name: str
@@ -55,6 +56,7 @@ class BoundMetric:
     function: Callable[[Tensor], Tensor]
     classes: bool = False
     outputs: int | None = None
+    size: int = 0
 
     def __post_init__(self) -> None:
         if self.positions is not None:  # numpy's integers would print as such
@@ -74,6 +76,8 @@ class BoundMetric:
         if not own and (logits.ndim != len(read) or not fits):
             raise InputError(f"{self.name} reads {read} of the logits, got {list(logits.shape)}")
         scores = self.function(logits if logits.dtype == torch.float64 else logits.float())
+        if not isinstance(scores, Tensor):
+            raise InputError(f"{self.name} gave {scores!r}: expected a tensor with one number for each prompt")
         expected = (len(logits),) if self.outputs is None else (len(logits), self.outputs)
         if scores.shape != expected:
             raise InputError(
@@ -251,13 +255,15 @@ class AnswerMetric:
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is not a single known token, or there is not one entry per prompt."""
         sets = [TokenSets.of(each) for each in self.ids(tokenizer, batch)]
+        numbers = [each.ids for each in sets]
         positions, tokens = None if self.classes else (self.position,), None
         if not (self.reads_all or self.classes):
             rows = max(len(each.ids) for each in sets)
             tokens = torch.cat([each.ids.expand(rows, -1) for each in sets], 1)
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
-        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes)
+        size = 1 + max(int(each.max()) for each in numbers)
+        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes, size=size)
 
     def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
         """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""
@@ -366,7 +372,9 @@ class ReferenceMetric:
         reference, positions = _numbers(self.name, self.reference), self.positions
         if positions is not None:
             if not isinstance(positions, Sequence) or not all(hasattr(p, "__index__") for p in positions):
-                raise InputError(f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None")
+                raise InputError(
+                    f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None"
+                )
             positions = tuple(map(index, positions))
         if reference.ndim < 3:
             reference = reference.reshape(-1, 1, reference.shape[-1])
@@ -387,7 +395,9 @@ def _numbers(name: str, reference: Any) -> Tensor:
     except (TypeError, ValueError):
         found = torch.zeros(0)
     if not found.ndim or not found.numel() or found.is_complex():
-        raise InputError(f"{name}: {reference!r} is no reference: give logits [vocab] or [batch or 1, n_positions, vocab]")
+        raise InputError(
+            f"{name}: {reference!r} is no reference: give logits [vocab] or [batch or 1, n_positions, vocab]"
+        )
     return found
 
 
@@ -511,7 +521,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 def _frozen(answers: Any) -> Any:
     """Lists, arrays and tensors as nested tuples."""
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
-    if isinstance(answers, str | int):
+    if isinstance(answers, str | int) and not isinstance(answers, bool):
         return answers
     if not isinstance(answers, Sequence):
         raise InputError(f"{answers!r} is no answer: give a text such as ' Paris', a token id, or a list of them")
@@ -527,6 +537,6 @@ def _per_prompt(answers: Answers, batch: int) -> tuple[Any, ...]:
 
 
 def _class(label: Token) -> int:
-    if isinstance(label, str) or label < 0:
+    if not isinstance(label, int) or label < 0:
         raise InputError(f"class {label!r}: expected a number, 0 or more (the model's label2id has them)")
     return label

@@ -21,7 +21,7 @@ from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import InputError, SiteError, checked
+from pellucid.errors import InputError, SiteError, checked, listed
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -159,9 +159,9 @@ class Model:
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        keep = [keep] if isinstance(keep, str | Site) else () if keep is None else keep
-        if not isinstance(keep, Iterable):
-            raise InputError(f"keep={keep!r}: expected addresses of sites, such as ['layers.0.resid_post']")
+        if keep is None or isinstance(keep, str | Site):
+            keep = [keep] if keep else []
+        keep = listed("keep", keep, "addresses of sites, such as ['layers.0.resid_post']")
         metric = None if grad_of is None else self.bind(grad_of, len(inputs))
         return execute(
             self.anatomy,
@@ -212,7 +212,8 @@ class Model:
         interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
+        variants = listed("variants", variants, "edits, or lists of edits, one for each variant")
+        flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
@@ -232,10 +233,9 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = [edits] if isinstance(edits, Edit) else () if edits is None else edits
-        if not isinstance(edits, Iterable):
-            raise InputError(f"edits={edits!r}: expected a list, such as [pl.Ablate('layers.0.mlp.out')]")
-        edits = list(edits)
+        if edits is None or isinstance(edits, Edit):
+            edits = [edits] if edits else []
+        edits = listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
@@ -253,7 +253,7 @@ class Model:
         """
         answering = self.anatomy.answering
         made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
-        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 

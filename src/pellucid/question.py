@@ -99,7 +99,15 @@ def reading(site: Site | str, direction: Any = None) -> Reading:
     >>> str(reading("layers.3.mlp.neurons.7@-1").site)
     'layers.3.mlp.neurons.7@-1'
     """
-    return Reading(Site.parse(site), None if direction is None else torch.as_tensor(direction))
+    if direction is None:
+        return Reading(Site.parse(site))
+    try:
+        vector = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        vector = torch.zeros(())
+    if vector.ndim != 1 or vector.is_complex():
+        raise InputError(f"direction={direction!r}: expected a vector, as wide as the site")
+    return Reading(Site.parse(site), vector)
 
 
 def label(name: str | int | None = None, *, word: int | str) -> Label:

@@ -173,6 +173,7 @@ class Patch(Edit):
         if isinstance(self.source, Tensor):
             return torch.as_tensor(_fitting(self.source, x, "the tensor", place)).expand_as(x)
         values, lengths = _reference(self.source, place)
+        _check_rows(values, len(x))
         stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:
             found = stream.find(self.source_at)
@@ -219,9 +220,9 @@ class ProjectOut(Edit):
     def new(self, x: Tensor, place: Place) -> Tensor:
         given = _tensor(self.directions, "the directions", place)
         rows = torch.atleast_2d(given).to(x.device, torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != x.shape[-1]:
+        if rows.ndim != 2 or rows.shape[1] != x.shape[-1] or not bool(rows.isfinite().all()):
             raise InputError(
-                f"the directions for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}]"
+                f"the directions for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}] of finite numbers"
             )
         inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -235,6 +236,8 @@ class Replace(Edit):
     function: Callable[[Tensor], Tensor]
 
     def new(self, x: Tensor, place: Place) -> Tensor:
+        if not callable(self.function):
+            raise InputError(f"Replace at {str(place.site)!r} takes a function of the values, not {self.function!r}")
         new = self.function(x)
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
@@ -304,12 +307,16 @@ def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
     return left_aligned(values, real)
 
 
+def _check_rows(values: Tensor, batch: int) -> None:
+    if len(values) not in (1, batch):
+        raise InputError(
+            f"the reference has {len(values)} prompts but the run has {batch}: expected one prompt or the same number"
+        )
+
+
 def _at(values: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
     """values[b, positions[b, i]]; a single row serves every row."""
-    if len(values) not in (1, len(positions)):
-        raise InputError(
-            f"the reference has {len(values)} prompts but the run has {len(positions)}: expected one prompt or the same number"
-        )
+    _check_rows(values, len(positions))
     beyond = positions >= lengths.expand(len(positions))[:, None]
     if bool(beyond.any()):
         raise InputError(
@@ -420,15 +427,24 @@ def aligned_values(run: Source, site: Site) -> Tensor:
 # ---- sources that are prompts
 
 
+def _hashable(prompts: Any) -> Any:
+    """Lists in lists, as rows of ids are, as tuples; InputError for what is no prompt."""
+    if isinstance(prompts, (list, tuple)):
+        return tuple(map(_hashable, prompts))
+    try:
+        hash(prompts)
+    except TypeError:
+        raise InputError(f"a prompt must be a string or token ids, not {prompts!r}") from None
+    return prompts
+
+
 def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
     """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites; each set
     of prompts is run once."""
 
     def asked(edit: Edit) -> dict[str, Any]:
         given = {name: getattr(edit, name) for name in edit.sources}
-        return {
-            n: tuple(g) if isinstance(g, list) else g for n, g in given.items() if isinstance(g, (str, list, tuple))
-        }
+        return {n: _hashable(g) for n, g in given.items() if isinstance(g, (str, list, tuple))}
 
     wanted: dict[Any, dict[Site, None]] = {}
     for edit in edits:
