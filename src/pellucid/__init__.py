@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
     from pellucid.engine.pausing import quiet as quiet
+    from pellucid.engine.steps import Redirect as Redirect
+    from pellucid.engine.steps import Say as Say
+    from pellucid.engine.steps import Stop as Stop
+    from pellucid.engine.steps import Watch as Watch
     from pellucid.model import Model as Model
     from pellucid.model import load as load
 
@@ -32,6 +36,7 @@ _HOME = {
     "quiet": "engine.pausing",
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
+    **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
 }
 _MODULES = (
     "anatomy",
