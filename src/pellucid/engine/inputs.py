@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.anatomy.sites import Position
 from pellucid.engine.marks import token_ids
@@ -135,9 +135,64 @@ class Inputs:
         }
         return Inputs(tensors, {k: cut(s) for k, s in self.streams.items()}, tuple(self.texts[i] for i in index))
 
+    def alone(self, row: int) -> Inputs:
+        """One of the prompts, without its padding."""
+        if not any(s.padded for s in self.streams.values()):
+            return self.rows([row])
+        real = {name: stream.mask[row].bool() for name, stream in self.streams.items()}
+
+        def cut(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != len(self):
+                return value
+            stream = "decoder" if name.startswith("decoder_") else "encoder" if "encoder" in real else ""
+            fits = value.shape[1:2] == self.streams[stream].ids.shape[1:2]
+            return value[row : row + 1, real[stream]] if fits else value[row : row + 1]
+
+        def own(name: str, stream: Stream) -> Stream:
+            spans = {span: [rows[row]] for span, rows in stream.spans.items()}
+            columns = real[name]
+            return Stream(
+                stream.ids[row : row + 1, columns], stream.mask[row : row + 1, columns], (stream.labels[row],), spans
+            )
+
+        streams = {name: own(name, stream) for name, stream in self.streams.items()}
+        if "decoder" in streams:
+            streams[""] = streams["decoder"]
+        tensors = {k: cut(k, v) for k, v in self.tensors.items() if k != "position_ids"}
+        return Inputs(tensors, streams, (self.texts[row],))
+
     def repeated(self, times: int) -> Inputs:
         """The same prompts several times over, in order, as one batch."""
         return self.rows(list(range(len(self))) * times)
+
+
+def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inputs:
+    """Prompts without padding as one batch, padded on the right; each as often as `times` says."""
+    firsts = [each.streams.get("encoder", each.streams[""]) for each in several]
+    width = max(stream.ids.shape[1] for stream in firsts)
+    rows = torch.arange(len(several)).repeat_interleave(torch.tensor(times)).tolist()
+
+    def column(name: str) -> Any:
+        values = [each.tensors[name] for each in several]
+        if not isinstance(values[0], Tensor) or not values[0].ndim or len(values[0]) != 1:
+            return values[0]
+        if not name.startswith("decoder_"):
+            fill = pad_id if name == "input_ids" else 0
+            values = [nn.functional.pad(v, (0, width - v.shape[1]), value=fill) for v in values]
+        return torch.cat(values)[rows]
+
+    def joined(name: str) -> Stream:
+        streams = [each.streams[name] for each in several]
+        most = max(s.ids.shape[1] for s in streams)
+        ids = torch.cat([nn.functional.pad(s.ids, (0, most - s.ids.shape[1]), value=pad_id) for s in streams])[rows]
+        mask = torch.cat([nn.functional.pad(s.mask, (0, most - s.mask.shape[1])) for s in streams])[rows]
+        shared = [span for span in streams[0].spans if all(span in s.spans for s in streams)]
+        spans = {span: [streams[i].spans[span][0] for i in rows] for span in shared}
+        return Stream(ids, mask, tuple(streams[i].labels[0] for i in rows), spans)
+
+    tensors = {name: column(name) for name in several[0].tensors}
+    texts = tuple(several[i].texts[0] for i in rows)
+    return Inputs(tensors, {name: joined(name) for name in several[0].streams}, texts)
 
 
 def read_inputs(
@@ -201,7 +256,7 @@ def _tensors(module: Any, tokenizer: Any, prompt: Any) -> dict[str, Any]:
     elif isinstance(prompt, Tensor):
         given = {"input_ids": prompt if prompt.ndim > 1 else prompt[None]}
     else:
-        given = pad(_rows(tokenizer, prompt), _pad_id(module, tokenizer))
+        given = pad(_rows(tokenizer, prompt), pad_index(module, tokenizer))
     ids = given["input_ids"]
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
         raise InputError(f"token ids must be whole numbers [batch, length], not {list(ids.shape)} of {ids.dtype}")
@@ -244,7 +299,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _pad_id(module: Any, tokenizer: Any) -> int:
+def pad_index(module: Any, tokenizer: Any) -> int:
     """What padding is written as: some models find it by its id, so the model's own word counts most."""
     config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
     named = (getattr(config, "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), 0)
@@ -260,7 +315,7 @@ def _decoder(module: Any, tokenizer: Any, decoder: Any, ids: Tensor) -> tuple[Te
     if tokenizer is None and any(texts):
         raise InputError("this model was opened without a tokenizer: give decoder_input_ids instead of decoder=")
     rows = [[start, *(tokenizer(t, add_special_tokens=False)["input_ids"] if t else [])] for t in texts]
-    padded = pad(rows, _pad_id(module, tokenizer))
+    padded = pad(rows, pad_index(module, tokenizer))
     return padded["input_ids"].to(ids.device), padded["attention_mask"].to(ids.device)
 
 
