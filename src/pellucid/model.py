@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.map import Anatomy
@@ -16,14 +18,14 @@ from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, read_inputs
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import InputError, SiteError
+from pellucid.errors import InputError, Refused, SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -141,6 +143,20 @@ class Model:
         Refused if this model computes something else for the real tokens when they are padded as these prompts are.
         """
         return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+
+    def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
+        """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
+        return self._padding.fit(beside(several, times, pad_index(self.module, self.tokenizer)))
+
+    @property
+    def paddable(self) -> bool:
+        """Whether this model computes the same for prompts that are padded on the right."""
+        ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1, 0]])
+        try:
+            self._padding.fit(Inputs({}, {"": Stream(ids, mask, (("",),))}, ("",)))
+        except Refused:
+            return False
+        return True
 
     # ---- running
 

@@ -457,6 +457,6 @@ def left_padded(inputs: Inputs) -> Inputs:
         )
     order = torch.argsort(stream.mask.long(), dim=1, stable=True)  # padding first, real tokens in their order
     ids, mask = stream.ids.gather(1, order), stream.mask.gather(1, order)
-    moved = type(stream)(ids, mask, stream.labels, stream.spans)
+    moved = type(stream)(ids, mask, stream.labels, stream.spans, stream.maps)
     tensors = {**inputs.tensors, "input_ids": ids, "attention_mask": mask}
     return Inputs(tensors, {"": moved}, inputs.texts)
