@@ -33,6 +33,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
+from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
@@ -57,7 +58,7 @@ LONGEST = 30  # tokens of a predicted span
 class Continuation:
     """What `continuation` makes: the tokens that follow the prompt, each an output of its own."""
 
-    text: str | None = None
+    text: str | tuple[int, ...] | None = None
     max_new_tokens: int = 20
     of: Of = "log_probability"
 
@@ -78,9 +79,12 @@ class Label:
     word: int | str
 
 
-def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability") -> Continuation:
+def continuation(
+    text: str | Sequence[int] | Generated | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability"
+) -> Continuation:
     """A target: each token of `text` (by default of what the model itself says greedily) after those before it.
 
+    Token ids, or what `model.generate` gave for one prompt, are asked about as they are.
     `of` says which number of a token is asked about: its "log_probability" in nats, its "probability" or its "logit".
     InputError for an unknown one.
 
@@ -89,6 +93,12 @@ def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = 
     """
     if of not in get_args(Of):
         raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
+    if isinstance(text, Generated):
+        if len(text) != 1:
+            raise InputError(f"{len(text)} answers were generated, and a continuation is one: continuation(generated.ids(0))")
+        text = text.ids()
+    if text is not None and not isinstance(text, str):
+        text = tuple(int(i) for i in text)
     if text is not None and not text:
         raise InputError("the continuation is empty: give its text, or leave it out for what the model says itself")
     return Continuation(text, max_new_tokens, of)
@@ -523,6 +533,8 @@ def _continued(model: Model, inputs: Inputs, target: Continuation, decoder: Any,
 def _continuation_ids(model: Model, inputs: Inputs, target: Continuation, edits: Sequence[Edit]) -> list[int]:
     if target.text is None:
         made = model.generate(inputs, edits=edits, max_new_tokens=target.max_new_tokens).tokens[0].tolist()
+    elif isinstance(target.text, tuple):
+        made = list(target.text)
     elif model.tokenizer is None:
         raise InputError("this model was opened without a tokenizer: leave the continuation's text out")
     elif "decoder" in inputs.streams:

@@ -280,7 +280,7 @@ def test_rows_are_stopped_and_given_texts_and_others_do_not_notice(cache: bool) 
     assert made.ended == ("watcher", "length", "length")
     assert made.because[0] == "enough"
     assert made.ids(2) == plain.ids(2)
-    given = plain.ids(1)[:2] + [11, 12, 13]
+    given = [*plain.ids(1)[:2], 11, 12, 13]
     assert made.ids(1)[:5] == given
     prompt = model.inputs(PROMPTS[1]).tensors["input_ids"][0].tolist()
     assert made.ids(1)[5:] == model.generate([prompt + given], max_new_tokens=4).ids()
@@ -476,3 +476,18 @@ def test_a_stream_hears_each_rows_text() -> None:
 
     made = model.generate(PROMPTS, max_new_tokens=8, stream=hear)
     assert tuple(heard) == made.texts
+
+
+def test_what_was_generated_is_a_target_like_any_other() -> None:
+    from pellucid.question import Question, continuation
+
+    model = opened("llama")
+    made = model.generate(PROMPTS[0], temperature=1.0, max_new_tokens=5, seed=3)
+    asked = Question.of(model, PROMPTS[0], continuation(made))
+    assert asked.answers[0].ids == tuple(made.ids())
+    run = model.run(asked.inputs)
+    assert close(asked.read(run.logits, run.inputs.stream("").mask)[0], made.log_probabilities[0])
+    shares = pl.attribution.saliency(model, PROMPTS[0], continuation(made))
+    assert len(made.ids()) in shares.main.shape
+    with pytest.raises(InputError, match="3 answers"):
+        continuation(model.generate(PROMPTS, max_new_tokens=2))
