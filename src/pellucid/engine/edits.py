@@ -17,20 +17,13 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
+from pellucid.engine.steps import Step, Watch
 from pellucid.errors import InputError
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a condition sees while generating: the number of tokens generated so far and which, [batch, index]."""
-
-    index: int
-    tokens: Tensor
-
-
-Condition = Callable[[Step], "bool | Tensor"]
+Condition = Callable[[Step], "bool | Tensor"] | Watch
 
 
 class Source(Protocol):
