@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pellucid.errors import InputError
-
 ROLES = ("bos", "eos", "cls", "sep", "mask")  # what is padded with unk is still read as a word where it is not padding
 
 
@@ -53,21 +51,8 @@ def once(ids: Sequence[int], bare: Sequence[int]) -> slice:
     return slice(front if again else 0, end if twice else len(ids))
 
 
-def readable_text(text: str) -> str:
-    """The text itself. InputError where it holds half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text {text!r} holds half of a surrogate pair at character {error.start}: read the file as UTF-8, or "
-            "mend it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        ) from None
-    return text
-
-
 def token_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text with the marks this tokenizer puts around it, each once."""
-    readable_text(text)
     ids = list(tokenizer(text)["input_ids"])
     if not any(i in special_ids(tokenizer) for i in ids):
         return ids
