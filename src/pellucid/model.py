@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -221,7 +221,11 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        call = {k: v for k, v in locals().items() if k not in ("self", "options")} | options
+        edits, keep = (
+            [edits] if isinstance(edits, Edit) else [*edits],
+            [keep] if isinstance(keep, str | Site) else [*keep],
+        )
+        call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
         beams = told.get("num_beams", 1) != 1
@@ -233,13 +237,13 @@ class Model:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
-        return generate(
+        made = generate(
             self.anatomy,
             self.tokenizer,
             inputs,
             told,
             edits=self.resolved(edits),
-            keep=[keep] if isinstance(keep, str | Site) else [*keep],
+            keep=keep,
             when=watchers(when),
             scores=scores,
             stop=stop,
@@ -249,6 +253,7 @@ class Model:
             resolve=self.resolved,
             call=call,
         )
+        return replace(made, model=self)
 
     def plan(
         self,

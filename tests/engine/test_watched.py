@@ -491,3 +491,39 @@ def test_what_was_generated_is_a_target_like_any_other() -> None:
     assert len(made.ids()) in shares.main.shape
     with pytest.raises(InputError, match="3 answers"):
         continuation(model.generate(PROMPTS, max_new_tokens=2))
+
+
+def too_long(step: Step) -> dict[int, Any]:
+    step.record(step["layers.1.resid_post"].norm(dim=-1))
+    return pl.Stop("long").at(torch.full_like(step.running, step.index == 4))  # type: ignore[return-value]
+
+
+def test_what_was_generated_is_saved_and_its_program_generates_it_again(tmp_path: Any) -> None:
+    model = opened("llama")
+    gate = pl.Watch("layers.0.mlp.out", torch.is_tensor, name="gate")
+    made = model.generate(
+        PROMPTS,
+        temperature=0.9,
+        seed=5,
+        keep=["layers.1.resid_post", "layers.0.attn.pattern", "layers.0.resid_post@-1"],
+        edits=[pl.Steer("layers.0.resid_post", V, 0.5), pl.Scale("layers.1.mlp.out", 0.5, when=gate)],
+        when=pl.Watch("layers.1.resid_post", too_long),
+    )
+    assert repr(gate).startswith("Watch(['layers.0.mlp.out'], <is_tensor>")
+    saved = pl.results.Result.load(made.save(tmp_path / "made.zip"))
+    assert saved == made.result
+    assert saved["layers.1.resid_post"].shape == (3, 5, 32)
+    assert saved["too_long"].values.shape == (3, 5)
+    assert saved["too_long fired"].values.sum() == sum(why == "watcher" for why in made.ended)
+    code = saved.provenance.code(str(tmp_path / "made.zip")).splitlines()
+    space: dict[str, Any] = {"model": model, "pl": pl}
+    exec("\n".join(line for line in code if not line.startswith(("model =", "import pellucid"))), space)
+    assert space["result"].allclose(saved, atol=0.0)
+    assert made.result.data.text.values.tolist() == list(made.texts)
+    assert "generation" in repr(made.result)
+    assert made.result._repr_html_()
+    frame = made.to_frame()
+    assert len(frame) == int(made.lengths.sum())
+    assert {"row", "step", "token", "id", "log_probability", "too_long", "too_long fired", "gate fired"} <= set(
+        frame.columns
+    )

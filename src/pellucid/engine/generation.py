@@ -11,8 +11,10 @@ says which position that is), one with positions for the prompt. Rows end one by
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +66,7 @@ class Generated:
     steps: Run | None = field(default=None, repr=False)  # what was kept, with the tokens written as its positions
     prompt: Run | None = field(default=None, repr=False)  # what was kept of the prompt
     call: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what `generate` was asked
+    model: Any = field(default=None, repr=False)  # and who was
 
     @property
     def text(self) -> str:
@@ -78,6 +81,11 @@ class Generated:
     def ids(self, row: int = 0) -> list[int]:
         """The tokens a row wrote."""
         return [int(i) for i in self.tokens[row, : int(self.lengths[row])]]
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """The text of every token written, as decoding it alone gives it."""
+        return self.steps.inputs.stream("").labels if self.steps is not None else ()
 
     @property
     def scores(self) -> Tensor:
@@ -112,18 +120,29 @@ class Generated:
         texts = [[*row, *[""] * (self.tokens.shape[1] - len(row))] for row in labels]
         return data.assign_coords(token=(("batch", "step"), texts)) if len(texts) == data.sizes["batch"] else data
 
+    @property
+    def result(self) -> Any:
+        """All of this as a `Result`: it is saved, and its program generates it again."""
+        return importlib.import_module("pellucid.technique").generation(
+            self
+        )  # which stands above, and is known by name
+
+    def save(self, path: str | Path) -> Path:
+        """Write one zip file, `pl.results.Result.load(path)` reads it: `result` with everything that was kept."""
+        return self.result.save(path)  # type: ignore[no-any-return]
+
     def to_frame(self) -> pd.DataFrame:
         """A row for each token written: prompt, row, step, token, id, log_probability, and what fired and was recorded (single
         numbers)."""
         import pandas as pd
 
-        assert self.steps is not None
-        labels = self.steps.inputs.stream("").labels
-        single = {name: x for name, x in self.records.items() if x.ndim == 2}
+        labels = self.labels
+        beside = {f"{name} fired": x for name, x in self.fired.items()}
+        beside |= {name: x for name, x in self.records.items() if x.ndim == 2}
         rows = []
         for row in range(len(self)):
             for step, (i, text) in enumerate(zip(self.ids(row), labels[row], strict=True)):
-                said = {name: x[row, step].item() for name, x in {**self.fired, **single}.items()}
+                said = {name: x[row, step].item() for name, x in beside.items()}
                 known = {"row": row, "step": step, "token": text, "id": i}
                 rows.append({**known, "log_probability": float(self.log_probabilities[row, step]), **said})
         return pd.DataFrame(rows, columns=None if rows else ["row", "step", "token", "id", "log_probability"])
