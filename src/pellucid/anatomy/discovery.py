@@ -22,15 +22,21 @@ from pellucid.anatomy.residual import Residual, chooses
 from pellucid.anatomy.spans import Span, find_spans
 from pellucid.anatomy.structure import ATTENTION_PORTS, Attention, Block, Linear, Mlp, Path, Stack, Tap
 from pellucid.anatomy.trace import Call, Op, Trace, Value
+from pellucid.anatomy.wholes import composed, packed
 from pellucid.errors import LoadError
 
 EXPERT_SITES = ("router", "experts", "experts.neurons", "experts.out")
 
 
 def trace(module: nn.Module, inputs: dict[str, Any]) -> tuple[Trace, Any]:
-    """Run the module once and write everything down."""
-    with torch.no_grad(), Trace(module) as t:
+    """Run the module and write everything down: once, or again with modules closed that are one linear map as a whole."""
+    closed = {m for m in module.modules() if packed(m)}
+    with torch.no_grad(), Trace(module, closed) as t:
         output = module(**inputs)
+    whole = composed(t)
+    if whole:
+        with torch.no_grad(), Trace(module, closed | whole) as t:
+            output = module(**inputs)
     t.lengths = {x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim == 2}
     return t, output
 
