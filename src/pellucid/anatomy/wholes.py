@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import dataflow as flow
-from pellucid.anatomy.trace import Call, Trace, Value
+from pellucid.anatomy.trace import SELF, Call, Trace, Value
 
 
 def packed(module: nn.Module) -> bool:
@@ -51,15 +50,17 @@ def _around(call: Call) -> Iterator[Call]:
 
 
 def _around_a_layer(call: Call) -> bool:
-    """Whether one module inside takes the only input and adds, up to factors, to the only output; and the input itself
+    """Whether one module inside takes the only input and adds, up to factors, to what is returned; and the input itself
     does not (that would be a residual connection).
     """
-    given, made = call.input, call.output
+    given, made = call.inputs.get(0), call.outputs.get(SELF)
     floats = [v for v in (*call.inputs.values(), *call.outputs.values()) if v.tensor.is_floating_point()]
     if given is None or made is None or given is made or len(floats) != 2 or given.shape[:-1] != made.shape[:-1]:
         return False
     terms = list(_terms(made))
-    layers = [c for c in call.walk() if not c.children and c is not call and c.output is not None and c.input is not None]
+    layers = [
+        c for c in call.walk() if not c.children and c is not call and c.output is not None and c.input is not None
+    ]
     return given not in terms and any(c.output in terms and given in _before(c.input) for c in layers)  # type: ignore[arg-type]
 
 
