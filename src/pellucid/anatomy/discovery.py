@@ -81,16 +81,16 @@ def embeddings(t: Trace, ids: Any) -> dict[str, Tap]:
     except (AttributeError, NotImplementedError):
         own = None
     found: dict[str, Tap] = {}
-    for op in (op for op in t.ops if op.name == "embedding" and op.call is not None and op.call.output is not None):
-        asked, call = op.inputs[0].tensor, op.call
+    looked_up = [(op.inputs[0].tensor, op.call) for op in t.ops if op.name == "embedding"]
+    whole = [(v.tensor, c) for c in t.calls if c.module is own for v in list(c.inputs.values())[:1]]  # adapters and all
+    for asked, call in whole + looked_up:
         made = call.output if call is not None else None
-        if call is None or made is None or made.tensor.ndim != 3:
+        if call is None or made is None or made.tensor.ndim != 3 or asked.is_floating_point():
             continue
         key = next(k for k, v in call.outputs.items() if v is made)
         if torch.equal(asked, ids) or torch.equal(asked, ids.T):
             native = TOKENS if asked.shape == ids.shape else "p b d"
-            if "tokens" not in found or call.module is own:
-                found["tokens"] = Tap(call.name, "out", Layout(native, TOKENS), key, call.nth)
+            found.setdefault("tokens", Tap(call.name, "out", Layout(native, TOKENS), key, call.nth))
         elif asked.ndim == 2 and asked.shape[1] == ids.shape[1] and bool((asked.diff(dim=1) == 1).all()):
             layout = Layout(TOKENS, TOKENS, shared=len(asked) == 1 < len(ids))
             found.setdefault("positions", Tap(call.name, "out", layout, key, call.nth))
