@@ -403,6 +403,24 @@ def test_edits_reach_every_step_of_a_model_inside_an_adapter(kind: str) -> None:
     assert close(made[0].tensor(site), wanted.tensor(site))
 
 
+def test_a_prefix_that_the_loop_loses_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    module = build("llama")
+    adapted = peft.get_peft_model(module, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = pl.load(adapted, tokenizer=tokenizer(module))
+    tensors = model.inputs(PROMPTS[0]).tensors
+    with torch.no_grad():
+        native = adapted.generate(
+            **tensors, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        right = adapted(**tensors).logits[0, -1]
+    if close(native.logits[0][0], right):  # a peft that hands it on
+        assert model.generate(PROMPTS[0], max_new_tokens=1).ids() == [int(right.argmax())]
+    else:
+        with pytest.raises(Refused, match="lost on the way"):
+            model.generate(PROMPTS[0], max_new_tokens=2)
+
+
 def test_passes_that_are_not_the_tokens_are_refused() -> None:
     model = opened("llama")
     config = model.module.generation_config

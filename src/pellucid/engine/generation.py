@@ -24,6 +24,8 @@ from transformers.generation import GenerationMixin
 
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.opening import main_output
+from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
@@ -195,6 +197,7 @@ def generate(
             raise InputError("this model was opened without a tokenizer: give a row token ids, not a text")
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    _check_loop(anatomy, runs, use_cache)
     follower = Follower(anatomy, runs, inputs, keep, edits, when, encode, resolve)
     draws = Draws(seed)
     if options.get("num_beams", 1) != 1:
@@ -217,13 +220,45 @@ def generate(
     try:
         with torch.no_grad(), evaluating(module), follower:
             module.generate(**tensors, **told)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PellucidError) or follower.steps:
+    except Exception as error:
+        if isinstance(error, PellucidError) or error is follower.failed or follower.steps:
             raise
         raise InputError(f"transformers does not generate from this: {' '.join(str(error).split())[:300]}") from error
     finally:
         draws.fall()
     return page.close(inputs, call or {})
+
+
+def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
+    """Refused where a loop that calls an inner module leaves out what the outer one adds, as a prefix that is not handed on."""
+    module = anatomy.module
+
+    def agrees() -> bool:
+        row = {k: v[:1] if isinstance(v, Tensor) else v for k, v in anatomy.inputs.items()}
+        row = {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "decoder_input_ids")}
+        with torch.no_grad(), evaluating(module):
+            told = {
+                "do_sample": False,
+                "num_beams": 1,
+                "output_logits": True,
+                "return_dict_in_generate": True,
+                "use_cache": use_cache,
+            }
+            made = module.generate(**row, max_new_tokens=3, **told)  # type: ignore[operator]
+            given = made.sequences[:, :-1]
+            if "decoder_input_ids" in row or getattr(runs.config, "is_encoder_decoder", False):
+                row["decoder_input_ids"] = given
+            else:
+                row = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            wanted, got = main_output(module(**row))[:, -len(made.logits) :].float(), torch.stack(made.logits, 1)
+        allowed = TOLERANCE.get(next(module.parameters()).dtype, 4e-2) * max(1.0, float(wanted.abs().max()))
+        return float((wanted - got.to(wanted.device)).abs().max()) <= allowed
+
+    if runs is not module and not anatomy.memo(("its loop computes what it computes", use_cache), agrees):
+        raise Refused(
+            f"generating calls the {type(runs).__name__} inside, which does not compute what this {type(module).__name__} does: what the "
+            f"adapter adds is lost on the way (use_cache={use_cache})"
+        )
 
 
 def _beams(
