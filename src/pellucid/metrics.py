@@ -510,7 +510,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if callable(metric):
+    if callable(metric) and not isinstance(metric, type):
         return BoundMetric(getattr(metric, "__name__", "custom"), None, None, metric)
     raise InputError(f"{metric!r} is no metric: give metrics.logit(' Paris') or a function of the logits")
 

@@ -240,10 +240,7 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        edits, keep = (
-            [edits] if isinstance(edits, Edit) else [*edits],
-            [keep] if isinstance(keep, str | Site) else [*keep],
-        )
+        edits, keep = _edits(edits), _kept(keep)
         call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
@@ -314,9 +311,7 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        if edits is None or isinstance(edits, Edit):
-            edits = [edits] if edits else []
-        edits = listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
+        edits = _edits(edits)
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
@@ -341,6 +336,13 @@ class Model:
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+
+
+def _edits(edits: Any) -> list[Edit]:
+    """The edits a run is asked to make: one, several or none."""
+    if edits is None or isinstance(edits, Edit):
+        return [edits] if edits else []
+    return listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
 
 
 def _kept(keep: Any) -> list[str | Site]:

@@ -37,7 +37,7 @@ from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
-from pellucid.errors import InputError
+from pellucid.errors import InputError, listed
 from pellucid.metrics import AnswerMetric, BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
@@ -100,6 +100,9 @@ def continuation(
             )
         text = text.ids()
     if text is not None and not isinstance(text, str):
+        text = tuple(listed("the continuation", text, "a text, or token ids"))
+        if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in text):
+            raise InputError(f"the continuation is {text!r}: expected a text, or token ids")
         text = tuple(int(i) for i in text)
     if text is not None and not text:
         raise InputError("the continuation is empty: give its text, or leave it out for what the model says itself")

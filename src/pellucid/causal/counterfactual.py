@@ -57,6 +57,8 @@ def counterfactual(
     """
     prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or several")
     at_least(1, max_changes=max_changes, candidates=candidates, beam=beam)
+    if not prompts:
+        raise InputError("no prompt was given: expected a text, or several")
     settle(target=target)  # None: any other answer, not the prediction that is asked about first
     searches = [Search.of(model, text, target, positions) for text in prompts]
     rng = np.random.default_rng(seed)
