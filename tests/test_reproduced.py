@@ -117,6 +117,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention.attention_gradient": lambda: T.attention_gradient(gpt2(), CLEAN, " Paris", against=" Rome"),
     "attention.gradient_weighted": lambda: T.gradient_weighted(gpt2(), CLEAN),
     "attention.relevance": lambda: T.relevance(gpt2(), CLEAN, " Paris"),
+    "attention.value_zeroing": lambda: T.value_zeroing(gpt2(), CLEAN, edits=[pl.Ablate("layers.0.attn.heads.1")]),
     "attention.permuted_attention": lambda: T.permuted_attention(gpt2(), CLEAN, draws=3),
     "attention.head_summaries": lambda: T.head_summaries(gpt2(), TEXTS),
     "attention.head_clusters": lambda: T.head_clusters(gpt2(), TEXTS, draws=2),
