@@ -153,6 +153,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "circuits.stability": lambda: R.stability(scores(), 5, draws=5),
     "circuits.head_roles": lambda: R.head_roles(gpt2(), draws=2, length=8),
     "lenses.logit_lens": lambda: L.logit_lens(gpt2(), CLEAN, positions=[-1, -2]),
+    "lenses.backward_lens": lambda: L.backward_lens(gpt2(), CLEAN, " Rome"),
     "lenses.head_lens": lambda: L.head_lens(gpt2(), CLEAN, layers=[0]),
     "lenses.direct_logit_attribution": lambda: L.direct_logit_attribution(gpt2(), CLEAN, " Paris", against=" Rome", by="head"),
     "lenses.decoder_lens": lambda: L.decoder_lens(opened("t5"), CLEAN, max_new_tokens=3),
