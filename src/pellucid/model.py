@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,11 +63,27 @@ class Model:
         self.loaded = loaded
         self.module, self.tokenizer = loaded.module, loaded.tokenizer
         self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
-        self.anatomy: Anatomy = open_module(self.module, probe, known)
-        self.anatomy.memo = Memo(loaded.weights)  # which hears of changes that the digest notices
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
-        self._padding = Padding(self.anatomy)
+        self._open(probe, known)
+
+    def _open(self, probe: Mapping[str, Any] | None, known: Anatomy | None = None) -> None:
+        self._anatomy: Anatomy = open_module(self.module, probe, known)
+        self._anatomy.memo = Memo(self.loaded.weights)  # which hears of changes that the digest notices
+        self._verdicts = Padding(self._anatomy)
         self._stacks: dict[str, Components] = {}
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The proven map; found and proven anew where modules were exchanged since (an adapter put in or taken out)."""
+        if self._anatomy.outdated:
+            self._open(self._anatomy.inputs)
+        return self._anatomy
+
+    @property
+    def _padding(self) -> Padding:
+        """The verdicts on padding of the model as it is now."""
+        _ = self.anatomy
+        return self._verdicts
 
     @property
     def named(self) -> bool:
@@ -124,11 +140,12 @@ class Model:
         return self._components("decoder")
 
     def _components(self, name: str) -> Components:
+        anatomy = self.anatomy
         if name not in self._stacks:
-            stack = next((s for s in self.anatomy.stacks if s.name == name), None)
+            stack = next((s for s in anatomy.stacks if s.name == name), None)
             if stack is None:
                 raise SiteError(f"this model has no {name}: it has one stack, model.layers")
-            self._stacks[name] = Components(Layers(self.anatomy, stack, self.inputs))
+            self._stacks[name] = Components(Layers(anatomy, stack, self.inputs))
         return self._stacks[name]
 
     # ---- addresses and inputs
@@ -221,7 +238,11 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        call = {k: v for k, v in locals().items() if k not in ("self", "options")} | options
+        edits, keep = (
+            [edits] if isinstance(edits, Edit) else [*edits],
+            [keep] if isinstance(keep, str | Site) else [*keep],
+        )
+        call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
         beams = told.get("num_beams", 1) != 1
@@ -233,13 +254,13 @@ class Model:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
-        return generate(
+        made = generate(
             self.anatomy,
             self.tokenizer,
             inputs,
             told,
             edits=self.resolved(edits),
-            keep=[keep] if isinstance(keep, str | Site) else [*keep],
+            keep=keep,
             when=watchers(when),
             scores=scores,
             stop=stop,
@@ -249,6 +270,7 @@ class Model:
             resolve=self.resolved,
             call=call,
         )
+        return replace(made, model=self)
 
     def plan(
         self,

@@ -109,6 +109,7 @@ class Alone:
 
         Taps are counted from the block's start: see `within`.
         """
+        self.anatomy.check()
         enter, leave = block.taps["resid_pre"], block.taps["resid_post"]
         native = enter.layout.write(resid)
         args = tuple(native if i == enter.key else a for i, a in enumerate(call.args))
