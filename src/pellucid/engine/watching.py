@@ -44,11 +44,12 @@ def pass_until(anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler]
     whole = whole or any(hasattr(module, "_hf_hook") for module in anatomy.module.modules())
 
     def heard(tap: Tap, handler: Handler) -> Handler:
-        def handle(x: Tensor) -> None:
-            handler(x)
+        def handle(x: Tensor) -> Tensor | None:
+            new = handler(x)
             met.add(tap)
             if not whole and len(met) == len(handlers):
                 raise _Enough
+            return new
 
         return handle
 
