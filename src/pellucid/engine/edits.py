@@ -169,6 +169,8 @@ class Patch(Edit):
         _check_rows(values, len(x))
         stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:
+            if not isinstance(self.source_at, int | str):
+                raise InputError(f"source_at={self.source_at!r}: expected a position, such as -1, '1:4' or \"'Paris'\"")
             found = stream.find(self.source_at)
             positions = place.positions if found is None else (found - stream.starts[:, None]).to(x.device)
             if positions.shape[1] not in (1, x.shape[1]):
