@@ -143,7 +143,7 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
     if inner is not module:
         notes.append("torch.compile's wrapper is set aside: the module inside it runs")
     if inner.training:
-        notes.append("the module is in training mode: dropout is active until you call .eval()")
+        notes.append("the module is in training mode: it runs in evaluation mode here, and is in its own again afterwards")
     config = getattr(inner, "config", None)
     name = getattr(config, "name_or_path", "") or type(inner).__name__
     with _one_line_errors(name), _quiet():

@@ -70,7 +70,9 @@ def deeplift(
         )
         raise Refused(f"DeepLIFT has no rule for a part of {model.name} ({why}): use integrated_gradients or shapley")
     n = len(scores)
-    multipliers = torch.stack([torch.autograd.grad(s, x, retain_graph=i + 1 < n)[0][0] for i, s in enumerate(scores)])
+    with torch.enable_grad():  # else scores[o] forgets where it comes from
+        each = [torch.autograd.grad(scores[o], x, retain_graph=o + 1 < n)[0][0] for o in range(n)]
+    multipliers = torch.stack(each)
     found = ((embedded.values - start.values) * multipliers).double().sum(-1).cpu()
     above, below = (t.detach().double().cpu() for t in (scores, below))
     gap = found.sum(1) - (above - below)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.wiretap import Wiretap
 from pellucid.engine.edits import Edit, Step
 from pellucid.engine.inputs import Inputs
@@ -124,11 +125,11 @@ def generate(
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
         options["pad_token_id"] = pad[0] if isinstance(pad, list) else pad
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}  # generate counts positions itself
-    with torch.no_grad():
+    with running(module):
         if handlers:
             with Wiretap(module, handlers, len(inputs), follower.step) as wire:
                 out = module.generate(**tensors, **options)
-            follower.check(wire)
+            follower.check(wire.met)
         else:
             out = module.generate(**tensors, **options)
     new = out[:, inputs.stream("").ids.shape[1] :]
