@@ -132,7 +132,7 @@ class Ablate(Edit):
                 f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts"
             )
         # the mean is over all positions, so a reference that kept some of them will not do
-        values, lengths = _reference(self.reference, replace(place, site=place.site.whole) if self.how == "mean" else place)
+        values, lengths = _reference(self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place)
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
             return values[real].mean(0).expand_as(x)
