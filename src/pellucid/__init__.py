@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
     from pellucid.engine.pausing import quiet as quiet
+    from pellucid.engine.saved import load_edits as load_edits
+    from pellucid.engine.saved import save_edits as save_edits
+    from pellucid.engine.steps import Redirect as Redirect
+    from pellucid.engine.steps import Say as Say
+    from pellucid.engine.steps import Stop as Stop
+    from pellucid.engine.steps import Watch as Watch
     from pellucid.model import Model as Model
     from pellucid.model import load as load
 
@@ -30,8 +36,10 @@ _HOME = {
     "Model": "model",
     "Corpus": "corpus",
     "quiet": "engine.pausing",
+    **dict.fromkeys(("load_edits", "save_edits"), "engine.saved"),
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
+    **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
 }
 _MODULES = (
     "anatomy",

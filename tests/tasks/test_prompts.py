@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 from pellucid.errors import InputError
 from pellucid.tasks import Prompts, indirect_objects
@@ -134,12 +135,9 @@ def test_an_answer_of_several_tokens_is_refused_with_its_pieces_and_the_way_out(
         single_id(tok, "")
 
 
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(InputError, match="Slow gives no character offsets: use a fast tokenizer"):
-        encode(Slow(), "text")
+def test_a_tokenizer_without_offsets_is_read_by_decoding() -> None:
+    ids, offsets = encode(ByT5Tokenizer(), "é b")
+    assert len(ids) == 5 and [("é b")[a:b] for a, b in offsets] == ["é", "é", "", "b", ""]
 
 
 def test_a_metric_from_texts_equals_the_one_from_the_prompts_ids() -> None:

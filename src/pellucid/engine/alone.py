@@ -110,6 +110,7 @@ class Alone:
 
         Taps are counted from the block's start: see `within`. A graph is kept where the residual requires grad.
         """
+        self.anatomy.check()
         enter, leave = block.taps["resid_pre"], block.taps["resid_post"]
         native = enter.layout.write(resid)
         args = tuple(native if i == enter.key else a for i, a in enumerate(call.args))

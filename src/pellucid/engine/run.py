@@ -228,6 +228,7 @@ class Session:
         edits: Sequence[Edit] = (),
         gradients: bool = False,
     ) -> None:
+        anatomy.check()
         self.inputs, self.gradients = inputs, gradients
         wanted = [spot for k in keep for spot in spots(anatomy, k)]
         self.sites = [spot.site for spot in wanted]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pellucid.engine.marks import once
+from pellucid.engine.text_map import covering as covering
+from pellucid.engine.text_map import encode as encode
 from pellucid.errors import InputError
 
 # What may stand before an answer when no prompt is at hand. A text that begins with a space follows a word;
@@ -19,37 +20,11 @@ from pellucid.errors import InputError
 ANCHORS = {True: ("a", "."), False: (".", "\n", ":", "a")}
 
 
-def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids and the [start, stop) characters of each; a mark that is not in the text has an empty range.
-
-    InputError if the tokenizer gives no offsets (a slow one).
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        name = type(tokenizer).__name__
-        raise InputError(f"{name} gives no character offsets: use a fast tokenizer (one with a tokenizer.json)")
-    encoding = tokenizer(text, add_special_tokens=specials, return_offsets_mapping=True)
-    ids, offsets = list(encoding["input_ids"]), [(start, stop) for start, stop in encoding["offset_mapping"]]
-    if not specials:
-        return ids, offsets
-    kept = once(ids, tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids[kept], offsets[kept]
-
-
 def pieces(tokenizer: Any, text: str, *, specials: bool = True) -> list[str]:
     """The text of every token, a special token by its name: how to show a cut to a person."""
     ids, offsets = encode(tokenizer, text, specials=specials)
     names = tokenizer.convert_ids_to_tokens(ids)
     return [text[a:b] if a < b else name for name, (a, b) in zip(names, offsets, strict=True)]
-
-
-def covering(offsets: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
-    """The [first, last + 1) tokens that touch the characters [start, stop); (0, 0) if none does.
-
-    >>> covering([(0, 0), (0, 4), (4, 9), (9, 12)], 5, 9)
-    (2, 3)
-    """
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def continuation(tokenizer: Any, head: str, answer: str, tail: str = "") -> list[int]:
