@@ -204,8 +204,13 @@ class Model:
         edits = [edits] if isinstance(edits, Edit) else edits
         keep = [keep] if isinstance(keep, str | Site) else list(keep or ())
         if not logits and (grad or grad_of is not None or not keep):
-            raise InputError("logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of=")
-        with torch.set_grad_enabled(grad or torch.is_grad_enabled()), differentiable(self.module, grad or moving(edits)):
+            raise InputError(
+                "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
+            )
+        with (
+            torch.set_grad_enabled(grad or torch.is_grad_enabled()),
+            differentiable(self.module, grad or moving(edits)),
+        ):
             inputs = self.inputs(prompt, decoder=decoder, spans=spans)
             metric = None if grad_of is None else self.bind(grad_of, len(inputs))
             edits = self.resolved(edits)
@@ -305,7 +310,15 @@ class Model:
             return self._plan(prompt, variants, metric, decoder, spans, memory, checkpoint, executor)
 
     def _plan(
-        self, prompt: Any, variants: Any, metric: Any, decoder: Any, spans: Any, memory: Any, checkpoint: Any, executor: Any
+        self,
+        prompt: Any,
+        variants: Any,
+        metric: Any,
+        decoder: Any,
+        spans: Any,
+        memory: Any,
+        checkpoint: Any,
+        executor: Any,
     ) -> Plan:
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]

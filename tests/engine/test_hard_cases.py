@@ -143,7 +143,7 @@ def met(model: Model, given: Any, edit: Edit, block: Any) -> dict[Any, Tensor]:
     session.keeping |= taps - {None}
     with torch.no_grad(), Wiretap(model.module, session.handlers(), len(given)) as wire:
         model.module(**given.tensors)
-    session.check(wire.met)
+    session.check(wire)
     return session.kept
 
 

@@ -103,8 +103,16 @@ def test_a_kept_vector_holds_little_more_than_itself(site: str) -> None:
 
 def test_what_is_kept_in_parts_reads_as_it_did_whole() -> None:
     model = opened()
-    whole = model.run(PROMPT, keep=["layers.0.attn.z", SITE, "layers.1.attn.pattern", "layers.0.attn.heads.0.out"], grad_of=DIFFERENCE)
-    some = ["layers.0.attn.heads.1.z", f"{SITE}@-1", f"{SITE}@0:2", "layers.1.attn.heads.0.pattern@1", "layers.0.attn.heads.0.out@-1"]
+    whole = model.run(
+        PROMPT, keep=["layers.0.attn.z", SITE, "layers.1.attn.pattern", "layers.0.attn.heads.0.out"], grad_of=DIFFERENCE
+    )
+    some = [
+        "layers.0.attn.heads.1.z",
+        f"{SITE}@-1",
+        f"{SITE}@0:2",
+        "layers.1.attn.heads.0.pattern@1",
+        "layers.0.attn.heads.0.out@-1",
+    ]
     for options in ({}, {"grad_of": DIFFERENCE}):
         run = model.run(PROMPT, keep=some, **options)
         for site in [*some, f"{SITE}@1", "layers.0.attn.heads.1.z@-2"]:
@@ -231,8 +239,12 @@ GRADIENTS: dict[str, Callable[[pl.Model], Tensor]] = {
     "direct logit attribution": lambda m: values(pl.lenses.direct_logit_attribution(m, PROMPT[0], " Paris")),
     "tuned lens": lambda m: pl.lenses.TunedLens(tokens=40, context=8, batch=2).fit(m, TEXTS * 3).weights_[SITE],
     "knowledge attribution": lambda m: values(pl.neurons.knowledge_attribution(m, PROMPT[0], " Paris", steps=2)),
-    "activating inputs": lambda m: values(pl.neurons.activating_inputs(m, "layers.0.mlp.neurons.1", length=3, steps=1, restarts=1)),
-    "slopes of edited runs": lambda m: m.run(PROMPT, edits=[pl.Steer(SITE, torch.ones(32))], keep=["layers.1.mlp.out"], grad_of=DIFFERENCE).grad("layers.1.mlp.out"),
+    "activating inputs": lambda m: values(
+        pl.neurons.activating_inputs(m, "layers.0.mlp.neurons.1", length=3, steps=1, restarts=1)
+    ),
+    "slopes of edited runs": lambda m: m.run(
+        PROMPT, edits=[pl.Steer(SITE, torch.ones(32))], keep=["layers.1.mlp.out"], grad_of=DIFFERENCE
+    ).grad("layers.1.mlp.out"),
 }
 
 
@@ -250,12 +262,14 @@ def wanted() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
-@pytest.mark.parametrize("way", ["frozen", "no_grad", "inference_mode", "made in inference mode", "everything in inference mode"])
+@pytest.mark.parametrize(
+    "way", ["frozen", "no_grad", "inference_mode", "made in inference mode", "everything in inference mode"]
+)
 def test_gradients_do_not_depend_on_the_users_flags(name: str, way: str, wanted: dict[str, Tensor]) -> None:
     inference = "inference" in way
     with torch.inference_mode("made" in way or "everything" in way):
         module = build("gpt2")
-        module.requires_grad_(not (way == "frozen"))
+        module.requires_grad_(way != "frozen")
         if "everything" in way:
             model = pl.load(module, tokenizer=tokenizer(module))
     if "everything" not in way:
@@ -277,5 +291,7 @@ def test_vectors_made_in_inference_mode_are_used_as_any_other() -> None:
         vector, ids = torch.ones(32), torch.tensor([[7, 8, 9]])
     options = {"keep": ["layers.1.resid_post"], "grad_of": pl.metrics.logit(7)}
     one = model.run(ids, edits=[pl.Scale(SITE, vector * 2), pl.ProjectOut(SITE, vector)], **options)
-    two = model.run([[7, 8, 9]], edits=[pl.Scale(SITE, torch.ones(32) * 2), pl.ProjectOut(SITE, torch.ones(32))], **options)
+    two = model.run(
+        [[7, 8, 9]], edits=[pl.Scale(SITE, torch.ones(32) * 2), pl.ProjectOut(SITE, torch.ones(32))], **options
+    )
     assert torch.equal(one.grad("layers.1.resid_post"), two.grad("layers.1.resid_post"))

@@ -125,7 +125,9 @@ class Ablate(Edit):
                 f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts"
             )
         # the mean is over all positions, so a reference that kept some of them will not do
-        values, lengths = _reference(self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place)
+        values, lengths = _reference(
+            self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place
+        )
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
             return values[real].mean(0).expand_as(x)
@@ -417,7 +419,9 @@ def _brought(edit: Edit, device: torch.device) -> Edit:
     """The edit with its tensors on the model's device: they go there once, not at every step and variant."""
     given = {f.name: getattr(edit, f.name) for f in fields(edit) if f.init}
     moved = {
-        k: ordinary(v).to(device) for k, v in given.items() if isinstance(v, Tensor) and (v.device != device or v.is_inference())
+        k: ordinary(v).to(device)
+        for k, v in given.items()
+        if isinstance(v, Tensor) and (v.device != device or v.is_inference())
     }
     return replace(edit, **moved) if moved else edit
 

@@ -284,10 +284,15 @@ class Session:
                 share += (1.0 if columns is None else columns.shape[1] / stream.ids.shape[1]) / units
         if share >= 1:
             return x.clone() if copy else x
-        return tuple(Part(spot.unit, columns, chosen(spot, x, spot.unit, columns).clone()) for spot, columns in parts.values())
+        return tuple(
+            Part(spot.unit, columns, chosen(spot, x, spot.unit, columns).clone()) for spot, columns in parts.values()
+        )
 
-    def check(self, met: Container[Tap]) -> None:
+    def check(self, wire: Wiretap) -> None:
         """An edit that never fired is an error, not silence."""
+        self.check_met(wire.met)
+
+    def check_met(self, met: Container[Tap]) -> None:
         for tap, writers in self.writing.items():
             if tap not in met:
                 site = str(writers[0].spot.site)
@@ -316,7 +321,7 @@ def execute(
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:
                 output = module(**{**inputs.tensors, **(forward or {})})
-            session.check(wire.met)
+            session.check(wire)
         else:
             output = module(**{**inputs.tensors, **(forward or {})})
         run = Run(anatomy, inputs, output, session.kept, session.sites)

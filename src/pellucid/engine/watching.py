@@ -34,7 +34,7 @@ def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edit
     """A run without gradients that kept some sites, made its edits, and stopped there; it has no logits."""
     check_unconditional(edits)
     session = Session(anatomy, inputs, keep, edits)
-    session.check(pass_until(anatomy, inputs, session.handlers()))
+    session.check_met(pass_until(anatomy, inputs, session.handlers()))
     run = Run(anatomy, inputs, None, session.kept, session.sites)
     run.edits = tuple(edits)
     return run

@@ -156,7 +156,7 @@ class Shares:
         handlers = {tap: heard(tap) for tap in dict.fromkeys((*writing, *taps))}
         with torch.no_grad(), Wiretap(anatomy.module, handlers, len(self.inputs)) as wire:
             output = anatomy.module(**self.inputs.tensors)
-        session.check(wire.met)
+        session.check(wire)
         return kept, output
 
     def _taps(self, block: Block) -> Iterator[Tap]:
