@@ -32,6 +32,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.sites import Site
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
@@ -298,8 +299,9 @@ def settling(found: dict[str, Any]) -> Iterator[None]:
 def technique(function: Callable[P, R]) -> Callable[P, R]:
     """Record every call of a public function or method on what it returns (Results in tuples, lists and mappings too).
 
-    Calls inside a recorded call are part of it, and are not recorded on their own. Options of plain kinds are checked
-    first (`pellucid.errors.plain`): a technique need only say which numbers make sense.
+    Calls inside a recorded call are part of it, and are not recorded on their own. A call computes in evaluation mode and
+    without a graph, whatever the user's modes are (`anatomy.modes.running`): what needs gradients enables them inside.
+    Options of plain kinds are checked first (`pellucid.errors.plain`): a technique need only say which numbers make sense.
 
     >>> import xarray as xr
     >>> from pellucid.results import Result
@@ -323,8 +325,10 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
         bound.arguments.update(plain(annotations, bound.arguments))
         call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
+        models = [v for v in bound.arguments.values() if isinstance(v, Model)]
         try:
-            result = function(*bound.args, **bound.kwargs)
+            with running(*(model.module for model in models)):
+                result = function(*bound.args, **bound.kwargs)
             call.arguments.update({k: v for k, v in (_settled.get() or {}).items() if call.arguments.get(k) is None})
         finally:
             _settled.reset(token)
