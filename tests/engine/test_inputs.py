@@ -97,7 +97,6 @@ def test_prompts_may_be_texts_ids_or_tensors() -> None:
         (torch.zeros(1, 3), "not .* of torch.float32"),
         ([5, 97], "token id 97 is unknown: this model has 0 to 96"),
         ([5, -1], "token id -1 is unknown"),
-        ([5] * 65, "has 65 tokens but the model's context holds 64"),
         ({"attention_mask": ids()}, "have no 'input_ids'"),
         ({"input_ids": ids(), "attention_mask": torch.ones(2, 3)}, r"the attention mask is \[2, 3\], but .* \[2, 7\]"),
         ({"input_ids": ids(1, 3), "attention_mask": torch.tensor([[1, 0, 1]])}, "on one stretch of tokens"),
