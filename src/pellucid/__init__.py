@@ -4,7 +4,7 @@ Importing pellucid loads neither torch nor transformers: a name loads its module
 
 >>> import pellucid as pl
 >>> sorted(dir(pl))[:4]
-['Ablate', 'Corpus', 'Model', 'Patch']
+['Ablate', 'Chat', 'Corpus', 'Inputs']
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from pellucid.engine.edits import Replace as Replace
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
+    from pellucid.engine.given import Chat as Chat
+    from pellucid.engine.given import Pair as Pair
+    from pellucid.engine.inputs import Inputs as Inputs
     from pellucid.engine.pausing import quiet as quiet
+    from pellucid.engine.saved import load_edits as load_edits
+    from pellucid.engine.saved import save_edits as save_edits
+    from pellucid.engine.steps import Redirect as Redirect
+    from pellucid.engine.steps import Say as Say
+    from pellucid.engine.steps import Stop as Stop
+    from pellucid.engine.steps import Watch as Watch
     from pellucid.model import Model as Model
     from pellucid.model import load as load
 
@@ -29,9 +38,14 @@ _HOME = {
     "load": "model",
     "Model": "model",
     "Corpus": "corpus",
+    "Chat": "engine.given",
+    "Pair": "engine.given",
+    "Inputs": "engine.inputs",
     "quiet": "engine.pausing",
+    **dict.fromkeys(("load_edits", "save_edits"), "engine.saved"),
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
+    **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
 }
 _MODULES = (
     "anatomy",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.map import Anatomy
@@ -16,12 +18,15 @@ from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, read_inputs
+from pellucid.engine.given import Truncate
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
+from pellucid.engine.sampling import number, sampling
+from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import InputError, SiteError
+from pellucid.errors import InputError, Refused, SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -133,12 +138,36 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+    def inputs(
+        self,
+        prompt: Any,
+        *,
+        decoder: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        truncate: Truncate | None = None,
+    ) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named; every method takes them as its prompt.
 
-        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        `truncate` cuts what is too long: "left" or "right" to what the model holds, a number of tokens, or ("left", 128).
+        What a prompt can be: `pellucid.engine.given`. Refused if this model computes something else for the real tokens when
+        they are padded as these prompts are.
         """
-        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+        made = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans, truncate=truncate)
+        return self._padding.fit(made)
+
+    def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
+        """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
+        return self._padding.fit(beside(several, times, pad_index(self.module, self.tokenizer)))
+
+    @property
+    def paddable(self) -> bool:
+        """Whether this model computes the same for prompts that are padded on the right."""
+        ids, mask = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[1, 0]])
+        try:
+            self._padding.fit(Inputs({}, {"": Stream(ids, mask, (("",),))}, ("",)))
+        except Refused:
+            return False
+        return True
 
     # ---- running
 
@@ -174,19 +203,62 @@ class Model:
         *,
         decoder: str | Sequence[str] | None = None,
         edits: Sequence[Edit] = (),
+        keep: Iterable[str | Site] | str = (),
+        when: Watch | Sequence[Watch] = (),
+        scores: bool = False,
         max_new_tokens: int = 40,
-        temperature: float = 0.0,
+        min_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: Any = (),
+        num_return_sequences: int = 1,
+        stream: Any = None,
         seed: int = 0,
         use_cache: bool = True,
+        **options: Any,
     ) -> Generated:
-        """Continue prompts under edits; greedy unless a temperature is given. `print` the result for its text.
+        """Continue prompts, as transformers does; greedy unless sampling is asked for. `print` the result for its text.
 
+        Sampling options are transformers' own by its names, and further ones of its GenerationConfig are taken as `options`.
+        What is not given is what the checkpoint's generation config says, then transformers' default (`top_k` is 50 there:
+        `top_k=0` draws from the whole vocabulary). The tokens are those of transformers after `torch.manual_seed(seed)`.
+
+        stop: texts, compiled regular expressions or token ids that end a row; they stay in its text. stream: True prints,
+        a function is given each new piece of text and its row. keep: sites, for every token written or, with positions, of
+        the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. An edit
+        with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
+        call = {k: v for k, v in locals().items() if k not in ("self", "options")} | options
+        told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
+        number("num_return_sequences", num_return_sequences, 1, whole=True)
+        beams = told.get("num_beams", 1) != 1
+        if num_return_sequences > 1 and not told["do_sample"] and not beams:
+            raise InputError("num_return_sequences above 1 needs sampling, else all are the same: give a temperature")
         inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
         inputs = self._padding.fit(left_padded(inputs), generating=True)
+        if beams:
+            told["num_return_sequences"] = num_return_sequences
+        elif num_return_sequences > 1:
+            inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
         return generate(
-            self.anatomy, self.tokenizer, inputs, self.resolved(edits), max_new_tokens, temperature, seed, use_cache
+            self.anatomy,
+            self.tokenizer,
+            inputs,
+            told,
+            edits=self.resolved(edits),
+            keep=[keep] if isinstance(keep, str | Site) else [*keep],
+            when=watchers(when),
+            scores=scores,
+            stop=stop,
+            stream=stream,
+            seed=seed,
+            use_cache=use_cache,
+            resolve=self.resolved,
+            call=call,
         )
 
     def plan(

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.engine.edits import Edit
+from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
@@ -56,7 +58,7 @@ LONGEST = 30  # tokens of a predicted span
 class Continuation:
     """What `continuation` makes: the tokens that follow the prompt, each an output of its own."""
 
-    text: str | None = None
+    text: str | tuple[int, ...] | None = None
     max_new_tokens: int = 20
     of: Of = "log_probability"
 
@@ -77,9 +79,12 @@ class Label:
     word: int | str
 
 
-def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability") -> Continuation:
+def continuation(
+    text: str | Sequence[int] | Generated | None = None, *, max_new_tokens: int = 20, of: Of = "log_probability"
+) -> Continuation:
     """A target: each token of `text` (by default of what the model itself says greedily) after those before it.
 
+    Token ids, or what `model.generate` gave for one prompt, are asked about as they are.
     `of` says which number of a token is asked about: its "log_probability" in nats, its "probability" or its "logit".
     InputError for an unknown one.
 
@@ -88,6 +93,12 @@ def continuation(text: str | None = None, *, max_new_tokens: int = 20, of: Of = 
     """
     if of not in get_args(Of):
         raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
+    if isinstance(text, Generated):
+        if len(text) != 1:
+            raise InputError(f"{len(text)} answers were generated, and a continuation is one: continuation(generated.ids(0))")
+        text = text.ids()
+    if text is not None and not isinstance(text, str):
+        text = tuple(int(i) for i in text)
     if text is not None and not text:
         raise InputError("the continuation is empty: give its text, or leave it out for what the model says itself")
     return Continuation(text, max_new_tokens, of)
@@ -150,12 +161,15 @@ class Question:
     _direction: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, model: Model, prompt: Any, target: Any = None, *, against: Any = None, decoder: Any = None) -> Question:
+    def of(
+        cls, model: Model, prompt: Any, target: Any = None, *, against: Any = None, decoder: Any = None,
+        edits: Sequence[Edit] = (),
+    ) -> Question:  # fmt: skip
         """Bind a target to prompts (texts, ids, tensors, a task's `Prompts`).
 
         `target` is an answer (a token, a class by name or number, a span's text), one for all prompts or a list with
         one for each; a metric; a `continuation`, a `reading` or a `label`. By default it is what a task's prompts ask,
-        else what the model predicts. InputError where there is no such answer, no single place to read it, or `against`
+        else what the model predicts (under `edits`). InputError where there is no such answer, no single place to read it, or `against`
         beside a target that compares by itself.
         """
         target, against = (x.tolist() if hasattr(x, "tolist") else x for x in (target, against))
@@ -169,14 +183,14 @@ class Question:
         if isinstance(target, Continuation | Reading | Label) and len(inputs) != 1:
             raise InputError(f"{type(target).__name__.lower()}s are asked of one prompt at a time, got {len(inputs)}")
         if isinstance(target, Continuation):
-            return _continued(model, inputs, target, decoder)
+            return _continued(model, inputs, target, decoder, edits)
         if isinstance(target, Reading):
             return _reading(model, inputs, target)
         kind = kind_of(model, inputs)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
             bound = model.bind(placed(model, inputs, target), len(inputs))
             return cls(model, inputs, kind, bound.name, metric=bound)
-        return _answered(model, inputs, kind, target, against)
+        return _answered(model, inputs, kind, target, against, edits)
 
     # ---- one number
 
@@ -331,7 +345,9 @@ def answer_text(model: Model, kind: Kind, number: int) -> str:
 # ---- answers of each kind
 
 
-def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: Any) -> Question:
+def _answered(
+    model: Model, inputs: Inputs, kind: Kind, target: Any, against: Any, edits: Sequence[Edit] = ()
+) -> Question:
     """A logit at its place, less that of the rival. A predicted target is settled, so that the record has it."""
     if kind == "vectors":
         raise InputError(f"{model.name} gives vectors, not answers: name what is asked, a metric or reading(site)")
@@ -342,7 +358,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
             else f"{model.name} does not label words: give an answer of its own, a {kind}"
         )
     if kind == "span":
-        return _span(model, inputs, target, against)
+        return _span(model, inputs, target, against, edits)
     if kind == "value" and against is not None:
         raise InputError(f"{model.name} gives a number, which has no rival: leave against= out")
     position = _word(model, inputs, target.word) if isinstance(target, Label) else answer_position(model, inputs)
@@ -350,7 +366,7 @@ def _answered(model: Model, inputs: Inputs, kind: Kind, target: Any, against: An
     chosen = target.name if isinstance(target, Label) else target
     if chosen is None:
         with torch.no_grad():
-            found = asked.rows(model.run(inputs)).argmax(-1).tolist() if kind != "value" else [0]
+            found = asked.rows(model.run(inputs, edits=edits)).argmax(-1).tolist() if kind != "value" else [0]
         chosen = found[0] if len(set(found)) == 1 else found
         names = [_named(model, kind, i) for i in found]
         said = names[0] if len(set(found)) == 1 else names
@@ -432,12 +448,12 @@ def _row(inputs: Inputs) -> Tensor:
 # ---- a span of the prompt
 
 
-def _span(model: Model, inputs: Inputs, target: Any, against: Any) -> Question:
+def _span(model: Model, inputs: Inputs, target: Any, against: Any, edits: Sequence[Edit]) -> Question:
     if len(inputs) != 1:
         raise InputError(f"a span is asked of one prompt at a time, got {len(inputs)}")
     if target is None:
         with torch.no_grad():
-            chosen = _spans(model, model.run(inputs))[0]
+            chosen = _spans(model, model.run(inputs, edits=edits))[0]
         settle(target=list(chosen.ids))
     else:
         chosen = _stretch(model, inputs, target)
@@ -490,13 +506,13 @@ def _said(model: Model, ids: Sequence[int]) -> str:
 # ---- a continuation
 
 
-def _continued(model: Model, inputs: Inputs, target: Continuation, decoder: Any) -> Question:
+def _continued(model: Model, inputs: Inputs, target: Continuation, decoder: Any, edits: Sequence[Edit]) -> Question:
     """The prompt with the continuation behind it, less the last token, which nothing follows."""
     if decoder is not None:
         raise InputError("a continuation is what the decoder says: give it alone, without decoder=")
     if model.anatomy.answering.meaning != "tokens":
         raise InputError(f"{model.name} says no tokens, so nothing continues the prompt")
-    ids = _continuation_ids(model, inputs, target)
+    ids = _continuation_ids(model, inputs, target, edits)
     at = tuple(range(-len(ids), 0))
     given = _row(inputs)
     if "decoder" not in inputs.streams:
@@ -514,9 +530,11 @@ def _continued(model: Model, inputs: Inputs, target: Continuation, decoder: Any)
     return Question(model, longer_inputs, "continuation", name, None, answers, (), bound, outputs)
 
 
-def _continuation_ids(model: Model, inputs: Inputs, target: Continuation) -> list[int]:
+def _continuation_ids(model: Model, inputs: Inputs, target: Continuation, edits: Sequence[Edit]) -> list[int]:
     if target.text is None:
-        made = model.generate(inputs, max_new_tokens=target.max_new_tokens).tokens[0].tolist()
+        made = model.generate(inputs, edits=edits, max_new_tokens=target.max_new_tokens).tokens[0].tolist()
+    elif isinstance(target.text, tuple):
+        made = list(target.text)
     elif model.tokenizer is None:
         raise InputError("this model was opened without a tokenizer: leave the continuation's text out")
     elif "decoder" in inputs.streams:

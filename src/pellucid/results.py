@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -179,10 +179,37 @@ class Result:
         """The main variable as a numpy array, its axes in the order of `main.dims`."""
         return self.main.values
 
-    def __getitem__(self, name: str) -> xr.DataArray:
+    @overload
+    def __getitem__(self, name: str) -> xr.DataArray: ...
+    @overload
+    def __getitem__(self, name: int) -> Result: ...
+    def __getitem__(self, name: str | int) -> xr.DataArray | Result:
+        """A variable or coordinate by name, or what was found for one of several prompts by number."""
+        if isinstance(name, int | np.integer):
+            return self._of_prompt(int(name))
         if name not in self.data:
             raise InputError(f"this result has no {name!r}{nearest(name, map(str, self.data.variables))}")
         return self.data[name]
+
+    @property
+    def prompts(self) -> list[Result]:
+        """One result for each prompt; of a single prompt the result itself."""
+        return [self[i] for i in range(self.data.sizes["prompt"])] if "prompt" in self.data.dims else [self]
+
+    def _of_prompt(self, i: int) -> Result:
+        """As the method gives it for that prompt alone: without what longer prompts have more."""
+        if "prompt" not in self.data.dims:
+            raise InputError("this result is about one prompt: name a variable, such as result['score']")
+        i = range(self.data.sizes["prompt"])[i]
+        data = self.data.isel(prompt=i)
+        sizes = {dim: int(data[f"n_{dim}"]) for dim in data.dims if f"n_{dim}" in data.coords}
+        facts = {name: data[name].item() for name in data.attrs.get("of_each_prompt", ()) if data[name].item() != ""}
+        drop = [n for n in ("prompt", "text_of_prompt", *data.attrs.get("of_each_prompt", ())) if n in data.coords]
+        data = data.isel({dim: slice(n) for dim, n in sizes.items()}).drop_vars([*drop, *(f"n_{dim}" for dim in sizes)])
+        title = facts.pop("title", self.title)
+        data.attrs = {**{k: v for k, v in data.attrs.items() if k != "of_each_prompt"}, **facts}
+        made = replace(self.provenance, call=self.provenance.call and f"{self.provenance.call}[{i}]")
+        return Result(data, kind=self.kind, title=title, provenance=made)
 
     def __getattr__(self, name: str) -> xr.DataArray:
         if name.startswith("_") or name == "data":  # copy and pickle ask before `data` is there

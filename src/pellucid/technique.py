@@ -20,8 +20,8 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,6 +266,16 @@ def settle(**found: Any) -> None:
     if settled is not None:
         for name, value in found.items():
             settled.setdefault(name, value)
+
+
+@contextmanager
+def settling(found: dict[str, Any]) -> Iterator[None]:
+    """What is settled inside is told to `found` alone: one of several questions asked in a call."""
+    token = _settled.set(found)
+    try:
+        yield
+    finally:
+        _settled.reset(token)
 
 
 def technique(function: Callable[P, R]) -> Callable[P, R]:

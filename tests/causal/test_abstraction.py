@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from pellucid import Model
-from pellucid.causal.abstraction import CausalModel, Task, alignment_search, interchange
+from pellucid.causal.abstraction import CausalModel, Pairs, Task, alignment_search, interchange
 from pellucid.causal.alignment import DistributedAlignment
+from pellucid.controls import shuffled
 from pellucid.errors import InputError
 from tests.causal.programs import PROGRAM, TASK, both_alike
 
@@ -70,6 +74,32 @@ def test_the_boundless_variant_learns_that_few_directions_are_enough(model: Mode
     search = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", size=None, placebos=False).fit(model)
     assert search.result_["accuracy"].item() >= 0.95
     assert search.size_ <= 6
+
+
+def test_a_saved_rotation_comes_back_and_swaps_as_it_did(model: Model, tmp_path: Path) -> None:
+    found = DistributedAlignment(TASK, "same", "layers.0.resid_post@-1", pairs=64, epochs=2, placebos=False).fit(model)
+    file = found.save(tmp_path / "rotation.safetensors")
+    back, bare = DistributedAlignment.load(file, task=TASK), DistributedAlignment.load(file)
+    back.check(model)
+    assert torch.equal(back.rotation_, found.rotation_) and (back.pairs, back.size, back.size_) == (64, 1, 1)
+    pairs = Pairs.draw(TASK, ["same"], 20, 1)
+    assert back.score(model, pairs) == found.score(model, pairs)
+    base, source = TASK.prompts(pairs.base), TASK.prompts(pairs.source)
+    run = model.run(source, keep=["layers.0.resid_post"])
+    edited = model.run(base, keep=["layers.0.resid_post"], edits=[bare.swap(run)]).tensor("layers.0.resid_post")
+    x, y = (model.run(p, keep=["layers.0.resid_post"]).tensor("layers.0.resid_post") for p in (base, source))
+    r = found.rotation_
+    torch.testing.assert_close(edited[:, -1], x[:, -1] + (y - x)[:, -1] @ r @ r.T)
+    torch.testing.assert_close(edited[:, :-1], x[:, :-1])
+    with pytest.raises(InputError, match="without its task"):
+        bare.score(model, pairs)
+    with pytest.raises(InputError, match="weights"):
+        back.check(shuffled(model, 0))
+    with pytest.raises(InputError, match="not fitted"):
+        DistributedAlignment(TASK, "same", "layers.0.resid_post@-1").check(model)
+    file.write_bytes(b"no")
+    with pytest.raises(InputError, match="no alignment"):
+        DistributedAlignment.load(file)
 
 
 def test_a_causal_model_is_checked_and_interchanges_by_hand(model: Model) -> None:

@@ -115,3 +115,31 @@ def test_generating_does_not_ask_for_padding_it_would_undo(monkeypatch: pytest.M
     ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
     with pytest.raises(Refused, match="pad on the right, or run prompts of unequal length one at a time"):
         model.run({"input_ids": ids, "attention_mask": (ids > 0).long()})
+
+
+def test_a_star_in_the_place_of_parts_names_all_that_is_there() -> None:
+    llama, jamba = opened("llama"), opened("jamba")
+    parts = ["q", "k", "v", "z", "z_out", "scores", "pattern", "out"]
+    both = {f"layers.{i}.attn.{p}@-1" for i in range(2) for p in parts}
+    assert {str(s) for s in llama.sites("layers.*.attn.*@-1")} == both
+    assert {str(s) for s in llama.sites("layers.1.attn.heads.2.*")} == {f"layers.1.attn.heads.2.{p}" for p in parts}
+    assert {str(s) for s in llama.sites("layers.0.resid_*")} == {f"layers.0.resid_{p}" for p in ("pre", "mid", "post")}
+    assert {str(s) for s in llama.sites("layers.*.mlp.*")} == {
+        f"layers.{i}.mlp.{p}" for i in range(2) for p in ("out", "neurons")
+    }
+    everything = llama.run(PROMPTS[0], keep="*")
+    taps = {f"layers.{b.index}.{part}" for b in llama.anatomy.stacks[0].blocks for part in b.taps}
+    kept = {str(s) for s in everything.sites}
+    assert taps <= kept and {"embed", "embed.tokens", "final_norm"} <= kept and "logits" not in kept
+    for site in kept:
+        torch.testing.assert_close(everything.tensor(site), llama.run(PROMPTS[0], keep=[site]).tensor(site))
+    assert {s.layer for s in jamba.sites("layers.*.attn.*")} < {s.layer for s in jamba.sites("layers.*.*")}
+
+
+@pytest.mark.parametrize("address", ["layers.*.atn.*", "layers.0.*x", "x*", "layers.9.attn.*", "layers.*.cross.*"])
+def test_a_star_that_names_nothing_is_an_error(address: str) -> None:
+    with pytest.raises((SiteError, Refused)) as caught:
+        opened("llama").sites(address)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(SiteError):  # edits name one part
+        pl.Ablate("layers.*.attn.*")

@@ -33,6 +33,9 @@ Handler = Callable[[Tensor], Tensor | None]
 class Wiretap:
     """Context manager that installs `handlers` on `root` for the calling thread. `met` collects the taps that
     fired.
+
+    A pass begins where `runs` is called: `root` itself, or the part of it that a loop calls instead (generation of a model
+    inside an adapter's). `on_forward` hears of it with its keyword arguments.
     """
 
     def __init__(
@@ -41,10 +44,12 @@ class Wiretap:
         handlers: dict[Tap, Handler],
         batch: int,
         on_forward: Callable[[dict[str, Any]], None] | None = None,
+        runs: nn.Module | None = None,
     ) -> None:
         self.root, self.handlers, self.batch, self.on_forward = root, handlers, batch, on_forward
+        self.runs = root if runs is None else runs
         self.met: set[Tap] = set()
-        self._owner = threading.get_ident()
+        self._owner: int | None = threading.get_ident()
         self._times: dict[tuple[str, str], int] = {}
         self._attention: dict[nn.Module, dict[tuple[int, str], Tap]] = {}
         self._experts: dict[nn.Module, dict[tuple[int, str, int | None], Tap]] = {}
@@ -68,7 +73,7 @@ class Wiretap:
                 self._attention.setdefault(modules[tap.module], {})[tap.nth, tap.port] = tap
         try:
             self._stack.enter_context(uncompiled(self.root))
-            self._hook(self.root.register_forward_pre_hook(self._restart, with_kwargs=True))
+            self._hook(self.runs.register_forward_pre_hook(self._restart, with_kwargs=True))
             for (name, port), taps in plain.items():
                 if port == "in":
                     self._hook(modules[name].register_forward_pre_hook(self._before(name, taps), with_kwargs=True))
@@ -89,6 +94,15 @@ class Wiretap:
 
     def _hook(self, handle: RemovableHandle) -> None:
         self._stack.callback(handle.remove)
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """What the module is asked in here is not met: somebody runs it in between."""
+        owner, self._owner = self._owner, None
+        try:
+            yield
+        finally:
+            self._owner = owner
 
     # ---- module inputs and outputs
     # Hooks look at the thread first: in another one torch may call a hook that was just taken down, without kwargs.
@@ -164,7 +178,7 @@ class Wiretap:
         mask: Any,
         **kw: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        taps = self._attention.get(module)
+        taps = self._attention.get(module) if self._owner is not None else None
         if taps is None:
             with self._unseen():
                 return native(module, q, k, v, mask, **kw)
@@ -192,7 +206,7 @@ class Wiretap:
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        taps = self._experts.get(module)
+        taps = self._experts.get(module) if self._owner is not None else None
         if taps is None:
             with self._unseen():
                 return native(module, hidden_states, top_k_index, top_k_weights)

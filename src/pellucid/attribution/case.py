@@ -18,8 +18,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.engine.edits import Ablate, Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids
+from pellucid.engine.writing import check_unconditional
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -34,6 +36,7 @@ class Case:
     question: Question
     streams: dict[str, Stream]
     keep_special: bool = True
+    edits: tuple[Edit, ...] = ()
 
     @classmethod
     def of(
@@ -45,17 +48,28 @@ class Case:
         against: Answers | None = None,
         decoder: str | None = None,
         keep_special: bool = True,
+        edits: Sequence[Edit] = (),
     ) -> Case:
-        """Ask one prompt about a target (see `pellucid.question`). InputError as `Question.of` says."""
-        question = Question.of(model, prompt, target, against=against, decoder=decoder)
+        """Ask one prompt about a target (see `pellucid.question`), of the model under edits. InputError as `Question.of`
+        says, or for an edit that takes its values from the other rows of a batch: they are versions of one prompt here.
+        """
+        edits = tuple(model.resolved(edits))
+        for edit in edits:
+            check_unconditional([edit])
+            if isinstance(edit, Ablate) and edit.how != "zero" and edit.reference is None:
+                raise InputError(
+                    f"{edit!r} takes its values from the batch at hand, which here holds versions of one prompt: give it "
+                    "reference=, a run or prompts"
+                )
+        question = Question.of(model, prompt, target, against=against, decoder=decoder, edits=edits)
         inputs = question.inputs
         if len(inputs) != 1:
-            raise InputError(f"an attribution takes one prompt at a time, got {len(inputs)}: call it once for each")
+            raise InputError(f"this takes one prompt at a time, got {len(inputs)}: call it once for each")
         streams = {"": inputs.stream("")}
         if "decoder" in inputs.streams:
             credited = ("encoder", "decoder") if question.kind == "continuation" else ("encoder",)
             streams = {name: inputs.streams[name] for name in credited}
-        return cls(question, streams, keep_special)
+        return cls(question, streams, keep_special, edits)
 
     @property
     def model(self) -> Model:

@@ -14,16 +14,21 @@ likes: from some baselines it outgrows the model's precision, and what does not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pellucid.attribution.baseline import Baseline
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.deeplift_rules import Chord, Recorded, Rescaled
-from pellucid.attribution.path import Embedded
+from pellucid.attribution.path import Embedded, Pack, packed
 from pellucid.attribution.players import Players
 from pellucid.attribution.relevance_rules import opaque
+from pellucid.engine.edits import Edit
+from pellucid.engine.lockstep import asked
 from pellucid.errors import Refused
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -32,6 +37,7 @@ from pellucid.technique import technique
 
 
 @technique
+@batched
 def deeplift(
     model: Model,
     prompt: Any,
@@ -39,6 +45,7 @@ def deeplift(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     baseline: Any = None,
     players: Any = "token",
     keep_special: bool = True,
@@ -53,26 +60,17 @@ def deeplift(
 
     >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)  # doctest: +SKIP
     """
+    if edits:
+        raise Refused(
+            "DeepLIFT has rules for the operators of a model, and an edit is none of them: use integrated_gradients, or a "
+            "method that only runs the model, such as occlusion"
+        )
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
     start = Baseline.of(embedded, baseline)
-    with torch.no_grad(), Recorded(model.module, model.anatomy.memo) as record:
-        below = embedded.scores(start.values)[0]
-    x = embedded.values.detach().clone().requires_grad_()
-    with torch.enable_grad(), Rescaled(record) as rules:
-        scores = embedded.scores(x)[0]
-    rules.uncovered |= opaque(scores) - {Chord.__name__}
-    if rules.uncovered or not scores.requires_grad:
-        why = (
-            f"it passes {', '.join(sorted(rules.uncovered))}"
-            if rules.uncovered
-            else "no gradient reaches its embeddings"
-        )
-        raise Refused(f"DeepLIFT has no rule for a part of {model.name} ({why}): use integrated_gradients or shapley")
-    n = len(scores)
-    multipliers = torch.stack([torch.autograd.grad(s, x, retain_graph=i + 1 < n)[0][0] for i, s in enumerate(scores)])
+    above, below, multipliers = asked(_multipliers, (embedded, embedded.values, start.values))
     found = ((embedded.values - start.values) * multipliers).double().sum(-1).cpu()
-    above, below = (t.detach().double().cpu() for t in (scores, below))
+    above, below = above.double().cpu(), below.double().cpu()
     gap = found.sum(1) - (above - below)
     if bool((gap.abs() > 0.01 * (above - below).abs() + 1e-4 * above.abs().maximum(below.abs())).any()):
         raise Refused(
@@ -88,3 +86,39 @@ def deeplift(
         labels=labels, attrs={"baseline": start.name},
         coords={} if labels else {"baseline_token": ("position", list(start.labels))},
     )  # fmt: skip
+
+
+def _multipliers(items: Sequence[tuple[Embedded, Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The score [output] at each case's embeddings and at its baseline, and the multipliers [output, position, d]."""
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for chosen in packed(items):
+        cases = [items[i] for i, _ in chosen]
+        pack, there = (Pack([(item[0], item[n]) for item in cases]) for n in (1, 2))
+        there.inputs = pack.inputs  # made before anything is recorded
+        model, low, high = pack.model, there.joined(), [x.detach().requires_grad_() for x in pack.joined()]
+        with torch.no_grad(), Recorded(model.module, model.anatomy.memo) as record:
+            below = there.scores(low)
+        with torch.enable_grad(), Rescaled(record) as rules:
+            scores = pack.scores(high)
+        for each in scores:
+            rules.uncovered |= opaque(each) - {Chord.__name__}
+        if rules.uncovered or not all(each.requires_grad for each in scores):
+            why = (
+                f"it passes {', '.join(sorted(rules.uncovered))}"
+                if rules.uncovered
+                else "no gradient reaches its embeddings"
+            )
+            raise Refused(
+                f"DeepLIFT has no rule for a part of {model.name} ({why}): use integrated_gradients or shapley"
+            )
+        made: list[list[Tensor]] = [[] for _ in cases]
+        most = max(each.shape[1] for each in scores)
+        for o in range(most):  # prompts do not meet
+            asking = [k for k, each in enumerate(scores) if o < each.shape[1]]
+            total = torch.stack([scores[k][0, o] for k in asking]).sum()
+            slopes = torch.autograd.grad(total, high, retain_graph=o + 1 < most)
+            for k in asking:
+                made[k].append(pack.cut(slopes, k)[0])
+        for (i, _), up, down, each in zip(chosen, scores, below, made, strict=True):
+            found[i] = up[0].detach(), down[0], torch.stack(each)
+    return [found[i] for i in range(len(items))]

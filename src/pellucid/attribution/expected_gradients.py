@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
+from pellucid.engine.edits import Edit
 from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
@@ -30,6 +32,7 @@ from pellucid.technique import technique
 
 
 @technique
+@batched
 def expected_gradients(
     model: Model,
     prompt: Any,
@@ -37,6 +40,7 @@ def expected_gradients(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     references: Sequence[str | Sequence[int]] | None = None,
     draws: int = 100,
     players: Any = "token",
@@ -58,7 +62,7 @@ def expected_gradients(
     """
     if draws < 2:
         raise InputError(f"draws={draws}: expected at least 2")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited, embedded = Players.of(case, players), Embedded(case)
     generator = torch.Generator().manual_seed(seed)
     ids = draw(case, references, draws, generator)

@@ -25,6 +25,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit, Patch
+from pellucid.engine.lockstep import in_company
 from pellucid.engine.pausing import progress
 from pellucid.errors import Refused
 from pellucid.results import Result
@@ -116,7 +117,8 @@ class Game(Coalitions):
 
     def _run(self, present: Tensor) -> Tensor:
         self.evaluations += len(present)
-        if self._nothing_spared or not self._replaceable:
+        edited = bool(self.case.edits)  # an edit may stand where absence is one
+        if edited or self._nothing_spared or not self._replaceable:
             return self._rows(present)
         path = self._checkpoint()
         variants = [self._edits(self.absent(row)) for row in present]
@@ -124,11 +126,13 @@ class Game(Coalitions):
         values = swept.values[:, 0].double()
         return values[:, None] if values.ndim == 1 else values
 
-    @property
+    @cached_property
     def _nothing_spared(self) -> bool:
-        """A classifier that looks ahead reads every position of every layer: then the planner is only asked to resume."""
+        """A classifier that looks ahead reads every position of every layer: then the planner is only asked to resume.
+        Prompts in company share batches, which the planner, who knows one prompt, does not."""
         bound, last = self.case.question.metric, self.case.model.anatomy.stacks[-1]
-        return self.checkpoint is None and bound is not None and bound.classes and not last.causal
+        alike = in_company() or (bound is not None and bound.classes and not last.causal)
+        return self.checkpoint is None and alike
 
     def _checkpoint(self) -> Path | None:
         if self.checkpoint is None:

@@ -27,10 +27,12 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.attribution.baseline import Baseline
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded, Inside
 from pellucid.attribution.players import Players
 from pellucid.attribution.quadrature import Rule, quadrature, refine
+from pellucid.engine.edits import Edit
 from pellucid.engine.pausing import pause
 from pellucid.errors import InputError, Refused
 from pellucid.metrics import Answers
@@ -42,6 +44,7 @@ LIMIT = 2048  # gradients along a path before it is given up
 
 
 @technique
+@batched
 def integrated_gradients(
     model: Model,
     prompt: Any,
@@ -49,6 +52,7 @@ def integrated_gradients(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     baseline: Any = None,
     site: Site | str | None = None,
     steps: int | None = None,
@@ -82,7 +86,7 @@ def integrated_gradients(
         raise InputError(f"{steps} steps: expected at least 1")
     if steps is None and rule != "gauss-legendre":
         raise InputError(f"the rule {rule!r} needs a number of steps: give steps=50, for instance")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited = Players.of(case, players)
     embedded = Embedded(case)
     start = Baseline.of(embedded, baseline)

@@ -13,6 +13,7 @@ no contributions: they need not add up to anything, and the surrogate's R2 says 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from pellucid.attribution.absence import absence
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -33,6 +36,7 @@ RESAMPLES = 200  # of the bootstrap
 
 
 @technique
+@batched
 def lime(
     model: Model,
     prompt: Any,
@@ -40,6 +44,7 @@ def lime(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     draws: int = 200,
     width: float = 0.25,
@@ -64,7 +69,7 @@ def lime(
         raise InputError(
             f"draws={draws}, width={width}, ridge={ridge}: expected 2 draws, a width above 0, no negative ridge"
         )
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     present = draw(len(game.players), draws, seed)
     values = game(torch.cat([torch.zeros_like(present[:1]), present]))[1:]  # [sample, output]

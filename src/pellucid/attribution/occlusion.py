@@ -9,13 +9,16 @@ two. With a window several neighbours are taken out together, and a token gets t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pellucid.attribution.absence import absence
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -24,6 +27,7 @@ from pellucid.technique import technique
 
 
 @technique
+@batched
 def occlusion(
     model: Model,
     prompt: Any,
@@ -31,6 +35,7 @@ def occlusion(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     window: int = 1,
     stride: int = 1,
@@ -51,7 +56,7 @@ def occlusion(
 
     >>> occlusion(model, "The capital of France is", " Paris", players="word").top(3)  # doctest: +SKIP
     """
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, checkpoint=checkpoint)
     there = _windows(len(game.players), window, stride)
     whole, nothing = torch.ones(1, len(game.players)), torch.zeros(1, len(game.players))

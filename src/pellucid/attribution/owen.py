@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from pellucid.attribution.absence import absence
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.game import Coalitions
 from pellucid.attribution.players import UNITS, Players
 from pellucid.attribution.shapley import marginals, paired
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, nearest
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -39,6 +41,7 @@ BATCH = 10  # groups split at a time
 
 
 @technique
+@batched
 def owen(
     model: Model,
     prompt: Any,
@@ -46,6 +49,7 @@ def owen(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     hierarchy: Any = "sentence",
     draws: int = 20,
@@ -67,7 +71,7 @@ def owen(
     """
     if draws < 2 or draws % 2:
         raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     tree = grouped(case, game.players, hierarchy)
     rng = np.random.default_rng(seed)
@@ -80,6 +84,7 @@ def owen(
 
 
 @technique
+@batched
 def partition(
     model: Model,
     prompt: Any,
@@ -87,6 +92,7 @@ def partition(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     evaluations: int = 500,
     baseline: Any = None,
@@ -105,7 +111,7 @@ def partition(
     """
     if evaluations < 2:
         raise InputError(f"evaluations={evaluations}: expected at least 2, with everything present and absent")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, checkpoint=checkpoint)
     found, shared = split(game, halved(range(len(game.players))), evaluations)
     return game.result(

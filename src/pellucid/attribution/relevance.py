@@ -29,10 +29,12 @@ from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import spared
 from pellucid.attribution.players import Players
 from pellucid.attribution.relevance_rules import Rules
+from pellucid.engine.edits import Edit
 from pellucid.engine.locate import expand, locate
 from pellucid.engine.run import Run, Session
 from pellucid.errors import InputError, Refused
@@ -46,6 +48,7 @@ _SUMMED = {"batch", "d_model", "d_head"}
 
 
 @technique
+@batched
 def relevance_propagation(
     model: Model,
     prompt: Any,
@@ -53,6 +56,7 @@ def relevance_propagation(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     rules: RuleSet = "attnlrp",
     epsilon: float = 0.0,
@@ -80,6 +84,11 @@ def relevance_propagation(
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")
     if epsilon < 0:
         raise InputError(f"epsilon={epsilon}: expected zero or a small positive number")
+    if edits:
+        raise Refused(
+            "relevance propagation has rules for the operators of a model, and an edit is none of them: use "
+            "integrated_gradients, or a method that only runs the model, such as occlusion"
+        )
     case = Case.of(model, prompt, target, against=against, decoder=decoder)
     found = _propagate(case, [sites] if isinstance(sites, str | Site) else list(sites), rules == "cp-lrp", epsilon)
     credited, zero = Players.of(case, players), torch.zeros(len(found.scores))

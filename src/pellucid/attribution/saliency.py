@@ -23,15 +23,18 @@ compare the attribution with it before reading anything into small values.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -42,6 +45,7 @@ Norm = Literal["l2", "l1", "max", "signed"]
 
 
 @technique
+@batched
 def saliency(
     model: Model,
     prompt: Any,
@@ -49,6 +53,7 @@ def saliency(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     norm: Norm = "l2",
     players: Any = "token",
     keep_special: bool = True,
@@ -65,7 +70,7 @@ def saliency(
     >>> saliency(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
     check(norm)
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited, embedded = Players.of(case, players), Embedded(case)
     score, gradient = embedded.gradients(embedded.values)
     values, labels = pooled(case, credited, size(free(case, gradient[0]), norm), norm)
@@ -109,6 +114,7 @@ def pooled(case: Case, players: Players, sizes: Tensor, norm: Norm) -> tuple[np.
 
 
 @technique
+@batched
 def gradient_x_input(
     model: Model,
     prompt: Any,
@@ -116,6 +122,7 @@ def gradient_x_input(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     keep_special: bool = True,
 ) -> Result:
@@ -128,7 +135,7 @@ def gradient_x_input(
 
     >>> gradient_x_input(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited, embedded = Players.of(case, players), Embedded(case)
     score, gradient = embedded.gradients(embedded.values)
     values, labels = credited.pooled(case, (free(case, gradient[0]) * embedded.values).double().sum(-1).cpu())
@@ -139,6 +146,7 @@ def gradient_x_input(
 
 
 @technique
+@batched
 def smoothgrad(
     model: Model,
     prompt: Any,
@@ -146,6 +154,7 @@ def smoothgrad(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     draws: int = 50,
     noise: float = 0.1,
     norm: Norm = "l2",
@@ -167,7 +176,7 @@ def smoothgrad(
     check(norm)
     if draws < 2 or noise <= 0:
         raise InputError(f"draws={draws}, noise={noise}: expected at least 2 draws and noise above 0")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited, embedded = Players.of(case, players), Embedded(case)
     with torch.no_grad():
         score = embedded.scores(embedded.values)[0]

@@ -21,6 +21,7 @@ the values are exact.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import factorial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ import torch
 from torch import Tensor
 
 from pellucid.attribution.absence import absence
+from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.game import Coalitions
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.metrics import Answers
 from pellucid.model import Model
@@ -43,6 +46,7 @@ MOST = 12  # players whose coalitions can all be asked for
 
 
 @technique
+@batched
 def shapley(
     model: Model,
     prompt: Any,
@@ -50,6 +54,7 @@ def shapley(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     draws: int = 20,
     baseline: Any = None,
@@ -70,7 +75,7 @@ def shapley(
     """
     if draws < 2 or draws % 2:
         raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     rng = np.random.default_rng(seed)
     drawn = [rng.permutation(len(game.players)) for _ in range(draws // 2)]
@@ -82,6 +87,7 @@ def shapley(
 
 
 @technique
+@batched
 def exact_shapley(
     model: Model,
     prompt: Any,
@@ -89,6 +95,7 @@ def exact_shapley(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     baseline: Any = None,
     keep_special: bool = True,
@@ -101,7 +108,7 @@ def exact_shapley(
 
     >>> exact_shapley(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
     """
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, checkpoint=checkpoint)
     n = len(game.players)
     if n > MOST:
@@ -152,6 +159,7 @@ ROOM = 16  # no more than 2^16 coalitions are listed
 
 
 @technique
+@batched
 def kernel_shap(
     model: Model,
     prompt: Any,
@@ -159,6 +167,7 @@ def kernel_shap(
     *,
     against: Answers | None = None,
     decoder: str | None = None,
+    edits: Sequence[Edit] = (),
     players: Any = "token",
     draws: int = 200,
     baseline: Any = None,
@@ -177,7 +186,7 @@ def kernel_shap(
 
     >>> kernel_shap(model, "The capital of France is", " Paris", draws=64).top(3)  # doctest: +SKIP
     """
-    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
+    case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)
     n = len(game.players)
     complete = n <= ROOM and 2**n - 2 <= draws

@@ -17,13 +17,17 @@ expected answers dealt out at random). Both must stay near `chance`, the share o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,6 +39,7 @@ from pellucid.changed import check_weights
 from pellucid.controls import shuffled
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
@@ -72,7 +77,7 @@ class DistributedAlignment:
     >>> DistributedAlignment(task, "same", "layers.0.resid_post@-1", size=1).fit(model).result_      # doctest: +SKIP
     """
 
-    task: Task
+    task: Task | None
     variable: str
     site: str | Site
     size: int | None = 1
@@ -90,7 +95,9 @@ class DistributedAlignment:
 
     @technique
     def fit(self, model: Model) -> DistributedAlignment:
-        """Learn the subspace on one half of the pairs and judge it on the other."""
+        """Learn the subspace on one half of the pairs and judge it on the other. InputError without a task."""
+        if self.task is None:
+            raise InputError("an alignment is learnt on a task: DistributedAlignment(task, variable, site)")
         drawn = Pairs.draw(self.task, [self.variable], self.pairs, self.seed)
         train, test = drawn.half(False), drawn.half(True)
         self.rotation_, self.digest_ = self._search(model, train), model.digest
@@ -112,8 +119,41 @@ class DistributedAlignment:
 
     def score(self, model: Model, pairs: Pairs) -> float:
         """The interchange-intervention accuracy of the learned subspace on other pairs. InputError for other weights."""
-        check_weights(model, self.digest_, "this subspace")
+        self.check(model)
         return float(self._right(model, pairs, self.rotation_).mean())
+
+    def swap(self, run: Run) -> Edit:
+        """The edit that gives the subspace the values it has in a run that kept the site. For model.run and sweep."""
+        return RotatedSwap(self.site, source=aligned_values(run, Site.parse(self.site)), rotation=self.rotation_)
+
+    # ---- files
+
+    def check(self, model: Model) -> None:
+        """InputError if it is not fitted, or was fitted on other weights."""
+        if not hasattr(self, "digest_"):
+            raise InputError("this alignment is not fitted: call fit(model) or DistributedAlignment.load(path)")
+        check_weights(model, self.digest_, "this subspace")
+
+    def save(self, path: str | Path) -> Path:
+        """The rotation and what it is of, as one safetensors file. The task is a program of the user's: it is not kept."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("task", "site")}
+        about = {"site": str(self.site), "settings": settings, "digest": self.digest_}
+        save_file({"rotation": self.rotation_.cpu().contiguous()}, str(path), {"pellucid_alignment": json.dumps(about)})
+        return Path(path)
+
+    @classmethod
+    @technique
+    def load(cls, path: str | Path, *, task: Task | None = None) -> DistributedAlignment:
+        """A subspace that was saved, for `swap`; with its task also for `score` and `fit`. InputError if the file is none."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["pellucid_alignment"])
+                rotation = file.get_tensor("rotation")
+            made = cls(task, site=about["site"], **about["settings"])
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise InputError(f"{str(path)!r} is no alignment: expected a file that its save wrote") from error
+        made.rotation_, made.size_, made.digest_ = rotation, rotation.shape[1], about["digest"]
+        return made
 
     # ---- search
 
@@ -153,6 +193,8 @@ class DistributedAlignment:
     def _sides(self, model: Model, pairs: Pairs) -> tuple[Inputs, Tensor]:
         """The base prompts, and the source's values at the site [pair, position, d]."""
         site = self._site(model)
+        if self.task is None:
+            raise InputError("this alignment was loaded without its task: DistributedAlignment.load(path, task=...)")
         base = model.inputs(self.task.prompts(pairs.base))
         with torch.no_grad():
             run = model.run(self.task.prompts(pairs.source), keep=[site])

@@ -17,20 +17,13 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
+from pellucid.engine.steps import Step, Watch
 from pellucid.errors import InputError
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a condition sees while generating: the number of tokens generated so far and which, [batch, index]."""
-
-    index: int
-    tokens: Tensor
-
-
-Condition = Callable[[Step], "bool | Tensor"]
+Condition = Callable[[Step], "bool | Tensor"] | Watch
 
 
 class Source(Protocol):
@@ -411,14 +404,15 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
 
     def asked(edit: Edit) -> dict[str, Any]:
         given = {name: getattr(edit, name) for name in edit.sources}
-        return {
-            n: tuple(g) if isinstance(g, list) else g for n, g in given.items() if isinstance(g, (str, list, tuple))
-        }
+        return {n: g for n, g in given.items() if isinstance(g, (str, list, tuple))}
 
-    wanted: dict[Any, dict[Site, None]] = {}
+    wanted: dict[str, tuple[Any, dict[Site, None]]] = {}  # by what is written of the prompts, which may be lists of ids
     for edit in edits:
         for prompts in asked(edit).values():
-            wanted.setdefault(prompts, {})[edit.site.whole] = None  # type: ignore[union-attr]
-    runs = {prompts: run(prompts if isinstance(prompts, str) else list(prompts), [*s]) for prompts, s in wanted.items()}
-    ready: list[dict[str, Any]] = [{n: runs[p] for n, p in asked(e).items()} for e in edits]
+            given = list(prompts) if isinstance(prompts, tuple) else prompts
+            wanted.setdefault(repr(given), (given, {}))[1][edit.site.whole] = None  # type: ignore[union-attr]
+    runs = {key: run(prompts, [*sites]) for key, (prompts, sites) in wanted.items()}
+    ready: list[dict[str, Any]] = [
+        {n: runs[repr(list(p) if isinstance(p, tuple) else p)] for n, p in asked(e).items()} for e in edits
+    ]
     return [replace(e, **given) if given else e for e, given in zip(edits, ready, strict=True)]

@@ -1,10 +1,10 @@
 """What people give as one prompt, read into tokens: a text, a pair, a conversation, token ids, a row of a data set.
 
-    "text"                            as the tokenizer frames it, its marks once
-    Pair("first", "second")           two texts in one prompt, for models that compare them
-    [{"role": ..., "content": ...}]   a conversation through the model's chat template; Chat(...) where it needs options
-    [5, 17, 3]                        token ids, as they are
-    {"text": ...}                     a row of a data set: its text, messages or token ids
+"text"                            as the tokenizer frames it, its marks once
+Pair("first", "second")           two texts in one prompt, for models that compare them
+[{"role": ..., "content": ...}]   a conversation through the model's chat template; Chat(...) where it needs options
+[5, 17, 3]                        token ids, as they are
+{"text": ...}                     a row of a data set: its text, messages or token ids
 """
 
 from __future__ import annotations
@@ -159,7 +159,9 @@ class Row:
             return self
         parts = list(self.parts)
         if over > sum(map(len, parts)) - 1:
-            raise InputError(f"truncate={room}: a prompt needs {len(self.ids) - sum(map(len, parts))} tokens for marks alone")
+            raise InputError(
+                f"truncate={room}: a prompt needs {len(self.ids) - sum(map(len, parts))} tokens for marks alone"
+            )
         for _ in range(over):
             longest = max(range(len(parts)), key=lambda i: len(parts[i]))
             parts[longest] = parts[longest][1:] if side == "left" else parts[longest][:-1]
@@ -195,7 +197,9 @@ def read_row(tokenizer: Any, prompt: Any) -> Row:
         prompt = Chat(prompt)
     if not isinstance(prompt, str | Pair | Chat):
         if isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(text, str) for text in prompt):
-            raise InputError(f"{prompt!r:.80} may be two prompts or a pair: write [a, b] for two, pl.Pair(a, b) for a pair")
+            raise InputError(
+                f"{prompt!r:.80} may be two prompts or a pair: write [a, b] for two, pl.Pair(a, b) for a pair"
+            )
         raise InputError(f"a prompt must be a string or token ids, not {type(prompt).__name__}")
     if tokenizer is None:
         raise InputError(NO_TOKENIZER)
@@ -265,4 +269,3 @@ def target_ids(tokenizer: Any, text: str) -> list[int]:
     """The ids of a text for a decoder, without marks; some tokenizers cut the target's language otherwise."""
     made = tokenizer(text_target=legible(text), add_special_tokens=False)
     return list(made["input_ids"])
-

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.anatomy.modes import evaluating
 from pellucid.anatomy.sites import Position
@@ -192,9 +192,64 @@ class Inputs:
                 )
         return Inputs(tensors, {k: cut(s) for k, s in self.streams.items()}, tuple(self.texts[i] for i in index))
 
+    def alone(self, row: int) -> Inputs:
+        """One of the prompts, without its padding."""
+        if not any(s.padded for s in self.streams.values()):
+            return self.rows([row])
+        real = {name: stream.mask[row].bool() for name, stream in self.streams.items()}
+
+        def cut(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.ndim or len(value) != len(self):
+                return value
+            stream = "decoder" if name.startswith("decoder_") else "encoder" if "encoder" in real else ""
+            fits = value.shape[1:2] == self.streams[stream].ids.shape[1:2]
+            return value[row : row + 1, real[stream]] if fits else value[row : row + 1]
+
+        def own(name: str, stream: Stream) -> Stream:
+            spans = {span: [rows[row]] for span, rows in stream.spans.items()}
+            columns = real[name]
+            ids, mask = stream.ids[row : row + 1, columns], stream.mask[row : row + 1, columns]
+            return Stream(ids, mask, (stream.labels[row],), spans, stream.maps[row : row + 1])
+
+        streams = {name: own(name, stream) for name, stream in self.streams.items()}
+        if "decoder" in streams:
+            streams[""] = streams["decoder"]
+        tensors = {k: cut(k, v) for k, v in self.tensors.items() if k != "position_ids"}
+        return Inputs(tensors, streams, (self.texts[row],))
+
     def repeated(self, times: int) -> Inputs:
         """The same prompts several times over, in order, as one batch."""
         return self.rows(list(range(len(self))) * times)
+
+
+def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inputs:
+    """Prompts without padding as one batch, padded on the right; each as often as `times` says."""
+    firsts = [each.streams.get("encoder", each.streams[""]) for each in several]
+    width = max(stream.ids.shape[1] for stream in firsts)
+    rows = torch.arange(len(several)).repeat_interleave(torch.tensor(times)).tolist()
+
+    def column(name: str) -> Any:
+        values = [each.tensors[name] for each in several]
+        if not isinstance(values[0], Tensor) or not values[0].ndim or len(values[0]) != 1:
+            return values[0]
+        if not name.startswith("decoder_"):
+            fill = pad_id if name == "input_ids" else 0
+            values = [nn.functional.pad(v, (0, width - v.shape[1]), value=fill) for v in values]
+        return torch.cat(values)[rows]
+
+    def joined(name: str) -> Stream:
+        streams = [each.streams[name] for each in several]
+        most = max(s.ids.shape[1] for s in streams)
+        ids = torch.cat([nn.functional.pad(s.ids, (0, most - s.ids.shape[1]), value=pad_id) for s in streams])[rows]
+        mask = torch.cat([nn.functional.pad(s.mask, (0, most - s.mask.shape[1])) for s in streams])[rows]
+        shared = [span for span in streams[0].spans if all(span in s.spans for s in streams)]
+        spans = {span: [streams[i].spans[span][0] for i in rows] for span in shared}
+        maps = tuple(streams[i].maps[0] for i in rows if streams[i].maps)
+        return Stream(ids, mask, tuple(streams[i].labels[0] for i in rows), spans, maps)
+
+    tensors = {name: column(name) for name in several[0].tensors}
+    texts = tuple(several[i].texts[0] for i in rows)
+    return Inputs(tensors, {name: joined(name) for name in several[0].streams}, texts)
 
 
 def read_inputs(
@@ -222,19 +277,23 @@ def read_inputs(
     is_tensors = isinstance(prompt, Mapping) and bool(set(prompt) & {*MAIN, getattr(module, "main_input_name", "")})
     if is_tensors:
         if truncate is not None:
-            raise InputError("truncate= is for texts and lists of token ids: cut tensors yourself, all that belong together")
+            raise InputError(
+                "truncate= is for texts and lists of token ids: cut tensors yourself, all that belong together"
+            )
         tensors, maps = _tensors(module, tokenizer, prompt), None
     else:
         tensors, maps = _read(module, tokenizer, prompt, truncate, accepted)
     tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
     ids = _ids(module, tensors)
     mask = tensors.get("attention_mask")
-    if mask is None or mask.ndim != 2 or "input_ids" not in tensors and mask.shape != ids.shape:
+    if mask is None or mask.ndim != 2 or ("input_ids" not in tensors and mask.shape != ids.shape):
         mask = torch.ones_like(ids)  # a 4-D mask is the model's business, and one of sound or pixels is no token's
     if "input_ids" in tensors or "inputs_embeds" in tensors:
         tensors.setdefault("attention_mask", mask)
     ids = ids[:: max(1, len(ids) // len(mask))]  # music decoders have a row of tokens per codebook
-    paired = bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and "decoder_input_ids" in accepted
+    paired = (
+        bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and "decoder_input_ids" in accepted
+    )
     _check(module, ids, mask, "encoder" if paired else "", known="input_ids" in tensors)
     first = _stream(tokenizer, ids, mask, maps, spans)
     streams = {"": first}
@@ -285,7 +344,7 @@ def _read(
         side, room = _room(module, tokenizer, truncate)
         rows = [row.cut(room, side) for row in rows]
     try:
-        tensors = pad([row.ids for row in rows], pad_id(module, tokenizer))
+        tensors = pad([row.ids for row in rows], pad_index(module, tokenizer))
     except (RuntimeError, OverflowError) as error:
         raise InputError(f"token ids must be whole numbers of this model's vocabulary: {error}") from error
     if any(row.types is not None for row in rows) and "token_type_ids" in accepted:
@@ -345,9 +404,11 @@ def _tensors(module: Any, tokenizer: Any, prompt: Mapping[str, Any]) -> dict[str
     if ragged and "input_ids" in ragged:
         wrong = [k for k in ragged if [*map(len, ragged[k])] != [*map(len, ragged["input_ids"])]]
         if wrong:
-            raise InputError(f"{wrong[0]!r} has rows of other lengths than 'input_ids': expected one number for each token")
+            raise InputError(
+                f"{wrong[0]!r} has rows of other lengths than 'input_ids': expected one number for each token"
+            )
         for name, rows in ragged.items():
-            made = pad(rows, pad_id(module, tokenizer) if name == "input_ids" else 0)
+            made = pad(rows, pad_index(module, tokenizer) if name == "input_ids" else 0)
             given[name] = made["input_ids"]
             given.setdefault("attention_mask", made["attention_mask"])
     elif ragged:
@@ -358,7 +419,9 @@ def _tensors(module: Any, tokenizer: Any, prompt: Mapping[str, Any]) -> dict[str
         ids = given["input_ids"]
     for name in ("input_ids", "decoder_input_ids"):
         value = given.get(name)
-        if value is not None and (value.ndim != 2 or not value.numel() or value.is_floating_point() or value.dtype == torch.bool):
+        if value is not None and (
+            value.ndim != 2 or not value.numel() or value.is_floating_point() or value.dtype == torch.bool
+        ):
             raise InputError(
                 f"token ids must be whole numbers [batch, length], not {list(value.shape)} of {value.dtype} ({name})"
             )
@@ -410,9 +473,7 @@ def _ids(module: Any, tensors: dict[str, Any]) -> Tensor:
     name = getattr(module, "main_input_name", "input_ids")
     features = tensors.get(name)
     if not isinstance(features, Tensor) or name == "input_ids":
-        raise InputError(
-            f"the inputs have no 'input_ids' (they have {', '.join(tensors)}); give a prompt or token ids"
-        )
+        raise InputError(f"the inputs have no 'input_ids' (they have {', '.join(tensors)}); give a prompt or token ids")
     return torch.zeros(len(features), _frames(module, name, features), dtype=torch.long, device=features.device)
 
 
@@ -496,7 +557,9 @@ def left_padded(inputs: Inputs) -> Inputs:
         if not isinstance(value, Tensor) or (value.is_floating_point() and name != "inputs_embeds"):
             return value
         if value.ndim == 4 and value.shape[-1] == shape[1]:
-            raise InputError(f"{name!r} {list(value.shape)} cannot be moved to the left with its tokens: pad on the left")
+            raise InputError(
+                f"{name!r} {list(value.shape)} cannot be moved to the left with its tokens: pad on the left"
+            )
         at = next((d for d in range(value.ndim - 1) if value.shape[d : d + 2] == shape), None)
         if at is None and len(value) != shape[0] and value.ndim == 2 and len(value) % shape[0] == 0:
             return value.gather(1, order.repeat_interleave(len(value) // shape[0], 0))  # a row for each codebook
@@ -515,7 +578,7 @@ def _text_config(module: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def pad_id(module: Any, tokenizer: Any) -> int:
+def pad_index(module: Any, tokenizer: Any) -> int:
     """What padding is written as: some models find it by its id, so the model's own word counts most."""
     named = (getattr(_text_config(module), "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), 0)
     return next(n for n in named if isinstance(n, int) and n >= 0)
@@ -533,7 +596,9 @@ def _decoder(module: Any, tokenizer: Any, decoder: Any, ids: Tensor) -> tuple[Te
     start = start if start is not None else getattr(config, "bos_token_id", None) or 0
     texts = [""] * len(ids) if decoder is None else [decoder] * len(ids) if isinstance(decoder, str) else decoder
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"decoder= is what the decoder is given: expected a text, or one for each prompt, not {decoder!r:.60}")
+        raise InputError(
+            f"decoder= is what the decoder is given: expected a text, or one for each prompt, not {decoder!r:.60}"
+        )
     if len(texts) != len(ids):
         raise InputError(f"{len(ids)} prompts but {len(texts)} texts for the decoder: give one per prompt")
     if tokenizer is None and any(texts):
@@ -542,7 +607,7 @@ def _decoder(module: Any, tokenizer: Any, decoder: Any, ids: Tensor) -> tuple[Te
     front = [*(start if isinstance(start, list) else [start])]
     front += [forced] if isinstance(forced, int) and forced != front[-1] else []
     rows = [[*front, *(row[1:] if row[:1] == front[1:] and row[:1] else row)] for row in said]
-    padded = pad(rows, pad_id(module, tokenizer))
+    padded = pad(rows, pad_index(module, tokenizer))
     maps = [TextMap(tokenizer, tuple(row), text) for row, text in zip(rows, texts, strict=True)] if any(texts) else None
     return padded["input_ids"].to(ids.device), padded["attention_mask"].to(ids.device), maps
 

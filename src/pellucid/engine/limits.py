@@ -20,7 +20,15 @@ from torch.overrides import TorchFunctionMode
 from pellucid.anatomy.modes import evaluating
 from pellucid.errors import InputError
 
-CLAIMS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length", "max_seq_length", "seq_length")
+CLAIMS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+)
 ENDS = {"encoder": ("max_source_positions",), "decoder": ("max_target_positions",)}
 SHORT = 6  # tokens of the run that measures
 BEFORE = 256  # prompts shorter than half of what is claimed, or than this where nothing is, are not worth measuring

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.sites import PARTS, WHOLE, Site, choose
+from pellucid.anatomy.sites import EXPERT_PORTS, HEAD_PORTS, PARTS, WHOLE, Site, choose
 from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.errors import PellucidError, Refused, SiteError, nearest
 
@@ -57,21 +61,56 @@ def spots(anatomy: Anatomy, text: str | Site) -> list[Spot]:
 
     SiteError or Refused where nothing is left, with the reason of the first block that was asked.
     """
-    site = Site.parse(text)
+    try:
+        site = Site.parse(text)
+    except SiteError:
+        if not (sites := _parts(anatomy, str(text))):
+            raise
+        return _met(lambda each: spots(anatomy, each), sites)
     if site.layer is None:
         return [locate(anatomy, site)]
     blocks = stack_of(anatomy, site).blocks
     layers = choose(site.layer, len(blocks), "layer", site)
+
+    def met(layer: int) -> list[Spot]:
+        return [locate(anatomy, each) for each in _units(blocks[layer], replace(site, layer=layer))]
+
+    return met(layers[0]) if len(layers) == 1 else _met(met, layers)
+
+
+def _met(where: Callable[[Any], list[Spot]], asked: Sequence[Any]) -> list[Spot]:
+    """All that is met of what is asked for; the first reason where nothing is."""
     found: list[Spot] = []
     missing: list[PellucidError] = []
-    for layer in layers:
+    for each in asked:
         try:
-            found += [locate(anatomy, each) for each in _units(blocks[layer], replace(site, layer=layer))]
+            found += where(each)
         except (SiteError, Refused) as reason:
             missing.append(reason)
-    if missing and (len(layers) == 1 or not found):
+    if missing and not found:
         raise missing[0]
     return found
+
+
+def _parts(anatomy: Anatomy, text: str) -> list[str]:
+    """What a `*` in the place of parts stands for: `layers.*.attn.*`, `layers.5.attn.heads.9.*`, `decoder.*`, or `*`, everything."""
+    path, sign, at = text.strip().partition("@")
+    match = re.fullmatch(r"((?:encoder|decoder|stack\d+)\.)?(?:(layers|blocks)\.([^.]+)\.)?(.*\*.*)", path)
+    if match is None:
+        return []
+    stack, layer, part = match[1] or "", match[3], match[4]
+    if layer is None:  # `*` alone
+        prefixes = [stack] if stack else [s.prefix for s in anatomy.stacks]
+        whole = [f"{stack}{name}" for name in WHOLE if name != "logits"]
+        names = [*whole, *(f"{p}layers.*.{each}" for p in prefixes for each in PARTS)] if part == "*" else []
+    else:
+        unit = re.fullmatch(r"((?:attn|cross)\.heads|mlp\.experts)\.([^.]+)\.\*", part)
+        ports = () if unit is None else EXPERT_PORTS if unit[1] == "mlp.experts" else HEAD_PORTS
+        found = (
+            [f"{unit[1]}.{unit[2]}.{port}" for port in ports] if unit else [p for p in PARTS if fnmatchcase(p, part)]
+        )
+        names = [f"{stack}layers.{layer}.{each}" for each in found]
+    return [f"{name}{sign}{at}" for name in names]
 
 
 def _units(block: Block, site: Site) -> list[Site]:

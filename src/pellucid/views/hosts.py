@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from pellucid.errors import InputError
+from pellucid.results import Result
 from pellucid.views.documents import document
 from pellucid.views.markup import Html, escaped, join, tag
 from pellucid.views.plain import plain
 from pellucid.views.schema import Document
+
+SHOWN = 50  # prompts of one result, one beneath another
 
 # Jupyter evaluates scripts of an output anew whenever it is shown; the module is loaded once, and asked to look again.
 LOADER = """(()=>{const g=globalThis;if(g.pellucid)return g.pellucid.scan();if(g.pellucidLoads)return;g.pellucidLoads=1;
@@ -59,7 +62,14 @@ def _loader() -> str:
 
 def output(thing: Any) -> str:
     """HTML for a notebook's output: lives without a kernel and without a network."""
-    return join(element(document(thing)), Html(f"<script>{_loader()}</script>"))
+    return join(*(element(document(each)) for each in _apart(thing)), Html(f"<script>{_loader()}</script>"))
+
+
+def _apart(thing: Any) -> list[Any]:
+    """A result whose prompts have tokens of their own as one result for each: they share no axis a view could have."""
+    several = isinstance(thing, Result) and {"prompt", "n_position", "n_player"} & set(thing.data.coords)
+    own = several and any("prompt" in thing.data[name].dims for name in ("token", "text") if name in thing.data.coords)
+    return thing.prompts[:SHOWN] if own else [thing]
 
 
 # ---- files
@@ -90,7 +100,7 @@ def theme_button() -> Html:
 
 def page(*things: Any, title: str = "") -> str:
     """A whole HTML page of views that follow one another's selection."""
-    shown = [document(thing) for thing in things]
+    shown = [document(each) for thing in things for each in _apart(thing)]
     if not shown:
         raise InputError("a page needs at least one result to show")
     script = Html(bundle())

@@ -28,7 +28,7 @@ from pellucid.engine.run import Run
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, SiteError
 from pellucid.model import Model
-from pellucid.neurons.dictionaries import saelens
+from pellucid.neurons.dictionaries import formats, saelens
 from pellucid.neurons.dictionaries.editing import (
     Change,
     ChangeFeatures,
@@ -191,9 +191,12 @@ class Dictionary:
 
     @classmethod
     @technique
-    def load(cls, path: str | Path, *, site: str = "", writes: str = "") -> Dictionary:
-        """A folder that `save` or SAELens wrote; `site` and `writes` where it does not say them, or in names not known here.
+    def load(
+        cls, path: str | Path, *, site: str = "", writes: str = "", folder: str = "", revision: str | None = None
+    ) -> Dictionary:
+        """A folder that `save`, SAELens, sparsify or dictionary_learning wrote, or one of Gemma Scope (see `formats`).
 
-        InputError says what is missing or not understood.
+        `path` may be a repository on the hub and `folder` one of its folders, at a `revision`. `site` and `writes` where the
+        folder does not say them, or in names not known here. InputError or Refused says what is missing or not understood.
         """
-        return cls(**saelens.read(Path(path), site, writes))
+        return cls(**formats.read(path, site, writes, folder, revision))

@@ -106,8 +106,8 @@ def read(folder: Path, site: str = "", writes: str = "") -> dict[str, Any]:
         "decoder": w_dec,
         "decoder_bias": b_dec,
         "activation": activation,
-        "site": _site(found, folder),
-        "writes": _site(out, folder),
+        "site": named(found, folder),
+        "writes": named(out, folder),
         "limit": float("inf") if limit is None else limit,
         "model": str(metadata.get("model_name") or ""),
         "digest": own.get("digest", ""),
@@ -150,7 +150,8 @@ def _hook(site: str) -> str:
     return f"blocks.{s.layer}.{HOOKS[s.part]}" if s.part in HOOKS and not s.stack and s.layer is not None else site
 
 
-def _site(name: str, folder: Path) -> str:
+def named(name: str, folder: Path) -> str:
+    """A site by its name here or in TransformerLens."""
     try:
         return str(Site.parse(name))
     except SiteError as error:
