@@ -17,9 +17,9 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, resolved
-from pellucid.engine.generation import Generated, generate, left_padded
+from pellucid.engine.generation import Generated, generate
 from pellucid.engine.given import Truncate
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute

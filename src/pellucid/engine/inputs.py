@@ -345,7 +345,7 @@ def _read(
         rows = [row.cut(room, side) for row in rows]
     try:
         tensors = pad([row.ids for row in rows], pad_index(module, tokenizer))
-    except (RuntimeError, OverflowError) as error:
+    except (RuntimeError, OverflowError, ValueError) as error:
         raise InputError(f"token ids must be whole numbers of this model's vocabulary: {error}") from error
     if any(row.types is not None for row in rows) and "token_type_ids" in accepted:
         tensors["token_type_ids"] = pad([row.types or [0] * len(row.ids) for row in rows], 0)["input_ids"]
@@ -441,9 +441,9 @@ def _tensor(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and value):
-        if isinstance(value, list | tuple) and all(isinstance(row, list | tuple) for row in value):
-            if len({len(row) for row in value}) > 1 and all(is_id(i) for row in value for i in row):
-                return [list(row) for row in value]
+        rows = [list(row) for row in value if isinstance(row, list | tuple)]
+        if len(rows) == len(value) and len({*map(len, rows)}) > 1 and all(is_id(i) for row in rows for i in row):
+            return rows
         try:
             if isinstance(value, np.ndarray) and value.dtype == np.uint64:
                 value = value.astype(np.int64)

@@ -62,21 +62,24 @@ def limit(module: nn.Module, stack: str = "") -> int | None:
     return tables.get(stack, tables.get("decoder", tables.get("")))
 
 
-def check_length(module: nn.Module, length: int, stack: str = "", what: str = "the prompt has") -> None:
-    """InputError if a stack cannot hold that many tokens, before anything runs."""
+def exceeded(module: nn.Module, length: int, stack: str = "") -> int | None:
+    """How many tokens a stack holds, if that is fewer than `length`; None where so many fit."""
     claim = claimed(module, stack)
     if length <= (claim or BEFORE) // 2:
-        return
+        return None
     holds = limit(module, stack)
     if holds is None and claim is not None and length > claim:
         seen = _known[module].seen
-        if length <= seen.get(stack, 0):
-            return
-        if _runs(module, length, stack):
+        if length > seen.get(stack, 0):
+            if not _runs(module, length, stack):
+                return claim
             seen[stack] = length
-            return
-        holds = claim
-    if holds is not None and length > holds:
+    return holds if holds is not None and length > holds else None
+
+
+def check_length(module: nn.Module, length: int, stack: str = "", what: str = "the prompt has") -> None:
+    """InputError if a stack cannot hold that many tokens, before anything runs."""
+    if (holds := exceeded(module, length, stack)) is not None:
         raise InputError(
             f"{what} {length} tokens but the model's context holds {holds}: shorten the prompt, or give "
             "model.inputs(..., truncate='left') or 'right'"
