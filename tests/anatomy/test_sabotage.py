@@ -155,6 +155,21 @@ def test_queries_that_leak_from_head_to_head_fail_the_reads_proof_alone_and_are_
     assert {"attn.q", "attn.k", "attn.v"} <= set(second.reads)
 
 
+def test_a_tap_inside_an_adapter_which_goes_on_reading_the_old_values_fails_the_values_proof_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False, r=2)
+    module = peft.get_peft_model(build("llama"), config).eval()
+    assert open_module(module).complete
+    monkeypatch.setattr(
+        "pellucid.anatomy.discovery.composed", lambda t: set()
+    )  # the layer inside is taken for the whole
+    anatomy = open_module(module)
+    assert {p.name for p in anatomy.proofs if p.holds is False} == {"values"}
+    assert "the proof 'values' failed" in anatomy.stacks[0].blocks[0].refused["attn.z_out"]
+
+
 def test_experts_that_write_too_loudly_fail_the_experts_proof_alone() -> None:
     module = build("mixtral")
     assert failing(module) == set()

@@ -25,6 +25,7 @@ LACKS: dict[str, set[str]] = {
     "neurons": _NO_MLP | set(_ONLY_EXPERTS.split()),
     "position-wise": _NO_MLP,
     "reads": {"falcon_mamba", "mamba", "mamba2"},
+    "values": {"falcon_mamba", "mamba", "mamba2"},
 }
 
 # Proofs about something most families do not have: the types that do.
@@ -138,7 +139,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
     "qwen4_exp": {"reads": _MIXED},
     "qwen4_exp_text": {"reads": _MIXED},
-    "rwkv": dict.fromkeys(("neurons", "position-wise", "reads"), _SHIFTED),
+    "rwkv": dict.fromkeys(("neurons", "position-wise", "reads", "values"), _SHIFTED),
     "squeezebert": {"reads": "its projections are convolutions with the channels before the positions"},
     "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
     "zamba": dict.fromkeys(
@@ -161,16 +162,38 @@ _REVERSIBLE = "reversible layers: two residuals, hashed attention, a head that r
 # model type -> proof ("opens" when it cannot be opened at all) -> what is in the way
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
     "gemma3n_text": dict.fromkeys(
-        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"), _ALTUP
+        (
+            "residual",
+            "attention",
+            "projection",
+            "ablation",
+            "neurons",
+            "position-wise",
+            "unembedding",
+            "reads",
+            "values",
+        ),
+        _ALTUP,
     ),
     "inkling2_text": dict.fromkeys(
-        ("residual", "attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"),
+        (
+            "residual",
+            "attention",
+            "projection",
+            "ablation",
+            "neurons",
+            "position-wise",
+            "unembedding",
+            "reads",
+            "values",
+        ),
         _EARLIER,
     ),
-    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise", "reads"), _ROUTED),
+    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise", "reads", "values"), _ROUTED),
     "prophetnet": {"projection": _STREAMS, "unembedding": "logits come from the n-gram streams"},
     "reformer": dict.fromkeys(
-        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads"), _REVERSIBLE
+        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads", "values"),
+        _REVERSIBLE,
     ),
     "xlnet": dict.fromkeys(("projection", "ablation"), "the output projection is an einsum with a raw parameter"),
 }

@@ -332,27 +332,35 @@ def is_linear(op: Op) -> bool:
     if op.name != OPAQUE or op.call is None:
         return weight_of(op) is not None
     if op.call.linear is None:
-        op.call.linear = _acts_linearly(op.call)
+        op.call.linear = not op.call.children and acts_linearly(op.call)
     return op.call.linear
 
 
-def _acts_linearly(call: Call) -> bool:
+def acts_linearly(call: Call) -> bool:
+    """Whether a call's output is linear in its input (with a bias), tried on the values of the pass."""
     given, made = call.input, call.output
-    if given is None or made is None or call.children or given.shape[:-1] != made.shape[:-1]:
+    if given is None or made is None or given.shape[:-1] != made.shape[:-1] or given.tensor.ndim < 2:
         return False
+    x, f = as_function(call)
+    y = x.flip(0) if x.shape[0] > 1 else x.flip(1)
+    apart, together = f(x) + f(y) - f(torch.zeros_like(x)), f(x + y)
+    return float((apart - together).abs().max()) <= 2e-2 * float(together.abs().max())
+
+
+def as_function(call: Call) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a call was given, and its module as a function of that."""
+    given, made = call.input, call.output
     keys = (
         next(k for k, v in call.inputs.items() if v is given),
         next(k for k, v in call.outputs.items() if v is made),
     )
-    x = given.tensor.detach()
-    y = x.flip(0) if x.shape[0] > 1 else x.flip(1)
 
     def f(x: Tensor) -> Tensor:
-        return run_with(call.module, call.args, call.kwargs, keys[0], x, keys[1]).float()
+        with torch.no_grad():
+            return run_with(call.module, call.args, call.kwargs, keys[0], x, keys[1]).float()
 
-    with torch.no_grad():
-        apart, together = f(x) + f(y) - f(torch.zeros_like(x)), f(x + y)
-    return float((apart - together).abs().max()) <= 2e-2 * float(together.abs().max())
+    assert given is not None
+    return given.tensor.detach(), f
 
 
 def projection_of(value: Value) -> tuple[Op, bool] | None:

@@ -22,15 +22,21 @@ from pellucid.anatomy.residual import Residual, chooses
 from pellucid.anatomy.spans import Span, find_spans
 from pellucid.anatomy.structure import ATTENTION_PORTS, Attention, Block, Linear, Mlp, Path, Stack, Tap
 from pellucid.anatomy.trace import Call, Op, Trace, Value
+from pellucid.anatomy.wholes import composed, packed
 from pellucid.errors import LoadError
 
 EXPERT_SITES = ("router", "experts", "experts.neurons", "experts.out")
 
 
 def trace(module: nn.Module, inputs: dict[str, Any]) -> tuple[Trace, Any]:
-    """Run the module once and write everything down."""
-    with torch.no_grad(), Trace(module) as t:
+    """Run the module and write everything down: once, or again with modules closed that are one linear map as a whole."""
+    closed = {m for m in module.modules() if packed(m)}
+    with torch.no_grad(), Trace(module, closed) as t:
         output = module(**inputs)
+    whole = composed(t)
+    if whole:
+        with torch.no_grad(), Trace(module, closed | whole) as t:
+            output = module(**inputs)
     t.lengths = {x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim == 2}
     return t, output
 
@@ -75,16 +81,16 @@ def embeddings(t: Trace, ids: Any) -> dict[str, Tap]:
     except (AttributeError, NotImplementedError):
         own = None
     found: dict[str, Tap] = {}
-    for op in (op for op in t.ops if op.name == "embedding" and op.call is not None and op.call.output is not None):
-        asked, call = op.inputs[0].tensor, op.call
+    looked_up = [(op.inputs[0].tensor, op.call) for op in t.ops if op.name == "embedding"]
+    whole = [(v.tensor, c) for c in t.calls if c.module is own for v in list(c.inputs.values())[:1]]  # adapters and all
+    for asked, call in whole + looked_up:
         made = call.output if call is not None else None
-        if call is None or made is None or made.tensor.ndim != 3:
+        if call is None or made is None or made.tensor.ndim != 3 or asked.is_floating_point():
             continue
         key = next(k for k, v in call.outputs.items() if v is made)
         if torch.equal(asked, ids) or torch.equal(asked, ids.T):
             native = TOKENS if asked.shape == ids.shape else "p b d"
-            if "tokens" not in found or call.module is own:
-                found["tokens"] = Tap(call.name, "out", Layout(native, TOKENS), key, call.nth)
+            found.setdefault("tokens", Tap(call.name, "out", Layout(native, TOKENS), key, call.nth))
         elif asked.ndim == 2 and asked.shape[1] == ids.shape[1] and bool((asked.diff(dim=1) == 1).all()):
             layout = Layout(TOKENS, TOKENS, shared=len(asked) == 1 < len(ids))
             found.setdefault("positions", Tap(call.name, "out", layout, key, call.nth))

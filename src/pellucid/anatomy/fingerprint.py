@@ -9,6 +9,9 @@ the version. Writing through `tensor.data`, a NumPy view or a kernel of one's ow
 meets every row and every column (up to 2,048 of each) is compared as well, so that a change of whole rows, columns,
 heads or matrices is noticed however it was made. What changes only a few single numbers behind torch's back goes
 unseen until `Fingerprint.forget`.
+
+Which of several adapters is on is no weight, but decides what the module computes: the settings of modules that hold
+parts by name (`switches`) count as well.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits over names, shapes, dtypes and numbers of the module's state dict.
+        """Sixteen hex digits over names, shapes, dtypes and numbers of the module's state dict, and its `switches`.
 
         Equal for equal weights in every process and on every device. Weights on the meta device (accelerate's) count by
         name and shape only; buffers that are not saved (rotary tables, masks) do not count.
@@ -59,11 +62,12 @@ class Fingerprint:
         lines = [
             f"{name} {tuple(t.shape)} {t.dtype} {self._hashes[k][1]}" for k, (name, t) in zip(keys, found, strict=True)
         ]
+        lines += [f"{name} {settings!r}" for name, settings in switches(self.module)]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
     def stamp(self) -> tuple[Hashable, ...]:
         """What stays equal while no weight is exchanged or changed in place; a millisecond for 300 tensors."""
-        return self._behind, *(_key(t) for _, t in self._tensors())
+        return self._behind, *(_key(t) for _, t in self._tensors()), repr(switches(self.module))
 
     def forget(self) -> None:
         """Hash everything anew when next asked: after writes that torch cannot see."""
@@ -113,9 +117,59 @@ def weight_digest(module: nn.Module) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper."""
+    """The module inside wrappers that add nothing to what it computes: torch.compile's, and peft's around a model whose
+    adapters are in its layers (prompts and prefixes are put in by the wrapper, which then stays).
+    """
     inner: nn.Module = getattr(module, "_orig_mod", module)
-    return inner
+    config = getattr(inner, "active_peft_config", None)
+    if config is None or config.is_prompt_learning:
+        return inner
+    made: nn.Module = inner.get_base_model()  # type: ignore[operator]
+    return made
+
+
+def switches(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """The settings of modules that hold parts by name and so may choose among them: which adapters are on, merged, how
+    strong. Numbers, words and lists or dictionaries of them; empty for most models.
+
+    >>> module = nn.Sequential(nn.ModuleDict({"a": nn.Identity()}))
+    >>> module.active = ["a"]
+    >>> switches(module)
+    [('', {'active': ['a']})]
+    """
+    found = []
+    for name, owner in module.named_modules():
+        if any(isinstance(part, (nn.ModuleDict, nn.ParameterDict)) and len(part) for part in owner._modules.values()):
+            own = {k: v for k, v in vars(owner).items() if k != "training" and _is_setting(v)}
+            found.append((name, own))
+    return found
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and all(isinstance(k, str) and _is_setting(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return isinstance(value, (bool, int, float, str))
+
+
+def state(module: nn.Module) -> Hashable:
+    """What stays equal while a module's own tensors and switches do."""
+    keys = [_key(part) for t in (*module.parameters(), *module.buffers()) for _, part in _plain("", t)]
+    return *keys, repr(switches(module))
+
+
+def parts(module: nn.Module) -> list[Any]:
+    """What a module is built of, in order: every module inside, and a forward that was put in place of its class's."""
+    found: list[Any] = []
+    queue: list[nn.Module] = [module]
+    while queue:
+        one = queue.pop()
+        found.append(one)
+        if "forward" in one.__dict__:
+            found.append(one.__dict__["forward"])
+        queue.extend(child for child in one._modules.values() if child is not None)
+    return found
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

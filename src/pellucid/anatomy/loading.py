@@ -91,12 +91,16 @@ def read(
     device_map: Any = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantization_config: Any = None,
+    base: str | Path | None = None,
 ) -> Loaded:
     """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched.
 
     `tokenizer` is a tokenizer, or where to read one; by default it comes with the model. `task` names the
     head; "auto" follows the checkpoint. `dtype` is the checkpoint's own by default, and float32 for GGUF,
     whose quantised weights are expanded. Only safetensors are read, unless `allow_pickle` is set.
+    `quantization_config` is transformers' own: weights are packed as they are read. A directory or hub id that holds an
+    adapter alone (peft's `adapter_config.json`) opens with its base model, which `base` names if the adapter does not.
 
     Raises LoadError: one line that says what to do.
 
@@ -108,20 +112,31 @@ def read(
     if task not in get_args(Task):
         raise LoadError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
     if isinstance(source, nn.Module):
-        if (task, revision, dtype, device, device_map) != ("auto", None, None, None, None):
+        if (task, revision, dtype, device, device_map, quantization_config, base) != ("auto", *[None] * 6):
             raise LoadError("a module in memory is used as it is: task, dtype and the like are for files")
         return _in_memory(source, tokenizer, trust_remote_code)
     if device is not None and device_map is not None:
         raise LoadError("device and device_map contradict each other: pass one of them")
 
     files = _locate(source, revision)
+    if files.adapter:
+        settings = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+        }
+        trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+        return _adapted(files, base, tokenizer, task, settings | trusted)
+    if base is not None:
+        raise LoadError(f"{files.name!r} is a whole model: base= is for an adapter that is kept alone")
     files.check_weights(allow_pickle)
     options = files.options | {"trust_remote_code": trust_remote_code}
     placing = {
         "dtype": _dtype(dtype, default=torch.float32 if files.gguf else "auto"),
         "device_map": device_map,
         "use_safetensors": None if allow_pickle else True,
-    }
+    } | ({} if quantization_config is None else {"quantization_config": quantization_config})
     with _one_line_errors(files.name), _quiet():
         config = transformers.AutoConfig.from_pretrained(files.where, **options)
         if tokenizer is None:
@@ -141,11 +156,16 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
         raise LoadError(f"a {type(inner).__name__} in memory needs its tokenizer: pass tokenizer=...")
     notes = []
     if inner is not module:
-        notes.append("torch.compile's wrapper is set aside: the module inside it runs")
+        wrapper = "torch.compile's wrapper" if hasattr(module, "_orig_mod") else f"the wrapper {type(module).__name__}"
+        notes.append(f"{wrapper} is set aside: the module inside it runs")
     if inner.training:
-        notes.append("the module is in training mode: dropout is active until you call .eval()")
+        notes.append(
+            "the module is in training mode: it runs in evaluation mode here, and is in its own again afterwards"
+        )
     config = getattr(inner, "config", None)
     name = getattr(config, "name_or_path", "") or type(inner).__name__
+    if getattr(module, "peft_config", None) or getattr(inner, "peft_config", None):  # that name opens the base alone
+        name = type(inner).__name__
     with _one_line_errors(name), _quiet():
         tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
     revision = getattr(config, "_commit_hash", None)
@@ -180,6 +200,7 @@ class _Files:
     listing: frozenset[str]
     revision: str | None = None
     gguf: str | None = None  # the file to read, when it is not a transformers checkpoint
+    adapter: bool = False  # it holds an adapter of another model, and no model
 
     @property
     def options(self) -> dict[str, Any]:
@@ -191,6 +212,8 @@ class _Files:
         """Decide what to read: the checkpoint transformers wrote, or the only GGUF file beside no such."""
         if "config.json" in self.listing:
             return self
+        if "adapter_config.json" in self.listing:
+            return replace(self, adapter=True)
         ggufs = sorted(f for f in self.listing if f.endswith(".gguf"))
         if not ggufs:
             found = f"found: {_few(self.listing)}"
@@ -300,6 +323,39 @@ def _open(files: _Files, config: Any, task: Task, options: Mapping[str, Any]) ->
     if info["missing_keys"]:
         notes.append(f"not in the checkpoint, so random: {_few(info['missing_keys'])}")
     return module, tuple(notes)
+
+
+# peft's word for what an adapter was trained on -> task
+_ADAPTED = {
+    "CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "classification", "FEATURE_EXTRACTION": "base",
+}  # fmt: skip
+
+
+def _adapted(files: _Files, base: str | Path | None, tokenizer: Any, task: Any, options: dict[str, Any]) -> Loaded:
+    """An adapter on its base model, each read as it says; the adapter is as it was saved, neither merged nor trained."""
+    if importlib.util.find_spec("peft") is None:
+        raise LoadError(f"{files.name!r} holds an adapter: pip install 'pellucid[adapters]' to open it")
+    import peft
+
+    with _one_line_errors(files.name), _quiet():
+        config = peft.PeftConfig.from_pretrained(files.where, revision=files.revision)
+    named = base or config.base_model_name_or_path
+    if not named:
+        raise LoadError(f"{files.name!r} holds an adapter alone and does not say of which model: pass base=...")
+    if tokenizer is None and "tokenizer_config.json" in files.listing:
+        tokenizer = files.where
+    task = _ADAPTED.get(str(getattr(config.task_type, "value", config.task_type)), task) if task == "auto" else task
+    try:
+        loaded = read(named, tokenizer=tokenizer, task=task, **options)
+    except LoadError as error:
+        raise LoadError(
+            f"{files.name!r} is an adapter of {str(named)!r}, which does not open: {error}; pass base=... to name "
+            "that model otherwise"
+        ) from None
+    with _one_line_errors(files.name), _quiet():
+        module = peft.PeftModel.from_pretrained(loaded.module, files.where, revision=files.revision).eval()
+    notes = (*loaded.notes, f"the adapter {files.name!r} is on {loaded.name!r}")
+    return replace(loaded, module=unwrapped(module), name=files.name, revision=files.revision, notes=notes)
 
 
 def _candidates(config: Any, task: Task, remote: Mapping[str, str]) -> list[str]:

@@ -16,8 +16,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from pellucid.anatomy.answering import Answering
-from pellucid.anatomy.fingerprint import Memo
+from pellucid.anatomy.fingerprint import Memo, parts
 from pellucid.anatomy.structure import Attention, Block, Mlp, Path, Proof, Stack, State, Unembedding
+from pellucid.errors import Refused
 
 MARK = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}
 CLAIMS = {
@@ -33,6 +34,7 @@ CLAIMS = {
     "experts": "the experts' routed contributions add up to the native output",
     "position-wise": "neurons depend on their own position only",
     "reads": "changed columns of a projection change their own head or neuron and no other",
+    "values": "random values put in for heads or neurons reach all that reads them",
     "unembedding": "the head, by the unembedding's own weights, makes the logits",
     "ablation": "a head switched off is that head's weights switched off",
 }
@@ -54,6 +56,20 @@ class Anatomy:
 
     def __post_init__(self) -> None:
         self.memo = Memo(self.module)
+        self._parts = parts(self.module)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether modules were exchanged since: an adapter was put in or taken out, a layer was replaced."""
+        return self._parts != parts(self.module)
+
+    def check(self) -> None:
+        """Refused where it is outdated."""
+        if self.outdated:
+            raise Refused(
+                "modules of this model were exchanged since it was opened (an adapter put in or taken out): its map is "
+                "that of before; ask the model anew, or open it again with pl.load"
+            )
 
     @property
     def complete(self) -> bool:

@@ -34,6 +34,7 @@ from pellucid.anatomy.trials import (
     position_wise,
     reads,
     rounding,
+    values,
 )  # fmt: skip
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import tapped
@@ -53,6 +54,7 @@ DEPENDS = {
     "position-wise": ("{}.neurons",),
     "experts": ("{}.router", "{}.experts", "{}.experts.neurons", "{}.experts.out"),
     "ablation": ("{}.z_out", "{}.heads"),
+    "values": ("{}.z_out", "{}.heads", "{}.neurons"),
 }
 
 
@@ -120,6 +122,7 @@ class Prover:
             experts,
             self.over_blocks("position-wise", position_wise(self)) if self.only is None else as_read("position-wise"),
             self.over_blocks("reads", reads(self)) if self.only is None else as_read("reads"),
+            self.over_blocks("values", values(self)) if self.only is None else as_read("values"),
             self.unembedding(),
             ablation(self) if self.only is None else as_read("ablation"),
         ]
@@ -358,7 +361,7 @@ def refused_parts(block: Block, failures: dict[tuple[str, str], str]) -> Block:
     refused = dict(block.refused)
     for (proof, failed), why in failures.items():
         for part in (pattern.format(failed) for pattern in DEPENDS.get(proof, ())):
-            if part in block.taps or part.endswith(".heads"):
+            if part in block.taps or (part.endswith(".heads") and failed in block.attentions):
                 refused.setdefault(part, f"the proof '{proof}' failed: {why}")
     taps = {part: tap for part, tap in block.taps.items() if part not in refused}
     unread = {part: f"the proof 'reads' failed: {why}" for (proof, part), why in failures.items() if proof == "reads"}

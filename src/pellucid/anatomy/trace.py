@@ -8,7 +8,7 @@ known by name. Values are identified by the tensor object; an in-place operation
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,10 +136,13 @@ def in_place(name: str) -> bool:
 class Trace(TorchFunctionMode):
     """Use as a context around a forward pass; afterwards `calls`, `ops` and `value_of` hold the graph."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, closed: Collection[nn.Module] = ()) -> None:
+        """`closed` are modules whose inside is not looked at: what they make, they make at once."""
         super().__init__()
-        self.root = root
-        self.names = {m: n for n, m in root.named_modules()}
+        self.root, self.closed = root, frozenset(closed)
+        inner = {m for whole in closed for m in whole.modules() if m is not whole}
+        self.names = {m: n for n, m in root.named_modules() if m not in inner}
+        self._shut = 0  # how many closed modules are running
         self.calls: list[Call] = []
         self.ops: list[Op] = []
         self._now: dict[int, Value] = {}
@@ -193,6 +196,8 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self._shut:
+            return func(*args, **kwargs)
         if self._stack:
             self._stack[-1].made[name] += 1
             self._stack[-1].contractions += counts(name)
@@ -215,9 +220,11 @@ class Trace(TorchFunctionMode):
             parent.children.append(call)
         self.calls.append(call)
         self._stack.append(call)
+        self._shut += module in self.closed
 
     def _post(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self._stack[-1]
+        self._shut -= module in self.closed
         for _, tensor in results(output):
             if id(tensor) not in self._now and not self.value_of(tensor).fixed:  # a kernel that torch functions hide
                 self.record(OPAQUE, (args, kwargs), tensor, args, kwargs)

@@ -202,6 +202,71 @@ def reads(prover: Prover) -> Check:
     return check
 
 
+def values(prover: Prover) -> Check:
+    """Random values put in for all heads, or all neurons, make what the model makes when it comes to have them itself.
+
+    It comes to have them where z, or what the neurons are made from, is random; what that makes at the taps of z_out and
+    neurons is then put in there alone. A second reader of these values (an adapter beside the tapped layer) goes on
+    reading the old ones, and the contribution is another.
+    """
+    generator = torch.Generator().manual_seed(0)
+    own: dict[
+        tuple[str, int, str], tuple[Tap, Tap]
+    ] = {}  # (stack, block, part) -> where values are put in, what they make
+    sources: set[Tap] = set()
+    for s, b in prover.blocks:
+        parts: list[Attention | Mlp] = [*b.attentions.values(), *b.mlps.values()]
+        for part in (p for p in parts if p.linear is not None and f"{p.part}.out" in b.taps):
+            if isinstance(part, Attention):
+                above = {b.taps[f"{part.part}.z"]} if f"{part.part}.z" in b.taps else set()
+            else:
+                above = {r.given for r in b.reads.get(f"{part.part}.neurons", ()) if r.given is not None}
+            if above and part.linear is not None:
+                sources |= above
+                own[s.name, b.index, part.part] = part.linear.given, b.taps[f"{part.part}.out"]
+
+    def drawn(x: Tensor) -> Tensor:
+        return (torch.randn(x.shape, generator=generator) * size(x)).to(x)
+
+    def met(handlers: dict[Tap, Handler], taps: set[Tap]) -> dict[Tap, Tensor]:  # each block on the residual it had
+        kept: dict[Tap, Tensor] = {}
+        back = {b.taps["resid_pre"] for _, b in prover.blocks if "resid_pre" in b.taps} - handlers.keys()
+        handlers = handlers | {tap: put(prover.values[tap]) for tap in back}
+        passing(prover, handlers | {tap: then(handlers.get(tap), keeper(kept, tap)) for tap in taps})
+        return kept
+
+    made = {tap for pair in own.values() for tap in pair}
+    native = met(dict.fromkeys(sources, drawn), made) if own else {}
+    again = met({given: put(native[given]) for given, _ in own.values()}, made) if own else {}
+
+    def check(stack: Stack, block: Block) -> Verdicts:
+        for part in (p for p in (*block.attentions, *block.mlps) if (stack.name, block.index, p) in own):
+            out = own[stack.name, block.index, part][1]
+            off = error(again[out], native[out])
+            yield (
+                part,
+                off if off <= prover.tolerance else f"something else than the tapped module reads it ({off:.1e})",
+            )
+
+    return check
+
+
+def put(value: Tensor) -> Handler:
+    """A handler that puts this in the place of what is met."""
+    return lambda x: value.to(x)
+
+
+def then(first: Handler | None, show: Handler) -> Handler:
+    """A handler that shows what another one made."""
+
+    def handler(x: Tensor) -> Tensor | None:
+        new = None if first is None else first(x)
+        show(x if new is None else new)
+        return new
+
+    return handler
+
+
 def ablation(prover: Prover) -> Proof:
     """Zeroing a head of every attention through z_out does what zeroing its rows of the projection does."""
     # projection -> head, its width, shape of the projection's input

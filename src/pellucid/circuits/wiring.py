@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.fingerprint import state
 from pellucid.anatomy.layout import TOKENS, Layout
 from pellucid.anatomy.structure import Attention, Mlp, Path, Tap
 from pellucid.anatomy.weights import linear_map
@@ -104,7 +105,7 @@ class Reading:
         weights change."""
         assert self.projection is not None
         assert self.columns is not None
-        stamp = [(p.data_ptr(), p._version) for p in self.projection.parameters()]
+        stamp = state(self.projection)
         if self._cached is None or self._cached[0] != stamp:
             weight, bias = linear_map(self.projection, self.width)
             own = weight.detach()[:, self.columns].transpose(0, 1).contiguous()

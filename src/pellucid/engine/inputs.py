@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import evaluating, ordinary
 from pellucid.anatomy.sites import Position
 from pellucid.engine.given import Chat, Pair, Truncate, is_id, is_messages, read_row, target_ids
 from pellucid.engine.limits import check_length, claimed, limit
@@ -283,7 +283,7 @@ def read_inputs(
         tensors, maps = _tensors(module, tokenizer, prompt), None
     else:
         tensors, maps = _read(module, tokenizer, prompt, truncate, accepted)
-    tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
+    tensors = {k: ordinary(v).to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
     ids = _ids(module, tensors)
     mask = tensors.get("attention_mask")
     if mask is None or mask.ndim != 2 or ("input_ids" not in tensors and mask.shape != ids.shape):
