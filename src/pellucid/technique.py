@@ -32,6 +32,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.sites import Site
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
@@ -297,7 +298,8 @@ def settling(found: dict[str, Any]) -> Iterator[None]:
 def technique(function: Callable[P, R]) -> Callable[P, R]:
     """Record every call of a public function or method on what it returns (Results in tuples, lists and mappings too).
 
-    Calls inside a recorded call are part of it, and are not recorded on their own.
+    Calls inside a recorded call are part of it, and are not recorded on their own. A call computes in evaluation mode and
+    without a graph, whatever the user's modes are (`anatomy.modes.running`): what needs gradients enables them inside.
 
     >>> import xarray as xr
     >>> from pellucid.results import Result
@@ -319,8 +321,10 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(f"{function.__name__}(): {error}") from None
         call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
+        models = [v for v in bound.arguments.values() if isinstance(v, Model)]
         try:
-            result = function(*args, **kwargs)
+            with running(*(model.module for model in models)):
+                result = function(*args, **kwargs)
             call.arguments.update({k: v for k, v in (_settled.get() or {}).items() if call.arguments.get(k) is None})
         finally:
             _settled.reset(token)
