@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
@@ -36,18 +36,16 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
+from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import AnswerMetric, BoundMetric, Metric, class_logit, logit, logit_difference
+from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import answer_ids, covering, encode, single_id
 from pellucid.technique import settle
 
 Of = Literal["log_probability", "probability", "logit"]
-Kind = Literal[
-    "next token", "first token", "masked token", "class", "value", "label", "span", "continuation", "reading", "vectors"
-]  # fmt: skip
 LONGEST = 30  # tokens of a predicted span
 
 
@@ -190,7 +188,7 @@ class Question:
             return _reading(model, inputs, target)
         kind = kind_of(model, inputs)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
-            bound = model.bind(placed(model, inputs, target), len(inputs))
+            bound = model.bind(target, len(inputs), inputs)
             return cls(model, inputs, kind, bound.name, metric=bound)
         return _answered(model, inputs, kind, target, against, edits)
 
@@ -260,75 +258,6 @@ class Question:
             [Answer((int(i),), answer_text(self.model, self.kind, int(i)), float(v)) for v, i in zip(*row, strict=True)]
             for row in zip(best.values, best.indices, strict=True)
         ]
-
-
-def kind_of(model: Model, inputs: Inputs) -> Kind:
-    """The kind of question these prompts ask, from what the model's logits mean."""
-    answering = model.anatomy.answering
-    if answering.meaning != "tokens":
-        return answering.meaning
-    if "decoder" in inputs.streams:
-        return "first token" if inputs.stream("").ids.shape[1] == 1 else "next token"
-    return "masked token" if answering.masked and model.anatomy.stacks[-1].causal is False else "next token"
-
-
-def answer_position(model: Model, inputs: Inputs) -> int | None:
-    """Where these prompts are answered, counted on their real tokens; None for a whole text.
-
-    InputError where a masked model's prompt has not exactly one mask, or prompts are answered at different places.
-    """
-    kind = kind_of(model, inputs)
-    if kind not in ("next token", "first token", "masked token"):
-        return None
-    stream = inputs.stream("")
-    rows = [row[real.bool()].tolist() for row, real in zip(stream.ids, stream.mask, strict=True)]
-    if kind == "masked token":
-        at = [_mask(model, row) for row in rows]
-    else:
-        at = [-1 - trailing_marks(model.tokenizer, row) if "decoder" not in inputs.streams else -1 for row in rows]
-    if len(set(at)) > 1:  # the same place from the end?
-        at = [i - len(row) if i >= 0 else i for i, row in zip(at, rows, strict=True)]
-    if len(set(at)) > 1:
-        raise InputError(
-            "these prompts are answered at different places (masks, marks at the end): ask them one at a time"
-        )
-    return at[0]
-
-
-def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
-    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
-
-    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
-    """
-    if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
-        return metric
-    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
-    if kind in ("label", "span"):
-        raise InputError(
-            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
-        )
-    if kind == "masked token" and not torch.as_tensor(masks).any():
-        return metric
-    position = answer_position(model, inputs)
-    return metric if position is None else replace(metric, position=position)
-
-
-def _mask(model: Model, ids: Sequence[int]) -> int:
-    """The position of the only mask."""
-    token = getattr(model.tokenizer, "mask_token_id", None)
-    if token is None:
-        raise InputError(
-            "this model fills in a mask, and its tokenizer has none: give a metric with position=, such as "
-            "logit(' a', position=3)"
-        )
-    found = [i for i, each in enumerate(ids) if each == token]
-    if len(found) != 1:
-        raise InputError(
-            f"the prompt has {len(found) or 'no'} mask tokens, and this model answers at one: write "
-            f"{model.tokenizer.mask_token} once, where the answer goes, or give a metric with position=, such as "
-            "logit(' a', position=3)"
-        )
-    return found[0]
 
 
 def _is_answer(target: Any) -> bool:

@@ -33,12 +33,12 @@ from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit
 from pellucid.engine.frozen import Map, affine, linearised
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import answer_position
 from pellucid.engine.run import Session
 from pellucid.errors import InputError, Refused
 from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
-from pellucid.question import answer_position
 from pellucid.results import Result
 from pellucid.technique import settle, technique
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from pellucid import metrics
 from pellucid.causal.contrast import check_aligned
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError
 from pellucid.model import Model
-from pellucid.question import Answer, Kind, answer_position, kind_of, pieces
+from pellucid.question import Answer, pieces
 from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
 from pellucid.views.markup import quoted
