@@ -360,7 +360,7 @@ def _place(model: Model, inputs: Inputs, part: str) -> tuple[int, int] | None:
     """The [first, last + 1) tokens of the last occurrence of `part` in the prompt; None where it has none."""
     if model.tokenizer is None or not part.strip():
         return None
-    ids, text = _row(inputs), inputs.texts[0]
+    ids, text = _row(inputs, whole=True), inputs.texts[0]
     known, offsets = encode(model.tokenizer, text)
     if known != ids.tolist():  # a prompt that was given as ids
         said = pieces(model, ids)
@@ -371,8 +371,9 @@ def _place(model: Model, inputs: Inputs, part: str) -> tuple[int, int] | None:
     return found if found != (0, 0) else None
 
 
-def _row(inputs: Inputs) -> Tensor:
-    stream = inputs.stream("")
+def _row(inputs: Inputs, whole: bool = False) -> Tensor:
+    """The tokens of the only prompt in the last stream; `whole`: of the text, which a decoder may be given moved by one."""
+    stream = inputs.streams.get("encoder", inputs.stream("")) if whole else inputs.stream("")
     return stream.ids[0, stream.mask[0].bool()]
 
 
@@ -402,7 +403,8 @@ def _start_and_end(z: Tensor) -> Tensor:
 
 def _spans(model: Model, run: Run) -> list[Answer]:
     """The best stretch of each prompt that is not a mark and not longer than 30 tokens."""
-    marks, stream, found = special_ids(model.tokenizer), run.inputs.stream(""), []
+    marks, found = special_ids(model.tokenizer), []
+    stream = run.inputs.streams.get("encoder", run.inputs.stream(""))  # a decoder is given the same text, moved by one
     for z, ids, mask in zip(run.logits, stream.ids, stream.mask, strict=True):
         row, z = ids[mask.bool()].tolist(), z[mask.bool().to(z.device)].detach().float().cpu()
         n, text = len(row), torch.tensor([i not in marks for i in row])
@@ -424,7 +426,7 @@ def _stretch(model: Model, inputs: Inputs, target: Any) -> Answer:
         if found is None:
             raise InputError(f"{target!r} is not in the prompt: an answer is a stretch of it")
         return Answer((found[0], found[1] - 1), target)
-    row, pair = _row(inputs), list(target) if isinstance(target, Sequence) else []
+    row, pair = _row(inputs, whole=True), list(target) if isinstance(target, Sequence) else []
     if len(pair) != 2 or not all(isinstance(i, int) for i in pair) or not 0 <= pair[0] <= pair[1] < len(row):
         raise InputError(f"{target!r} is no span: give its text, or the numbers of its first and last token")
     return Answer((pair[0], pair[1]), _said(model, row[pair[0] : pair[1] + 1].tolist()))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.heads import given_decoder, reads_both_ends
 from pellucid.anatomy.modes import ordinary
 from pellucid.anatomy.sites import Position
 from pellucid.engine.marks import token_ids
@@ -254,6 +255,9 @@ def read_inputs(
     first = _stream(tokenizer, ids, mask, texts, spans)
     streams = {"": first}
     if getattr(module.config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        if decoder is None and "decoder_input_ids" not in tensors and reads_both_ends(module):  # the text itself
+            tensors["decoder_input_ids"] = given_decoder(module, ids)
+            tensors |= {} if bool(mask.all()) else {"decoder_attention_mask": mask}
         given = tensors.get("decoder_input_ids")
         if given is None:
             given, given_mask = _decoder(module, tokenizer, decoder, ids)
