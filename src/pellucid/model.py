@@ -27,7 +27,7 @@ from pellucid.engine.sampling import number, sampling
 from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
-from pellucid.errors import InputError, Refused, SiteError
+from pellucid.errors import InputError, Refused, SiteError, checked, listed
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
 
 T = TypeVar("T")
@@ -180,6 +180,7 @@ class Model:
 
     # ---- running
 
+    @checked
     def run(
         self,
         prompt: Any,
@@ -201,8 +202,7 @@ class Model:
         kept values with respect to tensors of yours; so does an edit with a tensor that requires grad, unless gradients are switched off. With
         `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
         """
-        edits = [edits] if isinstance(edits, Edit) else edits
-        keep = [keep] if isinstance(keep, str | Site) else list(keep or ())
+        edits, keep = _edits(edits), _kept(keep)
         if not logits and (grad or grad_of is not None or not keep):
             raise InputError(
                 "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
@@ -219,6 +219,7 @@ class Model:
             score = None if metric is None else lambda run: self.score(run, metric)
             return execute(self.anatomy, inputs, keep, edits, score)
 
+    @checked
     def generate(
         self,
         prompt: Any,
@@ -254,10 +255,7 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        edits, keep = (
-            [edits] if isinstance(edits, Edit) else [*edits],
-            [keep] if isinstance(keep, str | Site) else [*keep],
-        )
+        edits, keep = _edits(edits), _kept(keep)
         call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
@@ -289,6 +287,7 @@ class Model:
         )
         return replace(made, model=self)
 
+    @checked
     def plan(
         self,
         prompt: Any,
@@ -321,7 +320,8 @@ class Model:
         executor: Any,
     ) -> Plan:
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
+        variants = listed("variants", variants, "edits, or lists of edits, one for each variant")
+        flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(
@@ -343,7 +343,7 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = [edits] if isinstance(edits, Edit) else edits
+        edits = _edits(edits)
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
@@ -369,10 +369,24 @@ class Model:
         asked = as_metric(metric)
         asked = asked if inputs is None else placed(self, inputs, asked)
         made = meant(asked, self.name, answering).bind(self.tokenizer, batch)
-        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs), run.inputs).score(run.logits, run.inputs.stream("").mask)
+
+
+def _edits(edits: Any) -> list[Edit]:
+    """The edits a run is asked to make: one, several or none."""
+    if edits is None or isinstance(edits, Edit):
+        return [edits] if edits else []
+    return listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
+
+
+def _kept(keep: Any) -> list[str | Site]:
+    """The sites a run is asked to keep: one, several or none."""
+    if keep is None or isinstance(keep, str | Site):
+        return [keep] if keep else []
+    return listed("keep", keep, "addresses of sites, such as ['layers.0.resid_post']")
