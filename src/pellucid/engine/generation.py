@@ -131,7 +131,7 @@ class Generated:
 
     def save(self, path: str | Path) -> Path:
         """Write one zip file, `pl.results.Result.load(path)` reads it: `result` with everything that was kept."""
-        return self.result.save(path)  # type: ignore[no-any-return]
+        return self.result.save(path)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each token written: prompt, row, step, token, id, log_probability, and what fired and was recorded (single
@@ -153,13 +153,13 @@ class Generated:
 # ---- generating
 
 
-def loop_of(module: nn.Module) -> nn.Module:
+def loop_of(module: nn.Module) -> Any:
     """The part of a model whose forward its `generate` calls: itself, or what an adapter or a compiler is wrapped around."""
     loops = (m for m in module.modules() if isinstance(m, GenerationMixin) and m.can_generate())
     found = next(loops, None)
     if found is None or not hasattr(module, "generate"):
         raise InputError(f"a {type(module).__name__} does not generate text: open a causal or encoder-decoder model")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def generate(
@@ -229,7 +229,7 @@ def generate(
     return page.close(inputs, call or {})
 
 
-def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
+def _check_loop(anatomy: Anatomy, runs: Any, use_cache: bool) -> None:
     """Refused where a loop that calls an inner module leaves out what the outer one adds, as a prefix that is not handed on."""
     module = anatomy.module
 
@@ -244,7 +244,7 @@ def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
                 "return_dict_in_generate": True,
                 "use_cache": use_cache,
             }
-            made = module.generate(**row, max_new_tokens=3, **told)  # type: ignore[operator]
+            made = module.generate(**row, max_new_tokens=3, **told)
             given = made.sequences[:, :-1]
             if "decoder_input_ids" in row or getattr(runs.config, "is_encoder_decoder", False):
                 row["decoder_input_ids"] = given
@@ -370,7 +370,7 @@ def _listener(stream: Any) -> Callable[[str, int], None] | None:
         return lambda text, row: print(text, end="", flush=True)
     if not callable(stream):
         raise InputError(f"stream={stream!r}: expected True, or a function of a new piece of text and its row")
-    return stream  # type: ignore[no-any-return]
+    return stream
 
 
 class _Page:
