@@ -23,7 +23,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
@@ -218,7 +218,7 @@ def generate(
     }  # fmt: skip
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}  # generate counts positions itself
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             module.generate(**tensors, **told)
     except Exception as error:
         if isinstance(error, PellucidError) or error is follower.failed or follower.steps:
@@ -236,7 +236,7 @@ def _check_loop(anatomy: Anatomy, runs: Any, use_cache: bool) -> None:
     def agrees() -> bool:
         row = {k: v[:1] if isinstance(v, Tensor) else v for k, v in anatomy.inputs.items()}
         row = {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "decoder_input_ids")}
-        with torch.no_grad(), evaluating(module):
+        with running(module):
             told = {
                 "do_sample": False,
                 "num_beams": 1,
@@ -298,7 +298,7 @@ def _beams(
     module = anatomy.module
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             made = module.generate(**tensors, **told)
     finally:
         draws.fall()
