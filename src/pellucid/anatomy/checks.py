@@ -27,6 +27,21 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a - b)[finite].abs().max()) / size(b[finite])
 
 
+class Off(float):
+    """An error that may be as large as a module's own rounding (`allowed`) where that is more than a dtype's."""
+
+    allowed: float = 0.0
+
+    @classmethod
+    def of(cls, error: float, allowed: float) -> Off:
+        made = cls(error)
+        made.allowed = min(allowed, COARSEST)
+        return made
+
+
+COARSEST = 5e-2  # no rounding of a quantised module excuses more
+
+
 def size(x: Tensor) -> float:
     """The largest magnitude (what is smaller than 1e-4 throughout counts as that large: there is nothing to
     compare).

@@ -230,6 +230,8 @@ def execute(
     handlers = session.handlers()
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
+    if grad_of is not None:
+        anatomy.check_gradients()
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
         recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
         if handlers and torch.is_grad_enabled() and recomputed:

@@ -46,6 +46,7 @@ def slopes(plan: Plan, leaves: Sequence[Leaf]) -> Iterator[Slope]:
     """
     if plan.job.anatomy.module.training:
         raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
+    plan.job.anatomy.check_gradients()
     with torch.no_grad():
         plan.settle()
         plan.rung.clean(plan.job)  # recorded without a graph
