@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +12,12 @@ import torch
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
-from pellucid.engine.edits import Edit, resolved
+from pellucid.engine.edits import Edit, moving, resolved
 from pellucid.engine.generation import Generated, generate, left_padded
 from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
 from pellucid.engine.locate import expand
@@ -25,6 +26,7 @@ from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
+from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
@@ -159,7 +161,8 @@ class Model:
 
         Refused if this model computes something else for the real tokens when they are padded as these prompts are.
         """
-        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+        with running(self.module):
+            return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
 
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
@@ -184,6 +187,8 @@ class Model:
         keep: Iterable[str | Site] | str = (),
         edits: Sequence[Edit] = (),
         grad_of: Metric | Any = None,
+        grad: bool = False,
+        logits: bool = True,
         decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
     ) -> Run:
@@ -191,17 +196,28 @@ class Model:
 
         `grad_of` is a metric: the run then also holds its gradient at every kept site. `decoder` is what the decoder of
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
+
+        A run computes in evaluation mode and keeps no autograd graph. `grad=True` asks for one, to differentiate logits and
+        kept values with respect to tensors of yours; so does an edit with a tensor that requires grad, unless gradients are switched off. With
+        `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
         """
-        inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        keep = [keep] if isinstance(keep, str | Site) else keep or ()
-        metric = None if grad_of is None else self.bind(grad_of, len(inputs))
-        return execute(
-            self.anatomy,
-            inputs,
-            keep,
-            self.resolved(edits),
-            None if metric is None else lambda run: self.score(run, metric),
-        )
+        edits = [edits] if isinstance(edits, Edit) else edits
+        keep = [keep] if isinstance(keep, str | Site) else list(keep or ())
+        if not logits and (grad or grad_of is not None or not keep):
+            raise InputError(
+                "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
+            )
+        with (
+            torch.set_grad_enabled(grad or torch.is_grad_enabled()),
+            differentiable(self.module, grad or moving(edits)),
+        ):
+            inputs = self.inputs(prompt, decoder=decoder, spans=spans)
+            metric = None if grad_of is None else self.bind(grad_of, len(inputs))
+            edits = self.resolved(edits)
+            if not logits:
+                return run_until(self.anatomy, inputs, keep, edits)
+            score = None if metric is None else lambda run: self.score(run, metric)
+            return execute(self.anatomy, inputs, keep, edits, score)
 
     def generate(
         self,
@@ -238,25 +254,30 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        call = {k: v for k, v in locals().items() if k not in ("self", "options")} | options
+        edits, keep = (
+            [edits] if isinstance(edits, Edit) else [*edits],
+            [keep] if isinstance(keep, str | Site) else [*keep],
+        )
+        call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
         beams = told.get("num_beams", 1) != 1
         if num_return_sequences > 1 and not told["do_sample"] and not beams:
             raise InputError("num_return_sequences above 1 needs sampling, else all are the same: give a temperature")
-        inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
-        inputs = self._padding.fit(left_padded(inputs), generating=True)
+        with running(self.module):
+            inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
+            inputs = self._padding.fit(left_padded(inputs), generating=True)
         if beams:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
-        return generate(
+        made = generate(
             self.anatomy,
             self.tokenizer,
             inputs,
             told,
             edits=self.resolved(edits),
-            keep=[keep] if isinstance(keep, str | Site) else [*keep],
+            keep=keep,
             when=watchers(when),
             scores=scores,
             stop=stop,
@@ -266,6 +287,7 @@ class Model:
             resolve=self.resolved,
             call=call,
         )
+        return replace(made, model=self)
 
     def plan(
         self,
@@ -284,6 +306,20 @@ class Model:
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
         interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
+        with running(self.module):
+            return self._plan(prompt, variants, metric, decoder, spans, memory, checkpoint, executor)
+
+    def _plan(
+        self,
+        prompt: Any,
+        variants: Any,
+        metric: Any,
+        decoder: Any,
+        spans: Any,
+        memory: Any,
+        checkpoint: Any,
+        executor: Any,
+    ) -> Plan:
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
         flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
@@ -311,7 +347,12 @@ class Model:
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
             if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
                 check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
-        return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+
+        def source(prompts: Any, sites: list[Site]) -> Run:
+            return execute(self.anatomy, self.inputs(prompts), sites)
+
+        with running(self.module):
+            return resolved(self.anatomy, edits, source)
 
     # ---- metrics
 

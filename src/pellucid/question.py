@@ -95,7 +95,9 @@ def continuation(
         raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
     if isinstance(text, Generated):
         if len(text) != 1:
-            raise InputError(f"{len(text)} answers were generated, and a continuation is one: continuation(generated.ids(0))")
+            raise InputError(
+                f"{len(text)} answers were generated, and a continuation is one: continuation(generated.ids(0))"
+            )
         text = text.ids()
     if text is not None and not isinstance(text, str):
         text = tuple(int(i) for i in text)

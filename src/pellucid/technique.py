@@ -29,13 +29,16 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.sites import Site
+from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.model import Model
-from pellucid.results import Provenance
+from pellucid.results import Provenance, Result
 from pellucid.tasks import Prompts
 
 P = ParamSpec("P")
@@ -174,6 +177,20 @@ class Program:
         edits = f", edits={self.write(list(value.edits), name)}" if value.edits else ""
         return f"model.run({self.write(value.inputs, name)}, keep={self.write(list(value.sites), name)}{edits})"
 
+    @_write.register
+    def _generated(self, value: Generated, name: str) -> str:
+        if value.model is None or (self.model is not None and value.model is not self.model):
+            return self._leave(value, name)
+        self.model = value.model
+        defaults = {k: p.default for k, p in inspect.signature(Model.generate).parameters.items()}
+        given = {
+            k: v
+            for k, v in value.call.items()
+            if k == "prompt" or (not _same(v, defaults.get(k)) and v not in ([], ()))
+        }
+        words = [self.write(given.pop("prompt"), "prompt"), *(f"{k}={self.write(v, k)}" for k, v in given.items())]
+        return f"model.generate({', '.join(words)})"
+
     def built(self, value: Any, name: str) -> str:
         """A dataclass as the call of its class, with what differs from the defaults."""
         home = address(type(value))
@@ -281,7 +298,8 @@ def settling(found: dict[str, Any]) -> Iterator[None]:
 def technique(function: Callable[P, R]) -> Callable[P, R]:
     """Record every call of a public function or method on what it returns (Results in tuples, lists and mappings too).
 
-    Calls inside a recorded call are part of it, and are not recorded on their own.
+    Calls inside a recorded call are part of it, and are not recorded on their own. A call computes in evaluation mode and
+    without a graph, whatever the user's modes are (`anatomy.modes.running`): what needs gradients enables them inside.
 
     >>> import xarray as xr
     >>> from pellucid.results import Result
@@ -303,8 +321,10 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
             raise TypeError(f"{function.__name__}(): {error}") from None
         call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
+        models = [v for v in bound.arguments.values() if isinstance(v, Model)]
         try:
-            result = function(*args, **kwargs)
+            with running(*(model.module for model in models)):
+                result = function(*args, **kwargs)
             call.arguments.update({k: v for k, v in (_settled.get() or {}).items() if call.arguments.get(k) is None})
         finally:
             _settled.reset(token)
@@ -393,6 +413,41 @@ class _Call:
             given=program.given,
             free=program.free,
         )
+
+
+def generation(made: Generated) -> Result:
+    """What was generated as a result, dims (row, step): the log-probability of each token, what fired, was recorded and kept."""
+    program = Program(model=made.model)
+    program.call = f"{program.write(made, 'generated')}.result"
+    frame: dict[str, Any] = {"log_probability": (("row", "step"), made.log_probabilities.float().cpu().numpy())}
+    frame["id"] = ("row", "step"), made.tokens.cpu().numpy()
+    for name, values in {**{f"{n} fired": x for n, x in made.fired.items()}, **made.records}.items():
+        inner = tuple(f"{name}_{i}" for i in range(values.ndim - 2))
+        frame[name] = (
+            ("row", "step", *inner),
+            values.cpu().float().numpy() if values.dtype != torch.bool else values.cpu().numpy(),
+        )
+    sites = [*(made.steps.sites if made.steps else ()), *(made.prompt.sites if made.prompt else ())]
+    for site in sites:
+        data = made[site].drop_vars("token", errors="ignore")
+        of = {d: f"{site} {d}" for d in data.dims if d not in ("batch", "step")}  # two sites may differ in size
+        frame[str(site)] = data.rename({"batch": "row"} | of if "batch" in data.dims else of).variable
+    texts = [[*row, *[""] * (made.tokens.shape[1] - len(row))] for row in made.labels]
+    about = {"text": made.texts, "prompt": made.prompts, "ended": made.ended, "because": made.because}
+    coords = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
+    coords |= {k: ("row", np.array(v, dtype=str)) for k, v in about.items()}
+    record = _Call(
+        "generate",
+        program,
+        {k: v if _plain(v) else program.write(v, k) for k, v in made.call.items() if k != "prompt"},
+        list(made.prompts),
+    )
+    return Result(
+        xr.Dataset(frame, coords=coords),
+        kind="generation",
+        title=f"What {made.model.name} wrote",
+        provenance=record._provenance(),
+    )
 
 
 def _texts(key: str, value: Any) -> Any:

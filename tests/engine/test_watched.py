@@ -403,6 +403,24 @@ def test_edits_reach_every_step_of_a_model_inside_an_adapter(kind: str) -> None:
     assert close(made[0].tensor(site), wanted.tensor(site))
 
 
+def test_a_prefix_that_the_loop_loses_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    module = build("llama")
+    adapted = peft.get_peft_model(module, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = pl.load(adapted, tokenizer=tokenizer(module))
+    tensors = model.inputs(PROMPTS[0]).tensors
+    with torch.no_grad():
+        native = adapted.generate(
+            **tensors, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        right = adapted(**tensors).logits[0, -1]
+    if close(native.logits[0][0], right):  # a peft that hands it on
+        assert model.generate(PROMPTS[0], max_new_tokens=1).ids() == [int(right.argmax())]
+    else:
+        with pytest.raises(Refused, match="lost on the way"):
+            model.generate(PROMPTS[0], max_new_tokens=2)
+
+
 def test_passes_that_are_not_the_tokens_are_refused() -> None:
     model = opened("llama")
     config = model.module.generation_config
@@ -491,3 +509,39 @@ def test_what_was_generated_is_a_target_like_any_other() -> None:
     assert len(made.ids()) in shares.main.shape
     with pytest.raises(InputError, match="3 answers"):
         continuation(model.generate(PROMPTS, max_new_tokens=2))
+
+
+def too_long(step: Step) -> dict[int, Any]:
+    step.record(step["layers.1.resid_post"].norm(dim=-1))
+    return pl.Stop("long").at(torch.full_like(step.running, step.index == 4))  # type: ignore[return-value]
+
+
+def test_what_was_generated_is_saved_and_its_program_generates_it_again(tmp_path: Any) -> None:
+    model = opened("llama")
+    gate = pl.Watch("layers.0.mlp.out", torch.is_tensor, name="gate")
+    made = model.generate(
+        PROMPTS,
+        temperature=0.9,
+        seed=5,
+        keep=["layers.1.resid_post", "layers.0.attn.pattern", "layers.0.resid_post@-1"],
+        edits=[pl.Steer("layers.0.resid_post", V, 0.5), pl.Scale("layers.1.mlp.out", 0.5, when=gate)],
+        when=pl.Watch("layers.1.resid_post", too_long),
+    )
+    assert repr(gate).startswith("Watch(['layers.0.mlp.out'], <is_tensor>")
+    saved = pl.results.Result.load(made.save(tmp_path / "made.zip"))
+    assert saved == made.result
+    assert saved["layers.1.resid_post"].shape == (3, 5, 32)
+    assert saved["too_long"].values.shape == (3, 5)
+    assert saved["too_long fired"].values.sum() == sum(why == "watcher" for why in made.ended)
+    code = saved.provenance.code(str(tmp_path / "made.zip")).splitlines()
+    space: dict[str, Any] = {"model": model, "pl": pl}
+    exec("\n".join(line for line in code if not line.startswith(("model =", "import pellucid"))), space)
+    assert space["result"].allclose(saved, atol=0.0)
+    assert made.result.data.text.values.tolist() == list(made.texts)
+    assert "generation" in repr(made.result)
+    assert made.result._repr_html_()
+    frame = made.to_frame()
+    assert len(frame) == int(made.lengths.sum())
+    assert {"row", "step", "token", "id", "log_probability", "too_long", "too_long fired", "gate fired"} <= set(
+        frame.columns
+    )

@@ -159,7 +159,9 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
         wrapper = "torch.compile's wrapper" if hasattr(module, "_orig_mod") else f"the wrapper {type(module).__name__}"
         notes.append(f"{wrapper} is set aside: the module inside it runs")
     if inner.training:
-        notes.append("the module is in training mode: dropout is active until you call .eval()")
+        notes.append(
+            "the module is in training mode: it runs in evaluation mode here, and is in its own again afterwards"
+        )
     config = getattr(inner, "config", None)
     name = getattr(config, "name_or_path", "") or type(inner).__name__
     if getattr(module, "peft_config", None) or getattr(inner, "peft_config", None):  # that name opens the base alone

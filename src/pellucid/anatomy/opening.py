@@ -16,7 +16,7 @@ from pellucid.anatomy.answering import LOGITS, answering
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating, uncompiled
+from pellucid.anatomy.modes import running, thaw, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
 from pellucid.anatomy.structure import Proof, Stack, Unembedding
@@ -31,7 +31,8 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     """The proven anatomy of a loaded transformers model.
 
     `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default
-    random token ids. The module is left exactly as it was, its training mode included.
+    random token ids. The module is left as it was, its training mode included; only weights that were made in inference
+    mode, through which torch takes no gradients, become ordinary tensors on the same memory.
 
     `known` is the anatomy of a module that this one is a twin of with other weights. The map is found anew (one
     traced pass); where it is the same, and all of the old one was proven, only what other weights can break is
@@ -39,7 +40,8 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     projection, neurons, experts), that blocks hand over to one another, and the logits and the unembedding. How
     tokens and heads are kept apart (heads, position-wise, reads, ablation, causality) follows from the code.
     """
-    with torch.no_grad(), evaluating(module), uncompiled(module):
+    with running(module), uncompiled(module):
+        thaw(module)
         return _open(module, dict(inputs) if inputs is not None else probe(module), known)
 
 

@@ -21,10 +21,10 @@ def packed(module: nn.Module) -> bool:
     >>> packed(nn.Linear(2, 2)), packed(nn.ReLU())
     (False, False)
     """
-    if next(module.children(), None) is not None:
-        return False
     if callable(getattr(module, "weight", None)):  # a method unpacks it
         return True
+    if next(module.children(), None) is not None:
+        return False
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim]
     return any(t.ndim > 1 and not t.is_floating_point() for t in own) or any(
         type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None

@@ -13,6 +13,7 @@ from pellucid.attention.patterns import patterns
 from pellucid.attention.permutation import permuted_attention
 from pellucid.attention.retraining import adversarial_training, uniform_attention
 from pellucid.attention.rollout import rollout
+from pellucid.attention.value_zeroing import value_zeroing
 
 __all__ = [
     "adversarial_attention",
@@ -33,4 +34,5 @@ __all__ = [
     "relevance",
     "rollout",
     "uniform_attention",
+    "value_zeroing",
 ]

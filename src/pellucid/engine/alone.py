@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
@@ -35,11 +36,12 @@ class Alone:
 
     def calls(self, batch: int, length: int, prompt: Any = None) -> list[BlockCall]:
         """Every block's recorded call for residuals of this size."""
-        if prompt is not None:
-            return self._fitting(self._run(self.read(prompt)), batch, length)
-        if self._last[0] != (batch, length):
-            self._last = ((batch, length), self._record(batch, length))
-        return self._last[1]
+        with running(self.anatomy.module):
+            if prompt is not None:
+                return self._fitting(self._run(self.read(prompt)), batch, length)
+            if self._last[0] != (batch, length):
+                self._last = ((batch, length), self._record(batch, length))
+            return self._last[1]
 
     def _record(self, batch: int, length: int) -> list[BlockCall]:
         first, second = (self._fitting(self.dummy(batch, length, shift), batch, length) for shift in (0, 5))
@@ -97,8 +99,7 @@ class Alone:
                 block.taps["resid_pre"],
                 block.taps["resid_post"],
             )
-            with torch.no_grad():
-                again = self.call(block, enter.layout.read(call.hidden, rows), call)
+            again = self.call(block, enter.layout.read(call.hidden, rows), call)
             before = leave.layout.read(take(call.output, leave.key), rows)
             if error(again, before) > TOLERANCE.get(again.dtype, 4e-2):
                 raise Refused(f"layer {block.index} called alone does not repeat what it did in the model")
@@ -107,14 +108,17 @@ class Alone:
     def call(self, block: Block, resid: Tensor, call: BlockCall, handlers: dict[Tap, Handler] | None = None) -> Tensor:
         """The block's new residual from `resid` [batch, position, d_model], with handlers on taps inside it.
 
-        Taps are counted from the block's start: see `within`.
+        Taps are counted from the block's start: see `within`. A graph is kept where the residual requires grad.
         """
         self.anatomy.check()
         enter, leave = block.taps["resid_pre"], block.taps["resid_post"]
         native = enter.layout.write(resid)
         args = tuple(native if i == enter.key else a for i, a in enumerate(call.args))
         kwargs = {k: native if k == enter.key else v for k, v in call.kwargs.items()}
-        with Wiretap(self.anatomy.module, handlers or {}, len(resid)):
+        with (
+            differentiable(self.anatomy.module, resid.requires_grad),
+            Wiretap(self.anatomy.module, handlers or {}, len(resid)),
+        ):
             output = self.module(block)(*args, **kwargs)
         return leave.layout.read(take(output, leave.key), len(resid))
 

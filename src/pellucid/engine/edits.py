@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import ordinary
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
@@ -123,7 +124,10 @@ class Ablate(Edit):
             raise InputError(
                 f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts"
             )
-        values, lengths = _reference(self.reference, place)
+        # the mean is over all positions, so a reference that kept some of them will not do
+        values, lengths = _reference(
+            self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place
+        )
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
             return values[real].mean(0).expand_as(x)
@@ -347,6 +351,19 @@ def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
     return value
 
 
+def moving(edits: Sequence[Edit]) -> bool:
+    """Whether an edit brings in a tensor that requires grad: who gives one wants to differentiate."""
+
+    def within(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.requires_grad
+        if isinstance(value, (list, tuple)):
+            return any(map(within, value))
+        return within([*value.values()]) if isinstance(value, dict) else False
+
+    return any(within(getattr(e, f.name)) for e in edits if isinstance(e, Edit) for f in fields(e))
+
+
 # ---- many units at once
 
 
@@ -398,9 +415,20 @@ def aligned_values(run: Source, site: Site) -> Tensor:
 # ---- sources that are prompts
 
 
-def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
-    """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites; each set
-    of prompts is run once."""
+def _brought(edit: Edit, device: torch.device) -> Edit:
+    """The edit with its tensors on the model's device: they go there once, not at every step and variant."""
+    given = {f.name: getattr(edit, f.name) for f in fields(edit) if f.init}
+    moved = {
+        k: ordinary(v).to(device)
+        for k, v in given.items()
+        if isinstance(v, Tensor) and (v.device != device or v.is_inference())
+    }
+    return replace(edit, **moved) if moved else edit
+
+
+def resolved(anatomy: Anatomy, edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
+    """`edits` with their tensors on the model's device, and every prompt (a string or several) among their sources replaced
+    by a run that kept the sites; each set of prompts is run once."""
 
     def asked(edit: Edit) -> dict[str, Any]:
         given = {name: getattr(edit, name) for name in edit.sources}
@@ -411,6 +439,8 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
         for prompts in asked(edit).values():
             given = list(prompts) if isinstance(prompts, tuple) else prompts
             wanted.setdefault(repr(given), (given, {}))[1][edit.site.whole] = None  # type: ignore[union-attr]
+    device = next((p.device for p in anatomy.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    edits = [_brought(edit, device) for edit in edits]
     runs = {key: run(prompts, [*sites]) for key, (prompts, sites) in wanted.items()}
     ready: list[dict[str, Any]] = [
         {n: runs[repr(list(p) if isinstance(p, tuple) else p)] for n, p in asked(e).items()} for e in edits

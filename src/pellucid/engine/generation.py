@@ -11,8 +11,10 @@ says which position that is), one with positions for the prompt. Rows end one by
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,9 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
+from pellucid.anatomy.opening import main_output
+from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
@@ -64,6 +68,7 @@ class Generated:
     steps: Run | None = field(default=None, repr=False)  # what was kept, with the tokens written as its positions
     prompt: Run | None = field(default=None, repr=False)  # what was kept of the prompt
     call: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what `generate` was asked
+    model: Any = field(default=None, repr=False)  # and who was
 
     @property
     def text(self) -> str:
@@ -78,6 +83,11 @@ class Generated:
     def ids(self, row: int = 0) -> list[int]:
         """The tokens a row wrote."""
         return [int(i) for i in self.tokens[row, : int(self.lengths[row])]]
+
+    @property
+    def labels(self) -> tuple[tuple[str, ...], ...]:
+        """The text of every token written, as decoding it alone gives it."""
+        return self.steps.inputs.stream("").labels if self.steps is not None else ()
 
     @property
     def scores(self) -> Tensor:
@@ -112,18 +122,29 @@ class Generated:
         texts = [[*row, *[""] * (self.tokens.shape[1] - len(row))] for row in labels]
         return data.assign_coords(token=(("batch", "step"), texts)) if len(texts) == data.sizes["batch"] else data
 
+    @property
+    def result(self) -> Any:
+        """All of this as a `Result`: it is saved, and its program generates it again."""
+        return importlib.import_module("pellucid.technique").generation(
+            self
+        )  # which stands above, and is known by name
+
+    def save(self, path: str | Path) -> Path:
+        """Write one zip file, `pl.results.Result.load(path)` reads it: `result` with everything that was kept."""
+        return self.result.save(path)  # type: ignore[no-any-return]
+
     def to_frame(self) -> pd.DataFrame:
         """A row for each token written: prompt, row, step, token, id, log_probability, and what fired and was recorded (single
         numbers)."""
         import pandas as pd
 
-        assert self.steps is not None
-        labels = self.steps.inputs.stream("").labels
-        single = {name: x for name, x in self.records.items() if x.ndim == 2}
+        labels = self.labels
+        beside = {f"{name} fired": x for name, x in self.fired.items()}
+        beside |= {name: x for name, x in self.records.items() if x.ndim == 2}
         rows = []
         for row in range(len(self)):
             for step, (i, text) in enumerate(zip(self.ids(row), labels[row], strict=True)):
-                said = {name: x[row, step].item() for name, x in {**self.fired, **single}.items()}
+                said = {name: x[row, step].item() for name, x in beside.items()}
                 known = {"row": row, "step": step, "token": text, "id": i}
                 rows.append({**known, "log_probability": float(self.log_probabilities[row, step]), **said})
         return pd.DataFrame(rows, columns=None if rows else ["row", "step", "token", "id", "log_probability"])
@@ -176,6 +197,7 @@ def generate(
             raise InputError("this model was opened without a tokenizer: give a row token ids, not a text")
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    _check_loop(anatomy, runs, use_cache)
     follower = Follower(anatomy, runs, inputs, keep, edits, when, encode, resolve)
     draws = Draws(seed)
     if options.get("num_beams", 1) != 1:
@@ -196,15 +218,47 @@ def generate(
     }  # fmt: skip
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}  # generate counts positions itself
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             module.generate(**tensors, **told)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, PellucidError) or follower.steps:
+    except Exception as error:
+        if isinstance(error, PellucidError) or error is follower.failed or follower.steps:
             raise
         raise InputError(f"transformers does not generate from this: {' '.join(str(error).split())[:300]}") from error
     finally:
         draws.fall()
     return page.close(inputs, call or {})
+
+
+def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
+    """Refused where a loop that calls an inner module leaves out what the outer one adds, as a prefix that is not handed on."""
+    module = anatomy.module
+
+    def agrees() -> bool:
+        row = {k: v[:1] if isinstance(v, Tensor) else v for k, v in anatomy.inputs.items()}
+        row = {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "decoder_input_ids")}
+        with running(module):
+            told = {
+                "do_sample": False,
+                "num_beams": 1,
+                "output_logits": True,
+                "return_dict_in_generate": True,
+                "use_cache": use_cache,
+            }
+            made = module.generate(**row, max_new_tokens=3, **told)  # type: ignore[operator]
+            given = made.sequences[:, :-1]
+            if "decoder_input_ids" in row or getattr(runs.config, "is_encoder_decoder", False):
+                row["decoder_input_ids"] = given
+            else:
+                row = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            wanted, got = main_output(module(**row))[:, -len(made.logits) :].float(), torch.stack(made.logits, 1)
+        allowed = TOLERANCE.get(next(module.parameters()).dtype, 4e-2) * max(1.0, float(wanted.abs().max()))
+        return float((wanted - got.to(wanted.device)).abs().max()) <= allowed
+
+    if runs is not module and not anatomy.memo(("its loop computes what it computes", use_cache), agrees):
+        raise Refused(
+            f"generating calls the {type(runs).__name__} inside, which does not compute what this {type(module).__name__} does: what the "
+            f"adapter adds is lost on the way (use_cache={use_cache})"
+        )
 
 
 def _beams(
@@ -244,7 +298,7 @@ def _beams(
     module = anatomy.module
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             made = module.generate(**tensors, **told)
     finally:
         draws.fall()

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.modes import ordinary
 from pellucid.anatomy.sites import Position
 from pellucid.engine.marks import token_ids
 from pellucid.engine.text_map import TextMap, legible
@@ -243,7 +244,7 @@ def read_inputs(
     accepted = inspect.signature(module.forward).parameters
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
     tensors = _tensors(module, tokenizer, prompt)
-    tensors = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
+    tensors = {k: ordinary(v).to(device) if isinstance(v, Tensor) else v for k, v in tensors.items()}
     ids = tensors["input_ids"]
     mask = tensors.setdefault("attention_mask", torch.ones_like(ids))
     mask = mask if mask.ndim == 2 else torch.ones_like(ids)  # a 4-D mask is the model's business

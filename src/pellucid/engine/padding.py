@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.engine.inputs import Inputs, read_inputs
@@ -94,7 +94,7 @@ class Padding:
         if positions is not None:
             padded["position_ids"] = positions
         try:
-            with torch.no_grad(), evaluating(self.module):
+            with running(self.module):
                 wanted, got = (
                     main_output(self.module(**read_inputs(self.module, None, call).tensors)) for call in (alone, padded)
                 )

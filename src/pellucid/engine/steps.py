@@ -86,7 +86,7 @@ class Step:
         return self._values[name]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Watch:
     """Some sites, and a function that is asked about them at every step of a generation.
 
@@ -109,6 +109,11 @@ class Watch:
         if at is not None:
             raise InputError(f"{str(at)!r}: a watcher sees the position that is being written, so leave '@' out")
         object.__setattr__(self, "sites", parsed)
+
+    def __repr__(self) -> str:
+        own = getattr(self.function, "__name__", type(self.function).__name__).strip("<>")
+        named = f", name={self.name!r}" if self.name else ""
+        return f"Watch({[str(site) for site in self.sites]}, <{own}>{named})"
 
     @property
     def label(self) -> str:

@@ -86,6 +86,7 @@ class Follower(Session):
         self.conditions = {key: watch for key, watch in conditions.items() if self.looks[key]}
         # ---- what was seen and said
         self.steps = 0
+        self.failed: Exception | None = None  # in what the user asked
         self.beams = False  # whose tokens are not told one by one
         self.values: dict[str, tuple[Tensor, Tensor | None]] = {}  # of this step; of the encoder, for good
         self.answers: dict[int, Tensor] = {}
@@ -143,9 +144,15 @@ class Follower(Session):
             )
         ids = kwargs.get(self.ids_name)
         width = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
+        offset = self.stream.ids.shape[1] + self.steps - width
+        if offset < 0 and (self.writing or self.series or self.whole or self.shown):
+            raise Refused(
+                f"{type(self.runs).__name__} computes {width} positions for {width + offset} tokens of prompt and answer: it adds some of "
+                "its own, and what is seen and edited cannot be laid to tokens; generate without keep=, when= and edits="
+            )
         for window in self.windows.values():
             if window.stream is self.stream:
-                window.width, window.offset = width, self.stream.ids.shape[1] + self.steps - width
+                window.width, window.offset = width, offset
         self.steps += 1
 
     def window(self, spot: Spot) -> Window:
@@ -252,10 +259,13 @@ class Follower(Session):
         )
 
     def _call(self, watch: Watch, step: Step) -> Any:
-        if self.wire is None:
-            return watch.function(step)
-        with self.wire.asleep():
-            return watch.function(step)
+        assert self.wire is not None
+        try:
+            with self.wire.asleep():
+                return watch.function(step)
+        except Exception as error:
+            self.failed = error
+            raise
 
     def _ask_condition(self, key: int) -> None:
         watch = self.conditions[key]

@@ -1,6 +1,7 @@
 """What is in the residual stream, read in the model's own words?"""
 
 from pellucid.lenses.attribution import direct_logit_attribution
+from pellucid.lenses.backward_lens import backward_lens
 from pellucid.lenses.causal_basis import causal_basis
 from pellucid.lenses.decoder_lens import decoder_lens
 from pellucid.lenses.future_lens import FutureLens
@@ -13,6 +14,7 @@ from pellucid.lenses.tuned_lens import TunedLens, lens_quality
 __all__ = [
     "FutureLens",
     "TunedLens",
+    "backward_lens",
     "causal_basis",
     "decoder_lens",
     "direct_logit_attribution",

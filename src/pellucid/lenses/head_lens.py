@@ -21,9 +21,8 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.engine.edits import Edit
-from pellucid.engine.frozen import linearised
 from pellucid.errors import InputError, Refused
-from pellucid.lenses.lens import Layers, Lens, Positions, last_residual, layer_numbers, logits, one_column
+from pellucid.lenses.lens import Held, Layers, Lens, Positions, last_residual, layer_numbers, logits, one_column
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.tasks.tokens import texts
@@ -66,7 +65,7 @@ def head_lens(
     names = [f"{site}.out" for site in written]
     run = model.run(inputs, keep=[*names, last_residual(model)], edits=edits)
     wrote = torch.stack([run.tensor(name)[0, column] for name in names])
-    read = _Direct(model, run.tensor(last_residual(model))[:1, column][:, None]) if through is None else None
+    read = Held(model, run.tensor(last_residual(model))[:1, column][:, None]) if through is None else None
     top = min(top, run.logits.shape[-1])
     found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
     for part in torch.arange(len(names)).split(ROWS):
@@ -95,23 +94,6 @@ def _writes(model: Model, layer: int) -> bool:
     block = model.anatomy.stacks[-1].blocks[layer]
     attention = block.attentions.get("attn")
     return attention is not None and attention.o_proj is not None and "attn.heads.out" not in block.refused
-
-
-class _Direct:
-    """The model's own head with its norm held as it was for one last residual [1, 1, d]."""
-
-    def __init__(self, model: Model, here: Tensor) -> None:
-        head = model.anatomy.head
-        if head is None or "head" in model.anatomy.refusals:
-            raise Refused(
-                f"{model.name} cannot be read through its head: {model.anatomy.refusals.get('head', 'it has none')}"
-            )
-        self.frozen, _ = linearised(head.steps[: head.after], head.names[: head.after], here)
-        self.nothing = self.frozen(torch.zeros_like(here))
-
-    def __call__(self, written: Tensor) -> Tensor:
-        """[row, vocabulary] changes of the logits by written [row, d]."""
-        return (self.frozen(written[:, None].to(self.nothing)) - self.nothing)[:, 0].float()
 
 
 def _grid(values: np.ndarray, sites: list[Any], shape: dict[str, list[int]]) -> np.ndarray:

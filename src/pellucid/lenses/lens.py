@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
 from pellucid.changed import check_weights
+from pellucid.engine.frozen import linearised
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
@@ -124,6 +125,23 @@ def logits(model: Model, x: Tensor, site: str = "", lens: Lens | None = None) ->
     like = next(p for p in model.module.parameters() if p.is_floating_point())
     moved = x if lens is None else lens.translate(site, x.float())
     return unembed(model, moved[None].to(like.dtype))[0].float()
+
+
+class Held:
+    """The model's own head with its norm held as it was for one last residual [1, 1, d]."""
+
+    def __init__(self, model: Model, here: Tensor) -> None:
+        head = model.anatomy.head
+        if head is None or "head" in model.anatomy.refusals:
+            raise Refused(
+                f"{model.name} cannot be read through its head: {model.anatomy.refusals.get('head', 'it has none')}"
+            )
+        self.frozen, _ = linearised(head.steps[: head.after], head.names[: head.after], here)
+        self.nothing = self.frozen(torch.zeros_like(here))
+
+    def __call__(self, written: Tensor) -> Tensor:
+        """[row, vocabulary] changes of the logits by written [row, d]."""
+        return (self.frozen(written[:, None].to(self.nothing)) - self.nothing)[:, 0].float()
 
 
 # ---- sites, layers, positions

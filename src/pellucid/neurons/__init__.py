@@ -10,6 +10,7 @@ from pellucid.neurons.judges import CallableJudge, Judge, ModelJudge, Statistica
 from pellucid.neurons.knowledge import knowledge_attribution, knowledge_effect, knowledge_neurons
 from pellucid.neurons.naming import Description, ModelExplainer, StatisticalExplainer, describe
 from pellucid.neurons.neuron_page import neuron_page
+from pellucid.neurons.neuronpedia import export_neuronpedia
 from pellucid.neurons.scoring import random_directions, score_descriptions
 from pellucid.neurons.search import Exchanges, activating_inputs
 from pellucid.neurons.selectivity import neuron_selectivity
@@ -40,6 +41,7 @@ __all__ = [
     "describe",
     "dictionaries",
     "dimensionality",
+    "export_neuronpedia",
     "harvest",
     "input_weights",
     "interference",

@@ -62,8 +62,6 @@ class Objective:
             raise InputError(
                 f"{name!r} has {sites[0].dims[2:]} at a position: name one unit of it, or give Units(site, direction)"
             )
-        if model.module.training:
-            raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
         self.site = sites[0]
         spot = locate(model.anatomy, self.site.whole)
         if spot.stream not in ("", model.anatomy.stacks[0].name):
