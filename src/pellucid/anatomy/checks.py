@@ -137,7 +137,7 @@ def without_heads(modules: dict[str, nn.Module], heads: dict[str, tuple[int, int
     with contextlib.ExitStack() as stack:
         for name, (h, e, shape) in heads.items():
             module, rows = modules[name], slice(h * e, (h + 1) * e)
-            weight = getattr(module, "weight", None)
+            weight = module._parameters.get("weight")
             matrix, _ = linear_map(module, shape)
             if weight is not None and shares_memory(matrix, weight):
                 zeroed = weight.detach().clone()
