@@ -29,6 +29,7 @@ from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.limits import check_length, limit
 from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.engine.sampling import Draws, Stops, Writer, number
@@ -350,13 +351,13 @@ def _told(
 
 def _check_room(anatomy: Anatomy, width: int, new: int) -> None:
     """InputError where prompt and answer are longer than the table of positions."""
-    if "positions" not in anatomy.stacks[-1].embeds:
-        return
-    text = anatomy.module.config.get_text_config(decoder=True)
-    room = getattr(text, "max_position_embeddings", None)
-    if isinstance(room, int) and width + new - 1 > room:
+    stack, needed = "decoder" if len(anatomy.stacks) > 1 else "", width + new - 1
+    room = limit(anatomy.module, stack)
+    if room is None:
+        check_length(anatomy.module, needed, stack, "the prompt and what is written have")
+    elif needed > room:
         raise InputError(
-            f"{width} tokens and {new} new ones need {width + new - 1} positions, and this model's table has {room}: "
+            f"{width} tokens and {new} new ones need {needed} positions, and this model's table has {room}: "
             f"give max_new_tokens={room + 1 - width} at most, or a shorter prompt"
             if width <= room
             else f"the prompt has {width} tokens, and this model's table of positions has {room}: shorten the prompt"
@@ -498,19 +499,3 @@ def _recorded(values: Sequence[Tensor | None]) -> Tensor | None:
         raise InputError("a watcher recorded values of different shapes: record as many numbers at every step")
     wide = known.float() if not known.is_floating_point() else known
     return torch.stack([torch.full_like(wide, torch.nan) if v is None else v.to(wide) for v in values], 1)
-
-
-def left_padded(inputs: Inputs) -> Inputs:
-    """The same prompts with the padding moved to the left, where generation needs it (encoders stay as they are)."""
-    stream = inputs.stream("")
-    if not stream.padded:
-        return inputs
-    if "decoder" in inputs.streams:
-        raise InputError(
-            "the texts for the decoder differ in length, and generation needs them alike: give one at a time"
-        )
-    order = torch.argsort(stream.mask.long(), dim=1, stable=True)  # padding first, real tokens in their order
-    ids, mask = stream.ids.gather(1, order), stream.mask.gather(1, order)
-    moved = type(stream)(ids, mask, stream.labels, stream.spans, stream.maps)
-    tensors = {**inputs.tensors, "input_ids": ids, "attention_mask": mask}
-    return Inputs(tensors, {"": moved}, inputs.texts)
