@@ -18,8 +18,9 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
-from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
+from pellucid.engine.generation import Generated, generate
+from pellucid.engine.given import Truncate
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
@@ -156,13 +157,23 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+    def inputs(
+        self,
+        prompt: Any,
+        *,
+        decoder: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        truncate: Truncate | None = None,
+    ) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named; every method takes them as its prompt.
 
-        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        `truncate` cuts what is too long: "left" or "right" to what the model holds, a number of tokens, or ("left", 128).
+        What a prompt can be: `pellucid.engine.given`. Refused if this model computes something else for the real tokens when
+        they are padded as these prompts are.
         """
         with running(self.module):
-            return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+            made = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans, truncate=truncate)
+            return self._padding.fit(made)
 
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.errors import InputError
+
 NO_TOKEN = -1  # a padding token that no text holds
 CHOICES = "ForMultipleChoice"
 
@@ -42,6 +44,18 @@ def reads_both_ends(module: nn.Module) -> bool:
     config = getattr(module, "config", None)
     whole = _is(module, "For(Sequence|Token)Classification$|ForQuestionAnswering")
     return whole and bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in accepted
+
+
+def check_ends(module: nn.Module, ids: Tensor) -> None:
+    """InputError where a classifier that reads a text at its end mark is given [row, token] without one, or with several."""
+    eos = getattr(getattr(module, "config", None), "eos_token_id", None)
+    if _is(module, "ForSequenceClassification$") and isinstance(eos, int):
+        found = set((ids == eos).sum(1).tolist())
+        if len(found) > 1 or not min(found):
+            raise InputError(
+                f"{type(module).__name__} reads a text at its end mark (token {eos}), of which every prompt has to have as "
+                f"many, and at least one: these have {', '.join(map(str, sorted(found)))}"
+            )
 
 
 def pad_token(module: nn.Module) -> Any:
