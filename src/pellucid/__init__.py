@@ -58,6 +58,7 @@ _MODULES = (
     "probing",
     "results",
     "store",
+    "surgery",
     "tasks",
     "views",
 )
