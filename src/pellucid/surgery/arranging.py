@@ -142,7 +142,8 @@ def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
     except Exception as error:  # the family's own code, which knows the places of its layers in a way of its own
         said = " ".join(str(error).split())[:120]
         raise Refused(
-            f"this model does not run with its layers as {list(wanted)}: {type(error).__name__}: {said}"
+            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of its own "
+            f"({type(error).__name__}: {said})"
         ) from error
     return made
 
@@ -225,7 +226,8 @@ def _check(model: Model, made: Model, stack: Stack, order: Sequence[int]) -> Non
         block, call = stack.blocks[source], now[place]
         name = differs(old.others(block, before[source]), new.others(after.blocks[place], call))
         if name is not None:
-            raise Refused(f"layer {source} in place {place} is given another {name!r} than before: it belongs to the place, or to another layer")  # fmt: skip
+            what = f"argument {name}" if name.isdigit() else repr(name)
+            raise Refused(f"layer {source} in place {place} is given another {what} than before: it belongs to the place, or to another layer")  # fmt: skip
         hidden, leave = block.taps["resid_pre"].layout.read(call.hidden, rows), after.blocks[place].taps["resid_post"]
         gap = error(new.output(after.blocks[place], call, rows), old.call(block, hidden, before[source]))
         if gap > TOLERANCE.get(hidden.dtype, 4e-2):
