@@ -18,8 +18,9 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
-from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
+from pellucid.engine.generation import Generated, generate
+from pellucid.engine.given import Truncate
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
@@ -27,7 +28,7 @@ from pellucid.engine.sampling import number, sampling
 from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
-from pellucid.errors import InputError, Refused, SiteError
+from pellucid.errors import InputError, Refused, SiteError, checked, listed
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant
 
 T = TypeVar("T")
@@ -156,13 +157,23 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+    def inputs(
+        self,
+        prompt: Any,
+        *,
+        decoder: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        truncate: Truncate | None = None,
+    ) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named; every method takes them as its prompt.
 
-        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        `truncate` cuts what is too long: "left" or "right" to what the model holds, a number of tokens, or ("left", 128).
+        What a prompt can be: `pellucid.engine.given`. Refused if this model computes something else for the real tokens when
+        they are padded as these prompts are.
         """
         with running(self.module):
-            return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+            made = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans, truncate=truncate)
+            return self._padding.fit(made)
 
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
@@ -180,6 +191,7 @@ class Model:
 
     # ---- running
 
+    @checked
     def run(
         self,
         prompt: Any,
@@ -201,8 +213,7 @@ class Model:
         kept values with respect to tensors of yours; so does an edit with a tensor that requires grad, unless gradients are switched off. With
         `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
         """
-        edits = [edits] if isinstance(edits, Edit) else edits
-        keep = [keep] if isinstance(keep, str | Site) else list(keep or ())
+        edits, keep = _edits(edits), _kept(keep)
         if not logits and (grad or grad_of is not None or not keep):
             raise InputError(
                 "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
@@ -219,6 +230,7 @@ class Model:
             score = None if metric is None else lambda run: self.score(run, metric)
             return execute(self.anatomy, inputs, keep, edits, score)
 
+    @checked
     def generate(
         self,
         prompt: Any,
@@ -254,10 +266,7 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        edits, keep = (
-            [edits] if isinstance(edits, Edit) else [*edits],
-            [keep] if isinstance(keep, str | Site) else [*keep],
-        )
+        edits, keep = _edits(edits), _kept(keep)
         call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
@@ -289,6 +298,7 @@ class Model:
         )
         return replace(made, model=self)
 
+    @checked
     def plan(
         self,
         prompt: Any,
@@ -321,7 +331,8 @@ class Model:
         executor: Any,
     ) -> Plan:
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
+        variants = listed("variants", variants, "edits, or lists of edits, one for each variant")
+        flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
@@ -341,7 +352,7 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = [edits] if isinstance(edits, Edit) else edits
+        edits = _edits(edits)
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
@@ -364,10 +375,24 @@ class Model:
         """
         answering = self.anatomy.answering
         made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
-        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
         return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+
+
+def _edits(edits: Any) -> list[Edit]:
+    """The edits a run is asked to make: one, several or none."""
+    if edits is None or isinstance(edits, Edit):
+        return [edits] if edits else []
+    return listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
+
+
+def _kept(keep: Any) -> list[str | Site]:
+    """The sites a run is asked to keep: one, several or none."""
+    if keep is None or isinstance(keep, str | Site):
+        return [keep] if keep else []
+    return listed("keep", keep, "addresses of sites, such as ['layers.0.resid_post']")

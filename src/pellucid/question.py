@@ -37,7 +37,7 @@ from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.run import Run
-from pellucid.errors import InputError
+from pellucid.errors import InputError, listed
 from pellucid.metrics import AnswerMetric, BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
@@ -100,6 +100,9 @@ def continuation(
             )
         text = text.ids()
     if text is not None and not isinstance(text, str):
+        text = tuple(listed("the continuation", text, "a text, or token ids"))
+        if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in text):
+            raise InputError(f"the continuation is {text!r}: expected a text, or token ids")
         text = tuple(int(i) for i in text)
     if text is not None and not text:
         raise InputError("the continuation is empty: give its text, or leave it out for what the model says itself")
@@ -112,7 +115,15 @@ def reading(site: Site | str, direction: Any = None) -> Reading:
     >>> str(reading("layers.3.mlp.neurons.7@-1").site)
     'layers.3.mlp.neurons.7@-1'
     """
-    return Reading(Site.parse(site), None if direction is None else torch.as_tensor(direction))
+    if direction is None:
+        return Reading(Site.parse(site))
+    try:
+        vector = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        vector = torch.zeros(())
+    if vector.ndim != 1 or vector.is_complex():
+        raise InputError(f"direction={direction!r}: expected a vector, as wide as the site")
+    return Reading(Site.parse(site), vector)
 
 
 def label(name: str | int | None = None, *, word: int | str) -> Label:

@@ -155,6 +155,27 @@ def test_sites_with_positions_are_kept_of_the_prompt() -> None:
         made.tensor("layers.0.mlp.out")
 
 
+def test_a_cache_of_fixed_size_shows_the_same() -> None:
+    model, sites = (
+        opened("llama"),
+        ["layers.1.attn.k", "layers.1.attn.v", "layers.0.attn.pattern", "layers.1.resid_post"],
+    )
+    config = model.module.generation_config
+    seen: list[list[Tensor]] = [[], []]
+    made = []
+    for i, kind in enumerate((None, "static")):
+        config.cache_implementation = kind
+        try:
+            look = pl.Watch(sites, lambda step, i=i: seen[i].extend(step[site] for site in sites))
+            made.append(model.generate(PROMPTS, keep=sites, when=look, max_new_tokens=6))
+        finally:
+            config.cache_implementation = None
+    for site in sites:
+        assert close(made[0].tensor(site), made[1].tensor(site)), site
+    for a, b in zip(*seen, strict=True):
+        assert close(a, b[..., : a.shape[-1]])
+
+
 def test_an_encoder_is_seen_once_and_keeps_being_known() -> None:
     model, site = opened("t5"), "encoder.layers.1.resid_post"
 

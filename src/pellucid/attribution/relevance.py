@@ -80,7 +80,7 @@ def relevance_propagation(
 
     >>> relevance_propagation(model, "The capital of France is", " Paris", sites="layers.*.attn.scores")  # doctest: +SKIP
     """
-    if rules not in get_args(RuleSet):
+    if not isinstance(rules, str) or rules not in get_args(RuleSet):
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")
     if epsilon < 0:
         raise InputError(f"epsilon={epsilon}: expected zero or a small positive number")

@@ -181,6 +181,7 @@ class TextMap:
     ids: tuple[int, ...]
     given: str | None = None
     turns: tuple[tuple[str, int, int], ...] = ()
+    known: Offsets | None = None  # offsets that the text alone would not give: of a pair, of what was cut
 
     @cached_property
     def text(self) -> str:
@@ -193,6 +194,8 @@ class TextMap:
     @cached_property
     def offsets(self) -> Offsets:
         """The [start, stop) characters of each real token. InputError where that cannot be told."""
+        if self.known is not None:
+            return self.known
         ids = list(self.ids)
         if self.tokenizer is None:
             return [m.span() for m in re.finditer(r"\S+", self.text)]

@@ -109,6 +109,7 @@ class Objective:
     def estimates(self, rows: Tensor) -> Tensor:
         """[n, position, allowed token] what the objective would gain by that token there, up to a constant of the
         position. Refused where no gradient reaches the embeddings."""
+        self.model.anatomy.check_gradients()
         with torch.enable_grad():
             values, logits, leaf = self._forward(rows)
             objective = self._activation(values, rows.shape[1])
