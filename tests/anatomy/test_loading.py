@@ -214,7 +214,7 @@ def test_a_module_in_memory_passes_through_untouched():
     assert loaded.module is module
     assert module.training
     assert loaded.dtype == torch.float16
-    assert "training mode" in loaded.notes[0]
+    assert "evaluation mode" in loaded.notes[0]
 
 
 def test_a_compiled_module_is_opened_inside_its_wrapper():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import pellucid as pl
 from pellucid.engine.edits import Edit
-from pellucid.engine.generation import Generated, left_padded
+from pellucid.engine.generation import Generated
+from pellucid.engine.inputs import left_padded
 from pellucid.engine.steps import Step
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.model import Model
@@ -566,3 +567,20 @@ def test_what_was_generated_is_saved_and_its_program_generates_it_again(tmp_path
     assert {"row", "step", "token", "id", "log_probability", "too_long", "too_long fired", "gate fired"} <= set(
         frame.columns
     )
+
+
+def test_messages_that_end_with_the_assistants_are_continued() -> None:
+    module = build("llama")
+    words = tokenizer(module)
+    words.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if not loop.last or m.role == 'user' %} . {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    model = pl.load(module, tokenizer=words)
+    asked = [{"role": "user", "content": "The capital of France is"}]
+    begun = [*asked, {"role": "assistant", "content": "Paris is"}]
+    for messages, flags in ((asked, {"add_generation_prompt": True}), (begun, {"continue_final_message": True})):
+        encoded = words.apply_chat_template(messages, return_tensors="pt", return_dict=True, **flags)
+        wanted = module.generate(**encoded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        made = model.generate(messages, max_new_tokens=5)
+        assert made.tokens[0].tolist() == wanted[0, encoded["input_ids"].shape[1] :].tolist()

@@ -27,6 +27,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 from transformers.utils import logging as chatter
 
+from pellucid.anatomy import gguf
 from pellucid.anatomy.fingerprint import Fingerprint, unwrapped
 from pellucid.anatomy.heads import as_rows
 from pellucid.errors import LoadError, nearest
@@ -159,17 +160,22 @@ def read(
         "device_map": device_map,
         "use_safetensors": None if allow_pickle else True,
     } | ({} if quantization_config is None else {"quantization_config": quantization_config})
-    with _one_line_errors(files.name), _quiet():
+    if files.gguf:
+        files = _expanded(files)
+        options = files.options | {"trust_remote_code": trust_remote_code}
+    with _one_line_errors(files.name), _quiet(), gguf.parsed_once() if files.gguf else contextlib.nullcontext():
         config = transformers.AutoConfig.from_pretrained(files.where, **options)
         if tokenizer is None:
             tokenizer = _tokenizer(files.where, files.name, **options)
         else:
             tokenizer = _tokenizer(tokenizer, files.name, trust_remote_code=trust_remote_code)
         module, notes = _open(files, config, task, options | placing)
+        if files.gguf:
+            module = gguf.plain(module)
         if device is not None:
             module = module.to(device)
         pooling = _pooling(files)
-    module = as_rows(module.eval())
+    module, notes = as_rows(module.eval()), (*files.notes, *notes)
     return Loaded(module, tokenizer, files.name, files.revision, _dtype_of(module), notes, pooling=pooling)
 
 
@@ -225,6 +231,7 @@ class _Files:
     revision: str | None = None
     gguf: str | None = None  # the file to read, when it is not a transformers checkpoint
     adapter: bool = False  # it holds an adapter of another model, and no model
+    notes: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -283,6 +290,34 @@ def _gguf(name: str, where: str, file: str, revision: str | None = None) -> _Fil
     if missing:
         raise LoadError(f"reading {file!r} needs {' and '.join(missing)}: pip install 'pellucid[gguf]'")
     return _Files(name, where, frozenset({file}), revision, file)
+
+
+def _expanded(files: _Files) -> _Files:
+    """The kept copy of a GGUF file, made now where there is none yet; the file itself where none can be kept."""
+    with _one_line_errors(files.name), _quiet():
+        path = Path(files.where) / str(files.gguf)
+        if not path.exists():
+            path = Path(huggingface_hub.hf_hub_download(files.where, str(files.gguf), revision=files.revision))
+        folder = gguf.place(path)
+        if folder is None:
+            return files
+        about = gguf.kept(folder)
+        if about is None:
+            if not gguf.roomy(path, folder):
+                return files
+            options = {"gguf_file": path.name}
+            try:
+                with gguf.parsed_once():
+                    config = transformers.AutoConfig.from_pretrained(path.parent, **options)
+                    tokenizer = _tokenizer(path.parent, files.name, **options)
+                    whole = {**options, "trust_remote_code": False, "dtype": torch.float32}
+                    module, notes = _open(replace(files, where=str(path.parent)), config, "auto", whole)
+            except Exception:  # another head or tokenizer may have been asked for; else it fails again, and is told
+                return files
+            about = {"notes": notes}
+            if not gguf.keep(folder, gguf.plain(module), tokenizer, about):
+                return files
+        return replace(files, where=str(folder), gguf=None, notes=tuple(about["notes"]))
 
 
 def _on_hub(name: str, revision: str | None) -> _Files:

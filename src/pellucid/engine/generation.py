@@ -29,7 +29,7 @@ from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.engine.limits import check_length, limit
+from pellucid.engine.limits import exceeded
 from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.engine.sampling import Draws, Stops, Writer, number
@@ -350,17 +350,13 @@ def _told(
 
 
 def _check_room(anatomy: Anatomy, width: int, new: int) -> None:
-    """InputError where prompt and answer are longer than the table of positions."""
-    stack, needed = "decoder" if len(anatomy.stacks) > 1 else "", width + new - 1
-    room = limit(anatomy.module, stack)
-    if room is None:
-        check_length(anatomy.module, needed, stack, "the prompt and what is written have")
-    elif needed > room:
+    """InputError where prompt and answer are longer than the model holds. The last token written is not read any more."""
+    holds = exceeded(anatomy.module, width + new - 1, anatomy.stacks[-1].name)
+    if holds is not None:
         raise InputError(
-            f"{width} tokens and {new} new ones need {needed} positions, and this model's table has {room}: "
-            f"give max_new_tokens={room + 1 - width} at most, or a shorter prompt"
-            if width <= room
-            else f"the prompt has {width} tokens, and this model's table of positions has {room}: shorten the prompt"
+            f"{width} tokens and {new} new ones need {width + new - 1} positions, and this model holds {holds}: "
+            + (f"give max_new_tokens={holds + 1 - width} at most, or " if width <= holds else "")
+            + "a shorter prompt, model.inputs(prompt, truncate='left')"
         )
 
 
