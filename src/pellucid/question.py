@@ -12,7 +12,8 @@ the model (`pellucid.anatomy.answering`); from it and the prompt follows the kin
                         its first token's start logit + its last token's end logit
     continuation        each token that follows the prompt after those before it
     reading             a number inside the model: a neuron, or a direction, at one position
-    vectors             none: a model without a head answers only to a metric or a reading
+    similarity          of the text's vector to a second text's, of a model without a head: their cosine
+    vectors             none: a model without a head answers only to these, a metric or a reading
 
 The number is the answer's logit, less that of its rival; or any metric. Which of them is asked changes what is found: a
 probability saturates, a logit also counts what speaks for every other answer, a difference of logits asks what
@@ -134,6 +135,46 @@ def label(name: str | int | None = None, *, word: int | str) -> Label:
     return Label(name, word)
 
 
+@dataclass(frozen=True)
+class Similar:
+    """What `similarity` makes: how similar the prompt's vector is to that of another text."""
+
+    text: str
+    pooling: str | None = None
+
+
+def similarity(text: str, *, pooling: str | None = None) -> Similar:
+    """A target for sentence embeddings: the cosine of the prompt's vector and that of `text`, which is held as it is.
+
+    `pooling` says how a text's token vectors become one: "mean", "cls" (the first), "lasttoken", "max" or "weightedmean"
+    (by place: 1, 2, ...); by default what the model's directory says (sentence-transformers' `modules.json`), else "mean".
+    All tokens count, marks too, as they do there. InputError for an empty text or an unknown pooling.
+
+    >>> similarity("Paris is in France")
+    Similar(text='Paris is in France', pooling=None)
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{text!r} is no text to be similar to: give one, such as similarity('Paris is in France')")
+    if pooling is not None and pooling not in POOLED:
+        raise InputError(f"pooling={pooling!r}: expected one of {', '.join(POOLED)}")
+    return Similar(text, pooling)
+
+
+def _weighted(h: Tensor) -> Tensor:
+    places = torch.arange(1, h.shape[1] + 1, dtype=h.dtype, device=h.device)
+    return (h * places[:, None]).sum(1) / places.sum()
+
+
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {  # [row, position, d] -> [row, d]
+    "mean": lambda h: h.mean(1),
+    "mean_sqrt_len": lambda h: h.mean(1),  # another length, in the same direction
+    "cls": lambda h: h[:, 0],
+    "lasttoken": lambda h: h[:, -1],
+    "max": lambda h: h.amax(1),
+    "weightedmean": _weighted,
+}
+
+
 # ---- the question
 
 
@@ -191,12 +232,14 @@ class Question:
         inputs = model.inputs(prompt, decoder=decoder, spans=spans)
         if against is not None and not (target is None or _is_answer(target) or isinstance(target, Label)):
             raise InputError("against= goes with a target token; a metric says itself what it compares")
-        if isinstance(target, Continuation | Reading | Label) and len(inputs) != 1:
+        if isinstance(target, Continuation | Reading | Label | Similar) and len(inputs) != 1:
             raise InputError(f"{type(target).__name__.lower()}s are asked of one prompt at a time, got {len(inputs)}")
         if isinstance(target, Continuation):
             return _continued(model, inputs, target, decoder, edits)
         if isinstance(target, Reading):
             return _reading(model, inputs, target)
+        if isinstance(target, Similar):
+            return _similar(model, inputs, target)
         kind = kind_of(model, inputs)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
             bound = model.bind(target, len(inputs), inputs)
@@ -235,7 +278,7 @@ class Question:
 
         InputError where the model predicts no distribution: vectors, or a value.
         """
-        if self.kind in ("vectors", "value", "continuation", "reading"):
+        if self.kind in ("vectors", "value", "continuation", "reading", "similarity"):
             given = {"vectors": "vectors", "value": "a number"}.get(self.kind, f"a {self.kind}")
             raise InputError(f"{self.model.name} gives {given} here, not a choice between answers")
         z = z if z.dtype == torch.float64 else z.float()
@@ -445,6 +488,31 @@ def _stretch(model: Model, inputs: Inputs, target: Any) -> Answer:
 
 def _said(model: Model, ids: Sequence[int]) -> str:
     return f"#{list(ids)}" if model.tokenizer is None else str(model.tokenizer.decode(list(ids)))
+
+
+# ---- similarity to a second text
+
+
+def _similar(model: Model, inputs: Inputs, target: Similar) -> Question:
+    if model.anatomy.answering.meaning != "vectors" or "decoder" in inputs.streams:
+        raise InputError(
+            f"{model.name} gives answers, and similarity is asked of an encoder's vectors: open it with task='base'"
+        )
+    pooling = target.pooling or model.loaded.pooling or "mean"
+    if pooling not in POOLED:
+        raise InputError(
+            f"{model.name} makes a text's vector by {pooling}, which is not read here: say pooling=, one of "
+            f"{', '.join(POOLED)}"
+        )
+    pool = POOLED[pooling]
+    with torch.no_grad():
+        other = pool(model.run(model.inputs(target.text)).logits.float())
+
+    def cosine(hidden: Tensor) -> Tensor:
+        return torch.cosine_similarity(pool(hidden), other.to(hidden), dim=-1)
+
+    bound = BoundMetric(f"similarity ({pooling})", None, None, cosine)
+    return Question(model, inputs, "similarity", bound.name, answers=(Answer((), target.text),), metric=bound)
 
 
 # ---- a continuation

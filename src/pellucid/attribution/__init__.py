@@ -14,7 +14,7 @@ from pellucid.attribution.owen import owen, partition
 from pellucid.attribution.relevance import relevance_propagation
 from pellucid.attribution.saliency import gradient_x_input, saliency, smoothgrad
 from pellucid.attribution.shapley import exact_shapley, kernel_shap, shapley
-from pellucid.question import continuation, label, reading
+from pellucid.question import continuation, label, reading, similarity
 
 __all__ = [
     "METHODS",
@@ -35,5 +35,6 @@ __all__ = [
     "relevance_propagation",
     "saliency",
     "shapley",
+    "similarity",
     "smoothgrad",
 ]

@@ -17,6 +17,7 @@ def report(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain.")],
     counterfactual: Annotated[str | None, typer.Option(help="A prompt with another answer, to patch from.")] = None,
     target: Annotated[str | None, typer.Option(help="The answer to explain; by default the model's own.")] = None,
+    word: Annotated[str | None, typer.Option(help="The word to explain the label of (token classifiers).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
     *,
     opened: options.Open,
@@ -29,7 +30,7 @@ def report(
     subject = opened(model)
     from pellucid.views.report import build
 
-    found = build(subject, prompt, counterfactual=counterfactual, target=target)
+    found = build(subject, prompt, counterfactual=counterfactual, target=target, word=word)
     output.write_text(found.html, encoding="utf-8")
     typer.echo(f"wrote {output.absolute()}")
     for finding in found.findings:

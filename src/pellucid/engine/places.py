@@ -14,7 +14,8 @@ from pellucid.engine.marks import trailing_marks
 from pellucid.errors import InputError
 
 Kind = Literal[
-    "next token", "first token", "masked token", "class", "value", "label", "span", "continuation", "reading", "vectors"
+    "next token", "first token", "masked token", "class", "value", "label", "span", "continuation", "reading", "vectors",
+    "similarity",
 ]  # fmt: skip
 
 

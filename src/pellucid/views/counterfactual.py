@@ -24,7 +24,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError, PellucidError
 from pellucid.tasks.tokens import encode
-from pellucid.views.question import Question
+from pellucid.views.question import ALONE, Question
 
 WORDS, TRIES, SEED = 5, 16, 0
 TOKENS = 2000  # read in all: long prompts are tried with fewer words
@@ -49,7 +49,7 @@ class Made:
 
 def make(question: Question) -> Made | None:
     """A counterfactual for the question; None where no word can be replaced or no replacement changes anything."""
-    if question.target is None or question.kind == "class":
+    if question.target is None or question.kind in (*ALONE, "label"):
         return None
     vocabulary = Vocabulary.of(question)
     rows = max(8, TOKENS // len(question.tokens))

@@ -24,12 +24,13 @@ from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError
 from pellucid.model import Model
-from pellucid.question import Answer, pieces
+from pellucid.question import Answer, label, pieces
 from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
 from pellucid.views.markup import quoted
 
-KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what a report can be about
+KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what the workbench can be about
+ALONE = ("class", "value", "span")  # answers that are measured by their own logit, with no rival
 WRITTEN = 12  # tokens a decoder writes to be looked at
 WORK = 10_000  # tokens that one set of runs may read in all before a report takes less
 
@@ -59,6 +60,7 @@ class Question:
     scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
     notes: tuple[str, ...] = ()
+    asked: Asked | None = None  # as the methods ask it, where a word or a span is part of the question
 
     @property
     def source(self) -> Stream:
@@ -119,42 +121,56 @@ class Question:
         """What the answer is measured by; see `metric_code`."""
         if self.target is None:
             return Similarity(self.run)
-        if self.kind == "class":
+        if self.kind in ("class", "value"):
             return metrics.class_logit(self.target.id)
+        if self.kind == "span":
+            return Asked.of(self.model, self.inputs, list(self.target.ids)).metric
+        if self.against is None:
+            return metrics.logit(self.word(self.target), position=self.last_first)
         return metrics.logit_difference(self.word(self.target), self.word(self.against), position=self.last_first)
 
     @property
     def metric_code(self) -> str:
         if self.target is None:
             return "metric = pl.views.question.Similarity(model.run(prompt))"
-        if self.kind == "class":
+        if self.kind in ("class", "value"):
             return f"metric = pl.metrics.class_logit({self.target.id})"
+        if self.kind == "span":
+            return f"metric = pl.question.Question.of(model, prompt, {list(self.target.ids)}).metric"
         where = "" if self.last_first == -1 else f", position={self.last_first}"
+        if self.against is None:
+            return f"metric = pl.metrics.logit({self.word(self.target)!r}{where})"
         return f"metric = pl.metrics.logit_difference({self.word(self.target)!r}, {self.word(self.against)!r}{where})"
 
     @property
     def metric_name(self) -> str:
         if self.target is None:
             return "similarity to the intact output"
-        return "logit" if self.kind == "class" else "logit difference"
+        named = {"class": "logit", "value": "number it gives", "span": "logit of its start and end"}
+        return named.get(self.kind, "logit" if self.against is None else "logit difference")
 
     @property
     def measured(self) -> str:
         """What is measured, with the answer and its rival."""
-        if self.target is None or self.against is None or self.kind == "class":
+        if self.target is None or self.against is None or self.kind in ALONE:
             return self.metric_name
         return f"{self.metric_name} {quoted(self.target.text)} − {quoted(self.against.text)}"
 
     def word(self, answer: Option | None) -> str | int:
         """The text of an answer where the metric finds its token by it, else its id."""
         assert answer is not None
+        if self.kind == "label":
+            return answer.text if answer.text in self.model.anatomy.answering.names.values() else answer.id
         return answer.text if _ids(self.model, answer.text) == {answer.text: answer.id} else answer.id
 
     def lacks(self, section: str) -> str:
         """Why a section cannot be asked for with this kind of answer; empty where it can."""
-        if section in ("layers", "direct") and self.kind in ("vectors", "class"):
-            what = "gives vectors, not words" if self.kind == "vectors" else "chooses a class from one place, not words"
+        if section in ("layers", "direct") and self.kind in ("vectors", *ALONE):
+            given = {"vectors": "gives vectors", "value": "gives a number", "span": "chooses a stretch of the prompt"}
+            what = f"{given.get(self.kind, 'chooses a class from one place')}, not words"
             return f"the method reads states as words, and this model {what}"
+        if section in ("layers", "direct") and self.against is None:
+            return "the method compares an answer with another one, and this model has a single one"
         return ""
 
     # ---- as code
@@ -175,8 +191,10 @@ class Question:
             words += ["--task", task[1]]
         if self.counterfactual is not None:
             words += ["--counterfactual", self.counterfactual]
-        if self.target is not None and self.kind != "class":
+        if self.target is not None and self.kind not in ("class", "value"):
             words += ["--target", self.target.text]
+        if self.kind == "label":
+            words += ["--word", self.answered[self.position].strip()]
         return " ".join(_shell_word(w) for w in words)
 
 
@@ -198,15 +216,21 @@ def _shell_word(word: str) -> str:
 # ---- asking
 
 
-def ask(model: Model, prompt: str, target: str | None, counterfactual: str | None, top: int) -> Question:
+def ask(
+    model: Model, prompt: Any, target: str | None, counterfactual: str | None, top: int, word: str | int | None = None
+) -> Question:
     """Run the prompt (and the counterfactual) and settle what is measured. InputError where they do not fit."""
     prompt, note = with_mask(model, prompt)
     inputs = model.inputs(prompt)
     asked = asked_of(model, inputs)
-    if asked.kind not in KINDS:
+    if (asked.kind == "label") != (word is not None):
         raise InputError(
-            f"a report explains one answer among others, and {model.name} gives a {asked.kind}: ask the methods themselves"
+            f"{model.name} labels every word: name one, word='Paris' (--word Paris)"
+            if asked.kind == "label"
+            else f"{model.name} does not label words: leave word= out"
         )
+    if asked.kind == "label":
+        asked = Asked.of(model, inputs, label(word=word))
     with torch.no_grad():
         run = model.run(inputs)
     options = likeliest(asked, run, max(top, 2))
@@ -214,8 +238,9 @@ def ask(model: Model, prompt: str, target: str | None, counterfactual: str | Non
     if target is not None:
         chosen, more = _chosen(asked, run, target)
         note = (*note, *more)
-    position = place(asked)
-    question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note)
+    note = (*note, *(f"How it was opened: {each}." for each in model.loaded.notes))
+    position = chosen.ids[0] if asked.kind == "span" and chosen else place(asked)
+    question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note, asked=asked)
     return against(question, counterfactual, top)
 
 
@@ -230,10 +255,14 @@ def against(question: Question, counterfactual: str | None, top: int, made: str 
             raise InputError("the counterfactual is the prompt itself: give one on which another answer is right")
         with torch.no_grad():
             run = model.run(inputs)
-        logits, other = run.logits, likeliest(asked_of(model, inputs), run, max(top, 2))
-    rival = next((o for o in [*other[:1], *question.options] if question.target and o.id != question.target.id), None)
+        asked = asked_of(model, inputs)
+        if question.kind == "label":
+            asked = replace(asked, position=question.position)
+        logits, other = run.logits, likeliest(asked, run, max(top, 2))
+    chosen = question.target
+    rival = next((o for o in [*other[:1], *question.options] if chosen and o.ids != chosen.ids), None)
     question = replace(question, against=rival, counterfactual=counterfactual, other_options=other, made=made)
-    if question.target is not None and rival is None:  # a vocabulary of one
+    if question.target is not None and rival is None and question.kind not in (*ALONE, "label"):  # a vocabulary of one
         raise InputError("this model has a single answer, so there is nothing to compare it with")
     metric, mask = model.bind(question.metric), question.inputs.stream("").mask
     both = [question.run.logits, *([] if logits is None else [logits])]
@@ -248,8 +277,11 @@ def asked_of(model: Model, inputs: Inputs) -> Asked:
 
 def likeliest(asked: Asked, run: Run, top: int) -> list[Option]:
     """The likeliest answers of a run to one prompt; none where the model does not choose among answers."""
-    if asked.kind not in KINDS or asked.kind == "vectors":
+    if asked.kind == "vectors":
         return []
+    if asked.kind == "value":
+        name = asked.model.anatomy.answering.names.get(0, "the number")
+        return [Option((0,), name)]
     return [Option(each.ids, each.text, each.probability or 0.0) for each in asked.likeliest(run, top)[0]]
 
 
@@ -287,11 +319,16 @@ def _ids(model: Model, *texts: str) -> dict[str, int]:
 def _chosen(asked: Asked, run: Run, target: str) -> tuple[Option, tuple[str, ...]]:
     """The target as an answer: the text given, or with a space before it where that is what the model would say."""
     model = asked.model
-    if asked.kind == "vectors":
-        raise InputError("this model has no answers to choose a target from: it gives vectors; leave --target out")
+    if asked.kind in ("vectors", "value"):
+        given = "vectors" if asked.kind == "vectors" else "a number"
+        raise InputError(f"this model has no answers to choose a target from: it gives {given}; leave --target out")
+    if asked.kind == "span":
+        found_span = Asked.of(model, asked.inputs, target).answers[0]
+        start, end = asked.distribution(run)[0]
+        return Option(found_span.ids, target, float(start[found_span.ids[0]] * end[found_span.ids[1]])), ()
     p = asked.distribution(run)[0]
     p = p[:, 1] if p.ndim == 2 else p  # each class by itself
-    if asked.kind == "class":
+    if asked.kind in ("class", "label"):
         number = model.anatomy.answering.numbers(target)
         return Option((number,), target, float(p[number])), ()
     found = _ids(model, target, " " + target.lstrip(" "))

@@ -10,7 +10,7 @@ from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.counterfactual import made
 from pellucid.views.evidence import Evidence
-from pellucid.views.markup import Html, join, percent, quoted, tag, visible
+from pellucid.views.markup import Html, join, number, percent, quoted, tag, visible
 from pellucid.views.page import Section, missing, page
 from pellucid.views.question import Question, against, ask, described, short_name
 from pellucid.views.sections import (
@@ -49,10 +49,12 @@ def build(
     counterfactual: str | None = None,
     target: str | None = None,
     top: int = 5,
+    word: str | int | None = None,
 ) -> Report:
     """Trace `prompt` through the model and describe what was found.
 
-    `target` is the answer to explain, by default the model's own. `counterfactual` is a prompt of as many tokens with
+    `target` is the answer to explain, by default the model's own: a token, a class or label by name, the text of a span.
+    `word` is the word whose label is explained, of a model that labels every word. `counterfactual` is a prompt of as many tokens with
     another answer; without one, pellucid looks for one word to replace, and says so. `top` is how many candidates are
     listed. What a model cannot have is said in its place. InputError for a prompt, target or counterfactual that does
     not fit.
@@ -62,7 +64,7 @@ def build(
     """
     bar: progress[None] = progress(what="report", total=11)
     with bar, quiet():  # one bar for all of its methods
-        question = ask(model, prompt, target, counterfactual, top)
+        question = ask(model, prompt, target, counterfactual, top, word)
         if counterfactual is None and (found := made(question)) is not None:
             question = against(question, found.prompt, top, found.how)
         bar.step()
@@ -117,8 +119,10 @@ def _asked(question: Question) -> Html:
     """The prompt with the answer in its place: at the mask, or at the end."""
     if question.target is None:
         return join(question.prompt)
-    own = question.target.id == question.options[0].id
-    sure = percent(question.target.probability) + ("" if own else ", asked for")
+    own = question.target.ids == question.options[0].ids
+    given = question.kind == "value"
+    sure = number(question.scores[0]) if given else percent(question.target.probability)
+    sure += "" if own else ", asked for"
     word = visible(question.target.text.strip() or question.target.text)
     answer = tag("span", word, tag("small", sure), class_="answer")
     mask = question.model.tokenizer.mask_token if question.kind == "masked token" else None
