@@ -190,6 +190,39 @@ def test_what_a_kind_needs_or_has_not_is_said_by_the_report():
         report(opened("regression"), PROMPT, target="good")
 
 
+def test_a_pair_is_reported_as_both_of_its_texts(tmp_path):
+    model = opened("next sentence")
+    made = report(
+        model, pl.Pair("The capital of France", "is Paris"), target="is next", counterfactual="The capital of Italy"
+    )
+    assert "The capital of France / is Paris" in made.html
+    ids = model.tokenizer("The capital of France", "is Paris", return_tensors="pt")
+    with torch.no_grad():
+        p = float(
+            native("next sentence")(**{k: v for k, v in ids.items() if k != "offset_mapping"})
+            .logits.softmax(-1)[0]
+            .max()
+        )
+    assert f"{100 * p:.0f}%" in made.sections[0].finding
+    native("next sentence").save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "report.html"
+    words = ["report", str(tmp_path / "model"), "The capital of France", "--second", "is Paris", "-o", str(out)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "The capital of France / is Paris" in out.read_text()
+
+
+def test_what_the_checkpoint_left_out_is_in_the_repr(tmp_path):
+    native("label").save_pretrained(tmp_path / "model")
+    tokenizer(native("label")).save_pretrained(tmp_path / "model")
+    model = pl.load(tmp_path / "model", task="base")
+    assert "BertModel has no place for these weights: classifier.bias" in repr(model)
+    assert "has no place for these weights" in report(model, PROMPT).html
+    done = CliRunner().invoke(app, ["anatomy", str(tmp_path / "model"), "--task", "base"])
+    assert "note: BertModel has no place for these weights" in done.stderr
+
+
 def test_a_directory_and_the_command_line_explain_the_trained_head(tmp_path):
     native("label").save_pretrained(tmp_path / "model")
     tokenizer(native("label")).save_pretrained(tmp_path / "model")

@@ -102,7 +102,8 @@ class Model:
         stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
-        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+        notes = "".join(f"; {note}" for note in self.loaded.notes)
+        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}{notes}>"
 
     # ---- changed weights
 

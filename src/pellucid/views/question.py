@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pellucid import metrics
 from pellucid.causal.contrast import check_aligned
+from pellucid.engine.given import Pair
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
@@ -29,6 +30,7 @@ from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
 from pellucid.views.markup import quoted
 
+P = TypeVar("P", str, Pair, str | Pair)
 KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what the workbench can be about
 ALONE = ("class", "value", "span")  # answers that are measured by their own logit, with no rival
 WRITTEN = 12  # tokens a decoder writes to be looked at
@@ -47,7 +49,7 @@ class Question:
     """A prompt and what is measured on it; `position` is where the answer is read, counted on real tokens."""
 
     model: Model
-    prompt: str
+    prompt: str | Pair
     kind: Kind
     inputs: Inputs
     position: int
@@ -55,12 +57,17 @@ class Question:
     options: list[Option]  # the likeliest first
     target: Option | None
     against: Option | None = None
-    counterfactual: str | None = None
+    counterfactual: str | Pair | None = None
     other_options: list[Option] = field(default_factory=list)  # on the counterfactual
     scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
     notes: tuple[str, ...] = ()
     asked: Asked | None = None  # as the methods ask it, where a word or a span is part of the question
+
+    @property
+    def text(self) -> str:
+        """The prompt to be shown: of a pair both texts."""
+        return f"{self.prompt.first} / {self.prompt.second}" if isinstance(self.prompt, Pair) else self.prompt
 
     @property
     def source(self) -> Stream:
@@ -178,7 +185,7 @@ class Question:
     def code(self, *lines: str) -> str:
         """A Python program of its own that opens the model and runs `lines`."""
         return "\n".join(
-            ["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {self.prompt!r}", *lines]
+            ["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {_code(self.prompt)}", *lines]
         )
 
     @property
@@ -186,11 +193,13 @@ class Question:
         """The command that makes this report again."""
         if not self.model.named:
             return None
-        words = ["pellucid", "report", self.model.name, self.prompt]
+        pair = [self.prompt.first, "--second", self.prompt.second] if isinstance(self.prompt, Pair) else [self.prompt]
+        words = ["pellucid", "report", self.model.name, *pair]
         if task := re.search(r"task='([\w-]+)'", self.model.opened):
             words += ["--task", task[1]]
         if self.counterfactual is not None:
-            words += ["--counterfactual", self.counterfactual]
+            other = self.counterfactual
+            words += ["--counterfactual", other.first if isinstance(other, Pair) else other]
         if self.target is not None and self.kind not in ("class", "value"):
             words += ["--target", self.target.text]
         if self.kind == "label":
@@ -209,6 +218,10 @@ class Similarity:
         return mean @ intact / (mean.norm(dim=1) * intact.norm())
 
 
+def _code(prompt: str | Pair) -> str:
+    return f"pl.Pair({prompt.first!r}, {prompt.second!r})" if isinstance(prompt, Pair) else repr(prompt)
+
+
 def _shell_word(word: str) -> str:
     return word if word.startswith("--") else shlex.quote(word)
 
@@ -217,7 +230,12 @@ def _shell_word(word: str) -> str:
 
 
 def ask(
-    model: Model, prompt: Any, target: str | None, counterfactual: str | None, top: int, word: str | int | None = None
+    model: Model,
+    prompt: str | Pair,
+    target: str | None,
+    counterfactual: str | Pair | None,
+    top: int,
+    word: str | int | None = None,
 ) -> Question:
     """Run the prompt (and the counterfactual) and settle what is measured. InputError where they do not fit."""
     prompt, note = with_mask(model, prompt)
@@ -244,10 +262,12 @@ def ask(
     return against(question, counterfactual, top)
 
 
-def against(question: Question, counterfactual: str | None, top: int, made: str = "") -> Question:
+def against(question: Question, counterfactual: str | Pair | None, top: int, made: str = "") -> Question:
     """The question with a counterfactual, whose own answer (else the runner-up) is what the answer is compared with."""
     model, other, logits = question.model, [], None
     if counterfactual is not None:
+        if isinstance(question.prompt, Pair) and isinstance(counterfactual, str):  # in the place of the first text
+            counterfactual = replace(question.prompt, first=counterfactual)
         counterfactual, _ = with_mask(model, counterfactual)
         inputs = model.inputs(counterfactual)
         check_aligned(question.inputs, inputs)
@@ -297,8 +317,10 @@ def place(asked: Asked) -> int:
     return at % len(asked.inputs.stream("").labels[0])
 
 
-def with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
-    """A masked model answers at its mask: a prompt without one gets it at the end."""
+def with_mask(model: Model, prompt: P) -> tuple[P, tuple[str, ...]]:
+    """A masked model answers at its mask: a prompt without one gets it at the end; a pair is left as it is."""
+    if isinstance(prompt, Pair):
+        return prompt, ()
     mask = getattr(model.tokenizer, "mask_token", None)
     if not mask or mask in prompt or not prompt.strip() or kind_of(model, model.inputs(prompt)) != "masked token":
         return prompt, ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pellucid.engine.given import Pair
 from pellucid.views.markup import Child, Html, bars, join, number, percent, quoted, tag, token
 from pellucid.views.page import Section
 from pellucid.views.question import ALONE, Option, Question
@@ -22,9 +23,9 @@ def answer(question: Question, top: int) -> Section:
         return _embedding(question)
     if question.kind == "value":
         return _value(question)
-    shown = [_options(question.options[:top], f"After the prompt: {question.prompt}")]
+    shown = [_options(question.options[:top], f"After the prompt: {question.text}")]
     if question.counterfactual is not None:
-        shown.append(_options(question.other_options[:top], f"After the counterfactual: {question.counterfactual}"))
+        shown.append(_options(question.other_options[:top], f"After the counterfactual: {_shown(question)}"))
     writes = tag("p", "Written on from there, always taking the likeliest: ", quoted(question.written), class_="note") if question.written else None  # fmt: skip
     figure = join(tag("div", shown, class_="pair"), writes, tag("p", _measured(question), class_="note"))
     lines = ["run = model.run(prompt)", f"print({_likeliest(question, top)})"]
@@ -40,6 +41,11 @@ def answer(question: Question, top: int) -> Section:
         "answer", "The answer", "What does the model answer?", SAYS[question.kind], figure,
         care=_counterfactual(question), python=question.code(*lines), finding=finding,
     )  # fmt: skip
+
+
+def _shown(question: Question) -> str:
+    other = question.counterfactual
+    return f"{other.first} / {other.second}" if isinstance(other, Pair) else str(other)
 
 
 def _place(question: Question) -> str:
