@@ -11,7 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 import pellucid as pl
-from pellucid.attribution import similarity
+from pellucid.attribution import every_class, similarity
 from pellucid.cli import app
 from pellucid.errors import InputError, LoadError, PellucidError
 from pellucid.metrics import class_logit, class_probability
@@ -148,6 +148,42 @@ def test_ablation_is_what_a_hook_on_the_native_module_does(head):
         assert float(found["effect"]) == pytest.approx(by_hand(head, ids) - before, abs=1e-5)
     finally:
         hook.remove()
+
+
+@EVERY
+def test_a_circuit_is_scored_by_the_same_number(head):
+    model, prompt, target = asked(head)
+    metric = Question.of(model, prompt, target).metric
+    other = "The city of <mask> is Paris" if "<mask>" in prompt else "The city of France is Paris"
+    try:
+        scores = pl.circuits.edge_attribution(model, prompt, metric, how="resample", reference=other)
+    except PellucidError as error:
+        assert str(error)
+        assert len(model.anatomy.stacks) > 1 or not model.anatomy.complete  # encoder-decoders have no graph
+        return
+    assert np.nanmax(np.abs(scores.result.values)) > 0
+
+
+def test_every_class_at_once_is_each_by_itself():
+    for head, word, name in (("class", None, "good"), ("several classes", None, "fair"), ("label", "France", "bad")):
+        model = opened(head)
+        every = pl.attribution.occlusion(model, PROMPT, every_class(word=word))
+        assert every.data["output"].size == 3
+        one = name if word is None else label(name, word=word)
+        row = every.values[["bad", "fair", "good"].index(name)]
+        np.testing.assert_allclose(row, pl.attribution.occlusion(model, PROMPT, one).values, atol=1e-6)
+        slopes = pl.attribution.integrated_gradients(model, PROMPT, every_class(word=word)).values
+        np.testing.assert_allclose(slopes[0], pl.attribution.integrated_gradients(
+            model, PROMPT, "bad" if word is None else label("bad", word=word)).values, atol=1e-5)  # fmt: skip
+        question = Question.of(model, PROMPT, one)
+        grid = pl.causal.ablation(model, PROMPT, over="layers.*.mlp.out", metric={
+            n: Question.of(model, PROMPT, n if word is None else label(n, word=word)).metric for n in ("bad", "fair", "good")})  # fmt: skip
+        alone = pl.causal.ablation(model, PROMPT, over="layers.*.mlp.out", metric=question.metric)
+        np.testing.assert_allclose(grid["effect"].sel(metric=name).values, alone["effect"].values, atol=1e-6)
+    with pytest.raises(InputError, match="labels words: name"):
+        Question.of(opened("label"), PROMPT, every_class())
+    with pytest.raises(InputError, match="has no classes"):
+        Question.of(opened("span"), PROMPT, every_class())
 
 
 @EVERY
