@@ -17,6 +17,7 @@ from pellucid.errors import InputError, LoadError, PellucidError
 from pellucid.metrics import class_logit, class_probability
 from pellucid.question import Label, Question, label
 from pellucid.views.report import build as report
+from pellucid.workbench.answers import answer, passed
 from tests.zoo import build, tokenizer
 from tests.zoo.build import Entry
 
@@ -359,3 +360,21 @@ def test_what_a_forward_raises_while_it_is_opened_is_one_line():
     assert "\n" not in str(caught.value)
     probe = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.randint(5, 90, (2, 7))}
     assert pl.load(module, tokenizer=tokenizer(), probe=probe).anatomy.answering.meaning == "tokens"
+
+
+# ---- the workbench
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("regression", "gives a number, LABEL_0"), ("choice", "gives a number, score"), ("span", "The likeliest span is"),
+        ("span of both ends", "The likeliest span is"), ("label", "France"), ("replaced", "% replaced"), ("class", ""),
+    ],
+)  # fmt: skip
+def test_the_workbench_says_what_is_no_choice_among_answers_in_words(head, says):
+    asked = passed(opened(head), PROMPT)
+    assert says in asked.note
+    answers = answer(opened(head), asked).top
+    assert [each.token for each in answers] == ([] if says else sorted(("bad", "fair", "good"), key=lambda n: -dict(
+        zip(("bad", "fair", "good"), asked.run.logits[0].tolist(), strict=True))[n]))  # fmt: skip

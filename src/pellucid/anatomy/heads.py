@@ -29,7 +29,8 @@ CHOICES = "ForMultipleChoice"
 def as_rows(module: nn.Module) -> nn.Module:
     """The module with [row, token] inputs of any number of rows; itself where it takes them."""
     if _is(module, rf"{CHOICES}$"):
-        return _twin(module, _choice_rows(type(module)))
+        kind: Any = type(module)
+        return _twin(module, _choice_rows(kind))
     if _is(module, "ForSequenceClassification$") and pad_token(module) is None and not reads_both_ends(module):
         made = _twin(module, type(module))
         made.config = copy.deepcopy(module.config)
@@ -76,7 +77,7 @@ def given_decoder(module: nn.Module, ids: Tensor) -> Tensor:
         raise _Given(kwargs.get("input_ids", args[0] if args else None))
 
     config: Any = module.config
-    width: int = getattr(config, "d_model", None) or getattr(config, "hidden_size", 1)
+    width = int(getattr(config, "d_model", 0) or getattr(config, "hidden_size", 1))
     read = torch.zeros(*ids.shape, width)  # in the place of what the encoder makes, which is not looked at
     hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
