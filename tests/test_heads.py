@@ -343,7 +343,30 @@ def test_similarity_is_that_of_the_pooled_vectors(minilm):
         similarity(b, pooling="sum")
 
 
-# ---- what cannot be opened
+# ---- what cannot be opened, and what can
+
+
+def test_a_pipeline_opens_as_its_model():
+    module = native("class")
+    model = pl.load(transformers.pipeline("text-classification", model=module, tokenizer=tokenizer(module)))
+    assert (model.module, model.opened) == (module, "pl.load(pipeline)")
+    torch.testing.assert_close(model.run(PROMPT).logits, opened("class").run(PROMPT).logits)
+
+
+def test_a_vision_language_model_opens_from_its_directory_with_its_head(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=14, projection_dim=16),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=97, max_position_embeddings=64),
+        image_token_index=96,
+    )
+    module = transformers.LlavaForConditionalGeneration(config).eval()
+    module.save_pretrained(tmp_path)
+    tokenizer(module).save_pretrained(tmp_path)
+    model, ids = pl.load(tmp_path), torch.tensor([[5, 6, 7, 8]])
+    assert (type(model.module), model.loaded.notes) == (type(module), ())
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(ids).logits, module(input_ids=ids).logits)
 
 
 def test_what_a_forward_raises_while_it_is_opened_is_one_line():

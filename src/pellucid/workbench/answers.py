@@ -74,14 +74,15 @@ def other_answer(asked: Question, run: Run) -> str:
             name = asked.model.anatomy.answering.names.get(0, "number")
             return f"The model gives a number, {name}: {float(run.logits[0, 0]):+.3g}."
         if asked.kind == "span":
-            best = asked.likeliest(run)[0][0]
-            return f"The likeliest span is “{best.text.strip()}” ({best.probability or 0.0:.1%})."
+            span = asked.likeliest(run)[0][0]
+            return f"The likeliest span is “{span.text.strip()}” ({span.probability or 0.0:.1%})."
         if asked.kind == "label":
             answering, labels = asked.model.anatomy.answering, run.inputs.stream("").labels[0]
             z = run.logits[0, run.inputs.stream("").mask[0].bool()]
-            best = z[:, 0].sigmoid().tolist() if answering.independent else z.argmax(-1).tolist()
+            best: list[Any] = z[:, 0].sigmoid().tolist() if answering.size == 1 else z.argmax(-1).tolist()
             said = [
-                f"{v:.0%} {answering.names[0]}" if answering.independent else answering.names.get(v, v) for v in best
+                f"{v:.0%} {answering.names.get(0, 0)}" if answering.size == 1 else answering.names.get(v, v)
+                for v in best
             ]
             pairs = ", ".join(f"{word.strip()} {name}" for word, name in zip(labels, said, strict=True))
             return f"The model labels every word: {pairs}."
