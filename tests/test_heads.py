@@ -11,12 +11,13 @@ import transformers
 from typer.testing import CliRunner
 
 import pellucid as pl
-from pellucid.attribution import similarity
+from pellucid.attribution import every_class, similarity
 from pellucid.cli import app
 from pellucid.errors import InputError, LoadError, PellucidError
 from pellucid.metrics import class_logit, class_probability
 from pellucid.question import Label, Question, label
 from pellucid.views.report import build as report
+from pellucid.workbench.answers import answer, passed
 from tests.zoo import build, tokenizer
 from tests.zoo.build import Entry
 
@@ -148,6 +149,42 @@ def test_ablation_is_what_a_hook_on_the_native_module_does(head):
         assert float(found["effect"]) == pytest.approx(by_hand(head, ids) - before, abs=1e-5)
     finally:
         hook.remove()
+
+
+@EVERY
+def test_a_circuit_is_scored_by_the_same_number(head):
+    model, prompt, target = asked(head)
+    metric = Question.of(model, prompt, target).metric
+    other = "The city of <mask> is Paris" if "<mask>" in prompt else "The city of France is Paris"
+    try:
+        scores = pl.circuits.edge_attribution(model, prompt, metric, how="resample", reference=other)
+    except PellucidError as error:
+        assert str(error)
+        assert len(model.anatomy.stacks) > 1 or not model.anatomy.complete  # encoder-decoders have no graph
+        return
+    assert np.nanmax(np.abs(scores.result.values)) > 0
+
+
+def test_every_class_at_once_is_each_by_itself():
+    for head, word, name in (("class", None, "good"), ("several classes", None, "fair"), ("label", "France", "bad")):
+        model = opened(head)
+        every = pl.attribution.occlusion(model, PROMPT, every_class(word=word))
+        assert every.data["output"].size == 3
+        one = name if word is None else label(name, word=word)
+        row = every.values[["bad", "fair", "good"].index(name)]
+        np.testing.assert_allclose(row, pl.attribution.occlusion(model, PROMPT, one).values, atol=1e-6)
+        slopes = pl.attribution.integrated_gradients(model, PROMPT, every_class(word=word)).values
+        np.testing.assert_allclose(slopes[0], pl.attribution.integrated_gradients(
+            model, PROMPT, "bad" if word is None else label("bad", word=word)).values, atol=1e-5)  # fmt: skip
+        question = Question.of(model, PROMPT, one)
+        grid = pl.causal.ablation(model, PROMPT, over="layers.*.mlp.out", metric={
+            n: Question.of(model, PROMPT, n if word is None else label(n, word=word)).metric for n in ("bad", "fair", "good")})  # fmt: skip
+        alone = pl.causal.ablation(model, PROMPT, over="layers.*.mlp.out", metric=question.metric)
+        np.testing.assert_allclose(grid["effect"].sel(metric=name).values, alone["effect"].values, atol=1e-6)
+    with pytest.raises(InputError, match="labels words: name"):
+        Question.of(opened("label"), PROMPT, every_class())
+    with pytest.raises(InputError, match="has no classes"):
+        Question.of(opened("span"), PROMPT, every_class())
 
 
 @EVERY
@@ -306,7 +343,30 @@ def test_similarity_is_that_of_the_pooled_vectors(minilm):
         similarity(b, pooling="sum")
 
 
-# ---- what cannot be opened
+# ---- what cannot be opened, and what can
+
+
+def test_a_pipeline_opens_as_its_model():
+    module = native("class")
+    model = pl.load(transformers.pipeline("text-classification", model=module, tokenizer=tokenizer(module)))
+    assert (model.module, model.opened) == (module, "pl.load(pipeline)")
+    torch.testing.assert_close(model.run(PROMPT).logits, opened("class").run(PROMPT).logits)
+
+
+def test_a_vision_language_model_opens_from_its_directory_with_its_head(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=14, projection_dim=16),
+        text_config=transformers.LlamaConfig(**sizes, vocab_size=97, max_position_embeddings=64),
+        image_token_index=96,
+    )
+    module = transformers.LlavaForConditionalGeneration(config).eval()
+    module.save_pretrained(tmp_path)
+    tokenizer(module).save_pretrained(tmp_path)
+    model, ids = pl.load(tmp_path), torch.tensor([[5, 6, 7, 8]])
+    assert (type(model.module), model.loaded.notes) == (type(module), ())
+    with torch.no_grad():
+        torch.testing.assert_close(model.run(ids).logits, module(input_ids=ids).logits)
 
 
 def test_what_a_forward_raises_while_it_is_opened_is_one_line():
@@ -323,3 +383,21 @@ def test_what_a_forward_raises_while_it_is_opened_is_one_line():
     assert "\n" not in str(caught.value)
     probe = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": torch.randint(5, 90, (2, 7))}
     assert pl.load(module, tokenizer=tokenizer(), probe=probe).anatomy.answering.meaning == "tokens"
+
+
+# ---- the workbench
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        ("regression", "gives a number, LABEL_0"), ("choice", "gives a number, score"), ("span", "The likeliest span is"),
+        ("span of both ends", "The likeliest span is"), ("label", "France"), ("replaced", "% replaced"), ("class", ""),
+    ],
+)  # fmt: skip
+def test_the_workbench_says_what_is_no_choice_among_answers_in_words(head, says):
+    asked = passed(opened(head), PROMPT)
+    assert says in asked.note
+    answers = answer(opened(head), asked).top
+    assert [each.token for each in answers] == ([] if says else sorted(("bad", "fair", "good"), key=lambda n: -dict(
+        zip(("bad", "fair", "good"), asked.run.logits[0].tolist(), strict=True))[n]))  # fmt: skip

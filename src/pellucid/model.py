@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
@@ -42,7 +43,8 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     and what to do.
     """
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
-    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    kept = "module" if isinstance(source, nn.Module) else "pipeline"
+    words = [repr(model.name) if model.named else kept, *(f"{k}={v!r}" for k, v in options.items())]
     if tokenizer is not None:
         words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
     model.opened = f"pl.load({', '.join(words)})"

@@ -136,6 +136,23 @@ def label(name: str | int | None = None, *, word: int | str) -> Label:
 
 
 @dataclass(frozen=True)
+class EveryClass:
+    """What `every_class` makes: all classes at once, each an output of its own."""
+
+    word: int | str | None = None
+
+
+def every_class(*, word: int | str | None = None) -> EveryClass:
+    """A target for classifiers: the logit of every class of the text (or of every label at a `word`), each an output of
+    its own, named as the config names it.
+
+    >>> every_class(word="Paris")
+    EveryClass(word='Paris')
+    """
+    return EveryClass(word)
+
+
+@dataclass(frozen=True)
 class Similar:
     """What `similarity` makes: how similar the prompt's vector is to that of another text."""
 
@@ -232,8 +249,8 @@ class Question:
         inputs = model.inputs(prompt, decoder=decoder, spans=spans)
         if against is not None and not (target is None or _is_answer(target) or isinstance(target, Label)):
             raise InputError("against= goes with a target token; a metric says itself what it compares")
-        if isinstance(target, Continuation | Reading | Label | Similar) and len(inputs) != 1:
-            raise InputError(f"{type(target).__name__.lower()}s are asked of one prompt at a time, got {len(inputs)}")
+        if isinstance(target, Continuation | Reading | Label | Similar | EveryClass) and len(inputs) != 1:
+            raise InputError(f"{target!r:.60} is asked of one prompt at a time, got {len(inputs)}")
         if isinstance(target, Continuation):
             return _continued(model, inputs, target, decoder, edits)
         if isinstance(target, Reading):
@@ -241,6 +258,8 @@ class Question:
         if isinstance(target, Similar):
             return _similar(model, inputs, target)
         kind = kind_of(model, inputs)
+        if isinstance(target, EveryClass):
+            return _every_class(model, inputs, kind, target)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
             bound = model.bind(target, len(inputs), inputs)
             return cls(model, inputs, kind, bound.name, metric=bound)
@@ -488,6 +507,28 @@ def _stretch(model: Model, inputs: Inputs, target: Any) -> Answer:
 
 def _said(model: Model, ids: Sequence[int]) -> str:
     return f"#{list(ids)}" if model.tokenizer is None else str(model.tokenizer.decode(list(ids)))
+
+
+# ---- every class at once
+
+
+def _every_class(model: Model, inputs: Inputs, kind: Kind, target: EveryClass) -> Question:
+    answering = model.anatomy.answering
+    if kind not in ("class", "label") or (kind == "label") != (target.word is not None):
+        needs = (
+            "a word, every_class(word='Paris')"
+            if kind == "label"
+            else f"no classes of its own: it answers with a {kind}"
+        )
+        needs = "no words: leave word= out" if kind == "class" else needs
+        raise InputError(f"{model.name} has {needs}" if kind != "label" else f"{model.name} labels words: name {needs}")
+    names = tuple(answering.names.get(i, str(i)) for i in range(answering.size))
+    position = None if target.word is None else _word(model, inputs, target.word)
+    if position is None:
+        bound = BoundMetric("class_logit", None, None, lambda z: z, classes=True, outputs=answering.size)
+    else:
+        bound = BoundMetric("logit", (position,), None, lambda z: z[:, 0], outputs=answering.size)
+    return Question(model, inputs, kind, bound.name, position, (), (), bound, names)
 
 
 # ---- similarity to a second text

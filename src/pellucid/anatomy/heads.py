@@ -29,11 +29,12 @@ CHOICES = "ForMultipleChoice"
 def as_rows(module: nn.Module) -> nn.Module:
     """The module with [row, token] inputs of any number of rows; itself where it takes them."""
     if _is(module, rf"{CHOICES}$"):
-        return _twin(module, _choice_rows(type(module)))
+        kind: Any = type(module)
+        return _twin(module, _choice_rows(kind))
     if _is(module, "ForSequenceClassification$") and pad_token(module) is None and not reads_both_ends(module):
         made = _twin(module, type(module))
         made.config = copy.deepcopy(module.config)
-        made.config.get_text_config().pad_token_id = NO_TOKEN  # type: ignore[union-attr, operator]
+        made.config.get_text_config().pad_token_id = NO_TOKEN
         return made
     return module
 
@@ -59,7 +60,7 @@ def check_ends(module: nn.Module, ids: Tensor) -> None:
 
 
 def pad_token(module: nn.Module) -> Any:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "pad_token_id", None)
 
@@ -75,8 +76,8 @@ def given_decoder(module: nn.Module, ids: Tensor) -> Tensor:
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Given(kwargs.get("input_ids", args[0] if args else None))
 
-    config = module.config
-    width = getattr(config, "d_model", None) or getattr(config, "hidden_size", 1)
+    config: Any = module.config
+    width = int(getattr(config, "d_model", 0) or getattr(config, "hidden_size", 1))
     read = torch.zeros(*ids.shape, width)  # in the place of what the encoder makes, which is not looked at
     hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
@@ -102,9 +103,9 @@ def _twin(module: nn.Module, kind: type) -> Any:
 
 
 @functools.cache
-def _choice_rows(kind: Any) -> type:
+def _choice_rows(kind: Any) -> Any:
     if vars(kind).get("takes_rows"):
-        return kind  # type: ignore[no-any-return]
+        return kind
 
     @functools.wraps(kind.forward)
     def forward(self: Any, input_ids: Any = None, **given: Any) -> Any:

@@ -56,7 +56,7 @@ Scores = dict[str, Tensor]  # name -> [head]
 @technique
 def head_summaries(
     model: Model,
-    prompts: Sequence[Any] | str | None = None,
+    prompts: Sequence[Any] | str | Pair | Chat | None = None,
     *,
     stack: str = "",
     probes: int = 8,

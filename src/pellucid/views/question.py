@@ -247,7 +247,7 @@ def ask(
             if asked.kind == "label"
             else f"{model.name} does not label words: leave word= out"
         )
-    if asked.kind == "label":
+    if word is not None:
         asked = Asked.of(model, inputs, label(word=word))
     with torch.no_grad():
         run = model.run(inputs)
