@@ -44,10 +44,13 @@ def heard(batch: int = 1) -> dict[str, Any]:
 
 def test_sound_is_read_and_its_positions_are_the_encoders_frames() -> None:
     model = whisper()
-    run = model.run(heard(), keep=["encoder.layers.0.resid_post", "encoder.layers.1.resid_post@-1", "decoder.layers.1.cross.pattern"])
+    run = model.run(
+        heard(),
+        keep=["encoder.layers.0.resid_post", "encoder.layers.1.resid_post@-1", "decoder.layers.1.cross.pattern"],
+    )
     with torch.no_grad():
         native = model.module(**heard())
-    assert torch.equal(run.logits, native.logits)
+    assert float((run.logits - native.logits).abs().max()) < 1e-5
     assert run.tensor("encoder.layers.0.resid_post").shape == (1, 20, 16)
     assert run.tensor("decoder.layers.1.cross.pattern").shape == (1, 2, 3, 20)
     zeroed = model.run(heard(), edits=[pl.Ablate("encoder.layers.0.mlp.out@5:9")]).logits
@@ -109,7 +112,10 @@ def test_pictures_beside_text_are_read_and_continued() -> None:
     for i, n in enumerate((7, 6)):
         alone = {"input_ids": both()["input_ids"][i : i + 1, :n], "pixel_values": both()["pixel_values"][i : i + 1]}
         assert model.generate(alone, max_new_tokens=4).tokens[0].tolist() == together[i]
-        assert float((model.run(model.inputs(both()).rows([i])).logits[:, :n] - model.run(alone).logits).abs().max()) < 1e-5
+        assert (
+            float((model.run(model.inputs(both()).rows([i])).logits[:, :n] - model.run(alone).logits).abs().max())
+            < 1e-5
+        )
 
 
 def test_the_positions_of_a_picture_are_its_own() -> None:
