@@ -64,6 +64,7 @@ _MODULES = (
     "probing",
     "results",
     "store",
+    "surgery",
     "tasks",
     "views",
 )

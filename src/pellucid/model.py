@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
@@ -29,7 +30,7 @@ from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
-from pellucid.metrics import BoundMetric, Metric, as_metric, meant
+from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
 
 T = TypeVar("T")
 
@@ -42,7 +43,8 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     and what to do.
     """
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
-    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    kept = "module" if isinstance(source, nn.Module) else "pipeline"
+    words = [repr(model.name) if model.named else kept, *(f"{k}={v!r}" for k, v in options.items())]
     if tokenizer is not None:
         words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
     model.opened = f"pl.load({', '.join(words)})"
@@ -102,7 +104,8 @@ class Model:
         stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
-        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+        notes = "".join(f"; {note}" for note in self.loaded.notes)
+        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}{notes}>"
 
     # ---- changed weights
 
@@ -223,7 +226,7 @@ class Model:
             differentiable(self.module, grad or moving(edits)),
         ):
             inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-            metric = None if grad_of is None else self.bind(grad_of, len(inputs))
+            metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
             if not logits:
                 return run_until(self.anatomy, inputs, keep, edits)
@@ -335,7 +338,9 @@ class Model:
         flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
-        return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
+        return plan_sweep(
+            self.anatomy, inputs, variants, self.bind(metric, len(inputs), inputs), memory, checkpoint, executor
+        )
 
     def sweep(
         self,
@@ -367,21 +372,24 @@ class Model:
 
     # ---- metrics
 
-    def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
-        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes.
+    def bind(self, metric: Metric | Any, batch: int = 1, inputs: Inputs | None = None) -> BoundMetric:
+        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes; without a
+        position of its own it is read where `inputs` are answered (the end, the mask), without these at the end.
 
         InputError where the model's logits are not what the metric reads: a token of a model without a head, a class
         of one that gives tokens.
         """
         answering = self.anatomy.answering
-        made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
+        asked = as_metric(metric)
+        asked = asked if inputs is None else placed(self, inputs, asked)
+        made = meant(asked, self.name, answering).bind(self.tokenizer, batch)
         size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
-        return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+        return self.bind(metric, len(run.inputs), run.inputs).score(run.logits, run.inputs.stream("").mask)
 
 
 def _edits(edits: Any) -> list[Edit]:

@@ -442,7 +442,7 @@ def generation(made: Generated) -> Result:
         frame[str(site)] = data.rename({"batch": "row"} | of if "batch" in data.dims else of).variable
     texts = [[*row, *[""] * (made.tokens.shape[1] - len(row))] for row in made.labels]
     about = {"text": made.texts, "prompt": made.prompts, "ended": made.ended, "because": made.because}
-    coords = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
+    coords: dict[str, Any] = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
     coords |= {k: ("row", np.array(v, dtype=str)) for k, v in about.items()}
     record = _Call(
         "generate",

@@ -337,7 +337,7 @@ class Prover:
     def unembedding(self) -> Proof:
         """The head, run on the last residual with the unembedding's own weights, gives the logits."""
         if not self.logits:
-            return Proof("unembedding", None, None, "the model has no head: it returns hidden states")
+            return Proof("unembedding", None, None, "it makes no logits of tokens or labels from its last residual")
         if self.head is None:
             return Proof("unembedding", False, None, "the logits are not a chain of maps of the last residual alone")
         x = self.value(self.stacks[-1].blocks[-1], "resid_post")

@@ -29,7 +29,7 @@ from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.engine.limits import check_length, limit
+from pellucid.engine.limits import exceeded
 from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.engine.sampling import Draws, Stops, Writer, number
@@ -132,7 +132,7 @@ class Generated:
 
     def save(self, path: str | Path) -> Path:
         """Write one zip file, `pl.results.Result.load(path)` reads it: `result` with everything that was kept."""
-        return self.result.save(path)  # type: ignore[no-any-return]
+        return self.result.save(path)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each token written: prompt, row, step, token, id, log_probability, and what fired and was recorded (single
@@ -154,13 +154,13 @@ class Generated:
 # ---- generating
 
 
-def loop_of(module: nn.Module) -> nn.Module:
+def loop_of(module: nn.Module) -> Any:
     """The part of a model whose forward its `generate` calls: itself, or what an adapter or a compiler is wrapped around."""
     loops = (m for m in module.modules() if isinstance(m, GenerationMixin) and m.can_generate())
     found = next(loops, None)
     if found is None or not hasattr(module, "generate"):
         raise InputError(f"a {type(module).__name__} does not generate text: open a causal or encoder-decoder model")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def generate(
@@ -230,7 +230,7 @@ def generate(
     return page.close(inputs, call or {})
 
 
-def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
+def _check_loop(anatomy: Anatomy, runs: Any, use_cache: bool) -> None:
     """Refused where a loop that calls an inner module leaves out what the outer one adds, as a prefix that is not handed on."""
     module = anatomy.module
 
@@ -245,7 +245,7 @@ def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
                 "return_dict_in_generate": True,
                 "use_cache": use_cache,
             }
-            made = module.generate(**row, max_new_tokens=3, **told)  # type: ignore[operator]
+            made = module.generate(**row, max_new_tokens=3, **told)
             given = made.sequences[:, :-1]
             if "decoder_input_ids" in row or getattr(runs.config, "is_encoder_decoder", False):
                 row["decoder_input_ids"] = given
@@ -350,17 +350,13 @@ def _told(
 
 
 def _check_room(anatomy: Anatomy, width: int, new: int) -> None:
-    """InputError where prompt and answer are longer than the table of positions."""
-    stack, needed = "decoder" if len(anatomy.stacks) > 1 else "", width + new - 1
-    room = limit(anatomy.module, stack)
-    if room is None:
-        check_length(anatomy.module, needed, stack, "the prompt and what is written have")
-    elif needed > room:
+    """InputError where prompt and answer are longer than the model holds. The last token written is not read any more."""
+    holds = exceeded(anatomy.module, width + new - 1, anatomy.stacks[-1].name)
+    if holds is not None:
         raise InputError(
-            f"{width} tokens and {new} new ones need {needed} positions, and this model's table has {room}: "
-            f"give max_new_tokens={room + 1 - width} at most, or a shorter prompt"
-            if width <= room
-            else f"the prompt has {width} tokens, and this model's table of positions has {room}: shorten the prompt"
+            f"{width} tokens and {new} new ones need {width + new - 1} positions, and this model holds {holds}: "
+            + (f"give max_new_tokens={holds + 1 - width} at most, or " if width <= holds else "")
+            + "a shorter prompt, model.inputs(prompt, truncate='left')"
         )
 
 
@@ -371,7 +367,7 @@ def _listener(stream: Any) -> Callable[[str, int], None] | None:
         return lambda text, row: print(text, end="", flush=True)
     if not callable(stream):
         raise InputError(f"stream={stream!r}: expected True, or a function of a new piece of text and its row")
-    return stream  # type: ignore[no-any-return]
+    return stream
 
 
 class _Page:

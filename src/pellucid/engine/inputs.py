@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.heads import check_ends, given_decoder, reads_both_ends
 from pellucid.anatomy.modes import evaluating, ordinary
 from pellucid.anatomy.sites import Position
 from pellucid.engine.given import Chat, Pair, Truncate, is_id, is_messages, read_row, target_ids
@@ -298,6 +299,10 @@ def read_inputs(
     first = _stream(tokenizer, ids, mask, maps, spans)
     streams = {"": first}
     if paired:
+        if "input_ids" in tensors and reads_both_ends(module):
+            check_ends(module, ids)
+            if decoder is None and "decoder_input_ids" not in tensors:  # the text itself, as the forward pass gives it
+                tensors |= {"decoder_input_ids": given_decoder(module, ids), "decoder_attention_mask": mask}
         given = tensors.get("decoder_input_ids")
         if given is None:
             given, given_mask, maps = _decoder(module, tokenizer, decoder, ids)
