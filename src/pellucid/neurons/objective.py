@@ -129,7 +129,8 @@ class Objective:
     # ---- one forward pass
 
     def _inputs(self, rows: Tensor) -> Inputs:
-        return self.model.inputs(self.vocabulary.around(rows))
+        ids = self.vocabulary.around(rows)
+        return self.model.inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def _seen(self, rows: Tensor) -> Tensor:
         """The unit [n, column]; the pass ends there."""
