@@ -14,7 +14,7 @@ import pellucid as pl
 from pellucid.attribution import every_class, similarity
 from pellucid.cli import app
 from pellucid.errors import InputError, LoadError, PellucidError
-from pellucid.metrics import class_logit, class_probability
+from pellucid.metrics import class_logit, class_probability, log_probability, probability
 from pellucid.question import Label, Question, label
 from pellucid.views.report import build as report
 from pellucid.workbench.answers import answer, passed
@@ -271,6 +271,15 @@ def test_a_directory_and_the_command_line_explain_the_trained_head(tmp_path):
     assert done.exit_code == 0, done.output
     assert "Of all words" in done.output
     assert "France" in out.read_text()
+
+
+def test_the_probability_of_a_label_that_holds_by_itself_is_a_sigmoid():
+    model = opened("replaced")
+    run = model.run(PROMPT)
+    found = float(model.score(run, probability(0, position=3))[0])
+    assert found == pytest.approx(float(run.logits[0, 3, 0].sigmoid()))
+    with pytest.raises(InputError, match="hold each by itself"):
+        model.score(run, log_probability(0, position=3))
 
 
 # ---- choices, ends, padding

@@ -201,9 +201,14 @@ def meant(metric: Metric, model: str, answering: Answering) -> Metric:
     if not isinstance(metric, AnswerMetric) or answering.meaning == "tokens":
         return metric
     formula = metric.formula
-    if classes and formula is _probability and (answering.independent or answering.meaning == "value"):
-        if answering.meaning == "value":
-            raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if classes and formula is _probability and answering.meaning == "value":
+        raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if answering.independent and formula not in (_mean, _mean_difference, _rank):
+        if formula is not _probability:
+            raise InputError(
+                f"{metric.name} compares classes that exclude each other, and those of {model} hold each by itself: use a "
+                "logit, or probability (a sigmoid here)"
+            )
         formula = _each_probability
     return replace(metric, answers=answering.numbers(metric.answers), formula=formula)
 

@@ -151,6 +151,10 @@ class Program:
         self.model = self.model or value
         if value is self.model:
             return "model"
+        before, after = self.model.loaded.changes, value.loaded.changes
+        both = [{p.data_ptr() for p in m.module.parameters()} for m in (self.model, value)]
+        if after[: len(before)] == before and both[0] & both[1]:  # made of that one
+            return f"model.changed({self.write(list(after[len(before) :]), 'changes')})"
         return self.opening(value) if value.named else self._leave(value, name)
 
     def opening(self, model: Model) -> str:

@@ -181,6 +181,7 @@ def read(
 def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Loaded:
     """A module the caller built: nothing is moved, cast or switched."""
     inner = unwrapped(module)
+    _check_prompts(inner)
     notes = []
     if inner is not module:
         wrapper = "torch.compile's wrapper" if hasattr(module, "_orig_mod") else f"the wrapper {type(module).__name__}"
@@ -201,6 +202,17 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
             tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
     revision = getattr(config, "_commit_hash", None)
     return Loaded(as_rows(inner), tokenizer, name, revision, _dtype_of(inner), tuple(notes))
+
+
+def _check_prompts(module: nn.Module) -> None:
+    """LoadError where a wrapper puts learnt prompts or prefixes in front: positions would be counted past the text's."""
+    config = getattr(module, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise LoadError(
+            f"a {getattr(config.peft_type, 'value', config.peft_type)} adapter puts {config.num_virtual_tokens} virtual tokens "
+            "in front, which are in no text, so that positions and answers would be read at wrong tokens: open the model "
+            "without it (module.get_base_model()), or an adapter that is in the layers"
+        )
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -415,6 +427,7 @@ def _adapted(files: _Files, base: str | Path | None, tokenizer: Any, task: Any, 
         ) from None
     with _one_line_errors(files.name), _quiet():
         module = peft.PeftModel.from_pretrained(loaded.module, files.where, revision=files.revision).eval()
+    _check_prompts(module)
     notes = (*loaded.notes, f"the adapter {files.name!r} is on {loaded.name!r}")
     return replace(loaded, module=unwrapped(module), name=files.name, revision=files.revision, notes=notes)
 
