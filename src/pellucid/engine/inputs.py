@@ -64,8 +64,10 @@ class Stream:
 
     def find(self, at: Position) -> Tensor | None:
         """Columns [batch, n] of the positions `at` names in each row; None for every position."""
-        if at is None or at == "*":
+        if at is None or (isinstance(at, str) and at == "*"):
             return None
+        if not (isinstance(at, str) and at.strip()) and not is_id(at):
+            raise InputError(f"'@{at}' is no position: expected an index, a slice such as '1:4', 'text' or a span")
         if at not in self._found:
             rows = [self._row(at, b) for b in range(len(self.ids))]
             if len({len(r) for r in rows}) > 1:
