@@ -178,7 +178,7 @@ def _own(owner: nn.Module) -> dict[str, Any]:
     """What a module itself saves. Not asked of the module where it has tensors of its own: bitsandbytes unpacks its
     4-bit weights to save them, and mixes up their scales.
     """
-    kept = {k: t for k, t in owner._parameters.items() if t is not None}
+    kept: dict[str, Tensor] = {k: t for k, t in owner._parameters.items() if t is not None}
     kept |= {k: t for k, t in owner._buffers.items() if t is not None and k not in owner._non_persistent_buffers_set}
     if kept or type(owner)._save_to_state_dict is nn.Module._save_to_state_dict:
         return {k: part for name, t in kept.items() for k, part in ((name, t), *_beside(name, t))}
