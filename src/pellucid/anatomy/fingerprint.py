@@ -161,16 +161,13 @@ def state(module: nn.Module) -> Hashable:
     return *keys, repr(switches(module))
 
 
-def parts(module: nn.Module) -> list[Any]:
-    """What a module is built of, in order: every module inside, and a forward that was put in place of its class's."""
-    found: list[Any] = []
-    queue: list[nn.Module] = [module]
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The modules a module is built of, in order: quicker than `modules()`, as it is asked at every turn."""
+    found: list[nn.Module] = []
+    queue = [module]
     while queue:
-        one = queue.pop()
-        found.append(one)
-        if "forward" in one.__dict__:
-            found.append(one.__dict__["forward"])
-        queue.extend(child for child in one._modules.values() if child is not None)
+        found.append(queue.pop())
+        queue.extend(child for child in found[-1]._modules.values() if child is not None)
     return found
 
 
