@@ -349,15 +349,16 @@ def test_a_missing_tokenizer_is_refused(saved):
     assert read(folder, tokenizer=fast_tokenizer()).tokenizer("in").input_ids == [4]
 
 
-def test_a_tokenizer_without_offsets_is_refused_with_what_to_pass():
-    message = refusal(MODELS["causal-lm"](), tokenizer=SlowTokenizer())
-    assert "SlowTokenizer" in message
-    assert "offset mapping" in message
-    assert "tokenizer=" in message
+def test_a_slow_tokenizer_is_taken_and_what_is_none_is_refused():
+    slow = SlowTokenizer()
+    assert read(MODELS["causal-lm"](), tokenizer=slow).tokenizer is slow
+    assert "a dict is no tokenizer" in refusal(MODELS["causal-lm"](), tokenizer={})
 
 
-def test_a_module_without_its_tokenizer_is_refused():
-    assert "needs its tokenizer" in refusal(MODELS["causal-lm"]())
+def test_a_model_opens_without_a_tokenizer(saved):
+    loaded = read(MODELS["causal-lm"]())
+    assert loaded.tokenizer is None and "opened without a tokenizer: it takes token ids" in loaded.notes
+    assert read(saved("causal-lm"), tokenizer=False).tokenizer is None
 
 
 def test_options_that_cannot_apply_are_refused(saved):

@@ -116,7 +116,7 @@ def read(
     """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched, with the tokenizer of a
     `transformers.pipeline` if it comes in one.
 
-    `tokenizer` is a tokenizer, or where to read one; by default it comes with the model. `task` names the
+    `tokenizer` is a tokenizer, or where to read one; by default it comes with the model, False is none (for token ids). `task` names the
     head; "auto" follows the checkpoint. `dtype` is the checkpoint's own by default, and float32 for GGUF,
     whose quantised weights are expanded. Only safetensors are read, unless `allow_pickle` is set.
     `quantization_config` is transformers' own: weights are packed as they are read. A directory or hub id that holds an
@@ -125,9 +125,8 @@ def read(
     Raises LoadError: one line that says what to do.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)))
-    Traceback (most recent call last):
-    pellucid.errors.LoadError: a GPT2LMHeadModel in memory needs its tokenizer: pass tokenizer=...
+    >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))).notes[-1]
+    'opened without a tokenizer: it takes token ids'
     """
     if task not in get_args(Task):
         raise LoadError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
@@ -183,8 +182,6 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
     """A module the caller built: nothing is moved, cast or switched."""
     inner = unwrapped(module)
     _check_prompts(inner)
-    if tokenizer is None:
-        raise LoadError(f"a {type(inner).__name__} in memory needs its tokenizer: pass tokenizer=...")
     notes = []
     if inner is not module:
         wrapper = "torch.compile's wrapper" if hasattr(module, "_orig_mod") else f"the wrapper {type(module).__name__}"
@@ -197,8 +194,12 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
     name = getattr(config, "name_or_path", "") or type(inner).__name__
     if getattr(module, "peft_config", None) or getattr(inner, "peft_config", None):  # that name opens the base alone
         name = type(inner).__name__
-    with _one_line_errors(name), _quiet():
-        tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
+    if tokenizer is None or tokenizer is False:
+        tokenizer = None
+        notes.append("opened without a tokenizer: it takes token ids")
+    else:
+        with _one_line_errors(name), _quiet():
+            tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
     revision = getattr(config, "_commit_hash", None)
     return Loaded(as_rows(inner), tokenizer, name, revision, _dtype_of(inner), tuple(notes))
 
@@ -488,19 +489,22 @@ def _pooling(files: _Files) -> str | None:
 
 
 def _tokenizer(source: Any, name: str, **options: Any) -> Any:
-    """A tokenizer, given or read from a place, that can say which characters each token covers."""
+    """A tokenizer, given or read from a place; None where the caller wants none."""
+    if source is False:
+        return None
     tokenizer = source
     if isinstance(source, str | Path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if not getattr(tokenizer, "is_fast", False):
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise LoadError(
-            f"the tokenizer of {name!r}, a {type(tokenizer).__name__}, has no offset mapping (which "
-            "characters each token covers): pass tokenizer= a fast one, such as "
-            "PreTrainedTokenizerFast(tokenizer_file=...)"
+            f"a {type(tokenizer).__name__} is no tokenizer: pass one of transformers, where to read it, or False for a model "
+            "that is given token ids"
         )
     # Without tokenizer files transformers makes one that knows its special tokens only.
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
-        raise LoadError(f"{name!r} has no tokenizer files: pass tokenizer= the one it was trained with")
+        raise LoadError(
+            f"{name!r} has no tokenizer files: pass tokenizer= the one it was trained with, or False to give token ids"
+        )
     return tokenizer
 
 

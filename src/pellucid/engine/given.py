@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.marks import added_marks, special_ids, token_ids
-from pellucid.engine.text_map import Offsets, TextMap, legible
+from pellucid.engine.text_map import NO_TOKENIZER, Offsets, TextMap, legible
 from pellucid.errors import InputError
 
 Truncate = str | int | tuple[str, int]  # "left" or "right" to what the model holds, a number of tokens, or both
-NO_TOKENIZER = "this model was opened without a tokenizer: give token ids, or open it with tokenizer=..."
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Prompts as tensors, and positions as people name them.
 
 A mask that is not given is inferred only where it is certain: rows of texts and of unequal ids know their padding; in a
-rectangle of ids, a padding token that is nothing else marks it; where it is the end-of-text token too, a row that may be
-padded is an error that asks for the mask.
+rectangle of ids, several padding tokens at an edge mark it, if that token is nothing else; where it is the end-of-text
+token too, or stands there alone as any token may, a row that may be padded is an error that asks for the mask.
 
 Positions are counted on a prompt's real tokens: 0 is the first token that is not padding, -1 the last, whichever side
 the padding is on. Every stack has a stream of its own: an encoder counts source tokens, a decoder target tokens.
@@ -497,7 +497,9 @@ def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> T
 
     `first` tokens of a row are real whatever they are, as a decoder's start token is.
     """
-    pads = getattr(tokenizer, "pad_token_id", None)
+    pads, size = getattr(tokenizer, "pad_token_id", None), _vocabulary(module)
+    if pads is not None and size is not None and len(tokenizer) > size:
+        return torch.ones_like(ids)  # a tokenizer with words that the model has not is not this model's
     sure = pads is not None and pads not in {getattr(tokenizer, f"{role}_token_id", None) for role in (*ROLES, "unk")}
     if pads is None:
         pads = getattr(_text_config(module), "pad_token_id", None)
@@ -510,11 +512,15 @@ def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> T
     edges = left.sum(1) * (first == 0), right.sum(1)
     if not any(bool(n.any()) for n in edges):
         return whole
-    if sure:
+    if sure and max(int(n.max()) for n in edges) > 1:
         if not bool(real.any(1).all()):
             raise InputError("a prompt has only padding: give at least one token")
         return (~(left | right.flip(1))).long() if first == 0 else (~right.flip(1)).long()
-    if ids.shape[1] > 1 and any(int(n.max()) > 1 or len(set(n.tolist())) > 1 for n in edges):
+    if (
+        ids.shape[1] > 1
+        and ((sure and len(ids) > 1) or not sure)
+        and any(int(n.max()) > 1 or len(set(n.tolist())) > 1 for n in edges)
+    ):
         raise InputError(
             f"token {pads} at the edge of these ids may be padding or text: give the mask too, as in "
             "{'input_ids': ids, 'attention_mask': mask}, or a list of unequal rows"
@@ -666,12 +672,18 @@ def _check(module: Any, ids: Tensor, mask: Tensor, stack: str = "", known: bool 
         )
     if not known:
         return
-    try:
-        size = getattr(module.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):  # families that embed in ways of their own
-        size = None
-    if isinstance(size, int) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+    size = _vocabulary(module)
+    if size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise InputError(
             f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {size - 1}"
         )
     check_length(module, ids.shape[1], stack)
+
+
+def _vocabulary(module: Any) -> int | None:
+    """How many tokens the embedding has; None for families that embed in ways of their own."""
+    try:
+        size = getattr(module.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+    return size if isinstance(size, int) else None
