@@ -206,7 +206,7 @@ def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Lo
 
 def _check_prompts(module: nn.Module) -> None:
     """LoadError where a wrapper puts learnt prompts or prefixes in front: positions would be counted past the text's."""
-    config = getattr(module, "active_peft_config", None)
+    config: Any = getattr(module, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise LoadError(
             f"a {getattr(config.peft_type, 'value', config.peft_type)} adapter puts {config.num_virtual_tokens} virtual tokens "

@@ -86,11 +86,7 @@ class Anatomy:
         """Packed linear modules on the map without a gradient; each class is tried once."""
         tried: set[Any] = set()
         for block in (b for s in self.stacks for b in s.blocks):
-            linears = [
-                (p.linear.module, p.linear.shape)
-                for p in (*block.attentions.values(), *block.mlps.values())
-                if p.linear
-            ]
+            linears = [(linear.module, linear.shape) for linear in block.linears]
             readers = [(r.modules[0], (r.width,)) for found in block.reads.values() for r in found if r.modules]
             for name, shape in (*linears, *readers):
                 module = self.module.get_submodule(name)

@@ -77,7 +77,7 @@ class Prover:
         self.native = read(forward()).detach().clone()
         floats = {p.dtype for p in module.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCE.get(dtype, 4e-2) for dtype in floats), default=TOLERANCE[torch.float32])
-        linears = [p.linear for _, b in self.blocks for p in (*b.attentions.values(), *b.mlps.values()) if p.linear]
+        linears = [linear for _, b in self.blocks for linear in b.linears]
         self.grains = {linear.module: grain(self.modules[linear.module], linear.shape) for linear in linears}
         coarsest = max(self.grains.values(), default=0.0)
         self.half = max(self.tolerance, coarsest) > TOLERANCE[torch.float32]

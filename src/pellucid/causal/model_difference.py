@@ -16,6 +16,7 @@ By default the metric is KL(model || .), in nats, of the next token: an effect b
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,10 +77,10 @@ def model_difference(
         raise InputError(f"{model.name} and {base.name} give the same answers here: there is no difference to explain")
     data = effects(grid, asked, values, unchanged, native, seed, denoise=True)
     axis = ("metric",) if asked.names else ()
-    moved = [
-        np.abs(grid.sweep(base, inputs, lambda sites, d=d: _random(sites, ours, theirs, seed + d), of_base.metric)[0] - unchanged)
-        for d in range(draws)
-    ]  # fmt: skip
+    moved = []
+    for d in range(draws):
+        put = partial(_random, ours=ours, theirs=theirs, seed=seed + d)
+        moved.append(np.abs(grid.sweep(base, inputs, put, of_base.metric)[0] - unchanged))
     columns = {"without": np.moveaxis(reverse - native, 0, 1).mean(0), "control": np.mean(moved, 0).mean(1)}
     data = data.assign(grid.data(columns, *axis).data_vars)
     apart = np.array([[_apart(site, ours, theirs) for site in group] for group in grid.groups], dtype=object)
@@ -133,8 +134,8 @@ def _both(site: Site, ours: Run, theirs: Run) -> tuple[Tensor, Tensor, Tensor]:
     if site.at is not None:
         chosen = torch.zeros_like(where)
         columns = ours.stream(site).find(site.at)
-        chosen.scatter_(1, columns.to(chosen.device), True)
-        where = where & chosen
+        if columns is not None:
+            where = where & chosen.scatter(1, columns.to(chosen.device), True)
     keep = where.view(*where.shape, *[1] * (a.ndim - 2))
     return a.float() * keep, b.float() * keep, where
 
