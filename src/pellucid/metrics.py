@@ -12,8 +12,8 @@ space:
     [" Paris", " Rome"]               one token per prompt
     [[" he", " she"], [" it"]]        several alternatives per prompt; [[" he", " she"]] for every prompt
 
-A metric reads the last token unless told otherwise: `position` counts the real tokens of each prompt. Methods ask one
-that names no position where its prompts are answered (a mask, see `pellucid.question`); `model.score` and `sweep` do not.
+`position` counts the real tokens of each prompt. A metric that names none is read where its prompts are answered: at the
+last token, before marks that the tokenizer itself puts at the end, or at the mask (see `pellucid.question`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.answering import Answering
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import Asked, answer_position, kind_of
 from pellucid.errors import InputError, checked
 from pellucid.tasks.tokens import answer_ids, single_id
 
@@ -118,13 +120,13 @@ class Metric(Protocol):
 
 
 @checked
-def logit(answer: Answers, *, position: int = -1) -> Metric:
+def logit(answer: Answers, *, position: int | None = None) -> Metric:
     """mean over A of z_a."""
     return AnswerMetric("logit", _mean, (answer,), position, reads_all=False)
 
 
 @checked
-def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
+def logit_difference(answer: Answers, wrong: Answers, *, position: int | None = None) -> Metric:
     """mean over A of z_a - mean over W of z_w. With one token each it equals log(p_a / p_w).
 
     >>> logit_difference(2, [[0, 1]]).bind(None, batch=1).score(torch.tensor([[[1.0, 3.0, 5.0]]]))
@@ -134,37 +136,37 @@ def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> 
 
 
 @checked
-def probability(answer: Answers, *, position: int = -1) -> Metric:
+def probability(answer: Answers, *, position: int | None = None) -> Metric:
     """P(A) = sum over A of p_a."""
     return AnswerMetric("probability", _probability, (answer,), position)
 
 
 @checked
-def probability_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
+def probability_difference(answer: Answers, wrong: Answers, *, position: int | None = None) -> Metric:
     """P(A) - P(W)."""
     return AnswerMetric("probability_difference", _probability_difference, (answer, wrong), position)
 
 
 @checked
-def log_probability(answer: Answers, *, position: int = -1) -> Metric:
+def log_probability(answer: Answers, *, position: int | None = None) -> Metric:
     """log P(A), in nats."""
     return AnswerMetric("log_probability", _log_probability, (answer,), position)
 
 
 @checked
-def cross_entropy(answer: Answers, *, position: int = -1) -> Metric:
+def cross_entropy(answer: Answers, *, position: int | None = None) -> Metric:
     """-log P(A), in nats: the loss of a model that should answer A."""
     return AnswerMetric("cross_entropy", _cross_entropy, (answer,), position)
 
 
 @checked
-def log_odds(answer: Answers, *, position: int = -1) -> Metric:
+def log_odds(answer: Answers, *, position: int | None = None) -> Metric:
     """log(P(A) / (1 - P(A))), in nats, without the cancellation in 1 - P(A)."""
     return AnswerMetric("log_odds", _log_odds, (answer,), position)
 
 
 @checked
-def rank(answer: Answers, *, position: int = -1) -> Metric:
+def rank(answer: Answers, *, position: int | None = None) -> Metric:
     """How many tokens have a larger logit than the best of A: 0 is the top. A count, without gradient.
 
     >>> rank(0).bind(None, batch=1).score(torch.tensor([[[1.0, 3.0, 5.0]]]))
@@ -199,11 +201,36 @@ def meant(metric: Metric, model: str, answering: Answering) -> Metric:
     if not isinstance(metric, AnswerMetric) or answering.meaning == "tokens":
         return metric
     formula = metric.formula
-    if classes and formula is _probability and (answering.independent or answering.meaning == "value"):
-        if answering.meaning == "value":
-            raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if classes and formula is _probability and answering.meaning == "value":
+        raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if answering.independent and formula not in (_mean, _mean_difference, _rank):
+        if formula is not _probability:
+            raise InputError(
+                f"{metric.name} compares classes that exclude each other, and those of {model} hold each by itself: use a "
+                "logit, or probability (a sigmoid here)"
+            )
         formula = _each_probability
     return replace(metric, answers=answering.numbers(metric.answers), formula=formula)
+
+
+def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
+    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
+
+    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
+    """
+    if not isinstance(metric, AnswerMetric) or metric.position is not None or metric.classes:
+        return metric
+    if model.anatomy.answering.meaning in ("vectors", "class", "value"):
+        return metric  # which `meant` refuses
+    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    if kind in ("label", "span"):
+        raise InputError(
+            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
+        )
+    if kind == "masked token" and not torch.as_tensor(masks).any():
+        return metric
+    position = answer_position(model, inputs)
+    return metric if position is None else replace(metric, position=position)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +268,7 @@ class AnswerMetric:
     name: str
     formula: Callable[..., Tensor]
     answers: tuple[Answers, ...]
-    position: int = -1
+    position: int | None = None
     reads_all: bool = True
     classes: bool = False
 
@@ -249,14 +276,14 @@ class AnswerMetric:
         object.__setattr__(self, "answers", _frozen(self.answers))
 
     def __repr__(self) -> str:
-        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position != -1 else [])]
+        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position is not None else [])]
         return f"pl.metrics.{self.name}({', '.join(words)})"
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is not a single known token, or there is not one entry per prompt."""
         sets = [TokenSets.of(each) for each in self.ids(tokenizer, batch)]
-        numbers = [each.ids for each in sets]
-        positions, tokens = None if self.classes else (self.position,), None
+        numbers, last = [each.ids for each in sets], -1 if self.position is None else self.position
+        positions, tokens = None if self.classes else (last,), None
         if not (self.reads_all or self.classes):
             rows = max(len(each.ids) for each in sets)
             tokens = torch.cat([each.ids.expand(rows, -1) for each in sets], 1)

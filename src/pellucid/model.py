@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
@@ -18,8 +19,9 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
-from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
+from pellucid.engine.generation import Generated, generate
+from pellucid.engine.given import Truncate
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
@@ -28,7 +30,7 @@ from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
-from pellucid.metrics import BoundMetric, Metric, as_metric, meant
+from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
 
 T = TypeVar("T")
 
@@ -41,7 +43,8 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     and what to do.
     """
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
-    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    kept = "module" if isinstance(source, nn.Module) else "pipeline"
+    words = [repr(model.name) if model.named else kept, *(f"{k}={v!r}" for k, v in options.items())]
     if tokenizer is not None:
         words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
     model.opened = f"pl.load({', '.join(words)})"
@@ -101,7 +104,8 @@ class Model:
         stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
-        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+        notes = "".join(f"; {note}" for note in self.loaded.notes)
+        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}{notes}>"
 
     # ---- changed weights
 
@@ -156,13 +160,23 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+    def inputs(
+        self,
+        prompt: Any,
+        *,
+        decoder: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        truncate: Truncate | None = None,
+    ) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named; every method takes them as its prompt.
 
-        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        `truncate` cuts what is too long: "left" or "right" to what the model holds, a number of tokens, or ("left", 128).
+        What a prompt can be: `pellucid.engine.given`. Refused if this model computes something else for the real tokens when
+        they are padded as these prompts are.
         """
         with running(self.module):
-            return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+            made = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans, truncate=truncate)
+            return self._padding.fit(made)
 
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
@@ -212,7 +226,7 @@ class Model:
             differentiable(self.module, grad or moving(edits)),
         ):
             inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-            metric = None if grad_of is None else self.bind(grad_of, len(inputs))
+            metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
             if not logits:
                 return run_until(self.anatomy, inputs, keep, edits)
@@ -324,7 +338,9 @@ class Model:
         flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
-        return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
+        return plan_sweep(
+            self.anatomy, inputs, variants, self.bind(metric, len(inputs), inputs), memory, checkpoint, executor
+        )
 
     def sweep(
         self,
@@ -356,21 +372,24 @@ class Model:
 
     # ---- metrics
 
-    def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
-        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes.
+    def bind(self, metric: Metric | Any, batch: int = 1, inputs: Inputs | None = None) -> BoundMetric:
+        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes; without a
+        position of its own it is read where `inputs` are answered (the end, the mask), without these at the end.
 
         InputError where the model's logits are not what the metric reads: a token of a model without a head, a class
         of one that gives tokens.
         """
         answering = self.anatomy.answering
-        made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
+        asked = as_metric(metric)
+        asked = asked if inputs is None else placed(self, inputs, asked)
+        made = meant(asked, self.name, answering).bind(self.tokenizer, batch)
         size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
-        return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+        return self.bind(metric, len(run.inputs), run.inputs).score(run.logits, run.inputs.stream("").mask)
 
 
 def _edits(edits: Any) -> list[Edit]:

@@ -151,6 +151,10 @@ class Program:
         self.model = self.model or value
         if value is self.model:
             return "model"
+        before, after = self.model.loaded.changes, value.loaded.changes
+        both = [{p.data_ptr() for p in m.module.parameters()} for m in (self.model, value)]
+        if after[: len(before)] == before and both[0] & both[1]:  # made of that one
+            return f"model.changed({self.write(list(after[len(before) :]), 'changes')})"
         return self.opening(value) if value.named else self._leave(value, name)
 
     def opening(self, model: Model) -> str:
@@ -438,7 +442,7 @@ def generation(made: Generated) -> Result:
         frame[str(site)] = data.rename({"batch": "row"} | of if "batch" in data.dims else of).variable
     texts = [[*row, *[""] * (made.tokens.shape[1] - len(row))] for row in made.labels]
     about = {"text": made.texts, "prompt": made.prompts, "ended": made.ended, "because": made.because}
-    coords = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
+    coords: dict[str, Any] = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
     coords |= {k: ("row", np.array(v, dtype=str)) for k, v in about.items()}
     record = _Call(
         "generate",

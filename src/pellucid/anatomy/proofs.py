@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import experts as moe
-from pellucid.anatomy.checks import Beside, error, mixture_error
+from pellucid.anatomy.checks import Beside, Off, error, mixture_error
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
     Block,
@@ -36,7 +36,7 @@ from pellucid.anatomy.trials import (
     rounding,
     values,
 )  # fmt: skip
-from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.weights import grain, linear_map
 from pellucid.anatomy.wiretap import tapped
 
 # Largest relative error each dtype is allowed. Eager attention takes its softmax in float32 whatever the model's dtype.
@@ -77,8 +77,11 @@ class Prover:
         self.native = read(forward()).detach().clone()
         floats = {p.dtype for p in module.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCE.get(dtype, 4e-2) for dtype in floats), default=TOLERANCE[torch.float32])
-        self.half = self.tolerance > TOLERANCE[torch.float32]
-        self.floor = rounding(self) if self.half else 0.0
+        linears = [linear for _, b in self.blocks for linear in b.linears]
+        self.grains = {linear.module: grain(self.modules[linear.module], linear.shape) for linear in linears}
+        coarsest = max(self.grains.values(), default=0.0)
+        self.half = max(self.tolerance, coarsest) > TOLERANCE[torch.float32]
+        self.floor = rounding(self, coarsest) if self.half else 0.0
         self.values: dict[Tap, Tensor] = {}
         self.beside = Beside()
         self.failed: dict[tuple[str, int], dict[tuple[str, str], str]] = {}  # (stack, block) -> (proof, part) -> why
@@ -139,7 +142,7 @@ class Prover:
         return self.values.get(tap) if tap is not None else None
 
     def verdict(self, name: str, err: float, detail: str = "") -> Proof:
-        return Proof(name, err <= self.tolerance, err, detail)
+        return Proof(name, err <= max(self.tolerance, getattr(err, "allowed", 0.0)), err, detail)
 
     def same_logits(self, kept: float, step_by_step: float | None) -> Proof:
         """With everything kept the output is the native one; with attention and experts step by step, up to
@@ -173,7 +176,7 @@ class Prover:
         worst, why = -1.0, []
         for stack, block in self.blocks:
             for part, result in check(stack, block):
-                if isinstance(result, float) and result <= self.tolerance:
+                if isinstance(result, float) and result <= max(self.tolerance, getattr(result, "allowed", 0.0)):
                     worst = max(worst, result)
                     continue
                 reason = result if isinstance(result, str) else f"off by {result:.1e}"
@@ -298,13 +301,14 @@ class Prover:
         weight, bias = linear_map(self.modules[linear.module], linear.shape)
         made = given.to(weight) @ weight
         off = error(made if bias is None else made + bias, self.values[linear.made])
+        allowed = 3 * self.grains[linear.module]
         if path is None:
-            return off
+            return Off.of(off, allowed)
         target = block.taps.get(part)
         if target is None or target not in self.values:
             return f"{part} was not met"
         native = path.run(linear.made.layout.write(self.values[linear.made]))
-        return max(off, error(target.layout.read(native, self.batch), self.values[target]))
+        return Off.of(max(off, error(target.layout.read(native, self.batch), self.values[target])), allowed)
 
     # ---- MLPs
 
@@ -333,12 +337,13 @@ class Prover:
     def unembedding(self) -> Proof:
         """The head, run on the last residual with the unembedding's own weights, gives the logits."""
         if not self.logits:
-            return Proof("unembedding", None, None, "the model has no head: it returns hidden states")
+            return Proof("unembedding", None, None, "it makes no logits of tokens or labels from its last residual")
         if self.head is None:
             return Proof("unembedding", False, None, "the logits are not a chain of maps of the last residual alone")
         x = self.value(self.stacks[-1].blocks[-1], "resid_post")
         if x is None:
             return Proof("unembedding", False, None, "the last residual is laid out in an unknown order")
+        width = x.shape[-1]
         for i, step in enumerate(self.head.steps):
             if i == self.head.after - 1 and self.head.unembed:
                 weight, bias = linear_map(self.modules[self.head.unembed], x.shape[-1])
@@ -346,9 +351,9 @@ class Prover:
                 x = x if bias is None else x + bias
             else:
                 x = step(x)
-        return self.verdict(
-            "unembedding", error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met)
-        )
+        off = error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met)
+        own = grain(self.modules[self.head.unembed], width) if self.head.unembed else 0.0
+        return self.verdict("unembedding", Off.of(off, 3 * own))
 
 
 def as_read(name: str) -> Proof:

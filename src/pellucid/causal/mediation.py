@@ -92,7 +92,7 @@ class Mediators:
             raise InputError(f"{prompts.name}: mediation needs answers of one token each")
         right = [[ids[0] for ids in each] for each in prompts.answer_ids]
         wrong = [[ids[0] for ids in each] for each in prompts.wrong_ids]
-        asked = contrast(model, prompts, metric=logit_difference(wrong, right, position=prompts.position))
+        asked = contrast(model, prompts, metric=logit_difference(wrong, right, position=prompts.place))
         grid = Grid.of(model, over, asked.inputs)
         with torch.no_grad():
             null, set_ = (model.run(side, keep=grid.whole()) for side in asked.sides(denoise=False))

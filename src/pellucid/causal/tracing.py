@@ -33,11 +33,11 @@ from pellucid.causal.embeddings import check_embeddings, embed, first_stream, fr
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import answer_position
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, at_least, listed
-from pellucid.metrics import Answers, BoundMetric, Metric, probability
+from pellucid.metrics import Answers, BoundMetric, Metric, placed, probability
 from pellucid.model import Model
-from pellucid.question import answer_position, placed
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts

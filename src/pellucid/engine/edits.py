@@ -442,7 +442,7 @@ def aligned_values(run: Source, site: Site) -> Tensor:
 def _brought(edit: Edit, device: torch.device) -> Edit:
     """The edit with its tensors on the model's device: they go there once, not at every step and variant."""
     given = {f.name: getattr(edit, f.name) for f in fields(edit) if f.init}
-    moved = {
+    moved: dict[str, Any] = {
         k: ordinary(v).to(device)
         for k, v in given.items()
         if isinstance(v, Tensor) and (v.device != device or v.is_inference())

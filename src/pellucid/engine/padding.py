@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.heads import reads_both_ends
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import running
 from pellucid.anatomy.opening import main_output
@@ -85,6 +86,8 @@ class Padding:
     def _agrees(self, count: Count, side: str) -> bool:
         """Whether the probe's first prompt gives the same output alone and with padding."""
         alone = {k: v[:1] if isinstance(v, Tensor) else v for k, v in self.probe.items()}
+        if reads_both_ends(self.module):
+            del alone["decoder_input_ids"]  # it is given the text as it is then, padding and all
         ids = alone["input_ids"]
         left, right = PADS * (side != "right"), PADS * (side != "left")
         filled = nn.functional.pad(ids, (left, right), value=self._index)

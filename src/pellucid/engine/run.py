@@ -317,6 +317,8 @@ def execute(
     handlers = session.handlers()
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
+    if grad_of is not None:
+        anatomy.check_gradients()
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:

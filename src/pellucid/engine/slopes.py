@@ -45,6 +45,7 @@ def slopes(plan: Plan, leaves: Sequence[Leaf]) -> Iterator[Slope]:
 
     InputError for a metric without a gradient.
     """
+    plan.job.anatomy.check_gradients()
     with torch.no_grad():
         plan.settle()
         plan.rung.clean(plan.job)  # recorded without a graph

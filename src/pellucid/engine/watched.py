@@ -76,8 +76,8 @@ class Follower(Session):
         self.series: dict[Tap, list[Tensor]] = {s.tap: [] for s in self.kept_steps}
         self.whole = {s.tap for s in self.kept_prompt}
         self.looks: dict[int, list[Spot]] = {
-            id(w): [spot for site in w.sites for spot in spots(anatomy, site)]
-            for w in (*conditions.values(), *self.watches)  # type: ignore[union-attr]
+            id(w): [spot for site in w.watched for spot in spots(anatomy, site)]
+            for w in (*conditions.values(), *self.watches)
         }
         self.shown: dict[Tap, list[Spot]] = {}
         for spot in (s for each in self.looks.values() for s in each):

@@ -109,6 +109,7 @@ class Objective:
     def estimates(self, rows: Tensor) -> Tensor:
         """[n, position, allowed token] what the objective would gain by that token there, up to a constant of the
         position. Refused where no gradient reaches the embeddings."""
+        self.model.anatomy.check_gradients()
         with torch.enable_grad():
             values, logits, leaf = self._forward(rows)
             objective = self._activation(values, rows.shape[1])
@@ -128,7 +129,8 @@ class Objective:
     # ---- one forward pass
 
     def _inputs(self, rows: Tensor) -> Inputs:
-        return self.model.inputs(self.vocabulary.around(rows))
+        ids = self.vocabulary.around(rows)
+        return self.model.inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def _seen(self, rows: Tensor) -> Tensor:
         """The unit [n, column]; the pass ends there."""
