@@ -54,8 +54,22 @@ FAMILIES: dict[str, Family] = {
     "bert": Family("bert.encoder.layer", *POST_NORM),
     "roberta": Family("roberta.encoder.layer", *POST_NORM),
     "deberta-v2": Family("deberta.encoder.layer", *POST_NORM),
-    "t5": Family("decoder.block", "layer.0.SelfAttention.o", "layer.2.DenseReluDense.wo", "decoder.", "layer.1.EncDecAttention.o", "encoder.embed_tokens"),
-    "bart": Family("model.decoder.layers", "self_attn.out_proj", "fc2", "decoder.", "encoder_attn.out_proj", "model.encoder.embed_tokens"),
+    "t5": Family(
+        "decoder.block",
+        "layer.0.SelfAttention.o",
+        "layer.2.DenseReluDense.wo",
+        "decoder.",
+        "layer.1.EncDecAttention.o",
+        "encoder.embed_tokens",
+    ),
+    "bart": Family(
+        "model.decoder.layers",
+        "self_attn.out_proj",
+        "fc2",
+        "decoder.",
+        "encoder_attn.out_proj",
+        "model.encoder.embed_tokens",
+    ),
 }
 
 
