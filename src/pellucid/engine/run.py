@@ -13,8 +13,8 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
-from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
+from pellucid.anatomy.writers import Writer
 from pellucid.engine.edits import Edit, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, locate, spots
@@ -89,11 +89,11 @@ class Run:
             kept = sorted({str(s.whole) for s in self.sites})
             raise SiteError(f"{str(site)!r} was not kept in this run: add it to keep=[...]{nearest(str(site), kept)}")
         axis = spot.position_axis
-        if spot.unit is not None:
-            x = x.select(spot.unit_axis, spot.unit)
-            axis -= spot.unit_axis < spot.position_axis
         if site.port == "heads" and site.part.endswith(".out"):
             x = head_output(self.anatomy, site, x)
+        elif spot.unit is not None:
+            x = x.select(spot.unit_axis, spot.unit)
+            axis -= spot.unit_axis < spot.position_axis
         stream = self.inputs.stream(spot.stream)
         columns = stream.find(site.at)
         if columns is None:
@@ -140,19 +140,17 @@ def stream_of(inputs: Inputs, site: Site) -> Stream:
     return inputs.stream(site.stack)
 
 
-def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
-    """What one head writes to the residual stream: z [..., d_head] times its rows of the output projection."""
-    block = block_of(anatomy, site)
-    area = site.part.partition(".")[0]
-    attention = block.attentions[area]
-    why = block.refused.get(f"{area}.heads.out")
-    if why is not None or attention.o_proj is None or not isinstance(site.unit, int):
-        why = why or "its heads do not write to the residual independently"
-        raise Refused(f"{str(site)!r} is refused on this model: {why}")
-    e = attention.d_value
-    shape = attention.linear.shape if attention.linear is not None else (attention.heads * e,)
-    weight, _ = linear_map(anatomy.module.get_submodule(attention.o_proj), shape)
-    return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
+def head_output(anatomy: Anatomy, site: Site, z_out: Tensor) -> Tensor:
+    """What one head writes to the residual stream [batch, position, d_model], from z_out of all heads of its layer; see
+    `pellucid.anatomy.writers`.
+    """
+    try:
+        writer = Writer.of(anatomy.module, block_of(anatomy, site), site.part.partition(".")[0])
+        if not isinstance(site.unit, int):
+            raise Refused("its heads are not named one by one")
+        return writer.written(z_out, [site.unit])[0]
+    except Refused as why:
+        raise Refused(f"{str(site)!r} is refused on this model: {why}") from None
 
 
 class Session:
