@@ -61,18 +61,21 @@ def main() -> None:
         ids = shape.tokens(batch, 15, 1)
         greedy = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": options.tokens}
 
-        def plain(greedy: dict[str, Any] = greedy) -> torch.Tensor:
-            return model.module.generate(**greedy, do_sample=False)  # type: ignore[no-any-return]
+        def plain(sample: bool = False, given: dict[str, Any] = greedy) -> torch.Tensor:
+            drawn = {"temperature": 0.8} if sample else {}
+            return model.module.generate(**given, do_sample=sample, **drawn)  # type: ignore[no-any-return]
 
         works = kinds(model, ids, options.tokens)
         assert torch.equal(works["nothing"]().tokens, plain()[:, 15:])
         ratios: dict[str, list[float]] = {name: [] for name in works}
-        plains = [cpu(plain)]
+        plains = []
         for _ in range(options.rounds):
             for name, work in works.items():
+                before = cpu(lambda name=name: plain(name == "sampled"))  # type: ignore[misc]
                 spent = cpu(work)
-                plains.append(cpu(plain))
-                ratios[name].append(2 * spent / (plains[-1] + plains[-2]))
+                after = cpu(lambda name=name: plain(name == "sampled"))  # type: ignore[misc]
+                plains.append(before)
+                ratios[name].append(2 * spent / (before + after))
         print(f"batch {batch}: {options.tokens} tokens cost {statistics.median(plains):.2f} CPU s plainly")
         for name, found in ratios.items():
             print(f"  {name:20} {statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}]")

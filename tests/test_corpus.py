@@ -179,3 +179,39 @@ def test_defaults_fill_only_what_was_left_open():
     given = Corpus(TEXTS, context=5)
     assert Corpus.of(given, context=9, tokens=40) == Corpus(TEXTS, context=5, tokens=40)
     assert Corpus.of(TEXTS, context=9).context == 9
+
+
+def test_windows_slide_with_a_stride():
+    model = zoo("bert")
+    text = " ".join(f"{w}" for w in ["the", "cat", "dog", "city", "of", "Paris", "drink", "so"] * 5)
+    whole = model.tokenizer(text)["input_ids"]
+    front, back = whole[:1], whole[-1:]
+    body = whole[1:-1]
+    rows = ids(Corpus([text, "the cat"], context=12, long="windows", stride=4), model)
+    assert [row[1:-1] for row in rows[:-1]] == [body[i : i + 10] for i in range(0, len(body) - 10 + 4, 4)]
+    assert all(row[:1] == front and row[-1:] == back for row in rows) and rows[-2][1:-1][-1] == body[-1]
+    read = list(Corpus([text, "the cat"], context=12, long="windows", stride=4).rows(model))
+    for n in (1, 3, len(rows) - 1):  # and it goes on where it stopped
+        assert (
+            ids(Corpus([text, "the cat"], context=12, long="windows", stride=4), model, read[n - 1].place) == rows[n:]
+        )
+    assert ids(Corpus([text], context=12, long="windows", stride=10), model) == ids(
+        Corpus([text], context=12, long="windows"), model
+    )
+    assert ids(Corpus([text], context=12, long="cut_left"), model) == [front + body[-10:] + back]
+    with pytest.raises(InputError, match="leaves out text between windows of 10 tokens"):
+        ids(Corpus([text], context=12, long="windows", stride=11), model)
+    with pytest.raises(InputError, match="goes with long='windows'"):
+        Corpus([text], long="cut", stride=3)
+
+
+def test_pairs_rows_of_data_sets_and_streams_are_texts_too():
+    from datasets import Dataset
+
+    model = zoo("bert")
+    pair = model.tokenizer("the cat", "a dog")["input_ids"]
+    assert ids(Corpus([pl.Pair("the cat", "a dog")]), model) == [pair]
+    whole = [model.tokenizer(t)["input_ids"] for t in ("the cat", "a dog")]
+    data = Dataset.from_dict({"text": ["the cat", "a dog"], "label": [0, 1]})
+    for texts in (data, data["text"], data.to_iterable_dataset(), (t for t in ["the cat", "a dog"])):
+        assert ids(Corpus(texts), model) == whole

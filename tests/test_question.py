@@ -9,9 +9,10 @@ import torch
 import pellucid as pl
 from pellucid.attribution import continuation, reading, saliency
 from pellucid.attribution.case import Case
+from pellucid.engine.places import answer_position
 from pellucid.errors import InputError
 from pellucid.metrics import class_logit, class_probability, kl_divergence, log_odds, logit
-from pellucid.question import Question, answer_position, label
+from pellucid.question import Question, label
 from tests.attribution.hand import PROMPT, classifier, opened, token
 from tests.zoo import build, tokenizer
 from tests.zoo.build import Entry
@@ -302,3 +303,16 @@ def test_a_predicted_answer_is_in_the_record():
     assert found.provenance.arguments["target"] in (said.text, said.id)
     assert found.data.attrs["answer"] == said.text
     assert saliency(classifier(), PROMPT).provenance.arguments["target"] in ("bad", "fair", "good")
+
+
+def test_score_and_sweep_read_where_the_prompt_is_answered():
+    model = opened("bert")
+    run = model.run(MASKED)
+    z = run.logits[0].detach()
+    paris = token(model, "Paris")
+    assert model.score(run, logit(" Paris")).tolist() == z[[5], paris].tolist()  # the mask
+    assert model.score(run, logit(" Paris", position=-1)).tolist() == z[[-1], paris].tolist()
+    swept = model.sweep(MASKED, [pl.Scale("layers.0.mlp.out", 1.0)], logit(" Paris"))
+    torch.testing.assert_close(swept.clean, z[[5], paris].to(swept.clean))
+    with pytest.raises(InputError, match="say where logit is read"):
+        bert("TokenClassification").sweep(PROMPT, [pl.Scale("layers.0.mlp.out", 1.0)], logit(0))

@@ -128,6 +128,9 @@ CALLS: dict[str, Callable[[], Any]] = {
         gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), over=["layers.0.mlp.out@-1"], metric={"a": DIFFERENCE, "b": pl.metrics.logit(7)}
     ),
     "causal.ablation": lambda: C.ablation(gpt2(), TEXTS, metric=pl.metrics.logit(" Paris"), how="mean", reference=TEXTS[:2]),
+    "causal.model_difference": lambda: C.model_difference(
+        gpt2(), TEXTS[:2], gpt2().changed(pl.changed.Replaced("transformer.h.0.mlp.c_proj.bias", torch.ones(32)))
+    ),
     "causal.attribution_patching": lambda: C.attribution_patching(gpt2(), pairs(gpt2()), check=2),
     "causal.path_patching": lambda: C.path_patching(
         gpt2(), pairs(gpt2()), over="layers.0.attn.heads.*", receivers=["layers.1.attn.heads.0.q"]

@@ -4,7 +4,7 @@ Importing pellucid loads neither torch nor transformers: a name loads its module
 
 >>> import pellucid as pl
 >>> sorted(dir(pl))[:4]
-['Ablate', 'Corpus', 'Model', 'Patch']
+['Ablate', 'Chat', 'Corpus', 'Inputs']
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pellucid.engine.edits import Replace as Replace
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
+    from pellucid.engine.given import Chat as Chat
+    from pellucid.engine.given import Pair as Pair
+    from pellucid.engine.inputs import Inputs as Inputs
     from pellucid.engine.pausing import quiet as quiet
     from pellucid.engine.saved import load_edits as load_edits
     from pellucid.engine.saved import save_edits as save_edits
@@ -35,6 +38,9 @@ _HOME = {
     "load": "model",
     "Model": "model",
     "Corpus": "corpus",
+    "Chat": "engine.given",
+    "Pair": "engine.given",
+    "Inputs": "engine.inputs",
     "quiet": "engine.pausing",
     **dict.fromkeys(("load_edits", "save_edits"), "engine.saved"),
     "Site": "anatomy.sites",
@@ -58,6 +64,7 @@ _MODULES = (
     "probing",
     "results",
     "store",
+    "surgery",
     "tasks",
     "views",
 )

@@ -144,6 +144,23 @@ class Exchanged(Change):
                     parent._modules[name] = new
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaptersOff(Change):
+    """All adapters (peft's, in the layers) switched off: the base model they were put into.
+
+    Refused without adapters, and where one is merged into the weights, which would have to be written to.
+    """
+
+    def apply(self, tree: nn.Module) -> None:
+        layers = [m for m in tree.modules() if hasattr(m, "base_layer") or hasattr(m, "original_module")]
+        if not layers:
+            raise Refused("this model has no adapters that could be switched off: give the other model by base=")
+        for layer in layers:
+            if getattr(layer, "merged", False):
+                raise Refused("an adapter is merged into the weights: call unmerge_adapter() first, or give base=")
+            layer.enable_adapters(False)  # type: ignore[operator]
+
+
 def applied(module: nn.Module, changes: Sequence[Change]) -> nn.Module:
     """A new tree with the changes made, one after the other; the module is left as it is, bit for bit."""
     tree = twin(module)

@@ -18,11 +18,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from pellucid.engine.given import Chat, Pair, is_messages, read_row
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, nearest
+from pellucid.engine.limits import claimed, exceeded, limit
+from pellucid.errors import InputError, at_least, nearest
 from pellucid.model import Model
 
-Long = Literal["refuse", "cut", "windows"]
+Long = Literal["refuse", "cut", "cut_left", "windows"]
 CONTEXT = 256  # tokens of a packed row, where nothing else is said and the model holds as many
 SEGMENT = 32_768  # tokens that are sorted by length together
 
@@ -56,8 +58,10 @@ class Corpus:
     `texts` are strings, lists of token ids, pairs (source, target) for an encoder-decoder, or mappings (rows of `datasets`) with
     these under `column` (two columns for pairs): a list, anything else that is iterated, or the Path of a file of lines.
     `context` tokens a row (None: 256 packed, as many as the model holds otherwise); `packed` by default for a causal model.
-    A text longer than a row, one a row: "refuse" (an error that names it), "cut" off at the end, or "windows", rows one after
-    another that each have the special tokens. At most `tokens` tokens in all. None is what the reader of the corpus chooses.
+    A text longer than a row, one a row: "refuse" (an error that names it), "cut" off at the end, "cut_left" at its beginning,
+    or "windows", rows one after
+    another that each have the special tokens and begin `stride` tokens of text after the one before (None: where that ends).
+    At most `tokens` tokens in all. None is what the reader of the corpus chooses.
 
     >>> Corpus(["a b", "c"], context=4, tokens=100)
     <Corpus of 2 texts, context 4, 100 tokens>
@@ -69,8 +73,13 @@ class Corpus:
     long: Long | None = None
     tokens: int | None = None
     column: str | tuple[str, str] = "text"
+    stride: int | None = None
 
     def __post_init__(self) -> None:
+        if self.stride is not None:
+            at_least(1, stride=self.stride)
+            if self.packed or self.long not in (None, "windows"):
+                raise InputError("stride= is how far windows move: it goes with long='windows', one text a row")
         if isinstance(self.texts, str) or not isinstance(self.texts, Iterable | Path):
             raise InputError(
                 "expected several texts: put the one text into a list, or give the Path of a file of lines"
@@ -129,13 +138,14 @@ class Corpus:
             raise InputError(f"the corpus ends after {number + 1} texts; {place.texts} of it were read before")
 
     def _context(self, model: Model, packed: bool) -> int:
-        limit = longest(model)
-        context = self.context or (min(CONTEXT, limit) if packed else limit)
-        if context > limit:
+        if self.context is None:
+            return min(CONTEXT, longest(model)) if packed else longest(model)
+        first = "encoder" if len(model.anatomy.stacks) > 1 else ""
+        if (holds := exceeded(model.module, self.context, first)) is not None:
             raise InputError(
-                f"a context of {context} tokens is more than {model.name} holds, {limit}: give a smaller one"
+                f"a context of {self.context} tokens is more than {model.name} holds, {holds}: give a smaller one"
             )
-        return context
+        return self.context
 
     def _texts(self) -> Iterator[Any]:
         if isinstance(self.texts, Path):
@@ -153,6 +163,8 @@ class Corpus:
                     f"row {number} of the corpus has no {missing[0]!r}{nearest(missing[0], given)}: say column="
                 )
             given = given[names[0]] if len(names) == 1 else tuple(given[name] for name in names)
+        if isinstance(given, Pair | Chat) or is_messages(given):
+            return read_row(model.tokenizer, given).ids, None
         decoder, pair = None, isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], str)
         if pair:
             given, decoder = given
@@ -186,13 +198,21 @@ class Corpus:
             yield front + body + back, len(body)
         elif self.long == "cut":
             yield front + body[: context - len(front) - len(back)] + back, len(body)
+        elif self.long == "cut_left":
+            yield front + body[len(body) - context + len(front) + len(back) :] + back, len(body)
         elif self.long == "windows":
             room = context - len(front) - len(back)
-            for i in range(0, len(body), room):
-                yield front + body[i : i + room] + back, i + room
+            step = room if self.stride is None else self.stride
+            if step > room:
+                raise InputError(
+                    f"stride={step} leaves out text between windows of {room} tokens: expected at most {room}"
+                )
+            ends = range(0, max(len(body) - room + step, 1), step)  # the last window reaches the end
+            for i in ends:
+                yield front + body[i : i + room] + back, i + step if i != ends[-1] else len(body) + step
         else:
             raise InputError(f"text {number} of the corpus has {size} tokens, more than {context}: leave it out, or give a Corpus "
-                             "with long='cut' or 'windows'")  # fmt: skip
+                             "with long='cut', 'cut_left' or 'windows'")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,11 +252,9 @@ class _Frame:
 
 
 def longest(model: Model) -> int:
-    """How many tokens the model holds, where its config says so."""
-    config: Any = model.module.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 1 else 1 << 30
+    """How many tokens a row has at most, where nothing else is said: what a table holds, or what the config speaks of."""
+    first = "encoder" if len(model.anatomy.stacks) > 1 else ""
+    return limit(model.module, first) or claimed(model.module, first) or 1 << 30
 
 
 # ---- batches

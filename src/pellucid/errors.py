@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from numbers import Real
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from operator import index
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LONGEST = 600  # characters of a message: what was given may be a page, the advice behind it must stay in sight
 
 
 class PellucidError(ValueError):
-    """Base of every error pellucid raises on purpose; the command line prints it as one line and exits with 2."""
+    """Base of every error pellucid raises on purpose; the command line prints it as one line and exits with 2.
+
+    Messages quote what was given: here, once for all, it is made fit to read: one line, not too long, numpy's numbers
+    and strings as Python has them, no addresses in memory.
+
+    >>> print(PellucidError(f"draws={object()!r}:\\nexpected a number"))
+    draws=<object>: expected a number
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*((readable(args[0]), *args[1:]) if args and isinstance(args[0], str) else args))
+
+
+_QUOTED = re.compile(r"np\.\w+\(((?:'[^']*'|\"[^\"]*\"|[^'\"()\[\]])*)\)")
+_PLACE = re.compile(r"( object)? at 0x[0-9a-f]+")
+_CLASS = re.compile(r"<class '([^']*)'>")
+
+
+def readable(message: str) -> str:
+    """A message in one line, without what Python shows of an object but a person cannot use.
+
+    >>> import numpy as np
+    >>> readable(f"layer {np.int64(7)!r} of {None.__class__.__name__}")
+    'layer 7 of None'
+    """
+    text = _CLASS.sub(r"\1", _PLACE.sub("", _QUOTED.sub(r"\1", message))).replace("NoneType", "None")
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
 
 
 class LoadError(PellucidError):
@@ -37,6 +74,80 @@ def at_least(least: float, **numbers: float) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Real) or not value >= least:
             raise InputError(f"{name}={value!r}: expected at least {least}")
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
+        return None
+    return index(value) if isinstance(value, Integral) or getattr(value, "ndim", 0) == 0 else None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool | str) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+        return None
+    return value if not math.isnan(float(value)) else None
+
+
+# What a plain annotation asks for: in words, and a value as its own kind (None: it is none). Texts are not among them:
+# where an annotation says `str`, ids or several are often welcome too.
+PLAIN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "int": ("a whole number", _whole),
+    "float": ("a number", _number),
+    "bool": ("True or False", lambda value: bool(value) if type(value).__name__ in ("bool", "bool_") else None),
+    "None": ("None", lambda value: None),
+}
+
+
+def plain(annotations: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments whose annotation is made of plain kinds (`int`, `float | None`), each as its own kind.
+
+    InputError for one of another kind: `draws="3"`, `seed=2.5`, a NaN where a number is asked for.
+
+    >>> plain({"draws": "int", "target": "Any"}, {"draws": 3, "target": "x"})
+    {'draws': 3}
+    >>> plain({"draws": "int | None"}, {"draws": "3"})
+    Traceback (most recent call last):
+    pellucid.errors.InputError: draws='3': expected a whole number or None
+    """
+    fitting: dict[str, Any] = {}
+    for name, value in arguments.items():
+        kinds = [kind.strip() for kind in str(annotations.get(name, "")).split("|")]
+        if not all(kind in PLAIN for kind in kinds) or (value is None and "None" in kinds):
+            continue
+        found = [PLAIN[kind][1](value) for kind in kinds]
+        fitting[name] = next((each for each in found if each is not None), None)
+        if fitting[name] is None:
+            raise InputError(f"{name}={value!r}: expected {' or '.join(PLAIN[kind][0] for kind in kinds)}")
+        if name == "seed" and not 0 <= fitting[name] < 2**63:  # what every generator of random numbers takes
+            raise InputError(f"seed={value!r}: expected a whole number from 0 to 2**63 - 1")
+    return fitting
+
+
+def listed(name: str, value: Any, expected: str) -> list[Any]:
+    """The items of a value of which several are expected; InputError where it has none.
+
+    >>> listed("queries", 3.5, "positions")
+    Traceback (most recent call last):
+    pellucid.errors.InputError: queries=3.5: expected positions
+    """
+    try:
+        return list(value)
+    except TypeError:
+        raise InputError(f"{name}={value!r}: expected {expected}") from None
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose options of plain kinds are checked before it runs; see `plain`."""
+    signature = inspect.signature(function)
+    annotations = {name: each.annotation for name, each in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def asked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(plain(annotations, bound.arguments))
+        return function(*bound.args, **bound.kwargs)
+
+    return asked
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -12,8 +12,8 @@ space:
     [" Paris", " Rome"]               one token per prompt
     [[" he", " she"], [" it"]]        several alternatives per prompt; [[" he", " she"]] for every prompt
 
-A metric reads the last token unless told otherwise: `position` counts the real tokens of each prompt. Methods ask one
-that names no position where its prompts are answered (a mask, see `pellucid.question`); `model.score` and `sweep` do not.
+`position` counts the real tokens of each prompt. A metric that names none is read where its prompts are answered: at the
+last token, before marks that the tokenizer itself puts at the end, or at the mask (see `pellucid.question`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.answering import Answering
-from pellucid.errors import InputError
+from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import Asked, answer_position, kind_of
+from pellucid.errors import InputError, checked
 from pellucid.tasks.tokens import answer_ids, single_id
 
 Token = str | int
@@ -47,6 +49,7 @@ class BoundMetric:
     function: logits [batch, n_positions, k or vocab] -> [batch], or [batch, outputs].
     classes: it reads a classifier, and function maps logits [batch, classes] -> [batch].
     outputs: how many numbers it gives per prompt; None = one, without a dimension of its own.
+    size: how many answers a model must have for those it names.
     """
 
     name: str
@@ -55,6 +58,7 @@ class BoundMetric:
     function: Callable[[Tensor], Tensor]
     classes: bool = False
     outputs: int | None = None
+    size: int = 0
 
     def __post_init__(self) -> None:
         if self.positions is not None:  # numpy's integers would print as such
@@ -74,6 +78,8 @@ class BoundMetric:
         if not own and (logits.ndim != len(read) or not fits):
             raise InputError(f"{self.name} reads {read} of the logits, got {list(logits.shape)}")
         scores = self.function(logits if logits.dtype == torch.float64 else logits.float())
+        if not isinstance(scores, Tensor):
+            raise InputError(f"{self.name} gave {scores!r}: expected a tensor with one number for each prompt")
         expected = (len(logits),) if self.outputs is None else (len(logits), self.outputs)
         if scores.shape != expected:
             raise InputError(
@@ -113,12 +119,14 @@ class Metric(Protocol):
 # -- scores of answers -----------------------------------------------------------------------------------
 
 
-def logit(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def logit(answer: Answers, *, position: int | None = None) -> Metric:
     """mean over A of z_a."""
     return AnswerMetric("logit", _mean, (answer,), position, reads_all=False)
 
 
-def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
+@checked
+def logit_difference(answer: Answers, wrong: Answers, *, position: int | None = None) -> Metric:
     """mean over A of z_a - mean over W of z_w. With one token each it equals log(p_a / p_w).
 
     >>> logit_difference(2, [[0, 1]]).bind(None, batch=1).score(torch.tensor([[[1.0, 3.0, 5.0]]]))
@@ -127,32 +135,38 @@ def logit_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> 
     return AnswerMetric("logit_difference", _mean_difference, (answer, wrong), position, reads_all=False)
 
 
-def probability(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def probability(answer: Answers, *, position: int | None = None) -> Metric:
     """P(A) = sum over A of p_a."""
     return AnswerMetric("probability", _probability, (answer,), position)
 
 
-def probability_difference(answer: Answers, wrong: Answers, *, position: int = -1) -> Metric:
+@checked
+def probability_difference(answer: Answers, wrong: Answers, *, position: int | None = None) -> Metric:
     """P(A) - P(W)."""
     return AnswerMetric("probability_difference", _probability_difference, (answer, wrong), position)
 
 
-def log_probability(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def log_probability(answer: Answers, *, position: int | None = None) -> Metric:
     """log P(A), in nats."""
     return AnswerMetric("log_probability", _log_probability, (answer,), position)
 
 
-def cross_entropy(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def cross_entropy(answer: Answers, *, position: int | None = None) -> Metric:
     """-log P(A), in nats: the loss of a model that should answer A."""
     return AnswerMetric("cross_entropy", _cross_entropy, (answer,), position)
 
 
-def log_odds(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def log_odds(answer: Answers, *, position: int | None = None) -> Metric:
     """log(P(A) / (1 - P(A))), in nats, without the cancellation in 1 - P(A)."""
     return AnswerMetric("log_odds", _log_odds, (answer,), position)
 
 
-def rank(answer: Answers, *, position: int = -1) -> Metric:
+@checked
+def rank(answer: Answers, *, position: int | None = None) -> Metric:
     """How many tokens have a larger logit than the best of A: 0 is the top. A count, without gradient.
 
     >>> rank(0).bind(None, batch=1).score(torch.tensor([[[1.0, 3.0, 5.0]]]))
@@ -187,11 +201,36 @@ def meant(metric: Metric, model: str, answering: Answering) -> Metric:
     if not isinstance(metric, AnswerMetric) or answering.meaning == "tokens":
         return metric
     formula = metric.formula
-    if classes and formula is _probability and (answering.independent or answering.meaning == "value"):
-        if answering.meaning == "value":
-            raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if classes and formula is _probability and answering.meaning == "value":
+        raise InputError(f"{model} gives a number, not the probability of a class: use class_logit(0)")
+    if answering.independent and formula not in (_mean, _mean_difference, _rank):
+        if formula is not _probability:
+            raise InputError(
+                f"{metric.name} compares classes that exclude each other, and those of {model} hold each by itself: use a "
+                "logit, or probability (a sigmoid here)"
+            )
         formula = _each_probability
     return replace(metric, answers=answering.numbers(metric.answers), formula=formula)
+
+
+def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
+    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
+
+    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
+    """
+    if not isinstance(metric, AnswerMetric) or metric.position is not None or metric.classes:
+        return metric
+    if model.anatomy.answering.meaning in ("vectors", "class", "value"):
+        return metric  # which `meant` refuses
+    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    if kind in ("label", "span"):
+        raise InputError(
+            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
+        )
+    if kind == "masked token" and not torch.as_tensor(masks).any():
+        return metric
+    position = answer_position(model, inputs)
+    return metric if position is None else replace(metric, position=position)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +268,7 @@ class AnswerMetric:
     name: str
     formula: Callable[..., Tensor]
     answers: tuple[Answers, ...]
-    position: int = -1
+    position: int | None = None
     reads_all: bool = True
     classes: bool = False
 
@@ -237,19 +276,21 @@ class AnswerMetric:
         object.__setattr__(self, "answers", _frozen(self.answers))
 
     def __repr__(self) -> str:
-        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position != -1 else [])]
+        words = [*map(repr, self.answers), *([f"position={self.position}"] if self.position is not None else [])]
         return f"pl.metrics.{self.name}({', '.join(words)})"
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if an answer is not a single known token, or there is not one entry per prompt."""
         sets = [TokenSets.of(each) for each in self.ids(tokenizer, batch)]
-        positions, tokens = None if self.classes else (self.position,), None
+        numbers, last = [each.ids for each in sets], -1 if self.position is None else self.position
+        positions, tokens = None if self.classes else (last,), None
         if not (self.reads_all or self.classes):
             rows = max(len(each.ids) for each in sets)
             tokens = torch.cat([each.ids.expand(rows, -1) for each in sets], 1)
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
-        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes)
+        size = 1 + max(int(each.max()) for each in numbers)
+        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes, size=size)
 
     def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
         """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""
@@ -355,10 +396,13 @@ class ReferenceMetric:
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
-        reference = (
-            torch.as_tensor(np.asarray(self.reference)) if not isinstance(self.reference, Tensor) else self.reference
-        )
-        positions = None if self.positions is None else tuple(self.positions)
+        reference, positions = _numbers(self.name, self.reference), self.positions
+        if positions is not None:
+            if not isinstance(positions, Sequence) or not all(hasattr(p, "__index__") for p in positions):
+                raise InputError(
+                    f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None"
+                )
+            positions = tuple(map(index, positions))
         if reference.ndim < 3:
             reference = reference.reshape(-1, 1, reference.shape[-1])
         read = reference.shape[1] if positions is None else len(positions)
@@ -369,6 +413,19 @@ class ReferenceMetric:
             )
         function = partial(_compare, self.formula, _log_softmax(reference.detach()))
         return BoundMetric(self.name, positions, None, function)
+
+
+def _numbers(name: str, reference: Any) -> Tensor:
+    """Reference logits as a tensor. InputError for what holds none."""
+    try:
+        found = reference if isinstance(reference, Tensor) else torch.as_tensor(np.asarray(reference))
+    except (TypeError, ValueError):
+        found = torch.zeros(0)
+    if not found.ndim or not found.numel() or found.is_complex():
+        raise InputError(
+            f"{name}: {reference!r} is no reference: give logits [vocab] or [batch or 1, n_positions, vocab]"
+        )
+    return found
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
@@ -407,6 +464,7 @@ def _agreement(log_r: Tensor, log_p: Tensor) -> Tensor:
 # -- answers of several tokens ---------------------------------------------------------------------------
 
 
+@checked
 def sequence_log_probability(answer: Answers, *, per_token: bool = False) -> Metric:
     """sum_i log p(a_i | prompt, a_1 ... a_{i-1}), in nats, or its mean over the tokens of the answer.
 
@@ -479,7 +537,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
-    if callable(metric):
+    if callable(metric) and not isinstance(metric, type):
         return BoundMetric(getattr(metric, "__name__", "custom"), None, None, metric)
     raise InputError(f"{metric!r} is no metric: give metrics.logit(' Paris') or a function of the logits")
 
@@ -490,7 +548,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 def _frozen(answers: Any) -> Any:
     """Lists, arrays and tensors as nested tuples."""
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
-    if isinstance(answers, str | int):
+    if isinstance(answers, str | int) and not isinstance(answers, bool):
         return answers
     if not isinstance(answers, Sequence):
         raise InputError(f"{answers!r} is no answer: give a text such as ' Paris', a token id, or a list of them")
@@ -506,6 +564,6 @@ def _per_prompt(answers: Answers, batch: int) -> tuple[Any, ...]:
 
 
 def _class(label: Token) -> int:
-    if isinstance(label, str) or label < 0:
+    if not isinstance(label, int) or label < 0:
         raise InputError(f"class {label!r}: expected a number, 0 or more (the model's label2id has them)")
     return label

@@ -8,25 +8,29 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from pellucid.anatomy.fingerprint import Memo
 from pellucid.anatomy.loading import Loaded, read
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, told
 from pellucid.engine.components import Layers
-from pellucid.engine.edits import Edit, resolved
-from pellucid.engine.generation import Generated, generate, left_padded
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, pad_index, read_inputs
+from pellucid.engine.edits import Edit, moving, resolved
+from pellucid.engine.generation import Generated, generate
+from pellucid.engine.given import Truncate
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.steps import Watch, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
-from pellucid.errors import InputError, Refused, SiteError
-from pellucid.metrics import BoundMetric, Metric, as_metric, meant
+from pellucid.engine.watching import run_until
+from pellucid.errors import InputError, Refused, SiteError, checked, listed
+from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
 
 T = TypeVar("T")
 
@@ -39,7 +43,8 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     and what to do.
     """
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
-    words = [repr(model.name) if model.named else "module", *(f"{k}={v!r}" for k, v in options.items())]
+    kept = "module" if isinstance(source, nn.Module) else "pipeline"
+    words = [repr(model.name) if model.named else kept, *(f"{k}={v!r}" for k, v in options.items())]
     if tokenizer is not None:
         words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
     model.opened = f"pl.load({', '.join(words)})"
@@ -99,7 +104,8 @@ class Model:
         stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)
         failed = [p.name for p in self.anatomy.proofs if p.holds is False]
         state = f"proofs failed: {', '.join(failed)}" if failed else "proven"
-        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}>"
+        notes = "".join(f"; {note}" for note in self.loaded.notes)
+        return f"<Model {self.name}: {type(self.module).__name__}, {stacks}, d_model {self.anatomy.stacks[-1].d_model}; {state}{notes}>"
 
     # ---- changed weights
 
@@ -154,12 +160,23 @@ class Model:
         """The concrete sites a pattern such as `layers.*.attn.heads.*` names on this model."""
         return expand(self.anatomy, pattern)
 
-    def inputs(self, prompt: Any, *, decoder: str | Sequence[str] | None = None, spans: Spans | None = None) -> Inputs:
-        """Prompts tokenised for this model, with positions that can be named. See `pellucid.engine.inputs`.
+    def inputs(
+        self,
+        prompt: Any,
+        *,
+        decoder: str | Sequence[str] | None = None,
+        spans: Spans | None = None,
+        truncate: Truncate | None = None,
+    ) -> Inputs:
+        """Prompts tokenised for this model, with positions that can be named; every method takes them as its prompt.
 
-        Refused if this model computes something else for the real tokens when they are padded as these prompts are.
+        `truncate` cuts what is too long: "left" or "right" to what the model holds, a number of tokens, or ("left", 128).
+        What a prompt can be: `pellucid.engine.given`. Refused if this model computes something else for the real tokens when
+        they are padded as these prompts are.
         """
-        return self._padding.fit(read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans))
+        with running(self.module):
+            made = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder, spans=spans, truncate=truncate)
+            return self._padding.fit(made)
 
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
@@ -177,6 +194,7 @@ class Model:
 
     # ---- running
 
+    @checked
     def run(
         self,
         prompt: Any,
@@ -184,6 +202,8 @@ class Model:
         keep: Iterable[str | Site] | str = (),
         edits: Sequence[Edit] = (),
         grad_of: Metric | Any = None,
+        grad: bool = False,
+        logits: bool = True,
         decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
     ) -> Run:
@@ -191,18 +211,29 @@ class Model:
 
         `grad_of` is a metric: the run then also holds its gradient at every kept site. `decoder` is what the decoder of
         an encoder-decoder is given. Unknown sites, edits that never fire and prompts that do not align are errors.
-        """
-        inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        keep = [keep] if isinstance(keep, str | Site) else keep or ()
-        metric = None if grad_of is None else self.bind(grad_of, len(inputs))
-        return execute(
-            self.anatomy,
-            inputs,
-            keep,
-            self.resolved(edits),
-            None if metric is None else lambda run: self.score(run, metric),
-        )
 
+        A run computes in evaluation mode and keeps no autograd graph. `grad=True` asks for one, to differentiate logits and
+        kept values with respect to tensors of yours; so does an edit with a tensor that requires grad, unless gradients are switched off. With
+        `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
+        """
+        edits, keep = _edits(edits), _kept(keep)
+        if not logits and (grad or grad_of is not None or not keep):
+            raise InputError(
+                "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
+            )
+        with (
+            torch.set_grad_enabled(grad or torch.is_grad_enabled()),
+            differentiable(self.module, grad or moving(edits)),
+        ):
+            inputs = self.inputs(prompt, decoder=decoder, spans=spans)
+            metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
+            edits = self.resolved(edits)
+            if not logits:
+                return run_until(self.anatomy, inputs, keep, edits)
+            score = None if metric is None else lambda run: self.score(run, metric)
+            return execute(self.anatomy, inputs, keep, edits, score)
+
+    @checked
     def generate(
         self,
         prompt: Any,
@@ -238,18 +269,16 @@ class Model:
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
-        edits, keep = (
-            [edits] if isinstance(edits, Edit) else [*edits],
-            [keep] if isinstance(keep, str | Site) else [*keep],
-        )
+        edits, keep = _edits(edits), _kept(keep)
         call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
         beams = told.get("num_beams", 1) != 1
         if num_return_sequences > 1 and not told["do_sample"] and not beams:
             raise InputError("num_return_sequences above 1 needs sampling, else all are the same: give a temperature")
-        inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
-        inputs = self._padding.fit(left_padded(inputs), generating=True)
+        with running(self.module):
+            inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
+            inputs = self._padding.fit(left_padded(inputs), generating=True)
         if beams:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
@@ -272,6 +301,7 @@ class Model:
         )
         return replace(made, model=self)
 
+    @checked
     def plan(
         self,
         prompt: Any,
@@ -289,11 +319,28 @@ class Model:
         `memory` bounds the bytes a batch may take; `checkpoint` is a file that keeps what is done, so that an
         interrupted sweep continues; `executor` names one of the rungs, `pellucid.engine.rungs.LADDER`.
         """
+        with running(self.module):
+            return self._plan(prompt, variants, metric, decoder, spans, memory, checkpoint, executor)
+
+    def _plan(
+        self,
+        prompt: Any,
+        variants: Any,
+        metric: Any,
+        decoder: Any,
+        spans: Any,
+        memory: Any,
+        checkpoint: Any,
+        executor: Any,
+    ) -> Plan:
         inputs = self.inputs(prompt, decoder=decoder, spans=spans)
-        flat = [[v] if isinstance(v, Edit) else list(v) for v in variants]
+        variants = listed("variants", variants, "edits, or lists of edits, one for each variant")
+        flat = [[v] if isinstance(v, Edit) else listed("a variant", v, "edits") for v in variants]
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
-        return plan_sweep(self.anatomy, inputs, variants, self.bind(metric, len(inputs)), memory, checkpoint, executor)
+        return plan_sweep(
+            self.anatomy, inputs, variants, self.bind(metric, len(inputs), inputs), memory, checkpoint, executor
+        )
 
     def sweep(
         self,
@@ -310,28 +357,50 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = [edits] if isinstance(edits, Edit) else edits
+        edits = _edits(edits)
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
             if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
                 check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
-        return resolved(edits, lambda prompts, sites: execute(self.anatomy, self.inputs(prompts), sites))
+
+        def source(prompts: Any, sites: list[Site]) -> Run:
+            return execute(self.anatomy, self.inputs(prompts), sites)
+
+        with running(self.module):
+            return resolved(self.anatomy, edits, source)
 
     # ---- metrics
 
-    def bind(self, metric: Metric | Any, batch: int = 1) -> BoundMetric:
-        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes.
+    def bind(self, metric: Metric | Any, batch: int = 1, inputs: Inputs | None = None) -> BoundMetric:
+        """The metric with its answers as token ids of this model's vocabulary, or as numbers of its classes; without a
+        position of its own it is read where `inputs` are answered (the end, the mask), without these at the end.
 
         InputError where the model's logits are not what the metric reads: a token of a model without a head, a class
         of one that gives tokens.
         """
         answering = self.anatomy.answering
-        made = meant(as_metric(metric), self.name, answering).bind(self.tokenizer, batch)
-        size = 0 if made.tokens is None else int(made.tokens.max()) + 1
+        asked = as_metric(metric)
+        asked = asked if inputs is None else placed(self, inputs, asked)
+        made = meant(asked, self.name, answering).bind(self.tokenizer, batch)
+        size = made.size if made.tokens is None else max(made.size, int(made.tokens.max()) + 1)
         answering.check(self.name, made.name, made.classes, made.positions is not None, size)
         return made
 
     def score(self, run: Run, metric: Metric | Any) -> Any:
         """The metric's value for each prompt of a run, [batch]."""
-        return self.bind(metric, len(run.inputs)).score(run.logits, run.inputs.stream("").mask)
+        return self.bind(metric, len(run.inputs), run.inputs).score(run.logits, run.inputs.stream("").mask)
+
+
+def _edits(edits: Any) -> list[Edit]:
+    """The edits a run is asked to make: one, several or none."""
+    if edits is None or isinstance(edits, Edit):
+        return [edits] if edits else []
+    return listed("edits", edits, "a list, such as [pl.Ablate('layers.0.mlp.out')]")
+
+
+def _kept(keep: Any) -> list[str | Site]:
+    """The sites a run is asked to keep: one, several or none."""
+    if keep is None or isinstance(keep, str | Site):
+        return [keep] if keep else []
+    return listed("keep", keep, "addresses of sites, such as ['layers.0.resid_post']")

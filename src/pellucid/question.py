@@ -12,7 +12,8 @@ the model (`pellucid.anatomy.answering`); from it and the prompt follows the kin
                         its first token's start logit + its last token's end logit
     continuation        each token that follows the prompt after those before it
     reading             a number inside the model: a neuron, or a direction, at one position
-    vectors             none: a model without a head answers only to a metric or a reading
+    similarity          of the text's vector to a second text's, of a model without a head: their cosine
+    vectors             none: a model without a head answers only to these, a metric or a reading
 
 The number is the answer's logit, less that of its rival; or any metric. Which of them is asked changes what is found: a
 probability saturates, a logit also counts what speaks for every other answer, a difference of logits asks what
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
@@ -36,18 +37,16 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
+from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
-from pellucid.errors import InputError
-from pellucid.metrics import AnswerMetric, BoundMetric, Metric, class_logit, logit, logit_difference
+from pellucid.errors import InputError, listed
+from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
 from pellucid.tasks.tokens import answer_ids, covering, encode, single_id
 from pellucid.technique import settle
 
 Of = Literal["log_probability", "probability", "logit"]
-Kind = Literal[
-    "next token", "first token", "masked token", "class", "value", "label", "span", "continuation", "reading", "vectors"
-]  # fmt: skip
 LONGEST = 30  # tokens of a predicted span
 
 
@@ -100,6 +99,9 @@ def continuation(
             )
         text = text.ids()
     if text is not None and not isinstance(text, str):
+        text = tuple(listed("the continuation", text, "a text, or token ids"))
+        if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in text):
+            raise InputError(f"the continuation is {text!r}: expected a text, or token ids")
         text = tuple(int(i) for i in text)
     if text is not None and not text:
         raise InputError("the continuation is empty: give its text, or leave it out for what the model says itself")
@@ -112,7 +114,15 @@ def reading(site: Site | str, direction: Any = None) -> Reading:
     >>> str(reading("layers.3.mlp.neurons.7@-1").site)
     'layers.3.mlp.neurons.7@-1'
     """
-    return Reading(Site.parse(site), None if direction is None else torch.as_tensor(direction))
+    if direction is None:
+        return Reading(Site.parse(site))
+    try:
+        vector = torch.as_tensor(direction)
+    except (TypeError, ValueError, RuntimeError):
+        vector = torch.zeros(())
+    if vector.ndim != 1 or vector.is_complex():
+        raise InputError(f"direction={direction!r}: expected a vector, as wide as the site")
+    return Reading(Site.parse(site), vector)
 
 
 def label(name: str | int | None = None, *, word: int | str) -> Label:
@@ -123,6 +133,63 @@ def label(name: str | int | None = None, *, word: int | str) -> Label:
     Label(name='B-LOC', word='Paris')
     """
     return Label(name, word)
+
+
+@dataclass(frozen=True)
+class EveryClass:
+    """What `every_class` makes: all classes at once, each an output of its own."""
+
+    word: int | str | None = None
+
+
+def every_class(*, word: int | str | None = None) -> EveryClass:
+    """A target for classifiers: the logit of every class of the text (or of every label at a `word`), each an output of
+    its own, named as the config names it.
+
+    >>> every_class(word="Paris")
+    EveryClass(word='Paris')
+    """
+    return EveryClass(word)
+
+
+@dataclass(frozen=True)
+class Similar:
+    """What `similarity` makes: how similar the prompt's vector is to that of another text."""
+
+    text: str
+    pooling: str | None = None
+
+
+def similarity(text: str, *, pooling: str | None = None) -> Similar:
+    """A target for sentence embeddings: the cosine of the prompt's vector and that of `text`, which is held as it is.
+
+    `pooling` says how a text's token vectors become one: "mean", "cls" (the first), "lasttoken", "max" or "weightedmean"
+    (by place: 1, 2, ...); by default what the model's directory says (sentence-transformers' `modules.json`), else "mean".
+    All tokens count, marks too, as they do there. InputError for an empty text or an unknown pooling.
+
+    >>> similarity("Paris is in France")
+    Similar(text='Paris is in France', pooling=None)
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{text!r} is no text to be similar to: give one, such as similarity('Paris is in France')")
+    if pooling is not None and pooling not in POOLED:
+        raise InputError(f"pooling={pooling!r}: expected one of {', '.join(POOLED)}")
+    return Similar(text, pooling)
+
+
+def _weighted(h: Tensor) -> Tensor:
+    places = torch.arange(1, h.shape[1] + 1, dtype=h.dtype, device=h.device)
+    return (h * places[:, None]).sum(1) / places.sum()
+
+
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {  # [row, position, d] -> [row, d]
+    "mean": lambda h: h.mean(1),
+    "mean_sqrt_len": lambda h: h.mean(1),  # another length, in the same direction
+    "cls": lambda h: h[:, 0],
+    "lasttoken": lambda h: h[:, -1],
+    "max": lambda h: h.amax(1),
+    "weightedmean": _weighted,
+}
 
 
 # ---- the question
@@ -182,15 +249,19 @@ class Question:
         inputs = model.inputs(prompt, decoder=decoder, spans=spans)
         if against is not None and not (target is None or _is_answer(target) or isinstance(target, Label)):
             raise InputError("against= goes with a target token; a metric says itself what it compares")
-        if isinstance(target, Continuation | Reading | Label) and len(inputs) != 1:
-            raise InputError(f"{type(target).__name__.lower()}s are asked of one prompt at a time, got {len(inputs)}")
+        if isinstance(target, Continuation | Reading | Label | Similar | EveryClass) and len(inputs) != 1:
+            raise InputError(f"{target!r:.60} is asked of one prompt at a time, got {len(inputs)}")
         if isinstance(target, Continuation):
             return _continued(model, inputs, target, decoder, edits)
         if isinstance(target, Reading):
             return _reading(model, inputs, target)
+        if isinstance(target, Similar):
+            return _similar(model, inputs, target)
         kind = kind_of(model, inputs)
+        if isinstance(target, EveryClass):
+            return _every_class(model, inputs, kind, target)
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
-            bound = model.bind(placed(model, inputs, target), len(inputs))
+            bound = model.bind(target, len(inputs), inputs)
             return cls(model, inputs, kind, bound.name, metric=bound)
         return _answered(model, inputs, kind, target, against, edits)
 
@@ -226,7 +297,7 @@ class Question:
 
         InputError where the model predicts no distribution: vectors, or a value.
         """
-        if self.kind in ("vectors", "value", "continuation", "reading"):
+        if self.kind in ("vectors", "value", "continuation", "reading", "similarity"):
             given = {"vectors": "vectors", "value": "a number"}.get(self.kind, f"a {self.kind}")
             raise InputError(f"{self.model.name} gives {given} here, not a choice between answers")
         z = z if z.dtype == torch.float64 else z.float()
@@ -260,75 +331,6 @@ class Question:
             [Answer((int(i),), answer_text(self.model, self.kind, int(i)), float(v)) for v, i in zip(*row, strict=True)]
             for row in zip(best.values, best.indices, strict=True)
         ]
-
-
-def kind_of(model: Model, inputs: Inputs) -> Kind:
-    """The kind of question these prompts ask, from what the model's logits mean."""
-    answering = model.anatomy.answering
-    if answering.meaning != "tokens":
-        return answering.meaning
-    if "decoder" in inputs.streams:
-        return "first token" if inputs.stream("").ids.shape[1] == 1 else "next token"
-    return "masked token" if answering.masked and model.anatomy.stacks[-1].causal is False else "next token"
-
-
-def answer_position(model: Model, inputs: Inputs) -> int | None:
-    """Where these prompts are answered, counted on their real tokens; None for a whole text.
-
-    InputError where a masked model's prompt has not exactly one mask, or prompts are answered at different places.
-    """
-    kind = kind_of(model, inputs)
-    if kind not in ("next token", "first token", "masked token"):
-        return None
-    stream = inputs.stream("")
-    rows = [row[real.bool()].tolist() for row, real in zip(stream.ids, stream.mask, strict=True)]
-    if kind == "masked token":
-        at = [_mask(model, row) for row in rows]
-    else:
-        at = [-1 - trailing_marks(model.tokenizer, row) if "decoder" not in inputs.streams else -1 for row in rows]
-    if len(set(at)) > 1:  # the same place from the end?
-        at = [i - len(row) if i >= 0 else i for i, row in zip(at, rows, strict=True)]
-    if len(set(at)) > 1:
-        raise InputError(
-            "these prompts are answered at different places (masks, marks at the end): ask them one at a time"
-        )
-    return at[0]
-
-
-def placed(model: Model, inputs: Inputs, metric: Any) -> Any:
-    """A metric that names no position, at the place where these prompts are answered: at the mask, before final marks.
-
-    InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
-    """
-    if not isinstance(metric, AnswerMetric) or metric.position != -1 or metric.classes:
-        return metric
-    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
-    if kind in ("label", "span"):
-        raise InputError(
-            f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
-        )
-    if kind == "masked token" and not torch.as_tensor(masks).any():
-        return metric
-    position = answer_position(model, inputs)
-    return metric if position is None else replace(metric, position=position)
-
-
-def _mask(model: Model, ids: Sequence[int]) -> int:
-    """The position of the only mask."""
-    token = getattr(model.tokenizer, "mask_token_id", None)
-    if token is None:
-        raise InputError(
-            "this model fills in a mask, and its tokenizer has none: give a metric with position=, such as "
-            "logit(' a', position=3)"
-        )
-    found = [i for i, each in enumerate(ids) if each == token]
-    if len(found) != 1:
-        raise InputError(
-            f"the prompt has {len(found) or 'no'} mask tokens, and this model answers at one: write "
-            f"{model.tokenizer.mask_token} once, where the answer goes, or give a metric with position=, such as "
-            "logit(' a', position=3)"
-        )
-    return found[0]
 
 
 def _is_answer(target: Any) -> bool:
@@ -431,7 +433,7 @@ def _place(model: Model, inputs: Inputs, part: str) -> tuple[int, int] | None:
     """The [first, last + 1) tokens of the last occurrence of `part` in the prompt; None where it has none."""
     if model.tokenizer is None or not part.strip():
         return None
-    ids, text = _row(inputs), inputs.texts[0]
+    ids, text = _row(inputs, whole=True), inputs.texts[0]
     known, offsets = encode(model.tokenizer, text)
     if known != ids.tolist():  # a prompt that was given as ids
         said = pieces(model, ids)
@@ -442,8 +444,9 @@ def _place(model: Model, inputs: Inputs, part: str) -> tuple[int, int] | None:
     return found if found != (0, 0) else None
 
 
-def _row(inputs: Inputs) -> Tensor:
-    stream = inputs.stream("")
+def _row(inputs: Inputs, whole: bool = False) -> Tensor:
+    """The tokens of the only prompt in the last stream; `whole`: of the text, which a decoder may be given moved by one."""
+    stream = inputs.streams.get("encoder", inputs.stream("")) if whole else inputs.stream("")
     return stream.ids[0, stream.mask[0].bool()]
 
 
@@ -473,7 +476,8 @@ def _start_and_end(z: Tensor) -> Tensor:
 
 def _spans(model: Model, run: Run) -> list[Answer]:
     """The best stretch of each prompt that is not a mark and not longer than 30 tokens."""
-    marks, stream, found = special_ids(model.tokenizer), run.inputs.stream(""), []
+    marks, found = special_ids(model.tokenizer), []
+    stream = run.inputs.streams.get("encoder", run.inputs.stream(""))  # a decoder is given the same text, moved by one
     for z, ids, mask in zip(run.logits, stream.ids, stream.mask, strict=True):
         row, z = ids[mask.bool()].tolist(), z[mask.bool().to(z.device)].detach().float().cpu()
         n, text = len(row), torch.tensor([i not in marks for i in row])
@@ -495,7 +499,7 @@ def _stretch(model: Model, inputs: Inputs, target: Any) -> Answer:
         if found is None:
             raise InputError(f"{target!r} is not in the prompt: an answer is a stretch of it")
         return Answer((found[0], found[1] - 1), target)
-    row, pair = _row(inputs), list(target) if isinstance(target, Sequence) else []
+    row, pair = _row(inputs, whole=True), list(target) if isinstance(target, Sequence) else []
     if len(pair) != 2 or not all(isinstance(i, int) for i in pair) or not 0 <= pair[0] <= pair[1] < len(row):
         raise InputError(f"{target!r} is no span: give its text, or the numbers of its first and last token")
     return Answer((pair[0], pair[1]), _said(model, row[pair[0] : pair[1] + 1].tolist()))
@@ -503,6 +507,53 @@ def _stretch(model: Model, inputs: Inputs, target: Any) -> Answer:
 
 def _said(model: Model, ids: Sequence[int]) -> str:
     return f"#{list(ids)}" if model.tokenizer is None else str(model.tokenizer.decode(list(ids)))
+
+
+# ---- every class at once
+
+
+def _every_class(model: Model, inputs: Inputs, kind: Kind, target: EveryClass) -> Question:
+    answering = model.anatomy.answering
+    if kind not in ("class", "label") or (kind == "label") != (target.word is not None):
+        needs = (
+            "a word, every_class(word='Paris')"
+            if kind == "label"
+            else f"no classes of its own: it answers with a {kind}"
+        )
+        needs = "no words: leave word= out" if kind == "class" else needs
+        raise InputError(f"{model.name} has {needs}" if kind != "label" else f"{model.name} labels words: name {needs}")
+    names = tuple(answering.names.get(i, str(i)) for i in range(answering.size))
+    position = None if target.word is None else _word(model, inputs, target.word)
+    if position is None:
+        bound = BoundMetric("class_logit", None, None, lambda z: z, classes=True, outputs=answering.size)
+    else:
+        bound = BoundMetric("logit", (position,), None, lambda z: z[:, 0], outputs=answering.size)
+    return Question(model, inputs, kind, bound.name, position, (), (), bound, names)
+
+
+# ---- similarity to a second text
+
+
+def _similar(model: Model, inputs: Inputs, target: Similar) -> Question:
+    if model.anatomy.answering.meaning != "vectors" or "decoder" in inputs.streams:
+        raise InputError(
+            f"{model.name} gives answers, and similarity is asked of an encoder's vectors: open it with task='base'"
+        )
+    pooling = target.pooling or model.loaded.pooling or "mean"
+    if pooling not in POOLED:
+        raise InputError(
+            f"{model.name} makes a text's vector by {pooling}, which is not read here: say pooling=, one of "
+            f"{', '.join(POOLED)}"
+        )
+    pool = POOLED[pooling]
+    with torch.no_grad():
+        other = pool(model.run(model.inputs(target.text)).logits.float())
+
+    def cosine(hidden: Tensor) -> Tensor:
+        return torch.cosine_similarity(pool(hidden), other.to(hidden), dim=-1)
+
+    bound = BoundMetric(f"similarity ({pooling})", None, None, cosine)
+    return Question(model, inputs, "similarity", bound.name, answers=(Answer((), target.text),), metric=bound)
 
 
 # ---- a continuation

@@ -32,10 +32,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.sites import Site
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
+from pellucid.errors import plain
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
 from pellucid.tasks import Prompts
@@ -149,6 +151,10 @@ class Program:
         self.model = self.model or value
         if value is self.model:
             return "model"
+        before, after = self.model.loaded.changes, value.loaded.changes
+        both = [{p.data_ptr() for p in m.module.parameters()} for m in (self.model, value)]
+        if after[: len(before)] == before and both[0] & both[1]:  # made of that one
+            return f"model.changed({self.write(list(after[len(before) :]), 'changes')})"
         return self.opening(value) if value.named else self._leave(value, name)
 
     def opening(self, model: Model) -> str:
@@ -297,7 +303,9 @@ def settling(found: dict[str, Any]) -> Iterator[None]:
 def technique(function: Callable[P, R]) -> Callable[P, R]:
     """Record every call of a public function or method on what it returns (Results in tuples, lists and mappings too).
 
-    Calls inside a recorded call are part of it, and are not recorded on their own.
+    Calls inside a recorded call are part of it, and are not recorded on their own. A call computes in evaluation mode and
+    without a graph, whatever the user's modes are (`anatomy.modes.running`): what needs gradients enables them inside.
+    Options of plain kinds are checked first (`pellucid.errors.plain`): a technique need only say which numbers make sense.
 
     >>> import xarray as xr
     >>> from pellucid.results import Result
@@ -308,6 +316,7 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
     {'x': 3.0, 'of': 'all'}
     """
     signature = inspect.signature(function)
+    annotations = {name: each.annotation for name, each in signature.parameters.items()}
 
     @functools.wraps(function)
     def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -317,10 +326,13 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{function.__name__}(): {error}") from None
+        bound.arguments.update(plain(annotations, bound.arguments))
         call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
+        models = [v for v in bound.arguments.values() if isinstance(v, Model)]
         try:
-            result = function(*args, **kwargs)
+            with running(*(model.module for model in models)):
+                result = function(*bound.args, **bound.kwargs)
             call.arguments.update({k: v for k, v in (_settled.get() or {}).items() if call.arguments.get(k) is None})
         finally:
             _settled.reset(token)
@@ -430,7 +442,7 @@ def generation(made: Generated) -> Result:
         frame[str(site)] = data.rename({"batch": "row"} | of if "batch" in data.dims else of).variable
     texts = [[*row, *[""] * (made.tokens.shape[1] - len(row))] for row in made.labels]
     about = {"text": made.texts, "prompt": made.prompts, "ended": made.ended, "because": made.because}
-    coords = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
+    coords: dict[str, Any] = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
     coords |= {k: ("row", np.array(v, dtype=str)) for k, v in about.items()}
     record = _Call(
         "generate",

@@ -223,5 +223,20 @@ def test_a_directory_that_holds_an_adapter_alone_opens_with_its_base(tmp_path: P
         pl.load(moved, base=moved)
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_tokens_that_are_in_no_text_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    module = peft.get_peft_model(build("llama"), config).eval()
+    with pytest.raises(LoadError, match="puts 3 virtual tokens in front"):
+        opened(module)
+    base = tmp_path / "base"
+    build("llama").save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    module.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(LoadError, match="puts 3 virtual tokens in front"):
+        pl.load(tmp_path / "adapter", base=base)
+    assert opened(module.get_base_model()).anatomy.complete
+
+
 def test_plain_models_have_no_switches() -> None:
     assert all(switches(build(name)) == [] for name in ("gpt2", "llama", "bert", "t5"))

@@ -119,9 +119,68 @@ def test_a_guessed_head_without_weights_falls_back_to_the_bare_stack(tmp_path, s
     folder = saved("base", architectures=None)
     assert type(read(folder).module) is BertModel
     BertForQuestionAnswering(BertConfig(**BERT)).save_pretrained(folder)
+    unnamed(folder)
     loaded = read(folder)
     assert type(loaded.module) is BertModel
     assert any("qa_outputs" in note for note in loaded.notes)
+
+
+def unnamed(folder, name=None):
+    """The class a directory says it was saved from is another, or none."""
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = name and [name]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering", "NextSentencePrediction", "PreTraining"])
+def test_a_checkpoint_opens_as_the_very_class_it_was_saved_from(tmp_path, saved, kind):
+    folder = saved("base")
+    made = getattr(transformers, f"BertFor{kind}")(BertConfig(**BERT)).eval()
+    made.save_pretrained(folder)
+    loaded = read(folder)
+    assert (type(loaded.module), loaded.notes) == (type(made), ())
+    ids = torch.tensor([[1, 2, 3]])
+    for value, own in zip(loaded.module(ids).values(), made(ids).values(), strict=True):
+        torch.testing.assert_close(value, own)
+
+
+def test_a_head_that_transformers_has_not_is_named_and_not_left_out(saved):
+    folder = saved("masked-lm")
+    unnamed(folder, "BertForTarot")
+    message = refusal(folder)
+    assert "saved from BertForTarot" in message
+    assert "task='base'" in message
+    loaded = read(folder, task="base")
+    assert type(loaded.module) is BertModel
+    assert any("cls.predictions" in note for note in loaded.notes)
+
+
+def test_a_class_without_the_weights_of_its_head_is_refused_by_name(saved):
+    folder = saved("base")
+    unnamed(folder, "BertForTokenClassification")
+    assert "no weights for classifier.bias, classifier.weight of BertForTokenClassification" in refusal(folder)
+
+
+def test_a_pipeline_opens_with_its_model_and_tokenizer():
+    module = transformers.BertForSequenceClassification(BertConfig(**BERT)).eval()
+    made = transformers.pipeline("text-classification", model=module, tokenizer=fast_tokenizer())
+    loaded = read(made)
+    assert (loaded.module, loaded.tokenizer) == (module, made.tokenizer)
+
+
+def test_a_directory_of_sentence_transformers_says_how_it_pools(saved):
+    folder = saved("base")
+    kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    parts = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds]
+    (folder / "modules.json").write_text(json.dumps(parts))
+    (folder / "1_Pooling").mkdir()
+    for settings, pooling in [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean + max"),
+    ]:
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+        assert read(folder).pooling == pooling
 
 
 def test_a_named_task_overrides_the_checkpoint(saved):
@@ -155,7 +214,7 @@ def test_a_module_in_memory_passes_through_untouched():
     assert loaded.module is module
     assert module.training
     assert loaded.dtype == torch.float16
-    assert "dropout" in loaded.notes[0]
+    assert "evaluation mode" in loaded.notes[0]
 
 
 def test_a_compiled_module_is_opened_inside_its_wrapper():
@@ -290,15 +349,16 @@ def test_a_missing_tokenizer_is_refused(saved):
     assert read(folder, tokenizer=fast_tokenizer()).tokenizer("in").input_ids == [4]
 
 
-def test_a_tokenizer_without_offsets_is_refused_with_what_to_pass():
-    message = refusal(MODELS["causal-lm"](), tokenizer=SlowTokenizer())
-    assert "SlowTokenizer" in message
-    assert "offset mapping" in message
-    assert "tokenizer=" in message
+def test_a_slow_tokenizer_is_taken_and_what_is_none_is_refused():
+    slow = SlowTokenizer()
+    assert read(MODELS["causal-lm"](), tokenizer=slow).tokenizer is slow
+    assert "a dict is no tokenizer" in refusal(MODELS["causal-lm"](), tokenizer={})
 
 
-def test_a_module_without_its_tokenizer_is_refused():
-    assert "needs its tokenizer" in refusal(MODELS["causal-lm"]())
+def test_a_model_opens_without_a_tokenizer(saved):
+    loaded = read(MODELS["causal-lm"]())
+    assert loaded.tokenizer is None and "opened without a tokenizer: it takes token ids" in loaded.notes
+    assert read(saved("causal-lm"), tokenizer=False).tokenizer is None
 
 
 def test_options_that_cannot_apply_are_refused(saved):

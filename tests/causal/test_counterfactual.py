@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import BertForSequenceClassification
 
 from pellucid import Model, load
+from pellucid.anatomy.modes import running
 from pellucid.causal.counterfactual import Search, counterfactual
 from pellucid.errors import InputError
 from tests.zoo import build, model_types, tokenizer
@@ -74,7 +75,8 @@ def test_one_substitution_is_found_wherever_exhaustive_search_finds_one() -> Non
             if search.allowed(int(start[i]))[token]:
                 rows.append(start.clone().index_fill_(0, torch.tensor(i), token))
         possible = any(m < 0 and search.stable(r) for m, r in zip(search.margins(rows), rows, strict=True))
-        found = search.smallest(1, 97, 4)
+        with running(model.module):  # as inside `counterfactual`
+            found = search.smallest(1, 97, 4)
         assert (found is not None) == possible
 
 

@@ -44,6 +44,7 @@ def test_an_edge_removed_equals_the_circuit_without_it(family: str, how: Any) ->
         found = edge_ablation(model, ids(0), over=sender, receivers=receiver, how=how, reference=ids(1), metric=METRIC)
         there = exact.each[(slice(None), *exact.graph.edge(name))]
         assert found.effect.item() == pytest.approx(there.mean().item(), abs=2e-6), name
+        np.testing.assert_allclose(found["value"].values.ravel() - found.clean.values, there, atol=2e-6)
 
 
 def test_an_edge_resampled_from_the_other_prompts_is_a_patched_path() -> None:

@@ -81,6 +81,8 @@ def test_indirect_and_direct_effects_of_a_head_follow_their_definition(gpt2: Mod
     assert result.nie.sel(layer=layer, head=head).item() == pytest.approx(np.mean(effects["nie"]), abs=1e-5)
     assert result.nde.sel(layer=layer, head=head).item() == pytest.approx(np.mean(effects["nde"]), abs=1e-5)
     np.testing.assert_allclose(result.total, effects["total"], atol=1e-5)
+    for name in ("nie", "nde"):
+        np.testing.assert_allclose(result[f"{name}_value"].sel(layer=layer, head=head), effects[name], atol=1e-5)
     logs = np.log1p(effects["nie"]).mean()
     assert result.log_nie.sel(layer=layer, head=head).item() == pytest.approx(logs, abs=1e-5)
 

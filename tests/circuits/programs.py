@@ -57,7 +57,7 @@ def previous_token() -> Model:
         attention.c_proj.weight.data[e + token, answers + token] = 1.0
         module.lm_head.weight.data[token, answers + token] = 10.0
     probe = {"input_ids": torch.randint(0, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))}
-    return pl.load(module, tokenizer=tokenizer(), probe=probe)
+    return pl.load(module, probe=probe)  # its token 0 is a word, not the padding of a tokenizer
 
 
 PREVIOUS_TOKEN_EDGES = {

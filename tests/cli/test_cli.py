@@ -51,7 +51,7 @@ def fake(monkeypatch):
     """Replaces loading and the report by fakes; what the report is asked for lands in the returned list."""
     asked: list[tuple] = []
 
-    def build(model, prompt, *, counterfactual, target):
+    def build(model, prompt, *, counterfactual, target, word):
         if not prompt:
             raise InputError("an empty prompt:\nnothing to explain")
         asked.append((model, prompt, counterfactual, target))

@@ -346,7 +346,7 @@ def test_patching_unequal_prompts_says_where_they_part() -> None:
         (lambda: Patch(SITE, 3), "taken from a run, prompts or token ids, not from int"),
         (lambda: ProjectOut(SITE, torch.ones(31)), r"are \[31\]: expected \[k, 32\]"),
         (lambda: Replace(SITE, lambda x: x[..., :3]), r"must return a tensor of shape \(1, 5, 32\), not \(1, 5, 3\)"),
-        (lambda: Replace(SITE, lambda x: None), "not NoneType"),
+        (lambda: Replace(SITE, lambda x: None), "not None"),
         (lambda: Ablate(SITE, "median"), "cannot ablate by 'median': expected one of zero, mean"),
         (lambda: Ablate("layers.0.attn.scores", "mean"), "cannot be ablated by 'mean'"),
         (lambda: Scale("layers.0.attn.heads.1.out", 2), "edit the head itself, 'layers.0.attn.heads.1'"),

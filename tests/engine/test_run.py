@@ -37,7 +37,9 @@ def test_a_run_without_keep_and_edits_gives_the_models_own_logits_to_the_bit() -
     for family in ("llama", "t5", "bert"):
         model = opened(family)
         inputs = model.inputs(PROMPTS)
-        assert torch.equal(model.run(inputs).logits, model.module(**inputs.tensors).logits)
+        with torch.no_grad():  # torch may take another kernel where it notes a graph
+            own = model.module(**inputs.tensors).logits
+        assert torch.equal(model.run(inputs).logits, own)
 
 
 def test_kept_tensors_are_labelled_and_can_be_read_in_any_order_by_head_and_position() -> None:
@@ -175,16 +177,12 @@ def test_gradients_that_cannot_be_had_say_so() -> None:
         run.grad("layers.0.attn.heads.1.out")
 
 
-def test_a_checkpointed_forward_is_refused_in_training_and_works_in_evaluation() -> None:
+def test_a_checkpointed_forward_runs_as_any_other_also_in_training_mode() -> None:
     module = build("llama")
     model = pellucid.load(module, tokenizer=tokenizer(module))
     wanted = model.run(ids(), keep=[SITE], grad_of=metrics.logit(7)).grad(SITE)
     module.gradient_checkpointing_enable()
     module.train()
-    for options in ({"grad_of": metrics.logit(7), "keep": [SITE]}, {"edits": [Scale(SITE, 2.0)]}):
-        with pytest.raises(Refused, match="model.module.eval"):
-            model.run(ids(), **options)
-    module.eval()
     assert close(model.run(ids(), keep=[SITE], grad_of=metrics.logit(7)).grad(SITE), wanted)
 
 
@@ -311,7 +309,7 @@ def test_nothing_is_left_on_the_model(family: str, error: BaseException | None) 
         try:
             use()
         except (ValueError, Stop) as e:
-            assert e is error or "training mode" in str(e)
+            assert e is error
         assert state(module) == before
     seen.clear()
     module(**call(family))

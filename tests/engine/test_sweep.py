@@ -237,12 +237,6 @@ def test_hooks_of_the_user_see_every_run_by_itself() -> None:
     assert torch.equal(model.sweep(ids(), variants, metrics.logit(7)).values, plain)
 
 
-def test_sweeps_in_training_mode_are_refused() -> None:
-    module = build("llama").train()
-    with pytest.raises(Refused, match="model.module.eval"):
-        pellucid.load(module, tokenizer=tokenizer(module)).sweep(ids(), [Ablate("layers.0.attn.out")], metrics.logit(7))
-
-
 def test_errors_of_an_edit_are_the_users_to_see() -> None:
     def broken(x: Tensor) -> Tensor:
         raise ZeroDivisionError("mine")

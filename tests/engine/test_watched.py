@@ -11,7 +11,8 @@ from torch import Tensor
 
 import pellucid as pl
 from pellucid.engine.edits import Edit
-from pellucid.engine.generation import Generated, left_padded
+from pellucid.engine.generation import Generated
+from pellucid.engine.inputs import left_padded
 from pellucid.engine.steps import Step
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.model import Model
@@ -153,6 +154,27 @@ def test_sites_with_positions_are_kept_of_the_prompt() -> None:
     assert data.token.shape == (3, 4)
     with pytest.raises(PellucidError, match="not kept"):
         made.tensor("layers.0.mlp.out")
+
+
+def test_a_cache_of_fixed_size_shows_the_same() -> None:
+    model, sites = (
+        opened("llama"),
+        ["layers.1.attn.k", "layers.1.attn.v", "layers.0.attn.pattern", "layers.1.resid_post"],
+    )
+    config = model.module.generation_config
+    seen: list[list[Tensor]] = [[], []]
+    made = []
+    for i, kind in enumerate((None, "static")):
+        config.cache_implementation = kind
+        try:
+            look = pl.Watch(sites, lambda step, i=i: seen[i].extend(step[site] for site in sites))
+            made.append(model.generate(PROMPTS, keep=sites, when=look, max_new_tokens=6))
+        finally:
+            config.cache_implementation = None
+    for site in sites:
+        assert close(made[0].tensor(site), made[1].tensor(site)), site
+    for a, b in zip(*seen, strict=True):
+        assert close(a, b[..., : a.shape[-1]])
 
 
 def test_an_encoder_is_seen_once_and_keeps_being_known() -> None:
@@ -545,3 +567,20 @@ def test_what_was_generated_is_saved_and_its_program_generates_it_again(tmp_path
     assert {"row", "step", "token", "id", "log_probability", "too_long", "too_long fired", "gate fired"} <= set(
         frame.columns
     )
+
+
+def test_messages_that_end_with_the_assistants_are_continued() -> None:
+    module = build("llama")
+    words = tokenizer(module)
+    words.chat_template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if not loop.last or m.role == 'user' %} . {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    )
+    model = pl.load(module, tokenizer=words)
+    asked = [{"role": "user", "content": "The capital of France is"}]
+    begun = [*asked, {"role": "assistant", "content": "Paris is"}]
+    for messages, flags in ((asked, {"add_generation_prompt": True}), (begun, {"continue_final_message": True})):
+        encoded = words.apply_chat_template(messages, return_tensors="pt", return_dict=True, **flags)
+        wanted = module.generate(**encoded, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        made = model.generate(messages, max_new_tokens=5)
+        assert made.tokens[0].tolist() == wanted[0, encoded["input_ids"].shape[1] :].tolist()

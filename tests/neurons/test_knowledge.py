@@ -38,7 +38,7 @@ def slow(model, prompt, answer, position, steps, metric=probability):
         for k in range(steps):
             leaf = (w * k / steps).requires_grad_()
             with torch.enable_grad():
-                run = model.run(prompt, edits=[Replace(site, lambda x, leaf=leaf: leaf.expand_as(x))])
+                run = model.run(prompt, edits=[Replace(site, lambda x, leaf=leaf: leaf.expand_as(x))], grad=True)
                 score = model.score(run, metric(answer, position=position))
                 total += torch.autograd.grad(score.sum(), leaf)[0]
         rows.append((w * total / steps).numpy())

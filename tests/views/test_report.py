@@ -109,7 +109,7 @@ def test_a_target_of_several_tokens_is_refused_in_the_words_of_the_command_line(
 
 def test_input_that_does_not_fit_is_one_clear_error(llama: pl.Model) -> None:
     with pytest.raises(InputError, match="empty"):
-        build(llama, " ")
+        build(llama, "")
     with pytest.raises(InputError, match="token"):
         build(llama, PROMPT, counterfactual="The capital")
 

@@ -3,7 +3,7 @@
 tokens     one logit for each token of the vocabulary, at every position
 class      one for each class of the whole text; softmax, or sigmoid where `problem_type` says that several may hold
            (then `independent`), or where there is only one
-value      a number: `problem_type` "regression"
+value      a number: `problem_type` "regression", or the score of a choice (`heads`)
 label      one for each class, at every word
 span       how likely each token is the first, and the last, of an answer in the text: [batch, position, 2]
 vectors    none: the model has no head
@@ -23,7 +23,8 @@ from pellucid.errors import InputError
 LOGITS = ("logits", "prediction_logits", "lm_logits", "seq_logits")
 Meaning = Literal["tokens", "class", "value", "label", "span", "vectors"]
 CLASSES: dict[str, Meaning] = {
-    r"For(Sequence|Text)Classification$|ForNextSentencePrediction$|ForMultipleChoice$": "class",
+    r"For(Sequence|Text)Classification$|ForNextSentencePrediction$": "class",
+    r"ForMultipleChoice$": "value",
     r"ForTokenClassification$": "label",
     r"ForQuestionAnswering": "span",
 }
@@ -67,6 +68,12 @@ class Answering:
         return number
 
 
+def detects(output: Any) -> bool:
+    """Whether the logits [batch, position] are one number for each token: whether it was replaced (discriminators)."""
+    made = getattr(output, "logits", None)
+    return isinstance(made, Tensor) and made.ndim == 2 and type(output).__name__.endswith("ForPreTrainingOutput")
+
+
 def answering(module: Any, output: Any) -> Answering:
     """From the model and what it gave for a probe."""
     made = next((v for key in LOGITS if (v := getattr(output, key, None)) is not None), None)
@@ -78,14 +85,18 @@ def answering(module: Any, output: Any) -> Answering:
         return Answering("span", 2, {0: "start", 1: "end"}) if spans else Answering("vectors")
     if meaning is None:  # a class of another name: a text has classes, a position tokens
         meaning = "class" if made.ndim == 2 else "tokens"
-        if made.ndim == 2 and type(module).__name__.endswith("ForPreTraining"):
-            return Answering("vectors")  # a number for each token, whether it was replaced
+        if detects(output):
+            return Answering("label", 1, {0: "replaced"}, independent=True)
+    if meaning == "value":
+        return Answering("value", 1, {0: "score"})
     size = made.shape[-1]
     if meaning == "tokens":
         return Answering(
             "tokens", size, masked=not re.search(r"CausalLM|LMHeadModel|DoubleHeads", type(module).__name__)
         )
     names = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items() if int(k) < size}
+    if names == {0: "LABEL_0", 1: "LABEL_1"} and type(module).__name__.endswith("ForNextSentencePrediction"):
+        names = {0: "is next", 1: "is not next"}  # the order every such head is trained in
     problem = getattr(config, "problem_type", None)
     if problem == "regression":
         return Answering("value", size, names)

@@ -30,6 +30,21 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a - b)[finite].abs().max()) / size(b[finite])
 
 
+class Off(float):
+    """An error that may be as large as a module's own rounding (`allowed`) where that is more than a dtype's."""
+
+    allowed: float = 0.0
+
+    @classmethod
+    def of(cls, error: float, allowed: float) -> Off:
+        made = cls(error)
+        made.allowed = min(allowed, COARSEST)
+        return made
+
+
+COARSEST = 5e-2  # no rounding of a quantised module excuses more
+
+
 def size(x: Tensor) -> float:
     """The largest magnitude (what is smaller than 1e-4 throughout counts as that large: there is nothing to
     compare).
@@ -125,7 +140,7 @@ def without_heads(modules: dict[str, nn.Module], heads: dict[str, tuple[int, int
     with contextlib.ExitStack() as stack:
         for name, (h, e, shape) in heads.items():
             module, rows = modules[name], slice(h * e, (h + 1) * e)
-            weight = getattr(module, "weight", None)
+            weight = module._parameters.get("weight")
             matrix, _ = linear_map(module, shape)
             if weight is not None and shares_memory(matrix, weight):
                 zeroed = weight.detach().clone()

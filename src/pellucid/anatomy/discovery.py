@@ -22,7 +22,8 @@ from pellucid.anatomy.residual import Residual, chooses
 from pellucid.anatomy.spans import Span, find_spans
 from pellucid.anatomy.structure import ATTENTION_PORTS, Attention, Block, Linear, Mlp, Path, Stack, Tap
 from pellucid.anatomy.trace import Call, Op, Trace, Value
-from pellucid.anatomy.wholes import composed, packed
+from pellucid.anatomy.weights import packed
+from pellucid.anatomy.wholes import composed
 from pellucid.errors import LoadError
 
 EXPERT_SITES = ("router", "experts", "experts.neurons", "experts.out")

@@ -75,8 +75,10 @@ class Fingerprint:
         self._behind += 1
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.state_dict().items():
-            yield from _plain(name, value)
+        for prefix, owner in self.module.named_modules(remove_duplicate=False):
+            start = f"{prefix}." if prefix else ""
+            for name, value in _own(owner).items():
+                yield from _plain(f"{start}{name}", value)
 
 
 class Memo:
@@ -159,17 +161,38 @@ def state(module: nn.Module) -> Hashable:
     return *keys, repr(switches(module))
 
 
-def parts(module: nn.Module) -> list[Any]:
-    """What a module is built of, in order: every module inside, and a forward that was put in place of its class's."""
-    found: list[Any] = []
-    queue: list[nn.Module] = [module]
+def parts(module: nn.Module) -> list[nn.Module]:
+    """The modules a module is built of, in order: quicker than `modules()`, as it is asked at every turn."""
+    found: list[nn.Module] = []
+    queue = [module]
     while queue:
-        one = queue.pop()
-        found.append(one)
-        if "forward" in one.__dict__:
-            found.append(one.__dict__["forward"])
-        queue.extend(child for child in one._modules.values() if child is not None)
+        found.append(queue.pop())
+        queue.extend(child for child in found[-1]._modules.values() if child is not None)
     return found
+
+
+def _own(owner: nn.Module) -> dict[str, Any]:
+    """What a module itself saves. Not asked of the module where it has tensors of its own: bitsandbytes unpacks its
+    4-bit weights to save them, and mixes up their scales.
+    """
+    kept: dict[str, Tensor] = {k: t for k, t in owner._parameters.items() if t is not None}
+    kept |= {k: t for k, t in owner._buffers.items() if t is not None and k not in owner._non_persistent_buffers_set}
+    if kept or type(owner)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return {k: part for name, t in kept.items() for k, part in ((name, t), *_beside(name, t))}
+    made: dict[str, Any] = {}
+    owner._save_to_state_dict(made, "", False)
+    return made
+
+
+def _beside(name: str, holder: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a quantised parameter carries along: its scales and codes."""
+    if type(holder) in (Tensor, nn.Parameter):
+        return
+    for key, value in vars(holder).items() if hasattr(holder, "__dict__") else ():
+        if isinstance(value, Tensor):
+            yield f"{name}.{key}", value
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+            yield from _beside(f"{name}.{key}", value)
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +24,18 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.models.auto import modeling_auto
+from transformers.utils import cached_file
 from transformers.utils import logging as chatter
 
+from pellucid.anatomy import gguf
 from pellucid.anatomy.fingerprint import Fingerprint, unwrapped
+from pellucid.anatomy.heads import as_rows
 from pellucid.errors import LoadError, nearest
 
-Task = Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "base"]
+Task = Literal[
+    "auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "token-classification", "question-answering",
+    "multiple-choice", "next-sentence", "base",
+]  # fmt: skip
 
 # task -> (auto class, its table: model type -> class name). A class in two tables goes to the earlier row.
 _HEADS = {
@@ -38,6 +45,16 @@ _HEADS = {
     "classification": (
         "AutoModelForSequenceClassification",
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "token-classification": (
+        "AutoModelForTokenClassification",
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "question-answering": ("AutoModelForQuestionAnswering", modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    "multiple-choice": ("AutoModelForMultipleChoice", modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES),
+    "next-sentence": (
+        "AutoModelForNextSentencePrediction",
+        modeling_auto.MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES,
     ),
     "base": ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
 }
@@ -52,7 +69,8 @@ class Loaded:
 
     `revision` is the commit on the hub, None for a model from elsewhere. `dtype` is what it computes in.
     `notes` says what the caller may not expect: a wrapper set aside, weights of the checkpoint left out.
-    `changes` are those made since (`pellucid.changed`).
+    `changes` are those made since (`pellucid.changed`). `pooling` is how its directory makes one vector of a text
+    (sentence-transformers' `modules.json`): "mean", "cls", "lasttoken", "max"; None where it does not say.
     """
 
     module: nn.Module
@@ -62,6 +80,7 @@ class Loaded:
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
     changes: tuple[Any, ...] = ()
+    pooling: str | None = None
 
     def twin(self, module: nn.Module, changes: tuple[Any, ...]) -> Loaded:
         """The same with a module that shares tensors with this one: what is known of these is not hashed again."""
@@ -94,9 +113,10 @@ def read(
     quantization_config: Any = None,
     base: str | Path | None = None,
 ) -> Loaded:
-    """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched.
+    """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched, with the tokenizer of a
+    `transformers.pipeline` if it comes in one.
 
-    `tokenizer` is a tokenizer, or where to read one; by default it comes with the model. `task` names the
+    `tokenizer` is a tokenizer, or where to read one; by default it comes with the model, False is none (for token ids). `task` names the
     head; "auto" follows the checkpoint. `dtype` is the checkpoint's own by default, and float32 for GGUF,
     whose quantised weights are expanded. Only safetensors are read, unless `allow_pickle` is set.
     `quantization_config` is transformers' own: weights are packed as they are read. A directory or hub id that holds an
@@ -105,12 +125,14 @@ def read(
     Raises LoadError: one line that says what to do.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2)))
-    Traceback (most recent call last):
-    pellucid.errors.LoadError: a GPT2LMHeadModel in memory needs its tokenizer: pass tokenizer=...
+    >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))).notes[-1]
+    'opened without a tokenizer: it takes token ids'
     """
     if task not in get_args(Task):
         raise LoadError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
+    if isinstance(source, transformers.Pipeline):
+        tokenizer = source.tokenizer if tokenizer is None else tokenizer
+        source = source.model
     if isinstance(source, nn.Module):
         if (task, revision, dtype, device, device_map, quantization_config, base) != ("auto", *[None] * 6):
             raise LoadError("a module in memory is used as it is: task, dtype and the like are for files")
@@ -137,37 +159,60 @@ def read(
         "device_map": device_map,
         "use_safetensors": None if allow_pickle else True,
     } | ({} if quantization_config is None else {"quantization_config": quantization_config})
-    with _one_line_errors(files.name), _quiet():
+    if files.gguf:
+        files = _expanded(files)
+        options = files.options | {"trust_remote_code": trust_remote_code}
+    with _one_line_errors(files.name), _quiet(), gguf.parsed_once() if files.gguf else contextlib.nullcontext():
         config = transformers.AutoConfig.from_pretrained(files.where, **options)
         if tokenizer is None:
             tokenizer = _tokenizer(files.where, files.name, **options)
         else:
             tokenizer = _tokenizer(tokenizer, files.name, trust_remote_code=trust_remote_code)
         module, notes = _open(files, config, task, options | placing)
+        if files.gguf:
+            module = gguf.plain(module)
         if device is not None:
             module = module.to(device)
-    return Loaded(module.eval(), tokenizer, files.name, files.revision, _dtype_of(module), notes)
+        pooling = _pooling(files)
+    module, notes = as_rows(module.eval()), (*files.notes, *notes)
+    return Loaded(module, tokenizer, files.name, files.revision, _dtype_of(module), notes, pooling=pooling)
 
 
 def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Loaded:
     """A module the caller built: nothing is moved, cast or switched."""
     inner = unwrapped(module)
-    if tokenizer is None:
-        raise LoadError(f"a {type(inner).__name__} in memory needs its tokenizer: pass tokenizer=...")
+    _check_prompts(inner)
     notes = []
     if inner is not module:
         wrapper = "torch.compile's wrapper" if hasattr(module, "_orig_mod") else f"the wrapper {type(module).__name__}"
         notes.append(f"{wrapper} is set aside: the module inside it runs")
     if inner.training:
-        notes.append("the module is in training mode: dropout is active until you call .eval()")
+        notes.append(
+            "the module is in training mode: it runs in evaluation mode here, and is in its own again afterwards"
+        )
     config = getattr(inner, "config", None)
     name = getattr(config, "name_or_path", "") or type(inner).__name__
     if getattr(module, "peft_config", None) or getattr(inner, "peft_config", None):  # that name opens the base alone
         name = type(inner).__name__
-    with _one_line_errors(name), _quiet():
-        tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
+    if tokenizer is None or tokenizer is False:
+        tokenizer = None
+        notes.append("opened without a tokenizer: it takes token ids")
+    else:
+        with _one_line_errors(name), _quiet():
+            tokenizer = _tokenizer(tokenizer, name, trust_remote_code=trust_remote_code)
     revision = getattr(config, "_commit_hash", None)
-    return Loaded(inner, tokenizer, name, revision, _dtype_of(inner), tuple(notes))
+    return Loaded(as_rows(inner), tokenizer, name, revision, _dtype_of(inner), tuple(notes))
+
+
+def _check_prompts(module: nn.Module) -> None:
+    """LoadError where a wrapper puts learnt prompts or prefixes in front: positions would be counted past the text's."""
+    config: Any = getattr(module, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise LoadError(
+            f"a {getattr(config.peft_type, 'value', config.peft_type)} adapter puts {config.num_virtual_tokens} virtual tokens "
+            "in front, which are in no text, so that positions and answers would be read at wrong tokens: open the model "
+            "without it (module.get_base_model()), or an adapter that is in the layers"
+        )
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -199,6 +244,7 @@ class _Files:
     revision: str | None = None
     gguf: str | None = None  # the file to read, when it is not a transformers checkpoint
     adapter: bool = False  # it holds an adapter of another model, and no model
+    notes: tuple[str, ...] = ()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -259,6 +305,34 @@ def _gguf(name: str, where: str, file: str, revision: str | None = None) -> _Fil
     return _Files(name, where, frozenset({file}), revision, file)
 
 
+def _expanded(files: _Files) -> _Files:
+    """The kept copy of a GGUF file, made now where there is none yet; the file itself where none can be kept."""
+    with _one_line_errors(files.name), _quiet():
+        path = Path(files.where) / str(files.gguf)
+        if not path.exists():
+            path = Path(huggingface_hub.hf_hub_download(files.where, str(files.gguf), revision=files.revision))
+        folder = gguf.place(path)
+        if folder is None:
+            return files
+        about = gguf.kept(folder)
+        if about is None:
+            if not gguf.roomy(path, folder):
+                return files
+            options = {"gguf_file": path.name}
+            try:
+                with gguf.parsed_once():
+                    config = transformers.AutoConfig.from_pretrained(path.parent, **options)
+                    tokenizer = _tokenizer(path.parent, files.name, **options)
+                    whole = {**options, "trust_remote_code": False, "dtype": torch.float32}
+                    module, notes = _open(replace(files, where=str(path.parent)), config, "auto", whole)
+            except Exception:  # another head or tokenizer may have been asked for; else it fails again, and is told
+                return files
+            about = {"notes": notes}
+            if not gguf.keep(folder, gguf.plain(module), tokenizer, about):
+                return files
+        return replace(files, where=str(folder), gguf=None, notes=tuple(about["notes"]))
+
+
 def _on_hub(name: str, revision: str | None) -> _Files:
     """Ask the hub what the model holds; without a connection, look at the copy in the hub's cache."""
     hint = _nearest_models(Path(name))
@@ -303,11 +377,11 @@ def _few(names: Iterable[str]) -> str:
 def _open(files: _Files, config: Any, task: Task, options: Mapping[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """The module with all of its weights, and notes on what did not match."""
     remote = getattr(config, "auto_map", {}) if options["trust_remote_code"] else {}
-    for head in _candidates(config, task, remote):
-        auto = getattr(transformers, _HEADS[head][0])
-        module, info = auto.from_pretrained(files.where, config=config, output_loading_info=True, **options)
-        # A pooler hangs beside the model: nothing in it changes when that is random.
-        missing = [key for key in info["missing_keys"] if "pooler" not in key]
+    for opener in _openers(files, config, task, remote):
+        module, info = opener.from_pretrained(files.where, config=config, output_loading_info=True, **options)
+        # A pooler hangs beside a model without a head: nothing in it changes when that is random.
+        beside = type(module).__name__ in _names(_HEADS["base"][1].values())
+        missing = [key for key in info["missing_keys"] if not (beside and "pooler" in key)]
         if not missing:
             break
     else:
@@ -326,6 +400,7 @@ def _open(files: _Files, config: Any, task: Task, options: Mapping[str, Any]) ->
 # peft's word for what an adapter was trained on -> task
 _ADAPTED = {
     "CAUSAL_LM": "causal-lm", "SEQ_2_SEQ_LM": "seq2seq-lm", "SEQ_CLS": "classification", "FEATURE_EXTRACTION": "base",
+    "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
 }  # fmt: skip
 
 
@@ -352,44 +427,84 @@ def _adapted(files: _Files, base: str | Path | None, tokenizer: Any, task: Any, 
         ) from None
     with _one_line_errors(files.name), _quiet():
         module = peft.PeftModel.from_pretrained(loaded.module, files.where, revision=files.revision).eval()
+    _check_prompts(module)
     notes = (*loaded.notes, f"the adapter {files.name!r} is on {loaded.name!r}")
     return replace(loaded, module=unwrapped(module), name=files.name, revision=files.revision, notes=notes)
 
 
-def _candidates(config: Any, task: Task, remote: Mapping[str, str]) -> list[str]:
-    """The heads to try in turn: the one asked for, the one it was saved with, or a guess before none."""
+def _openers(files: _Files, config: Any, task: Task, remote: Mapping[str, str]) -> list[Any]:
+    """What to open it with, in turn: the class of the task asked for, the very class it was saved from, or a guess
+    before none."""
     known = [head for head, (auto, table) in _HEADS.items() if auto in remote or config.model_type in table]
     if task != "auto":
         if task not in known:
             raise LoadError(f"a {config.model_type} model has no {task} class{nearest(task, known)}")
-        return [task]
+        return [_auto(task)]
     saved = (config.architectures or [None])[0]
-    stated = [head for head, (auto, table) in _HEADS.items() if auto in remote or saved in table.values()]
-    if stated:
-        return stated[:1]
+    own = [head for head in known if _HEADS[head][0] in remote]
+    if own:
+        return [_auto(own[0])]
+    if saved is not None:
+        kind = getattr(transformers, saved, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise LoadError(
+                f"{files.name!r} was saved from {saved}, which transformers {transformers.__version__} has not: install "
+                "one that has it, or pass task='base' to open it without its head"
+            )
+        return [kind]
     if config.is_encoder_decoder:
         likely = ["seq2seq-lm"]
     elif getattr(config, "is_decoder", False):
         likely = ["causal-lm"]
     else:
         likely = ["masked-lm", "causal-lm"]
-    return [*[head for head in likely if head in known][:1], "base"]
+    return [_auto(head) for head in [*[head for head in likely if head in known][:1], "base"]]
+
+
+def _auto(head: str) -> Any:
+    return getattr(transformers, _HEADS[head][0])
+
+
+def _names(values: Iterable[Any]) -> set[str]:
+    """The names in a table of transformers, whose entries are names or tuples of some."""
+    return {name for value in values for name in ([value] if isinstance(value, str) else value)}
+
+
+def _pooling(files: _Files) -> str | None:
+    """How sentence-transformers makes one vector of a text with this model, from the files it keeps beside it."""
+    if "modules.json" not in files.listing:
+        return None
+
+    def kept(path: str) -> Any:
+        found = cached_file(files.where, path, revision=files.revision)
+        return json.loads(Path(str(found)).read_text(encoding="utf-8"))
+
+    parts = [(part["type"].rpartition(".")[2], part["path"]) for part in kept("modules.json")]
+    settings = [kept(f"{path}/config.json") for name, path in parts if name == "Pooling"]
+    if not settings or any(name not in ("Transformer", "Pooling", "Normalize") for name, _ in parts):
+        return ", ".join(name for name, _ in parts)  # which nothing here does
+    on = [key.removeprefix("pooling_mode_") for key, value in settings[0].items() if value is True and "_mode_" in key]
+    found = [settings[0]["pooling_mode"]] if "pooling_mode" in settings[0] else on
+    return " + ".join(str(name).removesuffix("_tokens").removesuffix("_token") for name in found)
 
 
 def _tokenizer(source: Any, name: str, **options: Any) -> Any:
-    """A tokenizer, given or read from a place, that can say which characters each token covers."""
+    """A tokenizer, given or read from a place; None where the caller wants none."""
+    if source is False:
+        return None
     tokenizer = source
     if isinstance(source, str | Path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    if not getattr(tokenizer, "is_fast", False):
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise LoadError(
-            f"the tokenizer of {name!r}, a {type(tokenizer).__name__}, has no offset mapping (which "
-            "characters each token covers): pass tokenizer= a fast one, such as "
-            "PreTrainedTokenizerFast(tokenizer_file=...)"
+            f"a {type(tokenizer).__name__} is no tokenizer: pass one of transformers, where to read it, or False for a model "
+            "that is given token ids"
         )
     # Without tokenizer files transformers makes one that knows its special tokens only.
     if not set(tokenizer.get_vocab()) - {*tokenizer.all_special_tokens, "▁"}:
-        raise LoadError(f"{name!r} has no tokenizer files: pass tokenizer= the one it was trained with")
+        raise LoadError(
+            f"{name!r} has no tokenizer files: pass tokenizer= the one it was trained with, or False to give token ids"
+        )
     return tokenizer
 
 

@@ -7,6 +7,7 @@ reason.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from rich.tree import Tree
 from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.fingerprint import Memo, parts
 from pellucid.anatomy.structure import Attention, Block, Mlp, Path, Proof, Stack, State, Unembedding
+from pellucid.anatomy.weights import is_packed, lets_gradients_through
 from pellucid.errors import Refused
 
 MARK = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("–", "dim")}
@@ -70,6 +72,30 @@ class Anatomy:
                 "modules of this model were exchanged since it was opened (an adapter put in or taken out): its map is "
                 "that of before; ask the model anew, or open it again with pl.load"
             )
+
+    def check_gradients(self) -> None:
+        """Refused where a layer lets no gradient through: beside the residual stream it would be missing unseen."""
+        name = self.memo("what lets no gradient through", lambda: next(self._blind(), ""))
+        if name:
+            raise Refused(
+                f"no gradient passes {name!r}: its weights are quantised and its kernel is for inference only; use a "
+                "method that only runs the model (ablation, patching, occlusion), or load it unquantised"
+            )
+
+    def _blind(self) -> Iterator[str]:
+        """Packed linear modules on the map without a gradient; each class is tried once."""
+        tried: set[Any] = set()
+        for block in (b for s in self.stacks for b in s.blocks):
+            linears = [(linear.module, linear.shape) for linear in block.linears]
+            readers = [(r.modules[0], (r.width,)) for found in block.reads.values() for r in found if r.modules]
+            for name, shape in (*linears, *readers):
+                module = self.module.get_submodule(name)
+                kind = type(module), *(type(p) for p in module.parameters())
+                if kind in tried or not is_packed(module):
+                    continue
+                tried.add(kind)
+                if not lets_gradients_through(module, shape):
+                    yield name
 
     @property
     def complete(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import discovery
-from pellucid.anatomy.answering import LOGITS, answering
+from pellucid.anatomy.answering import LOGITS, answering, detects
 from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
+from pellucid.anatomy.heads import given_decoder, reads_both_ends
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating, uncompiled
+from pellucid.anatomy.modes import running, thaw, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
 from pellucid.anatomy.structure import Proof, Stack, Unembedding
 from pellucid.anatomy.trace import Call, Op, Trace
 from pellucid.anatomy.unembedding import find_head
 from pellucid.anatomy.wiretap import tapped
+from pellucid.errors import LoadError, PellucidError
 
 BATCH, LENGTHS = 2, (11, 7, 13, 17, 19, 23, 29)
 
@@ -31,7 +34,8 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     """The proven anatomy of a loaded transformers model.
 
     `inputs` are keyword arguments of its forward for the probe (batch first, at least two rows); by default
-    random token ids. The module is left exactly as it was, its training mode included.
+    random token ids. The module is left as it was, its training mode included; only weights that were made in inference
+    mode, through which torch takes no gradients, become ordinary tensors on the same memory.
 
     `known` is the anatomy of a module that this one is a twin of with other weights. The map is found anew (one
     traced pass); where it is the same, and all of the old one was proven, only what other weights can break is
@@ -39,13 +43,14 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     projection, neurons, experts), that blocks hand over to one another, and the logits and the unembedding. How
     tokens and heads are kept apart (heads, position-wise, reads, ablation, causality) follows from the code.
     """
-    with torch.no_grad(), evaluating(module), uncompiled(module):
+    with running(module), uncompiled(module):
+        thaw(module)
         return _open(module, dict(inputs) if inputs is not None else probe(module), known)
 
 
 def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = None) -> Anatomy:
     batch = min(v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
-    t, output = discovery.trace(module, inputs)
+    t, output = first_pass(module, inputs)
     found = discovery.find_stacks(t, batch)
     has_head = any(getattr(output, k, None) is not None for k in LOGITS)
     head: Unembedding | None = None
@@ -85,6 +90,23 @@ def _open(module: nn.Module, inputs: dict[str, Any], known: Anatomy | None = Non
         module, stacks, head, proofs, refusals(stacks, proofs) | elsewhere, inputs,
         " + ".join(sorted(routes)) or "no attention", meaning,
     )  # fmt: skip
+
+
+def first_pass(module: nn.Module, inputs: dict[str, Any]) -> tuple[Trace, Any]:
+    """The traced pass of the probe. LoadError for whatever the module's own forward raises."""
+    try:
+        return discovery.trace(module, inputs)
+    except PellucidError:
+        raise
+    except Exception as error:
+        given = ", ".join(
+            f"{k} {list(v.shape)}" if isinstance(v, Tensor) else f"{k} {type(v).__name__}" for k, v in inputs.items()
+        )
+        why = textwrap.shorten(" ".join(str(error).split()), 200) or type(error).__name__
+        raise LoadError(
+            f"{type(module).__name__} does not run on the probe it was given ({given}): {why}; pass probe= with the "
+            "arguments of its forward, two rows or more"
+        ) from error
 
 
 def touched(known: Anatomy, module: nn.Module, stacks: tuple[Stack, ...]) -> set[tuple[str, int]] | None:
@@ -152,12 +174,13 @@ def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ..
     """Stack -> whether earlier residuals stay the same when the last token that goes in is another."""
     own = {s.name: "decoder_input_ids" if s.name == "decoder" else "input_ids" for s in stacks}
     found: dict[str, bool] = {}
+    at = -2 if reads_both_ends(module) else -1  # the last one ends the text there, and has to
     for key in {k if k in inputs else next(iter(inputs)) for k in own.values()}:
         ids = inputs[key]
         if ids.is_floating_point() or ids.ndim != 2 or ids.shape[1] < 3:
             continue
         changed = ids.clone()
-        changed[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
+        changed[:, at] = torch.where(ids[:, at] == ids[:, 0], ids[:, 1], ids[:, 0])
         taps = {
             b.taps["resid_post"]: s.name
             for s in stacks
@@ -166,7 +189,7 @@ def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ..
         }
         values, _ = tapped(module, taps, prover.batch, partial(module, **{**inputs, key: changed}))
         for tap, name in taps.items():
-            same = tap in values and error(values[tap][:, :-1], prover.values[tap][:, :-1]) <= prover.tolerance
+            same = tap in values and error(values[tap][:, :at], prover.values[tap][:, :at]) <= prover.tolerance
             found[name] = found.get(name, True) and same
     return found
 
@@ -191,9 +214,22 @@ def probe(module: Any) -> dict[str, Any]:
     accepted = inspect.signature(module.forward).parameters
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+    if reads_both_ends(module):
+        inputs["input_ids"] = ended(inputs["input_ids"], getattr(config, "eos_token_id", None))
+        inputs["decoder_input_ids"] = given_decoder(module, inputs["input_ids"])
+    elif getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids(target_length)
     return inputs
+
+
+def ended(ids: Tensor, eos: Any) -> Tensor:
+    """Rows with the token that ends a text at their ends, and nowhere else: classifiers of whole texts read there."""
+    eos = eos[0] if isinstance(eos, list) else eos
+    if not isinstance(eos, int):
+        return ids
+    ids = torch.where(ids == eos, ids + 1, ids)
+    ids[:, -1] = eos
+    return ids
 
 
 def _lengths(sizes: set[int], limit: Any) -> tuple[int, int]:
@@ -216,7 +252,7 @@ def main_output(output: Any) -> Tensor:
     for key in (*LOGITS, "last_hidden_state"):
         value = getattr(output, key, None)
         if value is not None:
-            return value
+            return value[..., None] if detects(output) else value
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output

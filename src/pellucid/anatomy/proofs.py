@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import experts as moe
-from pellucid.anatomy.checks import TOLERANCE, Beside, error, mixture_error
+from pellucid.anatomy.checks import TOLERANCE, Beside, Off, error, mixture_error
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
     Block,
@@ -36,7 +36,7 @@ from pellucid.anatomy.trials import (
     rounding,
     values,
 )  # fmt: skip
-from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.weights import grain, linear_map
 from pellucid.anatomy.wiretap import tapped
 from pellucid.anatomy.writers import Writer
 from pellucid.errors import Refused
@@ -78,8 +78,11 @@ class Prover:
         self.native = read(forward()).detach().clone()
         floats = {p.dtype for p in module.parameters() if p.is_floating_point()}
         self.tolerance = max((TOLERANCE.get(dtype, 4e-2) for dtype in floats), default=TOLERANCE[torch.float32])
-        self.half = self.tolerance > TOLERANCE[torch.float32]
-        self.floor = rounding(self) if self.half else 0.0
+        linears = [linear for _, b in self.blocks for linear in b.linears]
+        self.grains = {linear.module: grain(self.modules[linear.module], linear.shape) for linear in linears}
+        coarsest = max(self.grains.values(), default=0.0)
+        self.half = max(self.tolerance, coarsest) > TOLERANCE[torch.float32]
+        self.floor = rounding(self, coarsest) if self.half else 0.0
         self.values: dict[Tap, Tensor] = {}
         self.beside = Beside()
         self.failed: dict[tuple[str, int], dict[tuple[str, str], str]] = {}  # (stack, block) -> (proof, part) -> why
@@ -141,7 +144,7 @@ class Prover:
         return self.values.get(tap) if tap is not None else None
 
     def verdict(self, name: str, err: float, detail: str = "") -> Proof:
-        return Proof(name, err <= self.tolerance, err, detail)
+        return Proof(name, err <= max(self.tolerance, getattr(err, "allowed", 0.0)), err, detail)
 
     def same_logits(self, kept: float, step_by_step: float | None) -> Proof:
         """With everything kept the output is the native one; with attention and experts step by step, up to
@@ -175,7 +178,7 @@ class Prover:
         worst, why = -1.0, []
         for stack, block in self.blocks:
             for part, result in check(stack, block):
-                if isinstance(result, float) and result <= self.tolerance:
+                if isinstance(result, float) and result <= max(self.tolerance, getattr(result, "allowed", 0.0)):
                     worst = max(worst, result)
                     continue
                 reason = result if isinstance(result, str) else f"off by {result:.1e}"
@@ -300,13 +303,14 @@ class Prover:
         weight, bias = linear_map(self.modules[linear.module], linear.shape)
         made = given.to(weight) @ weight
         off = error(made if bias is None else made + bias, self.values[linear.made])
+        allowed = 3 * self.grains[linear.module]
         if path is None:
-            return off
+            return Off.of(off, allowed)
         target = block.taps.get(part)
         if target is None or target not in self.values:
             return f"{part} was not met"
         native = path.run(linear.made.layout.write(self.values[linear.made]))
-        return max(off, error(target.layout.read(native, self.batch), self.values[target]))
+        return Off.of(max(off, error(target.layout.read(native, self.batch), self.values[target])), allowed)
 
     # ---- MLPs
 
@@ -327,7 +331,8 @@ class Prover:
             if given is None or out is None or {("projection", part), ("neurons", part)} & failed.keys():
                 continue
             try:
-                yield part, error(Writer.of(self.module, block, part).total(given).cpu(), out)
+                writer = Writer.of(self.module, block, part)
+                yield part, Off.of(error(writer.total(given), out), 3 * self.grains.get(writer.linear.module, 0.0))
             except Refused as why:  # a refusal, not a failure: the whole contribution is as proven as ever
                 failed["writers", part] = str(why)
 
@@ -348,12 +353,13 @@ class Prover:
     def unembedding(self) -> Proof:
         """The head, run on the last residual with the unembedding's own weights, gives the logits."""
         if not self.logits:
-            return Proof("unembedding", None, None, "the model has no head: it returns hidden states")
+            return Proof("unembedding", None, None, "it makes no logits of tokens or labels from its last residual")
         if self.head is None:
             return Proof("unembedding", False, None, "the logits are not a chain of maps of the last residual alone")
         x = self.value(self.stacks[-1].blocks[-1], "resid_post")
         if x is None:
             return Proof("unembedding", False, None, "the last residual is laid out in an unknown order")
+        width = x.shape[-1]
         for i, step in enumerate(self.head.steps):
             if i == self.head.after - 1 and self.head.unembed:
                 weight, bias = linear_map(self.modules[self.head.unembed], x.shape[-1])
@@ -361,9 +367,9 @@ class Prover:
                 x = x if bias is None else x + bias
             else:
                 x = step(x)
-        return self.verdict(
-            "unembedding", error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met)
-        )
+        off = error(x if self.head.chosen is None else self.head.chosen(x), self.logits_met)
+        own = grain(self.modules[self.head.unembed], width) if self.head.unembed else 0.0
+        return self.verdict("unembedding", Off.of(off, 3 * own))
 
 
 def as_read(name: str) -> Proof:
@@ -378,7 +384,7 @@ def refused_parts(block: Block, failures: dict[tuple[str, str], str]) -> Block:
         for part in (pattern.format(failed) for pattern in DEPENDS.get(proof, ())):
             heads = part.endswith((".heads", ".heads.out")) and failed in block.attentions
             if part in block.taps or heads or (part.endswith(".neurons.out") and failed in block.mlps):
-                refused.setdefault(part, f"the proof '{proof}' failed: {why}")
+                refused.setdefault(part, why if proof == "writers" else f"the proof '{proof}' failed: {why}")
     taps = {part: tap for part, tap in block.taps.items() if part not in refused}
     unread = {part: f"the proof 'reads' failed: {why}" for (proof, part), why in failures.items() if proof == "reads"}
     reads = {part: found for part, found in block.reads.items() if part not in unread}

@@ -97,6 +97,8 @@ class Site:
         """Read an address; SiteError names what was not understood and the nearest names."""
         if isinstance(text, Site):
             return text
+        if not isinstance(text, str):
+            raise SiteError(f"{text!r} is no site: give its address, such as 'layers.0.resid_post'")
         path, at = _split_position(text)
         stack, path = _split_stack(path)
         if path in WHOLE:

@@ -15,6 +15,7 @@ from torch import nn
 from pellucid.anatomy import attending
 from pellucid.anatomy import dataflow as flow
 from pellucid.anatomy.trace import Call, Trace, Value
+from pellucid.anatomy.weights import is_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,7 @@ def block_calls(t: Trace) -> list[list[Call]]:
         given, made = c.input, c.output
         if given is None or made is None or given is made or given.shape != made.shape:
             return False
-        packed = (callable(getattr(m, "weight", None)) for m in c.module.modules())  # quantised: a method unpacks it
-        return given.tensor.ndim >= 3 and (any(p.ndim > 1 for p in c.module.parameters()) or any(packed))
+        return given.tensor.ndim >= 3 and (any(p.ndim > 1 for p in c.module.parameters()) or is_packed(c.module))
 
     def is_block(c: Call) -> bool:
         return c.module in listed and keeps_shape(c)

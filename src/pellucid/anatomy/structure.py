@@ -172,6 +172,12 @@ class Block:
     whole: bool = True  # False: the block is code of its parent, from one module's call to the next, not a module
 
     @property
+    def linears(self) -> list[Linear]:
+        """The output and down projections on the map."""
+        found = (*(a.linear for a in self.attentions.values()), *(m.linear for m in self.mlps.values()))
+        return [linear for linear in found if linear is not None]
+
+    @property
     def down_proj(self) -> str | None:
         return self.mlps["mlp"].down_proj if "mlp" in self.mlps else None
 

@@ -42,14 +42,16 @@ class Prover(Protocol):
     def through_the_model(self, name: str, err: float) -> Proof: ...
 
 
-def rounding(prover: Prover) -> float:
-    """How far the logits move when every residual is off by half a unit in the last place."""
+def rounding(prover: Prover, grain: float = 0.0) -> float:
+    """How far the logits move when every residual is off by half a unit in the last place, or by `grain`, what quantised
+    modules do to what they are given.
+    """
     taps = [b.taps["resid_pre"] for _, b in prover.blocks if "resid_pre" in b.taps]
     generator = torch.Generator().manual_seed(0)
 
     def jitter(x: Tensor) -> Tensor:
         noise = torch.rand(x.shape, generator=generator).to(x.device) - 0.5
-        return (x.float() * (1 + noise * torch.finfo(x.dtype).eps)).to(x.dtype)
+        return (x.float() * (1 + noise * max(torch.finfo(x.dtype).eps, grain))).to(x.dtype)
 
     return error(passing(prover, dict.fromkeys(taps, jitter)), prover.native)
 

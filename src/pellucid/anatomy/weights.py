@@ -15,6 +15,70 @@ from pellucid.anatomy.fingerprint import state
 ROWS = 256  # of the identity, put in at a time
 
 
+def packed(module: nn.Module) -> bool:
+    """Whether a module without parts holds weights that are no plain floating-point tensors.
+
+    >>> packed(nn.Linear(2, 2)), packed(nn.ReLU())
+    (False, False)
+    """
+    if callable(getattr(module, "weight", None)):  # a method unpacks it
+        return True
+    if next(module.children(), None) is not None:
+        return False
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim]
+    return any(t.ndim > 1 and not t.is_floating_point() for t in own) or any(
+        type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None
+    )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is packed, or anything inside it."""
+    return any(packed(m) for m in module.modules())
+
+
+def grain(module: nn.Module, width: int | tuple[int, ...]) -> float:
+    """How far a quantised module is from linear, relative to what it makes: some kernels round what they are given.
+
+    Measured on random inputs: |f(x) + f(y) - f(0) - f(x + y)|. 0.0 for modules of floating-point weights.
+    """
+    if not is_packed(module):
+        return 0.0
+    shape = (width,) if isinstance(width, int) else width
+    generator, like = torch.Generator().manual_seed(0), _given_to(module)
+    x, y = (torch.randn(1, 16, *shape, generator=generator).to(like) for _ in range(2))
+    with torch.no_grad():
+        one, other, none, both = (module.forward(t).float() for t in (x, y, torch.zeros_like(x), x + y))
+    return float((one + other - none - both).abs().max()) / max(1e-6, float(both.abs().max()))
+
+
+def lets_gradients_through(module: nn.Module, width: int | tuple[int, ...]) -> bool:
+    """Whether the gradient that comes back through a linear module is that of its matrix, tried on random input: kernels
+    for inference may have none, and one through a rounding is none of the function.
+    """
+    shape = (width,) if isinstance(width, int) else width
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, *shape, generator=generator).to(_given_to(module)).requires_grad_()
+    weight, _ = linear_map(module, width)
+    pull = torch.randn(weight.shape[1], generator=generator).to(weight)
+    with torch.enable_grad():
+        made = module.forward(x).flatten(2)
+        try:
+            (found,) = torch.autograd.grad(made, x, pull.to(made).expand_as(made), allow_unused=True)
+        except (RuntimeError, NotImplementedError):
+            return False
+    expected = (weight @ pull).float()
+    return found is not None and float((found.flatten(2).float() - expected).abs().max()) < 0.1 * float(
+        expected.abs().max()
+    )
+
+
+def _given_to(module: nn.Module) -> Tensor:
+    """An empty tensor of the dtype and device a module takes."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), torch.device("cpu"))
+    floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    return torch.empty(0, dtype=floats[0] if floats else torch.float32, device=device)
+
+
 class _Found:
     """Matrices that were found by calling a module, while its state stays; the oldest go when they grow too large."""
 
@@ -42,11 +106,9 @@ _found = _Found()
 def _by_identity(module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """W [in, out] and b [out] from what the module makes of unit vectors. Its hooks are not called: a run may be on."""
     width = math.prod(shape)
-    device = next((t.device for t in (*module.parameters(), *module.buffers()) if not t.is_meta), torch.device("cpu"))
-    floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
     call = module.forward if not isinstance(module, nn.Conv1d) else lambda x: module.forward(x.mT).mT  # channels second
     with torch.no_grad():
-        eye = torch.eye(width, device=device, dtype=floats[0] if floats else torch.float32).view(1, width, *shape)
+        eye = torch.eye(width).to(_given_to(module)).view(1, width, *shape)
         zero = call(torch.zeros_like(eye[:, :1])).flatten(2)
         made = [call(rows).flatten(2) - zero for rows in eye.split(ROWS, 1)]
         return torch.cat(made, 1)[0], zero[0, 0]

@@ -11,26 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from pellucid.anatomy import dataflow as flow
 from pellucid.anatomy.trace import SELF, Call, Trace, Value
-
-
-def packed(module: nn.Module) -> bool:
-    """Whether a module without parts holds weights that are no plain floating-point tensors.
-
-    >>> packed(nn.Linear(2, 2)), packed(nn.ReLU())
-    (False, False)
-    """
-    if next(module.children(), None) is not None:
-        return False
-    if callable(getattr(module, "weight", None)):  # a method unpacks it
-        return True
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim]
-    return any(t.ndim > 1 and not t.is_floating_point() for t in own) or any(
-        type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None
-    )
 
 
 def composed(t: Trace) -> set[nn.Module]:
@@ -93,4 +77,4 @@ def _linear_by_token(call: Call) -> bool:
     other = x.clone().flatten(0, -2)
     other[1:] = 0
     apart, made = f(other.view_as(x)).flatten(0, -2)[0], f(x).flatten(0, -2)[0]
-    return float((apart - made).abs().max()) <= 2e-2 * float(made.abs().max())
+    return float((apart - made).abs().max()) <= flow.additivity(call.module) * float(made.abs().max())

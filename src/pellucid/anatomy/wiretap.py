@@ -123,7 +123,11 @@ class Wiretap:
         self.met.add(tap)
         with torch._C.DisableTorchFunction(), self.asleep():  # a module that a handler calls is not met
             new = self.handlers[tap](tap.layout.read(tensor, self.batch))
-            return tensor if new is None else tap.layout.write(new).to(tensor.dtype)
+            if new is None:
+                return tensor
+            made = tap.layout.write(new).to(tensor.dtype)
+            # kernels of quantised layers read memory as it was laid out, whatever the strides say
+            return made.contiguous() if tensor.is_contiguous() else made
 
     def _before(self, name: str, taps: list[Tap]) -> Any:
         def hook(module: nn.Module, *given: Any) -> Any:

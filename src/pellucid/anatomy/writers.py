@@ -97,7 +97,8 @@ class Writer:
     def total(self, given: Tensor) -> Tensor:
         """[batch, position, d_model] the sum of what the units write (many neurons in three groups) and A(b)."""
         given = given if given.ndim == 4 else given[..., None]
-        weight, bias = (t.to(given.dtype) for t in self.weight())
+        weight, bias = self.weight()
+        given = given.to(weight)
         groups = given.shape[2] if self.width > 1 else 3
         made = [(given[:, :, i::groups].flatten(2) @ weight[i::groups].flatten(0, 1)) for i in range(groups)]
         way, zero = self.way(given), torch.zeros_like(made[0])

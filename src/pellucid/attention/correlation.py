@@ -35,6 +35,7 @@ from pellucid.attention.norms import norm_weighted
 from pellucid.attention.patterns import asked, attended, single, special
 from pellucid.attention.rollout import rollout
 from pellucid.engine.edits import Edit
+from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
@@ -67,7 +68,7 @@ def attention_correlation(
     """
     from scipy.stats import kendalltau
 
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
     if not texts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     for name in measures:

@@ -33,6 +33,7 @@ from pellucid.anatomy.sites import choose
 from pellucid.attention.comparing import last_residual, rows_read
 from pellucid.attention.patterns import asked, attended, single, special
 from pellucid.engine.edits import Edit, Replace
+from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
@@ -58,7 +59,7 @@ def attention_erasure(
 
     >>> attention_erasure(model, ["A dull and lifeless film."]).fraction  # doctest: +SKIP
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
     if not texts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     if points < 1 or draws < 1:

@@ -28,7 +28,7 @@ import xarray as xr
 from pellucid.attention.patterns import labelled, single
 from pellucid.attention.rollout import Residual, Step, mixed
 from pellucid.engine.edits import Edit
-from pellucid.errors import InputError
+from pellucid.errors import InputError, listed
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
@@ -60,10 +60,16 @@ def flow(
     found, steps = mixed(model, inputs, residual, edits)
     main = found.main
     n = len(next(s for s in steps if s.kind == main).stays)
-    wanted = list(range(n)) if queries is None else [queries] if isinstance(queries, int) else list(queries)
+    wanted = (
+        list(range(n))
+        if queries is None
+        else [queries]
+        if isinstance(queries, int)
+        else listed("queries", queries, "positions")
+    )
     for query in wanted:
-        if not -n <= query < n:
-            raise InputError(f"there is no query {query}: the last stack has {n} tokens")
+        if not isinstance(query, int | np.integer) or not -n <= query < n:
+            raise InputError(f"there is no query {query!r}: the last stack has {n} tokens")
     wanted = [query % n for query in wanted]
     network = Network([s for s in steps if s.kind.stack == main.stack or found.paired])
     variables: dict[str, Any] = {"flow": (main.tokens, network.flows(main.stack, wanted, main.stack))}

@@ -42,6 +42,7 @@ from torch import Tensor
 from pellucid.attention.comparing import js
 from pellucid.attention.patterns import Attended, Kind, attended, kinds, single, special, stacked, visible
 from pellucid.engine.edits import Edit
+from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
@@ -55,7 +56,7 @@ Scores = dict[str, Tensor]  # name -> [head]
 @technique
 def head_summaries(
     model: Model,
-    prompts: Sequence[Any] | str | None = None,
+    prompts: Sequence[Any] | str | Pair | Chat | None = None,
     *,
     stack: str = "",
     probes: int = 8,
@@ -70,7 +71,7 @@ def head_summaries(
 
     >>> head_summaries(model, ["The capital of France is"]).sel(layer=0).entropy  # doctest: +SKIP
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts or [])
     if not texts and not probes:
         raise InputError("there is nothing to look at: give prompts, or probes")
     kind = chosen(model, stack)
@@ -202,7 +203,7 @@ def head_clusters(
 
     >>> head_clusters(model, ["The capital of France is", "Water boils at"], n=4).cluster  # doctest: +SKIP
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
     if not texts:
         raise InputError("no prompt was given: expected a string or a list of strings")
     kind = chosen(model, stack)

@@ -47,7 +47,7 @@ def permuted_attention(
 
     >>> permuted_attention(model, "A dull and lifeless film.").change  # doctest: +SKIP
     """
-    if over not in get_args(Over):
+    if not isinstance(over, str) or over not in get_args(Over):
         raise InputError(f"over={over!r}: expected 'layers' or 'heads'")
     if draws < 1:
         raise InputError(f"{draws} permutations: expected at least 1")

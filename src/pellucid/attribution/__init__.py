@@ -14,13 +14,14 @@ from pellucid.attribution.owen import owen, partition
 from pellucid.attribution.relevance import relevance_propagation
 from pellucid.attribution.saliency import gradient_x_input, saliency, smoothgrad
 from pellucid.attribution.shapley import exact_shapley, kernel_shap, shapley
-from pellucid.question import continuation, label, reading
+from pellucid.question import continuation, every_class, label, reading, similarity
 
 __all__ = [
     "METHODS",
     "continuation",
     "deeplift",
     "evaluation",
+    "every_class",
     "exact_shapley",
     "expected_gradients",
     "gradient_x_input",
@@ -35,5 +36,6 @@ __all__ = [
     "relevance_propagation",
     "saliency",
     "shapley",
+    "similarity",
     "smoothgrad",
 ]

@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.heads import reads_both_ends
 from pellucid.engine.edits import Ablate, Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids
@@ -67,7 +68,8 @@ class Case:
             raise InputError(f"this takes one prompt at a time, got {len(inputs)}: call it once for each")
         streams = {"": inputs.stream("")}
         if "decoder" in inputs.streams:
-            credited = ("encoder", "decoder") if question.kind == "continuation" else ("encoder",)
+            both = question.kind == "continuation" or (decoder is None and reads_both_ends(model.module))
+            credited = ("encoder", "decoder") if both else ("encoder",)
             streams = {name: inputs.streams[name] for name in credited}
         return cls(question, streams, keep_special, edits)
 

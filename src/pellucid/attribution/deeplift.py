@@ -115,7 +115,8 @@ def _multipliers(items: Sequence[tuple[Embedded, Tensor, Tensor]]) -> list[tuple
         most = max(each.shape[1] for each in scores)
         for o in range(most):  # prompts do not meet
             asking = [k for k, each in enumerate(scores) if o < each.shape[1]]
-            total = torch.stack([scores[k][0, o] for k in asking]).sum()
+            with torch.enable_grad():
+                total = torch.stack([scores[k][0, o] for k in asking]).sum()
             slopes = torch.autograd.grad(total, high, retain_graph=o + 1 < most)
             for k in asking:
                 made[k].append(pack.cut(slopes, k)[0])

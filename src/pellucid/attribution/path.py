@@ -243,6 +243,7 @@ def _scores(items: Sequence[tuple[Embedded, Tensor]]) -> list[Tensor]:
 def _gradients(items: Sequence[tuple[Embedded, Tensor, Callable[[Tensor], Tensor]]]) -> list[tuple[Tensor, Tensor]]:
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in items]
     model = items[0][0].model
+    model.anatomy.check_gradients()
     blind: list[str] = model.memo("what stops gradients", list)  # the first such module; "" for none
     for chosen in packed(items):
         pack = Pack([(items[i][0], items[i][1][rows]) for i, rows in chosen])

@@ -80,7 +80,7 @@ def relevance_propagation(
 
     >>> relevance_propagation(model, "The capital of France is", " Paris", sites="layers.*.attn.scores")  # doctest: +SKIP
     """
-    if rules not in get_args(RuleSet):
+    if not isinstance(rules, str) or rules not in get_args(RuleSet):
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")
     if epsilon < 0:
         raise InputError(f"epsilon={epsilon}: expected zero or a small positive number")
@@ -118,8 +118,6 @@ class Relevances:
 
 def _propagate(case: Case, at: Sequence[str | Site], hold_softmax: bool, epsilon: float) -> Relevances:
     anatomy, module, inputs, target = case.model.anatomy, case.model.module, case.inputs, case.question
-    if module.training and getattr(module, "is_gradient_checkpointing", False):
-        raise Refused("a checkpointed forward is computed again without the rules: call model.module.eval() first")
     wanted = [site for each in at for site in expand(anatomy, each)]
     _check_sites(wanted, hold_softmax)
     session = Session(anatomy, inputs, [*wanted, *([target.site.whole] if target.site else [])], gradients=True)

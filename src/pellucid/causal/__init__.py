@@ -8,6 +8,7 @@ from pellucid.causal.counterfactual import counterfactual
 from pellucid.causal.edge_ablation import edge_ablation
 from pellucid.causal.mediation import concentration, interaction, mediation
 from pellucid.causal.mitigation import mitigating_edits, mitigation
+from pellucid.causal.model_difference import model_difference
 from pellucid.causal.patching import patching
 from pellucid.causal.path_patching import path_patching
 from pellucid.causal.professions import profession_prompts
@@ -28,6 +29,7 @@ __all__ = [
     "mediation",
     "mitigating_edits",
     "mitigation",
+    "model_difference",
     "patching",
     "path_patching",
     "profession_prompts",

@@ -20,9 +20,8 @@ from torch import Tensor
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import BoundMetric, Metric
+from pellucid.metrics import BoundMetric, Metric, placed
 from pellucid.model import Model
-from pellucid.question import placed
 from pellucid.tasks import Prompts
 
 Metrics = Metric | Callable[[Tensor], Tensor] | Mapping[str, Metric | Callable[[Tensor], Tensor]]
@@ -83,7 +82,7 @@ def ask(
                 "clean and corrupted prompts are answered at different places: put the mask at the same token of both"
             )
     if not isinstance(metric, Mapping):
-        return Asked(inputs, other, model.bind(placed(model, inputs, metric), len(inputs)))
+        return Asked(inputs, other, model.bind(metric, len(inputs), inputs))
     if not several or not metric:
         raise InputError(f"expected one metric, got {len(metric)} in a mapping: give one at a time")
     return Asked(inputs, other, joined(model, metric, inputs), tuple(metric))
@@ -130,7 +129,7 @@ def check_aligned(clean: Inputs, corrupted: Inputs) -> None:
 
 def joined(model: Model, metrics: Mapping[str, Any], inputs: Inputs) -> BoundMetric:
     """Several metrics as one of as many outputs, which reads what they read together."""
-    parts = [model.bind(placed(model, inputs, metric), len(inputs)) for metric in metrics.values()]
+    parts = [model.bind(metric, len(inputs), inputs) for metric in metrics.values()]
     name, size = ", ".join(metrics), len(parts)
     if any(part.outputs is not None for part in parts):
         raise InputError("a metric of several outputs cannot be one of several metrics: name its outputs apart")

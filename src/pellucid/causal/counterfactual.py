@@ -28,7 +28,7 @@ from pellucid.causal.embeddings import check_embeddings, first_stream, from_embe
 from pellucid.causal.grid import described
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least, listed
 from pellucid.model import Model
 from pellucid.question import Question, answer_text
 from pellucid.results import Result
@@ -55,7 +55,10 @@ def counterfactual(
 
     >>> counterfactual(model, "The film was good", positions="'good'")                               # doctest: +SKIP
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or several")
+    at_least(1, max_changes=max_changes, candidates=candidates, beam=beam)
+    if not prompts:
+        raise InputError("no prompt was given: expected a text, or several")
     settle(target=target)  # None: any other answer, not the prediction that is asked about first
     searches = [Search.of(model, text, target, positions) for text in prompts]
     rng = np.random.default_rng(seed)

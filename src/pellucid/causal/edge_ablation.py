@@ -54,7 +54,7 @@ def edge_ablation(
 
     `how`, `reference`, `prompts` and `metric` are those of `ablation`, senders and receivers those of `path_patching`.
     Gives `effect` over the selectors of `over` and `receiver` with its interval over prompts and p, NaN where a sender does
-    not come before a receiver; `clean`, `corrupted`, the metric where every receiver has lost all these edges, and
+    not come before a receiver; `value`, the metric of every prompt; `clean`, `corrupted`, the metric where every receiver has lost all these edges, and
     `total_effect`, between the two.
 
     >>> edge_ablation(model, "The capital of France is", over="layers.0:9.attn.heads.*", receivers="layers.9.mlp.out",
@@ -80,11 +80,17 @@ def edge_ablation(
     swept = model.sweep(inputs, [*variants, together], asked.metric, checkpoint=checkpoint)
     values, clean = numbers(swept.values), numbers(swept.clean)
     axis = ("metric",) if asked.names else ()
-    columns = {}
-    for name, column in described("effect", np.moveaxis(values[:-1] - clean, 0, 1), seed, test=True).items():
-        columns[name] = np.full((len(grid.groups), len(readers), *column.shape[1:]), np.nan)
-        columns[name][tuple(zip(*edges, strict=True))] = column
-    data = grid.data(columns, "receiver", *axis).assign(totals(clean, values[-1], seed, axis=axis))
+
+    def laid_out(column: np.ndarray) -> np.ndarray:
+        """[edge, ...] over sender x receiver."""
+        made = np.full((len(grid.groups), len(readers), *column.shape[1:]), np.nan)
+        made[tuple(zip(*edges, strict=True))] = column
+        return made
+
+    found = described("effect", np.moveaxis(values[:-1] - clean, 0, 1), seed, test=True)
+    data = grid.data({name: laid_out(column) for name, column in found.items()}, "receiver", *axis)
+    data = data.assign(totals(clean, values[-1], seed, axis=axis))
+    data = data.assign(value=((*grid.dims, "receiver", "prompt", *axis), grid.place(laid_out(values[:-1]))))
     data = over_prompts(data.assign_coords(receiver=list(map(str, readers))), asked)
     return Result(data, kind="edge ablation", title=f"Edges removed by {how}")
 

@@ -54,7 +54,7 @@ def mediation(
 
     `over` names mediators one by one (`layers.*.attn.heads.*`, `layers.*.mlp.neurons.*@profession`, `layers.*`), or maps
     names to patterns for sets that act together. Gives `nie` and `nde` with their intervals over prompts and sign-flip
-    tests (`nie_low`, `nie_high`, `nie_p`), the same in nats of log odds (`log_nie`, `log_nde`: odds grow exponentially, so
+    tests (`nie_low`, `nie_high`, `nie_p`) and those of every prompt (`nie_value`, `nde_value`), the same in nats of log odds (`log_nie`, `log_nde`: odds grow exponentially, so
     few prompts or parts can outweigh all others), `total_effect` with its own and per prompt (`total`), and `clean` and
     `corrupted`, log y under null and set. With `checkpoint`, a path, what is done is kept in two files that begin with it,
     and interrupted effects go on there.
@@ -63,11 +63,13 @@ def mediation(
     """
     mediators = Mediators.of(model, prompts, over)
     columns: dict[str, Any] = {}
+    grid, each = mediators.grid, {}
     for name, measure in (("nie", mediators.indirect), ("nde", mediators.direct)):
         effect = measure(checkpoint=beside(checkpoint, name))
         columns |= described(name, effect.T, seed, f"{name}_", test=True)
         columns[f"log_{name}"] = np.log1p(effect).mean(1)
-    data = mediators.grid.data(columns).assign(mediators.summary(seed))
+        each[f"{name}_value"] = ((*grid.dims, "prompt"), grid.place(effect))
+    data = grid.data(columns).assign(each).assign(mediators.summary(seed))
     data = over_prompts(data, mediators.asked)
     return Result(data, kind="mediation", title=f"What mediates the effect of {prompts.name}")
 
@@ -90,7 +92,7 @@ class Mediators:
             raise InputError(f"{prompts.name}: mediation needs answers of one token each")
         right = [[ids[0] for ids in each] for each in prompts.answer_ids]
         wrong = [[ids[0] for ids in each] for each in prompts.wrong_ids]
-        asked = contrast(model, prompts, metric=logit_difference(wrong, right, position=prompts.position))
+        asked = contrast(model, prompts, metric=logit_difference(wrong, right, position=prompts.place))
         grid = Grid.of(model, over, asked.inputs)
         with torch.no_grad():
             null, set_ = (model.run(side, keep=grid.whole()) for side in asked.sides(denoise=False))

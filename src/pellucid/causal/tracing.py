@@ -33,11 +33,11 @@ from pellucid.causal.embeddings import check_embeddings, embed, first_stream, fr
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import answer_position
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, at_least
-from pellucid.metrics import Answers, BoundMetric, Metric, probability
+from pellucid.errors import InputError, at_least, listed
+from pellucid.metrics import Answers, BoundMetric, Metric, placed, probability
 from pellucid.model import Model
-from pellucid.question import answer_position, placed
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
@@ -196,9 +196,13 @@ def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable
             spans = prompt.spans[subject]
         target = [each if isinstance(each, str) else [each] for each in prompt.answers] if target is None else target
         prompt = prompt.clean
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or several")
     targets = target if isinstance(target, list | tuple) else [target] * len(prompts)
-    subjects = spans or ([subject] * len(prompts) if isinstance(subject, str | tuple) else list(subject))
+    subjects = spans or (
+        [subject] * len(prompts)
+        if isinstance(subject, str | tuple)
+        else listed("subject", subject, "a text of the prompt, a span (first, last + 1), or one for each prompt")
+    )
     if not len(prompts) == len(targets) == len(subjects):
         raise InputError(
             f"{len(prompts)} prompts, {len(targets)} targets and {len(subjects)} subjects: give one of each per prompt"

@@ -171,6 +171,7 @@ class Gradients(Listener):
 def gradients(wiring: Wiring, question: Asked, listener: Gradients) -> Gradients:
     """The listener, with `pulled`: d(metric, summed over prompts) / d(what a reading is computed into)."""
     pause()
+    wiring.model.anatomy.check_gradients()
     score = Score(wiring, question.inputs, question.metric)
     with torch.enable_grad():
         value = score(*forward(wiring, question.inputs, listener, whole=score.whole))

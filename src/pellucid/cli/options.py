@@ -18,7 +18,18 @@ Open = Callable[[str], "Model"]
 
 def _how(
     task: Annotated[
-        Literal["auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "base"],
+        Literal[
+            "auto",
+            "causal-lm",
+            "masked-lm",
+            "seq2seq-lm",
+            "classification",
+            "token-classification",
+            "question-answering",
+            "multiple-choice",
+            "next-sentence",
+            "base",
+        ],
         typer.Option(help="The head to open it with."),
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit on the hub.")] = None,
@@ -59,4 +70,7 @@ def _opened(how: dict[str, Any], source: str) -> Model:
     import pellucid
 
     with Console(stderr=True).status(f"opening {source}"):
-        return pellucid.load(source, **how)
+        model = pellucid.load(source, **how)
+    for note in getattr(getattr(model, "loaded", None), "notes", ()):
+        Console(stderr=True).print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return model

@@ -15,8 +15,10 @@ from pellucid.errors import InputError
 def report(
     model: options.Source,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to explain.")],
+    second: Annotated[str | None, typer.Option(help="The second text, of a model that reads pairs.")] = None,
     counterfactual: Annotated[str | None, typer.Option(help="A prompt with another answer, to patch from.")] = None,
     target: Annotated[str | None, typer.Option(help="The answer to explain; by default the model's own.")] = None,
+    word: Annotated[str | None, typer.Option(help="The word to explain the label of (token classifiers).")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
     *,
     opened: options.Open,
@@ -27,9 +29,16 @@ def report(
     if output.is_dir():
         raise InputError(f"cannot write {str(output)!r}: it is a directory")
     subject = opened(model)
+    from pellucid.engine.given import Pair
     from pellucid.views.report import build
 
-    found = build(subject, prompt, counterfactual=counterfactual, target=target)
+    found = build(
+        subject,
+        prompt if second is None else Pair(prompt, second),
+        counterfactual=counterfactual,
+        target=target,
+        word=word,
+    )
     output.write_text(found.html, encoding="utf-8")
     typer.echo(f"wrote {output.absolute()}")
     for finding in found.findings:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
@@ -35,16 +36,17 @@ class Alone:
 
     def calls(self, batch: int, length: int, prompt: Any = None) -> list[BlockCall]:
         """Every block's recorded call for residuals of this size."""
-        if prompt is not None:
-            return self._fitting(self._run(self.read(prompt)), batch, length)
-        if self._last[0] != (batch, length):
-            self._last = ((batch, length), self._record(batch, length))
-        return self._last[1]
+        with running(self.anatomy.module):
+            if prompt is not None:
+                return self._fitting(self.recorded(self.read(prompt)), batch, length)
+            if self._last[0] != (batch, length):
+                self._last = ((batch, length), self._record(batch, length))
+            return self._last[1]
 
     def _record(self, batch: int, length: int) -> list[BlockCall]:
         first, second = (self._fitting(self.dummy(batch, length, shift), batch, length) for shift in (0, 5))
         for block, a, b in zip(self.stack.blocks, first, second, strict=True):
-            name = _differs(_others(block, a), _others(block, b))
+            name = differs(self.others(block, a), self.others(block, b))
             if name is not None:
                 raise Refused(
                     f"layer {block.index} also reads {name!r}, which depends on the tokens: say which with "
@@ -74,7 +76,7 @@ class Alone:
                     value = value[:, (columns + shift) % value.shape[1]]
             made[name] = value
         try:
-            return self._run(Inputs(made, {}, ()))
+            return self.recorded(Inputs(made, {}, ()))
         except PellucidError:
             raise
         except Exception as e:  # not every family runs on any number of tokens
@@ -82,7 +84,8 @@ class Alone:
                 f"this model does not run on {batch} x {length} dummy tokens ({type(e).__name__}): name the prompt"
             ) from e
 
-    def _run(self, inputs: Inputs) -> list[BlockCall]:
+    def recorded(self, inputs: Inputs) -> list[BlockCall]:
+        """Every block's call in a run of these inputs; Refused where a block alone does not repeat its own."""
         broken = next((b for b in self.stack.blocks if not b.whole), None)
         if broken is not None:
             raise Refused(f"layer {broken.index} of this model is no module of its own, so it cannot be called alone")
@@ -92,31 +95,39 @@ class Alone:
         for block, call in zip(self.stack.blocks, calls, strict=True):  # caches remember: they are left out
             call.args = tuple(None if isinstance(a, Cache) else a for a in call.args)
             call.kwargs = {k: None if isinstance(v, Cache) else v for k, v in call.kwargs.items()}
-            rows, enter, leave = (
-                len(inputs.tensors["input_ids"]),
-                block.taps["resid_pre"],
-                block.taps["resid_post"],
-            )
-            with torch.no_grad():
-                again = self.call(block, enter.layout.read(call.hidden, rows), call)
-            before = leave.layout.read(take(call.output, leave.key), rows)
-            if error(again, before) > TOLERANCE.get(again.dtype, 4e-2):
+            rows, enter = len(inputs.tensors["input_ids"]), block.taps["resid_pre"]
+            again = self.call(block, enter.layout.read(call.hidden, rows), call)
+            if error(again, self.output(block, call, rows)) > TOLERANCE.get(again.dtype, 4e-2):
                 raise Refused(f"layer {block.index} called alone does not repeat what it did in the model")
         return calls
 
     def call(self, block: Block, resid: Tensor, call: BlockCall, handlers: dict[Tap, Handler] | None = None) -> Tensor:
         """The block's new residual from `resid` [batch, position, d_model], with handlers on taps inside it.
 
-        Taps are counted from the block's start: see `within`.
+        Taps are counted from the block's start: see `within`. A graph is kept where the residual requires grad.
         """
         self.anatomy.check()
         enter, leave = block.taps["resid_pre"], block.taps["resid_post"]
         native = enter.layout.write(resid)
         args = tuple(native if i == enter.key else a for i, a in enumerate(call.args))
         kwargs = {k: native if k == enter.key else v for k, v in call.kwargs.items()}
-        with Wiretap(self.anatomy.module, handlers or {}, len(resid)):
+        with (
+            differentiable(self.anatomy.module, resid.requires_grad),
+            Wiretap(self.anatomy.module, handlers or {}, len(resid)),
+        ):
             output = self.module(block)(*args, **kwargs)
         return leave.layout.read(take(output, leave.key), len(resid))
+
+    def others(self, block: Block, call: BlockCall) -> dict[int | str, Any]:
+        """What the block is given besides its residual."""
+        key = block.taps["resid_pre"].key
+        given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        return {k: v for k, v in given if k != key}
+
+    def output(self, block: Block, call: BlockCall, rows: int) -> Tensor:
+        """The residual [batch, position, d_model] that a recorded call gave."""
+        leave = block.taps["resid_post"]
+        return leave.layout.read(take(call.output, leave.key), rows)
 
     def module(self, block: Block) -> nn.Module:
         return self.anatomy.module.get_submodule(block.module)
@@ -128,21 +139,14 @@ def within(block: Block, tap: Tap) -> Tap:
     return replace(tap, nth=mine.index(tap.nth) if tap.nth in mine else 0)
 
 
-def _others(block: Block, call: BlockCall) -> dict[int | str, Any]:
-    """What the block is given besides its residual."""
-    key = block.taps["resid_pre"].key
-    given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-    return {k: v for k, v in given if k != key}
-
-
-def _differs(a: Any, b: Any, name: str = "") -> str | None:
+def differs(a: Any, b: Any, name: str = "") -> str | None:
     """The name of the first tensor in which two trees differ."""
     if isinstance(a, Tensor):
         same = isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
         return None if same else name
     items: Any = a.items() if isinstance(a, Mapping) else enumerate(a) if isinstance(a, (tuple, list)) else ()
     for key, value in items:
-        found = _differs(value, b[key], name or str(key))
+        found = differs(value, b[key], name or str(key))
         if found is not None:
             return found
     return None

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import ordinary
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.engine.steps import Step, Watch
-from pellucid.errors import InputError
+from pellucid.errors import InputError, plain
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -61,6 +62,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", Site.parse(self.site))
+        kinds = {f.name: str(f.type) for f in fields(self)}
+        for name, value in plain(kinds, {name: getattr(self, name) for name in kinds}).items():
+            object.__setattr__(self, name, value)
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         raise NotImplementedError
@@ -123,7 +127,10 @@ class Ablate(Edit):
             raise InputError(
                 f"ablating {str(place.site)!r} by {self.how} while generating needs reference=: a run or prompts"
             )
-        values, lengths = _reference(self.reference, place)
+        # the mean is over all positions, so a reference that kept some of them will not do
+        values, lengths = _reference(
+            self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place
+        )
         real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
         if self.how == "mean":
             return values[real].mean(0).expand_as(x)
@@ -163,8 +170,11 @@ class Patch(Edit):
         if isinstance(self.source, Tensor):
             return torch.as_tensor(_fitting(self.source, x, "the tensor", place)).expand_as(x)
         values, lengths = _reference(self.source, place)
+        _check_rows(values, len(x))
         stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:
+            if not isinstance(self.source_at, int | str):
+                raise InputError(f"source_at={self.source_at!r}: expected a position, such as -1, '1:4' or \"'Paris'\"")
             found = stream.find(self.source_at)
             positions = place.positions if found is None else (found - stream.starts[:, None]).to(x.device)
             if positions.shape[1] not in (1, x.shape[1]):
@@ -207,10 +217,11 @@ class ProjectOut(Edit):
     directions: Tensor
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        rows = torch.atleast_2d(torch.as_tensor(self.directions)).to(x.device, torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != x.shape[-1]:
+        given = _tensor(self.directions, "the directions", place)
+        rows = torch.atleast_2d(given).to(x.device, torch.float64)
+        if rows.ndim != 2 or rows.shape[1] != x.shape[-1] or not bool(rows.isfinite().all()):
             raise InputError(
-                f"the directions for {str(place.site)!r} are {list(self.directions.shape)}: expected [k, {x.shape[-1]}]"
+                f"the directions for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}] of finite numbers"
             )
         inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -224,6 +235,8 @@ class Replace(Edit):
     function: Callable[[Tensor], Tensor]
 
     def new(self, x: Tensor, place: Place) -> Tensor:
+        if not callable(self.function):
+            raise InputError(f"Replace at {str(place.site)!r} takes a function of the values, not {self.function!r}")
         new = self.function(x)
         if not isinstance(new, Tensor) or new.shape != x.shape:
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
@@ -293,12 +306,16 @@ def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
     return left_aligned(values, real)
 
 
+def _check_rows(values: Tensor, batch: int) -> None:
+    if len(values) not in (1, batch):
+        raise InputError(
+            f"the reference has {len(values)} prompts but the run has {batch}: expected one prompt or the same number"
+        )
+
+
 def _at(values: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
     """values[b, positions[b, i]]; a single row serves every row."""
-    if len(values) not in (1, len(positions)):
-        raise InputError(
-            f"the reference has {len(values)} prompts but the run has {len(positions)}: expected one prompt or the same number"
-        )
+    _check_rows(values, len(positions))
     beyond = positions >= lengths.expand(len(positions))[:, None]
     if bool(beyond.any()):
         raise InputError(
@@ -334,17 +351,41 @@ def _check_aligned(source: Stream, place: Place) -> None:
     )
 
 
+def _tensor(value: Any, what: str, place: Place) -> Tensor:
+    """Numbers as a tensor; InputError for what is none."""
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.dtype == torch.bool or found.is_complex():
+        raise InputError(f"{what} for {str(place.site)!r} is {value!r}: expected numbers, such as a tensor")
+    return found
+
+
 def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:
     """A number, or a tensor that broadcasts to x [batch, n, ...]; InputError for anything else."""
     if isinstance(value, (int, float)):
         return value
-    value = torch.as_tensor(value).to(x.device, x.dtype)
+    value = _tensor(value, what, place).to(x.device, x.dtype)
     shape = (1,) * (x.ndim - value.ndim) + tuple(value.shape)
     if len(shape) > x.ndim or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
         raise InputError(
             f"{what} for {str(place.site)!r} is {list(value.shape)}: it does not broadcast to {list(x.shape)}"
         )
     return value
+
+
+def moving(edits: Sequence[Edit]) -> bool:
+    """Whether an edit brings in a tensor that requires grad: who gives one wants to differentiate."""
+
+    def within(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.requires_grad
+        if isinstance(value, (list, tuple)):
+            return any(map(within, value))
+        return within([*value.values()]) if isinstance(value, dict) else False
+
+    return any(within(getattr(e, f.name)) for e in edits if isinstance(e, Edit) for f in fields(e))
 
 
 # ---- many units at once
@@ -398,9 +439,20 @@ def aligned_values(run: Source, site: Site) -> Tensor:
 # ---- sources that are prompts
 
 
-def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
-    """`edits` with every prompt (a string or several) among their sources replaced by a run that kept the sites; each set
-    of prompts is run once."""
+def _brought(edit: Edit, device: torch.device) -> Edit:
+    """The edit with its tensors on the model's device: they go there once, not at every step and variant."""
+    given = {f.name: getattr(edit, f.name) for f in fields(edit) if f.init}
+    moved: dict[str, Any] = {
+        k: ordinary(v).to(device)
+        for k, v in given.items()
+        if isinstance(v, Tensor) and (v.device != device or v.is_inference())
+    }
+    return replace(edit, **moved) if moved else edit
+
+
+def resolved(anatomy: Anatomy, edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) -> list[Edit]:
+    """`edits` with their tensors on the model's device, and every prompt (a string or several) among their sources replaced
+    by a run that kept the sites; each set of prompts is run once."""
 
     def asked(edit: Edit) -> dict[str, Any]:
         given = {name: getattr(edit, name) for name in edit.sources}
@@ -411,6 +463,8 @@ def resolved(edits: Sequence[Edit], run: Callable[[Any, list[Site]], Source]) ->
         for prompts in asked(edit).values():
             given = list(prompts) if isinstance(prompts, tuple) else prompts
             wanted.setdefault(repr(given), (given, {}))[1][edit.site.whole] = None  # type: ignore[union-attr]
+    device = next((p.device for p in anatomy.module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    edits = [_brought(edit, device) for edit in edits]
     runs = {key: run(prompts, [*sites]) for key, (prompts, sites) in wanted.items()}
     ready: list[dict[str, Any]] = [
         {n: runs[repr(list(p) if isinstance(p, tuple) else p)] for n, p in asked(e).items()} for e in edits

@@ -23,12 +23,13 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.limits import exceeded
 from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.engine.sampling import Draws, Stops, Writer, number
@@ -131,7 +132,7 @@ class Generated:
 
     def save(self, path: str | Path) -> Path:
         """Write one zip file, `pl.results.Result.load(path)` reads it: `result` with everything that was kept."""
-        return self.result.save(path)  # type: ignore[no-any-return]
+        return self.result.save(path)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each token written: prompt, row, step, token, id, log_probability, and what fired and was recorded (single
@@ -153,13 +154,13 @@ class Generated:
 # ---- generating
 
 
-def loop_of(module: nn.Module) -> nn.Module:
+def loop_of(module: nn.Module) -> Any:
     """The part of a model whose forward its `generate` calls: itself, or what an adapter or a compiler is wrapped around."""
     loops = (m for m in module.modules() if isinstance(m, GenerationMixin) and m.can_generate())
     found = next(loops, None)
     if found is None or not hasattr(module, "generate"):
         raise InputError(f"a {type(module).__name__} does not generate text: open a causal or encoder-decoder model")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def generate(
@@ -218,7 +219,7 @@ def generate(
     }  # fmt: skip
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}  # generate counts positions itself
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             module.generate(**tensors, **told)
     except Exception as error:
         if isinstance(error, PellucidError) or error is follower.failed or follower.steps:
@@ -229,14 +230,14 @@ def generate(
     return page.close(inputs, call or {})
 
 
-def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
+def _check_loop(anatomy: Anatomy, runs: Any, use_cache: bool) -> None:
     """Refused where a loop that calls an inner module leaves out what the outer one adds, as a prefix that is not handed on."""
     module = anatomy.module
 
     def agrees() -> bool:
         row = {k: v[:1] if isinstance(v, Tensor) else v for k, v in anatomy.inputs.items()}
         row = {k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "decoder_input_ids")}
-        with torch.no_grad(), evaluating(module):
+        with running(module):
             told = {
                 "do_sample": False,
                 "num_beams": 1,
@@ -244,7 +245,7 @@ def _check_loop(anatomy: Anatomy, runs: nn.Module, use_cache: bool) -> None:
                 "return_dict_in_generate": True,
                 "use_cache": use_cache,
             }
-            made = module.generate(**row, max_new_tokens=3, **told)  # type: ignore[operator]
+            made = module.generate(**row, max_new_tokens=3, **told)
             given = made.sequences[:, :-1]
             if "decoder_input_ids" in row or getattr(runs.config, "is_encoder_decoder", False):
                 row["decoder_input_ids"] = given
@@ -298,7 +299,7 @@ def _beams(
     module = anatomy.module
     tensors = {k: v for k, v in inputs.tensors.items() if k != "position_ids"}
     try:
-        with torch.no_grad(), evaluating(module), follower:
+        with running(module), follower:
             made = module.generate(**tensors, **told)
     finally:
         draws.fall()
@@ -349,17 +350,13 @@ def _told(
 
 
 def _check_room(anatomy: Anatomy, width: int, new: int) -> None:
-    """InputError where prompt and answer are longer than the table of positions."""
-    if "positions" not in anatomy.stacks[-1].embeds:
-        return
-    text = anatomy.module.config.get_text_config(decoder=True)
-    room = getattr(text, "max_position_embeddings", None)
-    if isinstance(room, int) and width + new - 1 > room:
+    """InputError where prompt and answer are longer than the model holds. The last token written is not read any more."""
+    holds = exceeded(anatomy.module, width + new - 1, anatomy.stacks[-1].name)
+    if holds is not None:
         raise InputError(
-            f"{width} tokens and {new} new ones need {width + new - 1} positions, and this model's table has {room}: "
-            f"give max_new_tokens={room + 1 - width} at most, or a shorter prompt"
-            if width <= room
-            else f"the prompt has {width} tokens, and this model's table of positions has {room}: shorten the prompt"
+            f"{width} tokens and {new} new ones need {width + new - 1} positions, and this model holds {holds}: "
+            + (f"give max_new_tokens={holds + 1 - width} at most, or " if width <= holds else "")
+            + "a shorter prompt, model.inputs(prompt, truncate='left')"
         )
 
 
@@ -370,7 +367,7 @@ def _listener(stream: Any) -> Callable[[str, int], None] | None:
         return lambda text, row: print(text, end="", flush=True)
     if not callable(stream):
         raise InputError(f"stream={stream!r}: expected True, or a function of a new piece of text and its row")
-    return stream  # type: ignore[no-any-return]
+    return stream
 
 
 class _Page:
@@ -498,19 +495,3 @@ def _recorded(values: Sequence[Tensor | None]) -> Tensor | None:
         raise InputError("a watcher recorded values of different shapes: record as many numbers at every step")
     wide = known.float() if not known.is_floating_point() else known
     return torch.stack([torch.full_like(wide, torch.nan) if v is None else v.to(wide) for v in values], 1)
-
-
-def left_padded(inputs: Inputs) -> Inputs:
-    """The same prompts with the padding moved to the left, where generation needs it (encoders stay as they are)."""
-    stream = inputs.stream("")
-    if not stream.padded:
-        return inputs
-    if "decoder" in inputs.streams:
-        raise InputError(
-            "the texts for the decoder differ in length, and generation needs them alike: give one at a time"
-        )
-    order = torch.argsort(stream.mask.long(), dim=1, stable=True)  # padding first, real tokens in their order
-    ids, mask = stream.ids.gather(1, order), stream.mask.gather(1, order)
-    moved = type(stream)(ids, mask, stream.labels, stream.spans, stream.maps)
-    tensors = {**inputs.tensors, "input_ids": ids, "attention_mask": mask}
-    return Inputs(tensors, {"": moved}, inputs.texts)

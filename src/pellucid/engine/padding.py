@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.heads import reads_both_ends
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.engine.inputs import Inputs, read_inputs
@@ -85,6 +86,8 @@ class Padding:
     def _agrees(self, count: Count, side: str) -> bool:
         """Whether the probe's first prompt gives the same output alone and with padding."""
         alone = {k: v[:1] if isinstance(v, Tensor) else v for k, v in self.probe.items()}
+        if reads_both_ends(self.module):
+            del alone["decoder_input_ids"]  # it is given the text as it is then, padding and all
         ids = alone["input_ids"]
         left, right = PADS * (side != "right"), PADS * (side != "left")
         filled = nn.functional.pad(ids, (left, right), value=self._index)
@@ -94,7 +97,7 @@ class Padding:
         if positions is not None:
             padded["position_ids"] = positions
         try:
-            with torch.no_grad(), evaluating(self.module):
+            with running(self.module):
                 wanted, got = (
                     main_output(self.module(**read_inputs(self.module, None, call).tensors)) for call in (alone, padded)
                 )

@@ -21,11 +21,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.checks import COARSEST
 from pellucid.anatomy.frozen import FrozenNorm, freeze
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Attention, Block, Linear, Reads, Tap
 from pellucid.anatomy.trace import results
-from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.weights import grain, linear_map
 from pellucid.anatomy.wiretap import Handler
 from pellucid.engine.alone import Alone, within
 from pellucid.errors import Refused
@@ -150,7 +151,9 @@ class AttentionWeights:
         weight, bias = made[1 : width + 1] - made[0], made[0]
         expected = torch.einsum("rd,dhe->rhe", noise, weight) + bias
         error = float((expected - made[width + 1 :]).abs().max()) / max(1e-6, float(expected.abs().max()))
-        if error > 3 * TOLERANCE.get(like.dtype, 4e-2):
+        modules = [self._probe.alone.anatomy.module.get_submodule(name) for r in readers for name in r.modules[:1]]
+        rounding = min(COARSEST, max((grain(m, width) for m in modules), default=0.0))
+        if error > 3 * max(TOLERANCE.get(like.dtype, 4e-2), rounding):
             raise Refused(
                 f"W_{port.upper()} is refused on this model: {part} is no linear map of what the attention "
                 "reads (a norm or "

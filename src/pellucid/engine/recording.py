@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import uncompiled
+from pellucid.anatomy.modes import running, uncompiled
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Stack
 from pellucid.anatomy.trace import take
@@ -101,7 +100,7 @@ def record(anatomy: Anatomy, stack: Stack, inputs: Inputs, **forward: Any) -> Re
     hooks = [m.register_forward_pre_hook(recorder.before, with_kwargs=True) for m in recorder.modules]
     hooks += [m.register_forward_hook(recorder.after, with_kwargs=True) for m in recorder.modules]
     try:
-        with torch.no_grad(), uncompiled(anatomy.module), listening(recorder):
+        with running(anatomy.module), uncompiled(anatomy.module), listening(recorder):
             output = anatomy.module(**{**inputs.tensors, **forward})
     finally:
         for hook in hooks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,21 +26,35 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What was kept of a tensor that is not needed whole: one unit of it (None: all) at some columns (None: all)."""
+
+    unit: int | None
+    columns: Tensor | None  # [batch, n]
+    values: Tensor  # as the site has them, n positions
+
+
+Kept = Tensor | tuple[Part, ...]
+
+
 class Run:
     """What a run gave: `logits`, the kept tensors (`run.tensor(site)`, labelled: `run[site]`) and their gradients."""
 
     def __init__(
-        self, anatomy: Anatomy, inputs: Inputs, output: Any, kept: dict[Tap, Tensor], sites: list[Site]
+        self, anatomy: Anatomy, inputs: Inputs, output: Any, kept: Mapping[Tap, Kept], sites: list[Site]
     ) -> None:
         self.anatomy, self.inputs, self.output = anatomy, inputs, output
         self.kept, self.sites = kept, sites
         self.edits: tuple[Edit, ...] = ()  # under which it was made
-        self.gradients: dict[Tap, Tensor] = {}
+        self.gradients: Mapping[Tap, Kept] = {}
         self.metric: Tensor | None = None  # [batch], where a gradient was asked for
 
     @property
     def logits(self) -> Tensor:
         """[batch, position, vocabulary], or the last hidden state of a model without a head."""
+        if self.output is None:
+            raise InputError("this run ended at the last site it kept, so it has no logits: run without logits=False")
         return main_output(self.output)
 
     def tensor(self, site: Site | str) -> Tensor:
@@ -68,7 +83,8 @@ class Run:
         """
         bare = replace(site, at=None)
         spot = locate(self.anatomy, bare)
-        value = self.tensor(bare)
+        value = self._spread(spot) if site.at is not None else None
+        value = self.tensor(bare) if value is None else value
         axis = next(i for i, d in enumerate(bare.dims) if d in ("position", "query"))
         value = value.movedim(axis, 1)
         if "key" in bare.dims:  # counted as positions are: the first real token's key first
@@ -79,32 +95,53 @@ class Run:
     def stream(self, site: Site) -> Stream:
         return stream_of(self.inputs, site)
 
-    def _select(self, site: Site, values: dict[Tap, Tensor]) -> Tensor:
+    def _select(self, site: Site, values: Mapping[Tap, Kept]) -> Tensor:
         spot = self._spot(site)
         site = spot.site
-        x = values.get(spot.tap)
+        one, spot = spot, _beside(spot)
+        found = values.get(spot.tap)
+        x = self._from_parts(spot, found) if isinstance(found, tuple) else found
         if x is None:
-            if spot.tap in {locate(self.anatomy, s).tap for s in self.sites}:
+            if found is None and spot.tap in {locate(self.anatomy, s).tap for s in self.sites}:
                 raise SiteError(f"{str(site)!r} was to be kept, but the run did not pass through it")
-            kept = sorted({str(s.whole) for s in self.sites})
+            kept = sorted({str(s) for s in self.sites})
             raise SiteError(f"{str(site)!r} was not kept in this run: add it to keep=[...]{nearest(str(site), kept)}")
-        axis = spot.position_axis
-        if site.port == "heads" and site.part.endswith(".out"):
-            x = head_output(self.anatomy, site, x)
-        elif spot.unit is not None:
-            x = x.select(spot.unit_axis, spot.unit)
-            axis -= spot.unit_axis < spot.position_axis
-        stream = self.inputs.stream(spot.stream)
-        columns = stream.find(site.at)
-        if columns is None:
-            return x
-        x = x.movedim(axis, 1)
-        if x.shape[1] != stream.ids.shape[1]:
-            raise Refused(
-                f"{str(site)!r} has {x.shape[1]} positions for {stream.ids.shape[1]} tokens: keep it without '@'"
-            )
-        x = x[torch.arange(len(x), device=x.device)[:, None], columns.to(x.device)]
-        return x.movedim(1, axis)
+        if not isinstance(found, tuple):
+            x = chosen(spot, x, spot.unit, _columns(spot, x, self.inputs.stream(spot.stream)))
+        return x if spot is one else head_output(self.anatomy, site, x)
+
+    def _from_parts(self, spot: Spot, parts: tuple[Part, ...]) -> Tensor | None:
+        """What is asked for from what was kept of its tensor; None if that lacks some of it."""
+        columns = self.inputs.stream(spot.stream).find(spot.site.at)
+        for part in parts:
+            if part.unit not in (None, spot.unit):
+                continue
+            x, axis = part.values, _axis(spot)
+            if part.unit != spot.unit:
+                x = x.select(spot.unit_axis, spot.unit)  # type: ignore[arg-type]
+            if part.columns is None:
+                return x if columns is None else _at_columns(x, axis, columns)
+            if columns is None:
+                continue
+            same = part.columns[:, None] == columns[..., None]  # [batch, asked, kept]
+            if bool(same.any(-1).all()):
+                return _at_columns(x, axis, same.long().argmax(-1))
+        return None
+
+    def _spread(self, spot: Spot) -> Tensor | None:
+        """The values at a site's unit over all positions, no numbers where they were not kept; None if not in parts."""
+        parts = self.kept.get(spot.tap)
+        mine = [p for p in parts if p.unit == spot.unit and p.columns is not None] if isinstance(parts, tuple) else []
+        if not mine:
+            return None
+        axis = _axis(spot)
+        values = mine[0].values.movedim(axis, 1)
+        shape = (len(values), self.inputs.stream(spot.stream).ids.shape[1], *values.shape[2:])
+        whole = values.new_full(shape, float("nan"))
+        for part in mine:
+            rows = torch.arange(len(values), device=whole.device)[:, None]
+            whole[rows, part.columns.to(whole.device)] = part.values.movedim(axis, 1)  # type: ignore[union-attr]
+        return whole.movedim(1, axis)
 
     def _spot(self, site: Site) -> Spot:
         found = spots(self.anatomy, site)
@@ -131,6 +168,37 @@ class Run:
         kept = ", ".join(sorted({str(s) for s in self.sites})[:6]) or "nothing"
         more = f" and {len(self.sites) - 6} more" if len(self.sites) > 6 else ""
         return f"<Run of {len(self.inputs)} prompt(s); kept {kept}{more}>"
+
+
+def _beside(spot: Spot) -> Spot:
+    """What a head writes depends on all heads where a norm follows them: for its output z_out is needed of all."""
+    return replace(spot, unit=None) if spot.site.port == "heads" and spot.site.part.endswith(".out") else spot
+
+
+def _axis(spot: Spot) -> int:
+    """Where the positions are once the unit is chosen."""
+    return spot.position_axis - (spot.unit is not None and spot.unit_axis < spot.position_axis)
+
+
+def _columns(spot: Spot, x: Tensor, stream: Stream) -> Tensor | None:
+    """The columns [batch, n] that a site names in its whole tensor; None: all."""
+    columns, positions, tokens = stream.find(spot.site.at), x.shape[spot.position_axis], stream.ids.shape[1]
+    if columns is not None and positions != tokens:
+        raise Refused(f"{str(spot.site)!r} has {positions} positions for {tokens} tokens: keep it without '@'")
+    return columns
+
+
+def _at_columns(x: Tensor, axis: int, columns: Tensor) -> Tensor:
+    x = x.movedim(axis, 1)
+    return x[torch.arange(len(x), device=x.device)[:, None], columns.to(x.device)].movedim(1, axis)
+
+
+def chosen(spot: Spot, x: Tensor, unit: int | None, columns: Tensor | None) -> Tensor:
+    """A unit of a spot's tensor (None: all) at some columns (None: all)."""
+    axis = spot.position_axis
+    if unit is not None:
+        x, axis = x.select(spot.unit_axis, unit), _axis(spot)
+    return x if columns is None else _at_columns(x, axis, columns)
 
 
 def stream_of(inputs: Inputs, site: Site) -> Stream:
@@ -170,13 +238,16 @@ class Session:
         self.sites = [spot.site for spot in wanted]
         kept = {spot.tap: spot for spot in wanted}
         self.keeping = set(kept)
+        self.wanted: dict[Tap, list[Spot]] = {}
+        for spot in wanted:
+            self.wanted.setdefault(spot.tap, []).append(_beside(spot))
         self.writing: dict[Tap, list[Written]] = {}
         apart = [s for s in kept.values() if gradients and shows_one_reader(anatomy, s)]
         self.zeros = {s.tap: Zeros(s.site.whole) for s in apart}
         for w in placed(anatomy, [*edits, *self.zeros.values()]):
             for tap in w.taps:
                 self.writing.setdefault(tap, []).append(w)
-        self.kept: dict[Tap, Tensor] = {}
+        self.kept: dict[Tap, Any] = {}  # tensors, or `Kept` where nobody needs the whole for its gradient
         self.windows: dict[tuple[str, str], Window] = {}
 
     def window(self, spot: Spot) -> Window:
@@ -200,15 +271,34 @@ class Session:
                 x = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
                 self.kept[tap] = x
             elif keep:
-                self.kept[tap] = x.clone() if torch.is_grad_enabled() else x.detach().clone()
+                self.kept[tap] = self.narrowed(tap, x, copy=True)
             return None if x is old else x
 
         return handler
 
+    def narrowed(self, tap: Tap, x: Tensor, copy: bool = False) -> Kept:
+        """Of a kept tensor what was asked for, in memory of its own: a vector must not hold a whole layer."""
+        parts, share = {}, 0.0 if tap in self.wanted else 1.0
+        for spot in self.wanted.get(tap, ()):
+            stream = self.inputs.stream(spot.stream)
+            columns = _columns(spot, x, stream)
+            if (spot.unit, spot.site.at) not in parts:
+                parts[spot.unit, spot.site.at] = spot, columns
+                units = 1 if spot.unit is None else x.shape[spot.unit_axis]
+                share += (1.0 if columns is None else columns.shape[1] / stream.ids.shape[1]) / units
+        if share >= 1:
+            return x.clone() if copy else x
+        return tuple(
+            Part(spot.unit, columns, chosen(spot, x, spot.unit, columns).clone()) for spot, columns in parts.values()
+        )
+
     def check(self, wire: Wiretap) -> None:
         """An edit that never fired is an error, not silence."""
+        self.check_met(wire.met)
+
+    def check_met(self, met: Container[Tap]) -> None:
         for tap, writers in self.writing.items():
-            if tap not in wire.met:
+            if tap not in met:
                 site = str(writers[0].spot.site)
                 raise SiteError(f"the edit on {site!r} never fired: the run did not pass through it")
 
@@ -221,17 +311,19 @@ def execute(
     grad_of: Callable[[Run], Tensor] | None = None,
     forward: dict[str, Any] | None = None,
 ) -> Run:
-    """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too."""
+    """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too.
+
+    A graph is kept where gradients are enabled: it is the caller's to say so (see `anatomy.modes`).
+    """
     module = anatomy.module
     check_unconditional(edits)
     session = Session(anatomy, inputs, keep, edits, grad_of is not None)
     handlers = session.handlers()
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
+    if grad_of is not None:
+        anatomy.check_gradients()
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
-        recomputed = module.training and getattr(module, "is_gradient_checkpointing", False)
-        if handlers and torch.is_grad_enabled() and recomputed:
-            raise Refused("a checkpointed forward is computed again outside the run: call model.module.eval() first")
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:
                 output = module(**{**inputs.tensors, **(forward or {})})
@@ -250,10 +342,26 @@ def _differentiate(run: Run, metric: Callable[[Run], Tensor], session: Session) 
     score = metric(run)
     if not score.requires_grad:
         raise InputError("this metric has no gradient (it counts, or reads nothing that was computed with gradients)")
-    wanted = {tap: session.zeros[tap].added[0] if tap in session.zeros else x for tap, x in run.kept.items()}
+    wanted = {tap: session.zeros[tap].added[0] if tap in session.zeros else x for tap, x in session.kept.items()}
     found = torch.autograd.grad(score.sum(), list(wanted.values()), allow_unused=True)
     run.gradients = {
-        t: torch.zeros_like(x) if g is None else g for (t, x), g in zip(wanted.items(), found, strict=True)
+        t: session.narrowed(t, torch.zeros_like(x) if g is None else g)
+        for (t, x), g in zip(wanted.items(), found, strict=True)
     }
-    run.kept = {tap: x.detach() for tap, x in run.kept.items()}
+    run.kept = {tap: session.narrowed(tap, x.detach()) for tap, x in session.kept.items()}
+    run.output = without_graph(run.output)
     run.metric = score.detach()
+
+
+def without_graph(output: Any) -> Any:
+    """What a forward pass gave, as values: whoever holds it does not hold the whole pass."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        plain = copy(output)
+        for key, value in output.items():
+            plain[key] = without_graph(value)  # type: ignore[index]
+        return plain
+    if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
+        return type(output)(map(without_graph, output))
+    return output

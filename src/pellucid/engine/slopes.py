@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.modes import evaluating
 from pellucid.engine.edits import Edit, Place
 from pellucid.engine.pausing import progress
 from pellucid.engine.sweep import Plan
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,14 +43,13 @@ class Slope:
 def slopes(plan: Plan, leaves: Sequence[Leaf]) -> Iterator[Slope]:
     """The slope of every variant of a plan, each of which is one of `leaves`; in the order they are computed.
 
-    Refused in training mode, InputError for a metric without a gradient.
+    InputError for a metric without a gradient.
     """
-    if plan.job.anatomy.module.training:
-        raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
+    plan.job.anatomy.check_gradients()
     with torch.no_grad():
         plan.settle()
         plan.rung.clean(plan.job)  # recorded without a graph
-    with progress[None](what="runs", total=len(leaves)) as bar:
+    with evaluating(plan.job.anatomy.module), progress[None](what="runs", total=len(leaves)) as bar:
         for chunk in plan.chunks(plan.variants):
             with torch.enable_grad():
                 scores = [plan.metric(read) for read in plan.logits(chunk)]

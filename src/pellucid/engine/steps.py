@@ -113,7 +113,12 @@ class Watch:
     def __repr__(self) -> str:
         own = getattr(self.function, "__name__", type(self.function).__name__).strip("<>")
         named = f", name={self.name!r}" if self.name else ""
-        return f"Watch({[str(site) for site in self.sites]}, <{own}>{named})"
+        return f"Watch({[str(site) for site in self.watched]}, <{own}>{named})"
+
+    @property
+    def watched(self) -> tuple[Site, ...]:
+        """The sites, as they were parsed."""
+        return self.sites  # type: ignore[return-value]
 
     @property
     def label(self) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import running
 from pellucid.engine.checkpoint import Checkpoint, fingerprint
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
@@ -126,9 +127,7 @@ class Plan:
 
     def run(self) -> Sweep:
         """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
-        if self.job.anatomy.module.training:
-            raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
-        with torch.no_grad(), progress[None](what="runs", total=len(self.variants)) as bar:
+        with running(self.job.anatomy.module), progress[None](what="runs", total=len(self.variants)) as bar:
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
             bar.step(int(self.done.sum()))

@@ -22,6 +22,7 @@ from pellucid.engine.marks import once, special_ids
 from pellucid.errors import InputError, nearest
 
 Offsets = list[tuple[int, int]]
+NO_TOKENIZER = "this model was opened without a tokenizer: give token ids, or open it with tokenizer=..."
 BROKEN = "�"  # what decoding shows for bytes that make no character
 
 
@@ -42,6 +43,8 @@ def encode(tokenizer: Any, text: str, *, specials: bool = True) -> tuple[list[in
 
     InputError if the tokenizer gives no offsets (a slow one) and its tokens do not spell the text.
     """
+    if tokenizer is None:
+        raise InputError(NO_TOKENIZER)
     fast = getattr(tokenizer, "is_fast", False)
     options: dict[str, Any] = {"return_offsets_mapping": True} if fast else {}
     encoding = tokenizer(legible(text), add_special_tokens=specials, **options)
@@ -181,6 +184,7 @@ class TextMap:
     ids: tuple[int, ...]
     given: str | None = None
     turns: tuple[tuple[str, int, int], ...] = ()
+    known: Offsets | None = None  # offsets that the text alone would not give: of a pair, of what was cut
 
     @cached_property
     def text(self) -> str:
@@ -193,6 +197,8 @@ class TextMap:
     @cached_property
     def offsets(self) -> Offsets:
         """The [start, stop) characters of each real token. InputError where that cannot be told."""
+        if self.known is not None:
+            return self.known
         ids = list(self.ids)
         if self.tokenizer is None:
             return [m.span() for m in re.finditer(r"\S+", self.text)]

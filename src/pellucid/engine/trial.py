@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Edit, Replace
@@ -66,7 +66,7 @@ class Trial:
     def refused(self, rung: Rung) -> str:
         """Why a rung is not used on this model; empty if it is."""
         if rung.name not in self._refused:
-            with torch.no_grad(), evaluating(self.anatomy.module):
+            with running(self.anatomy.module):
                 try:
                     self._refused[rung.name] = rung.unsuited(self.anatomy) or self._try(rung)
                 except Refused as error:

@@ -6,19 +6,21 @@ and copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import running
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
 from pellucid.engine.run import Run, Session
+from pellucid.engine.writing import check_unconditional
 from pellucid.errors import SiteError
 
 Seen = Callable[[Tensor], None]
@@ -28,11 +30,14 @@ class _Enough(BaseException):
     """Everything wanted has been met; it never leaves this file. No Exception: a family's own code must not catch it."""
 
 
-def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str]) -> Run:
-    """A run without edits and gradients that kept some sites and stopped there; it has no logits."""
-    session = Session(anatomy, inputs, keep)
-    pass_until(anatomy, inputs, session.handlers())
-    return Run(anatomy, inputs, None, session.kept, session.sites)
+def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = ()) -> Run:
+    """A run without gradients that kept some sites, made its edits, and stopped there; it has no logits."""
+    check_unconditional(edits)
+    session = Session(anatomy, inputs, keep, edits)
+    session.check_met(pass_until(anatomy, inputs, session.handlers()))
+    run = Run(anatomy, inputs, None, session.kept, session.sites)
+    run.edits = tuple(edits)
+    return run
 
 
 def pass_until(anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler], *, whole: bool = False) -> set[Tap]:
@@ -54,7 +59,7 @@ def pass_until(anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler]
         return handle
 
     wrapped = {tap: heard(tap, handler) for tap, handler in handlers.items()}
-    with torch.no_grad(), Wiretap(anatomy.module, wrapped, len(inputs)), suppress(_Enough):
+    with running(anatomy.module), Wiretap(anatomy.module, wrapped, len(inputs)), suppress(_Enough):
         anatomy.module(**inputs.tensors)
     return met
 

@@ -33,12 +33,12 @@ from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import answer_position, kind_of
 from pellucid.engine.run import Session
 from pellucid.errors import InputError, Refused
 from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
-from pellucid.question import answer_position
 from pellucid.results import Result
 from pellucid.technique import settle, technique
 
@@ -78,6 +78,11 @@ def direct_logit_attribution(
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
     inputs = model.inputs(prompt, decoder=decoder)
     positions = answer_position(model, inputs) if positions is None else positions
+    if positions is None and "head" not in model.anatomy.refusals:
+        raise Refused(
+            f"direct logit attribution splits a logit that is read at one token, and {model.name} gives a "
+            f"{kind_of(model, inputs)}: where it labels words, name one with positions="
+        )
     shares = Shares(model, inputs, positions, by, edits)
     if target is None:
         target = shares.prediction

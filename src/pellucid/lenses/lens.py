@@ -25,7 +25,7 @@ from pellucid.anatomy.sites import Position, Site
 from pellucid.changed import check_weights
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, listed
 from pellucid.model import Model
 from pellucid.technique import technique
 
@@ -177,8 +177,8 @@ def layer_numbers(model: Model, layers: Layers) -> list[int]:
     if layers is None or isinstance(layers, slice):
         return list(range(count)[slice(None) if layers is None else layers])
     layers = getattr(layers, "tolist", lambda: layers)()  # numpy, torch
-    wanted = [layers] if isinstance(layers, int) else layers
-    if isinstance(wanted, str) or not all(isinstance(i, int) and -count <= i < count for i in wanted):
+    wanted = [layers] if isinstance(layers, int) else listed("layers", layers, f"numbers below {count}")
+    if isinstance(layers, str) or not all(isinstance(i, int) and -count <= i < count for i in wanted):
         raise InputError(f"layers={layers!r}: expected a number below {count}, a slice or a list of numbers")
     return [i % count for i in wanted]
 
@@ -193,6 +193,7 @@ def selector(positions: Positions) -> Position:
     positions = getattr(positions, "tolist", lambda: positions)()  # numpy, torch
     if isinstance(positions, str | int | None):
         return positions
+    positions = listed("positions", positions, "numbers, a slice, a span or a token, or None for all")
     if not positions or not all(isinstance(p, int) for p in positions):
         raise InputError(f"positions={positions!r}: expected numbers, a slice, a span or a token, or None for all")
     return positions[0] if len(positions) == 1 else ",".join(map(str, positions))

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError
+from pellucid.errors import InputError, at_least
 from pellucid.lenses.lens import Affine, Layers, Lens, Positions, layer_numbers, one_column
 from pellucid.model import Model
+from pellucid.question import answer_position, kind_of
 from pellucid.results import Result
 from pellucid.tasks.tokens import single_id, texts
 from pellucid.technique import technique
@@ -69,7 +70,12 @@ def patchscope(
     if len(run.inputs) != 1:
         raise InputError(f"a patchscope reads one prompt at a time, got {len(run.inputs)}")
     column = one_column(run.inputs, positions, "a patchscope")[0]
-    into_at = int(one_column(reader.inputs(into), into_positions, "a patchscope")[0])
+    at_least(1, top=top)
+    asked = reader.inputs(into)
+    into_at = int(one_column(asked, into_positions, "a patchscope")[0])
+    at = answer_position(reader, asked)  # InputError for a masked model's prompt without its mask
+    if at is None:
+        raise InputError(f"a patchscope reads tokens, and {reader.name} gives a {kind_of(reader, asked)}")
     if isinstance(mapping, Affine):
         mapping.check(model)
     puts: list[list[Patch]] = []
@@ -81,7 +87,7 @@ def patchscope(
         puts.append([Patch(f"{into_prefix}layers.{put}.resid_post@{into_at}", _fitting(state, reader))])
     puts.append([])
     ids = [single_id(reader.tokenizer, target) for target in targets]
-    rows = [_read(reader.run(into, edits=put).logits[0, -1], ids, top) for put in progress(puts, "patchscope")]
+    rows = [_read(reader.run(into, edits=put).logits[0, at], ids, top) for put in progress(puts, "patchscope")]
     made: dict[str, Any] = {
         "probability": (("layer", "top"), np.array([p.tolist() for p, _, _, _ in rows])),
         "top_token": (("layer", "top"), texts(reader.tokenizer, [best.tolist() for _, best, _, _ in rows])),
@@ -110,6 +116,6 @@ def _fitting(state: Tensor, reader: Model) -> Tensor:
 
 def _read(logits: Tensor, ids: list[int], top: int) -> tuple[Tensor, Tensor, list[int], list[float]]:
     log_p = logits.float().log_softmax(-1)
-    best = log_p.topk(top)
+    best = log_p.topk(min(top, len(log_p)))
     ranks = [int((log_p > log_p[i]).sum()) for i in ids]
     return best.values.exp(), best.indices, ranks, [float(log_p[i]) for i in ids]

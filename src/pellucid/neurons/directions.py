@@ -32,7 +32,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Block, Mlp
 from pellucid.anatomy.weights import linear_map
 from pellucid.engine.locate import block_of, locate, stack_of
-from pellucid.errors import InputError, Refused, at_least
+from pellucid.errors import InputError, Refused, at_least, listed
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.tasks.tokens import texts
@@ -169,7 +169,7 @@ def _directions(model: Model, units: str | Sequence[str]) -> dict[str, Tensor]:
     """What each unit writes into the last stack's residual."""
     found: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    for pattern in [units] if isinstance(units, str) else units:
+    for pattern in [units] if isinstance(units, str) else listed("units", units, "addresses of units"):
         for site in model.sites(pattern):
             whole, n = _unit(site)
             if whole not in weights:

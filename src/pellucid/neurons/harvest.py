@@ -31,7 +31,7 @@ from pellucid.engine.marks import special_ids
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import stream_of
 from pellucid.engine.watching import together, watch
-from pellucid.errors import InputError, at_least, nearest
+from pellucid.errors import InputError, at_least, listed, nearest
 from pellucid.model import Model
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.shelf import Shelf, place, where
@@ -381,7 +381,7 @@ def harvest(
 def _readers(model: Model, sites: Sites) -> dict[str, Units]:
     """Units by name, one for each concrete site."""
     found: dict[str, Units] = {}
-    for given in [sites] if isinstance(sites, (str, Units)) else sites:
+    for given in [sites] if isinstance(sites, (str, Units)) else listed("sites", sites, "addresses of units"):
         units = given if isinstance(given, Units) else Units(given)
         concrete = model.sites(units.site)
         for site in concrete:

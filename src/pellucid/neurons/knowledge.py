@@ -28,11 +28,11 @@ from torch import Tensor
 
 from pellucid.engine.edits import Scale
 from pellucid.engine.inputs import Inputs
+from pellucid.engine.places import answer_position
 from pellucid.engine.slopes import Leaf, slopes
 from pellucid.errors import InputError, Refused, at_least
 from pellucid.metrics import Answers, log_odds, probability
 from pellucid.model import Model
-from pellucid.question import answer_position
 from pellucid.results import Result
 from pellucid.technique import technique
 

@@ -62,8 +62,6 @@ class Objective:
             raise InputError(
                 f"{name!r} has {sites[0].dims[2:]} at a position: name one unit of it, or give Units(site, direction)"
             )
-        if model.module.training:
-            raise Refused("in training mode dropout makes every run another: call model.module.eval() first")
         self.site = sites[0]
         spot = locate(model.anatomy, self.site.whole)
         if spot.stream not in ("", model.anatomy.stacks[0].name):
@@ -111,6 +109,7 @@ class Objective:
     def estimates(self, rows: Tensor) -> Tensor:
         """[n, position, allowed token] what the objective would gain by that token there, up to a constant of the
         position. Refused where no gradient reaches the embeddings."""
+        self.model.anatomy.check_gradients()
         with torch.enable_grad():
             values, logits, leaf = self._forward(rows)
             objective = self._activation(values, rows.shape[1])
@@ -130,7 +129,8 @@ class Objective:
     # ---- one forward pass
 
     def _inputs(self, rows: Tensor) -> Inputs:
-        return self.model.inputs(self.vocabulary.around(rows))
+        ids = self.vocabulary.around(rows)
+        return self.model.inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def _seen(self, rows: Tensor) -> Tensor:
         """The unit [n, column]; the pass ends there."""

@@ -48,7 +48,8 @@ def random_directions(model: Model, site: str, n: int, *, seed: int = 0, name: s
     if len(found) != 1 or n < 1 or found[0].dims[:2] != ("batch", "position"):
         raise InputError(f"{n} directions at {site!r}: expected at least 1, at one site with a vector per token")
     where = found[0]
-    run = model.run(torch.zeros(1, 2, dtype=torch.long), keep=[where])
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    run = model.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, keep=[where])
     return Units(site, controls.random_directions(n, run.tensor(where).flatten(2).shape[2], seed=seed), name)
 
 

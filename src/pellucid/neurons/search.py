@@ -32,6 +32,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.corpus import longest
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
@@ -216,12 +217,13 @@ def _readable(vocabulary: Vocabulary, proposed: Tensor, trials: int) -> tuple[Te
 
 def from_corpus(aim: Objective, corpus: Sequence[str], length: int) -> tuple[dict[str, Found], Found | None]:
     """The context of a corpus with the largest activation, as it stands there and cut to `length`; and the best contexts
-    that can be cut so and survive."""
+    that can be cut so and survive. Long texts are read in windows."""
     tokenizer = aim.vocabulary.tokenizer
     if tokenizer is None:
         raise InputError("this model was opened without a tokenizer, so a corpus of texts cannot be read")
     every = tokenizer(list(corpus), add_special_tokens=False)["input_ids"]
-    texts = [row[:CONTEXT] for row in every if len(row) > 1]
+    size = min(CONTEXT, longest(aim.model))
+    texts = [part for row in every for i in range(0, len(row), size) if len(part := row[i : i + size]) > 1]
     if not texts:
         raise InputError("the corpus has no text of two tokens or more")
     peaks: list[tuple[float, int, int]] = []

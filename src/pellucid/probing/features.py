@@ -16,6 +16,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
 from pellucid.corpus import Corpus, batches, inputs
+from pellucid.engine.limits import check_length
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import execute
 from pellucid.errors import InputError
@@ -84,6 +85,9 @@ def read(
         raise InputError("this model was opened without a tokenizer, which finds the tokens of a span: tokenizer=...")
     names = _sites(model, sites, store)
     rows = [encode(model.tokenizer, text) for text in spans.texts]
+    if rows and store is None:  # before anything runs, and not in the middle of it
+        most = max(range(len(rows)), key=lambda i: len(rows[i][0]))
+        check_length(model.module, len(rows[most][0]), model.anatomy.stacks[0].name, f"text {most} of the spans has")
     tokens = [_tokens(rows[text][1], spans, i, pool) for i, (text, _, _) in enumerate(spans.where)]
     of_text: dict[int, list[int]] = {}
     for i, (text, _, _) in enumerate(spans.where):

@@ -101,6 +101,11 @@ class Prompts:
         return replace(self, **cut, spans={name: span[which] for name, span in self.spans.items()})
 
     @property
+    def place(self) -> int | None:
+        """`position` where it was chosen; None for the default, which is where the model answers such prompts."""
+        return None if self.position == -1 else self.position
+
+    @property
     def single_token(self) -> bool:
         """Whether every answer, right or wrong, is one token in its place."""
         return all(len(ids) == 1 for ids in chain.from_iterable(self.answer_ids + self.wrong_ids))
@@ -128,7 +133,7 @@ class Prompts:
         right = [[ids[0] for ids in each] for each in self.answer_ids]
         wrong = [[ids[0] for ids in each] for each in self.wrong_ids]
         make: Callable[..., Metric] = getattr(metrics, self.score)
-        return make(right, wrong, position=self.position if position is None else position)
+        return make(right, wrong, position=self.place if position is None else position)
 
     def table(self) -> pd.DataFrame:
         """One row per pair: clean, corrupted, answers, wrong, and every span."""

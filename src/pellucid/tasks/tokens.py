@@ -57,10 +57,12 @@ def single_id(tokenizer: Any, answer: str | int) -> int:
 
     Warns where a word has another token after a space, which is what follows a prompt that ends in a word.
     """
-    if isinstance(answer, int):
-        if answer < 0:
-            raise InputError(f"token id {answer} is negative; ids count from 0")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < 2**31:
+            raise InputError(f"token id {answer} is {'negative' if answer < 0 else 'too large'}; ids count from 0")
         return answer
+    if not isinstance(answer, str):
+        raise InputError(f"{answer!r} is no answer: give a text such as ' Paris' or a token id")
     ids = answer_ids(tokenizer, answer)
     if len(ids) == 1 and (ids != [tokenizer.unk_token_id] or answer == tokenizer.unk_token):
         if answer[0].isalnum() and len(after := answer_ids(tokenizer, f" {answer}")) == 1 and after != ids:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.engine.given import Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError, PellucidError
 from pellucid.tasks.tokens import encode
-from pellucid.views.question import Question
+from pellucid.views.question import ALONE, Question
 
 WORDS, TRIES, SEED = 5, 16, 0
 TOKENS = 2000  # read in all: long prompts are tried with fewer words
@@ -49,7 +50,7 @@ class Made:
 
 def make(question: Question) -> Made | None:
     """A counterfactual for the question; None where no word can be replaced or no replacement changes anything."""
-    if question.target is None or question.kind == "class":
+    if question.target is None or question.kind in (*ALONE, "label") or isinstance(question.prompt, Pair):
         return None
     vocabulary = Vocabulary.of(question)
     rows = max(8, TOKENS // len(question.tokens))
@@ -76,15 +77,15 @@ def make(question: Question) -> Made | None:
     chosen = int(p[:, question.target.id].argmin()) if chosen is None else chosen
     if float(p[chosen, question.target.id]) > 0.8 * question.target.probability:
         return None
-    new = _word_of(texts[chosen], question.prompt, word)
+    new = _word_of(texts[chosen], question.text, word)
     return Made(texts[chosen], f"“{word.text}” was replaced by “{new}”, found among replacements of {len(some)} words")
 
 
 def words_of(question: Question) -> list[Word]:
     """The words of the prompt that have tokens of their own."""
-    _, offsets = encode(question.model.tokenizer, question.prompt)
+    _, offsets = encode(question.model.tokenizer, question.text)
     found = []
-    for match in re.finditer(r"[^\W_]+", question.prompt):
+    for match in re.finditer(r"[^\W_]+", question.text):
         tokens = [i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
         inside = tokens and offsets[tokens[-1]][1] == match.end() and offsets[tokens[0]][0] >= match.start() - 1
         if inside:
@@ -108,7 +109,7 @@ def _sensitivity(question: Question) -> Any:
 def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterator[str]:
     """Prompts with another word in its place that are cut into as many tokens, and alike everywhere else."""
     tokenizer = question.model.tokenizer
-    ids = encode(tokenizer, question.prompt)[0]
+    ids = encode(tokenizer, question.text)[0]
     near = [vocabulary.near(i) for i in ids[word.first : word.last]]
     if not all(near):
         return
@@ -116,7 +117,7 @@ def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterato
     tried = [[n] for n in near[0]] if len(near) == 1 else ([draw.choice(n) for n in near] for _ in range(4 * TRIES))
     found = set()
     for bodies in tried:
-        text = question.prompt[: word.start] + "".join(bodies) + question.prompt[word.stop :]
+        text = question.text[: word.start] + "".join(bodies) + question.text[word.stop :]
         new = encode(tokenizer, text)[0]
         same = len(new) == len(ids) and new[: word.first] == ids[: word.first] and new[word.last :] == ids[word.last :]
         if same and text not in found:

@@ -12,23 +12,27 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from pellucid import metrics
 from pellucid.causal.contrast import check_aligned
+from pellucid.engine.given import Pair
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError
 from pellucid.model import Model
-from pellucid.question import Answer, Kind, answer_position, kind_of, pieces
+from pellucid.question import Answer, label, pieces
 from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
 from pellucid.views.markup import quoted
 
-KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what a report can be about
+P = TypeVar("P", str, Pair, str | Pair)
+KINDS = ("next token", "first token", "masked token", "class", "vectors")  # what the workbench can be about
+ALONE = ("class", "value", "span")  # answers that are measured by their own logit, with no rival
 WRITTEN = 12  # tokens a decoder writes to be looked at
 WORK = 10_000  # tokens that one set of runs may read in all before a report takes less
 
@@ -45,7 +49,7 @@ class Question:
     """A prompt and what is measured on it; `position` is where the answer is read, counted on real tokens."""
 
     model: Model
-    prompt: str
+    prompt: str | Pair
     kind: Kind
     inputs: Inputs
     position: int
@@ -53,11 +57,17 @@ class Question:
     options: list[Option]  # the likeliest first
     target: Option | None
     against: Option | None = None
-    counterfactual: str | None = None
+    counterfactual: str | Pair | None = None
     other_options: list[Option] = field(default_factory=list)  # on the counterfactual
     scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
     notes: tuple[str, ...] = ()
+    asked: Asked | None = None  # as the methods ask it, where a word or a span is part of the question
+
+    @property
+    def text(self) -> str:
+        """The prompt to be shown: of a pair both texts."""
+        return f"{self.prompt.first} / {self.prompt.second}" if isinstance(self.prompt, Pair) else self.prompt
 
     @property
     def source(self) -> Stream:
@@ -118,42 +128,56 @@ class Question:
         """What the answer is measured by; see `metric_code`."""
         if self.target is None:
             return Similarity(self.run)
-        if self.kind == "class":
+        if self.kind in ("class", "value"):
             return metrics.class_logit(self.target.id)
+        if self.kind == "span":
+            return Asked.of(self.model, self.inputs, list(self.target.ids)).metric
+        if self.against is None:
+            return metrics.logit(self.word(self.target), position=self.last_first)
         return metrics.logit_difference(self.word(self.target), self.word(self.against), position=self.last_first)
 
     @property
     def metric_code(self) -> str:
         if self.target is None:
             return "metric = pl.views.question.Similarity(model.run(prompt))"
-        if self.kind == "class":
+        if self.kind in ("class", "value"):
             return f"metric = pl.metrics.class_logit({self.target.id})"
+        if self.kind == "span":
+            return f"metric = pl.question.Question.of(model, prompt, {list(self.target.ids)}).metric"
         where = "" if self.last_first == -1 else f", position={self.last_first}"
+        if self.against is None:
+            return f"metric = pl.metrics.logit({self.word(self.target)!r}{where})"
         return f"metric = pl.metrics.logit_difference({self.word(self.target)!r}, {self.word(self.against)!r}{where})"
 
     @property
     def metric_name(self) -> str:
         if self.target is None:
             return "similarity to the intact output"
-        return "logit" if self.kind == "class" else "logit difference"
+        named = {"class": "logit", "value": "number it gives", "span": "logit of its start and end"}
+        return named.get(self.kind, "logit" if self.against is None else "logit difference")
 
     @property
     def measured(self) -> str:
         """What is measured, with the answer and its rival."""
-        if self.target is None or self.against is None or self.kind == "class":
+        if self.target is None or self.against is None or self.kind in ALONE:
             return self.metric_name
         return f"{self.metric_name} {quoted(self.target.text)} − {quoted(self.against.text)}"
 
     def word(self, answer: Option | None) -> str | int:
         """The text of an answer where the metric finds its token by it, else its id."""
         assert answer is not None
+        if self.kind == "label":
+            return answer.text if answer.text in self.model.anatomy.answering.names.values() else answer.id
         return answer.text if _ids(self.model, answer.text) == {answer.text: answer.id} else answer.id
 
     def lacks(self, section: str) -> str:
         """Why a section cannot be asked for with this kind of answer; empty where it can."""
-        if section in ("layers", "direct") and self.kind in ("vectors", "class"):
-            what = "gives vectors, not words" if self.kind == "vectors" else "chooses a class from one place, not words"
+        if section in ("layers", "direct") and self.kind in ("vectors", *ALONE):
+            given = {"vectors": "gives vectors", "value": "gives a number", "span": "chooses a stretch of the prompt"}
+            what = f"{given.get(self.kind, 'chooses a class from one place')}, not words"
             return f"the method reads states as words, and this model {what}"
+        if section in ("layers", "direct") and self.against is None:
+            return "the method compares an answer with another one, and this model has a single one"
         return ""
 
     # ---- as code
@@ -161,7 +185,7 @@ class Question:
     def code(self, *lines: str) -> str:
         """A Python program of its own that opens the model and runs `lines`."""
         return "\n".join(
-            ["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {self.prompt!r}", *lines]
+            ["import pellucid as pl", "", f"model = {self.model.opened}", f"prompt = {_code(self.prompt)}", *lines]
         )
 
     @property
@@ -169,13 +193,17 @@ class Question:
         """The command that makes this report again."""
         if not self.model.named:
             return None
-        words = ["pellucid", "report", self.model.name, self.prompt]
+        pair = [self.prompt.first, "--second", self.prompt.second] if isinstance(self.prompt, Pair) else [self.prompt]
+        words = ["pellucid", "report", self.model.name, *pair]
         if task := re.search(r"task='([\w-]+)'", self.model.opened):
             words += ["--task", task[1]]
         if self.counterfactual is not None:
-            words += ["--counterfactual", self.counterfactual]
-        if self.target is not None and self.kind != "class":
+            other = self.counterfactual
+            words += ["--counterfactual", other.first if isinstance(other, Pair) else other]
+        if self.target is not None and self.kind not in ("class", "value"):
             words += ["--target", self.target.text]
+        if self.kind == "label":
+            words += ["--word", self.answered[self.position].strip()]
         return " ".join(_shell_word(w) for w in words)
 
 
@@ -190,6 +218,10 @@ class Similarity:
         return mean @ intact / (mean.norm(dim=1) * intact.norm())
 
 
+def _code(prompt: str | Pair) -> str:
+    return f"pl.Pair({prompt.first!r}, {prompt.second!r})" if isinstance(prompt, Pair) else repr(prompt)
+
+
 def _shell_word(word: str) -> str:
     return word if word.startswith("--") else shlex.quote(word)
 
@@ -197,15 +229,26 @@ def _shell_word(word: str) -> str:
 # ---- asking
 
 
-def ask(model: Model, prompt: str, target: str | None, counterfactual: str | None, top: int) -> Question:
+def ask(
+    model: Model,
+    prompt: str | Pair,
+    target: str | None,
+    counterfactual: str | Pair | None,
+    top: int,
+    word: str | int | None = None,
+) -> Question:
     """Run the prompt (and the counterfactual) and settle what is measured. InputError where they do not fit."""
     prompt, note = with_mask(model, prompt)
     inputs = model.inputs(prompt)
     asked = asked_of(model, inputs)
-    if asked.kind not in KINDS:
+    if (asked.kind == "label") != (word is not None):
         raise InputError(
-            f"a report explains one answer among others, and {model.name} gives a {asked.kind}: ask the methods themselves"
+            f"{model.name} labels every word: name one, word='Paris' (--word Paris)"
+            if asked.kind == "label"
+            else f"{model.name} does not label words: leave word= out"
         )
+    if word is not None:
+        asked = Asked.of(model, inputs, label(word=word))
     with torch.no_grad():
         run = model.run(inputs)
     options = likeliest(asked, run, max(top, 2))
@@ -213,15 +256,18 @@ def ask(model: Model, prompt: str, target: str | None, counterfactual: str | Non
     if target is not None:
         chosen, more = _chosen(asked, run, target)
         note = (*note, *more)
-    position = place(asked)
-    question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note)
+    note = (*note, *(f"How it was opened: {each}." for each in model.loaded.notes))
+    position = chosen.ids[0] if asked.kind == "span" and chosen else place(asked)
+    question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note, asked=asked)
     return against(question, counterfactual, top)
 
 
-def against(question: Question, counterfactual: str | None, top: int, made: str = "") -> Question:
+def against(question: Question, counterfactual: str | Pair | None, top: int, made: str = "") -> Question:
     """The question with a counterfactual, whose own answer (else the runner-up) is what the answer is compared with."""
     model, other, logits = question.model, [], None
     if counterfactual is not None:
+        if isinstance(question.prompt, Pair) and isinstance(counterfactual, str):  # in the place of the first text
+            counterfactual = replace(question.prompt, first=counterfactual)
         counterfactual, _ = with_mask(model, counterfactual)
         inputs = model.inputs(counterfactual)
         check_aligned(question.inputs, inputs)
@@ -229,10 +275,14 @@ def against(question: Question, counterfactual: str | None, top: int, made: str 
             raise InputError("the counterfactual is the prompt itself: give one on which another answer is right")
         with torch.no_grad():
             run = model.run(inputs)
-        logits, other = run.logits, likeliest(asked_of(model, inputs), run, max(top, 2))
-    rival = next((o for o in [*other[:1], *question.options] if question.target and o.id != question.target.id), None)
+        asked = asked_of(model, inputs)
+        if question.kind == "label":
+            asked = replace(asked, position=question.position)
+        logits, other = run.logits, likeliest(asked, run, max(top, 2))
+    chosen = question.target
+    rival = next((o for o in [*other[:1], *question.options] if chosen and o.ids != chosen.ids), None)
     question = replace(question, against=rival, counterfactual=counterfactual, other_options=other, made=made)
-    if question.target is not None and rival is None:  # a vocabulary of one
+    if question.target is not None and rival is None and question.kind not in (*ALONE, "label"):  # a vocabulary of one
         raise InputError("this model has a single answer, so there is nothing to compare it with")
     metric, mask = model.bind(question.metric), question.inputs.stream("").mask
     both = [question.run.logits, *([] if logits is None else [logits])]
@@ -247,8 +297,11 @@ def asked_of(model: Model, inputs: Inputs) -> Asked:
 
 def likeliest(asked: Asked, run: Run, top: int) -> list[Option]:
     """The likeliest answers of a run to one prompt; none where the model does not choose among answers."""
-    if asked.kind not in KINDS or asked.kind == "vectors":
+    if asked.kind == "vectors":
         return []
+    if asked.kind == "value":
+        name = asked.model.anatomy.answering.names.get(0, "the number")
+        return [Option((0,), name)]
     return [Option(each.ids, each.text, each.probability or 0.0) for each in asked.likeliest(run, top)[0]]
 
 
@@ -264,8 +317,10 @@ def place(asked: Asked) -> int:
     return at % len(asked.inputs.stream("").labels[0])
 
 
-def with_mask(model: Model, prompt: str) -> tuple[str, tuple[str, ...]]:
-    """A masked model answers at its mask: a prompt without one gets it at the end."""
+def with_mask(model: Model, prompt: P) -> tuple[P, tuple[str, ...]]:
+    """A masked model answers at its mask: a prompt without one gets it at the end; a pair is left as it is."""
+    if isinstance(prompt, Pair):
+        return prompt, ()
     mask = getattr(model.tokenizer, "mask_token", None)
     if not mask or mask in prompt or not prompt.strip() or kind_of(model, model.inputs(prompt)) != "masked token":
         return prompt, ()
@@ -286,11 +341,16 @@ def _ids(model: Model, *texts: str) -> dict[str, int]:
 def _chosen(asked: Asked, run: Run, target: str) -> tuple[Option, tuple[str, ...]]:
     """The target as an answer: the text given, or with a space before it where that is what the model would say."""
     model = asked.model
-    if asked.kind == "vectors":
-        raise InputError("this model has no answers to choose a target from: it gives vectors; leave --target out")
+    if asked.kind in ("vectors", "value"):
+        given = "vectors" if asked.kind == "vectors" else "a number"
+        raise InputError(f"this model has no answers to choose a target from: it gives {given}; leave --target out")
+    if asked.kind == "span":
+        found_span = Asked.of(model, asked.inputs, target).answers[0]
+        start, end = asked.distribution(run)[0]
+        return Option(found_span.ids, target, float(start[found_span.ids[0]] * end[found_span.ids[1]])), ()
     p = asked.distribution(run)[0]
     p = p[:, 1] if p.ndim == 2 else p  # each class by itself
-    if asked.kind == "class":
+    if asked.kind in ("class", "label"):
         number = model.anatomy.answering.numbers(target)
         return Option((number,), target, float(p[number])), ()
     found = _ids(model, target, " " + target.lstrip(" "))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from pellucid.engine.given import Pair
 from pellucid.engine.pausing import progress, quiet
 from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.counterfactual import made
 from pellucid.views.evidence import Evidence
-from pellucid.views.markup import Html, join, percent, quoted, tag, visible
+from pellucid.views.markup import Html, join, number, percent, quoted, tag, visible
 from pellucid.views.page import Section, missing, page
 from pellucid.views.question import Question, against, ask, described, short_name
 from pellucid.views.sections import (
@@ -44,15 +45,18 @@ class Report:
 
 def build(
     model: Model,
-    prompt: str,
+    prompt: str | Pair,
     *,
-    counterfactual: str | None = None,
+    counterfactual: str | Pair | None = None,
     target: str | None = None,
     top: int = 5,
+    word: str | int | None = None,
 ) -> Report:
     """Trace `prompt` through the model and describe what was found.
 
-    `target` is the answer to explain, by default the model's own. `counterfactual` is a prompt of as many tokens with
+    A model of pairs (cross-encoders, entailment, next sentence, a question with one of its choices) is given a `pl.Pair`; a
+    counterfactual that is a text then stands for the first one. `target` is the answer to explain, by default the model's own: a token, a class or label by name, the text of a span.
+    `word` is the word whose label is explained, of a model that labels every word. `counterfactual` is a prompt of as many tokens with
     another answer; without one, pellucid looks for one word to replace, and says so. `top` is how many candidates are
     listed. What a model cannot have is said in its place. InputError for a prompt, target or counterfactual that does
     not fit.
@@ -62,7 +66,7 @@ def build(
     """
     bar: progress[None] = progress(what="report", total=11)
     with bar, quiet():  # one bar for all of its methods
-        question = ask(model, prompt, target, counterfactual, top)
+        question = ask(model, prompt, target, counterfactual, top, word)
         if counterfactual is None and (found := made(question)) is not None:
             question = against(question, found.prompt, top, found.how)
         bar.step()
@@ -105,24 +109,26 @@ def _page(question: Question, sections: list[Section]) -> str:
     ]
     header = join(
         tag("p", tag("b", name), " · ", described(question.model), class_="eyebrow"),
-        tag("h1", _asked(question), class_="long" if len(question.prompt) > LONG else None),
+        tag("h1", _asked(question), class_="long" if len(question.text) > LONG else None),
         tag("ul", found, class_="found", id="findings"),
         [tag("p", note, class_="note") for note in question.notes],
     )
     footer = join("Made with pellucid. ", tag("a", "Back to the top", href="#top"))
-    return page(f"{quoted(question.prompt[:60])} in {name}", header, sections, footer)
+    return page(f"{quoted(question.text[:60])} in {name}", header, sections, footer)
 
 
 def _asked(question: Question) -> Html:
     """The prompt with the answer in its place: at the mask, or at the end."""
     if question.target is None:
-        return join(question.prompt)
-    own = question.target.id == question.options[0].id
-    sure = percent(question.target.probability) + ("" if own else ", asked for")
+        return join(question.text)
+    own = question.target.ids == question.options[0].ids
+    given = question.kind == "value"
+    sure = number(question.scores[0]) if given else percent(question.target.probability)
+    sure += "" if own else ", asked for"
     word = visible(question.target.text.strip() or question.target.text)
     answer = tag("span", word, tag("small", sure), class_="answer")
     mask = question.model.tokenizer.mask_token if question.kind == "masked token" else None
     if mask is None:
-        return join(question.prompt, " ", answer)
-    before, _, after = question.prompt.partition(mask)
+        return join(question.text, " ", answer)
+    before, _, after = question.text.partition(mask)
     return join(before, answer, after)

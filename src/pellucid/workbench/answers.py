@@ -63,7 +63,30 @@ def passed(model: Model, prompt: str, keep: Iterable[str] = (), edits: Sequence[
     with torch.no_grad():
         run = model.run(inputs, keep=list(keep), edits=edits)
     asked = asked_of(model, inputs)
-    return Passed(run, asked, place(asked), frozenset(keep), " ".join(notes))
+    said = [told] if (told := other_answer(asked, run)) else []
+    return Passed(run, asked, place(asked), frozenset(keep), " ".join([*notes, *said]))
+
+
+def other_answer(asked: Question, run: Run) -> str:
+    """What a model says that is no choice among a few answers, in words: a number, a span, a label for each word."""
+    with torch.no_grad():
+        if asked.kind == "value":
+            name = asked.model.anatomy.answering.names.get(0, "number")
+            return f"The model gives a number, {name}: {float(run.logits[0, 0]):+.3g}."
+        if asked.kind == "span":
+            span = asked.likeliest(run)[0][0]
+            return f"The likeliest span is “{span.text.strip()}” ({span.probability or 0.0:.1%})."
+        if asked.kind == "label":
+            answering, labels = asked.model.anatomy.answering, run.inputs.stream("").labels[0]
+            z = run.logits[0, run.inputs.stream("").mask[0].bool()]
+            best: list[Any] = z[:, 0].sigmoid().tolist() if answering.size == 1 else z.argmax(-1).tolist()
+            said = [
+                f"{v:.0%} {answering.names.get(0, 0)}" if answering.size == 1 else answering.names.get(v, v)
+                for v in best
+            ]
+            pairs = ", ".join(f"{word.strip()} {name}" for word, name in zip(labels, said, strict=True))
+            return f"The model labels every word: {pairs}."
+    return ""
 
 
 class Memory:

@@ -9,7 +9,9 @@ from torch.nn.functional import normalize
 import pellucid
 from pellucid.errors import InputError
 from pellucid.neurons.dictionaries import (
+    BatchTopKLoss,
     GatedLoss,
+    JumpReLU,
     JumpReLULoss,
     L1Loss,
     SparseAutoencoder,
@@ -50,6 +52,7 @@ def found(directions, dictionary):
         (L1Loss(0.4, resample=100), 0.95),
         (GatedLoss(0.8, resample=100), 0.93),
         (JumpReLULoss(1.5, start=0.3, bandwidth=0.5, resample=100), 0.95),
+        (BatchTopKLoss(3, resample=100), 0.95),
     ],
     ids=lambda o: type(o).__name__,
 )
@@ -61,6 +64,28 @@ def test_directions_that_data_were_made_of_are_found(objective, at_least):
     assert found(directions, dictionary) > at_least > chance + 0.3
     torch.testing.assert_close(dictionary.decoder.norm(dim=1), torch.ones(64))
     assert (dictionary.encode(x * 7 + 3) > 0).sum(1).float().mean() < 8
+
+
+def test_batch_top_k_leaves_a_threshold_that_lets_k_through_and_rows_are_read_alone():
+    x, _, on = planted()
+    d = trainer(BatchTopKLoss(3), steps=500).fit(x).dictionary_
+    active = (d.encode(x) > 0).sum(1).float()
+    assert 2.2 < active.mean() < 3.8
+    assert active[(on > 0).sum(1) >= 5].mean() > active[(on > 0).sum(1) <= 1].mean() + 1.5  # hard rows take more
+    torch.testing.assert_close(d.encode(x[:1]), d.encode(x[:50])[:1])
+    assert isinstance(d.activation, JumpReLU)
+
+
+def test_the_first_features_of_a_matryoshka_explain_more_by_themselves():
+    x, _, _ = planted()
+    left = []
+    for prefixes in ((), (16,)):
+        d = trainer(BatchTopKLoss(3, prefixes), steps=500).fit(x).dictionary_
+        f = d.encode(x)[:, :16]
+        left.append(float((x - f @ d.decoder[:16] - d.decoder_bias).pow(2).sum() / (x - x.mean(0)).pow(2).sum()))
+    assert left[1] < left[0] - 0.05
+    with pytest.raises(InputError, match="prefixes"):
+        trainer(BatchTopKLoss(3, (64,))).fit(x)
 
 
 def test_scaling_and_shifting_the_data_scales_the_activations_and_nothing_else():
@@ -81,7 +106,10 @@ def test_a_transcoder_learns_what_one_site_makes_of_another():
     assert (t.site, t.writes, tuple(t.decoder.shape)) == (SITE, "layers.0.mlp.out", (64, 10))
 
 
-@pytest.mark.parametrize("objective", [TopKLoss(3), JumpReLULoss(resample=20)], ids=["topk", "jumprelu"])
+@pytest.mark.parametrize(
+    "objective", [TopKLoss(3), JumpReLULoss(resample=20), BatchTopKLoss(3, (16,), resample=20)],
+    ids=["topk", "jumprelu", "batchtopk"],
+)  # fmt: skip
 def test_an_interrupted_fit_ends_with_the_same_weights(tmp_path, monkeypatch, objective):
     x, _, _ = planted(3000)
     whole = trainer(objective, steps=60, dead_after=2000).fit(x)

@@ -7,9 +7,11 @@ divided by d, so that 1 is what the mean of the data would cost. With e = y - y^
     L1Loss         |e|^2 / d + c sum f / sqrt(d)
     GatedLoss      L1Loss with max(u, 0) under the sum + |y - decode(max(u, 0))|^2 / d, this last decoder held constant
     JumpReLULoss   |e|^2 / d + c L0 / d, threshold trained through a rectangle of width `bandwidth`
+    BatchTopKLoss  |e|^2 / d, where the k x rows largest u of a batch are on; and for each prefix of the features (Matryoshka)
+                   |y - what they alone explain|^2 / d
 
-Gao et al. 2024; Bricken et al. 2023; Rajamanoharan et al. 2024a and 2024b. In AuxK e is held constant, as in Gao's code.
-The dead features of the other three are put anew on badly explained rows every `resample` steps (Bricken et al. 2023).
+Gao et al. 2024; Bricken et al. 2023; Rajamanoharan et al. 2024a and 2024b; Bussmann et al. 2024 and 2025. In AuxK e is held constant, as in Gao's code.
+The dead features of the others are put anew on badly explained rows every `resample` steps (Bricken et al. 2023).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pellucid.errors import InputError
 from pellucid.neurons.dictionaries.functions import Activation, Gated, JumpReLU, ReLU, TopK
 from pellucid.neurons.dictionaries.sparse import decode, encode, gradients
 
@@ -108,8 +111,9 @@ class _Dense:
             e = (y - f @ p["decoder"] - p["decoder_bias"]).float()
             error = e.pow(2).sum(1) / y.shape[1]
             loss = loss + error.mean()
-        for name, gradient in zip(p, torch.autograd.grad(loss, list(p.values())), strict=True):
-            p[name].grad = gradient
+        gradients = torch.autograd.grad(loss, list(p.values()), allow_unused=True)
+        for each, gradient in zip(p.values(), gradients, strict=True):
+            each.grad = torch.zeros_like(each) if gradient is None else gradient
         return Step(float(loss.detach()), error.detach(), (f > 0).sum(0))
 
     def penalised(self, p: Parameters, u: Tensor, y: Tensor, warm: float) -> tuple[Tensor, Tensor]:
@@ -172,6 +176,41 @@ class JumpReLULoss(_Dense):
 
     def activation(self, p: Parameters, scale: float) -> JumpReLU:
         return JumpReLU(p["log_threshold"].detach().exp() / scale)
+
+
+@dataclass(frozen=True)
+class BatchTopKLoss(_Dense):
+    """k features on average explain a row; hard rows may take more. With `prefixes` (Matryoshka), the first so many features
+    must explain what they can without the others, so that early features stay general.
+
+    While training the batch decides what is on; the finished dictionary has the threshold that this came to on average (a
+    running mean with `decay`), and looks at every row alone.
+    """
+
+    k: int = 32
+    prefixes: tuple[int, ...] = ()
+    decay: float = 0.99
+    resample: int = 500
+
+    def own(self, features: int) -> Parameters:
+        if not all(0 < n < features for n in self.prefixes):
+            raise InputError(f"prefixes={self.prefixes}: expected numbers of features from 1 to {features - 1}")
+        return {"threshold": torch.zeros(features)}
+
+    def penalised(self, p: Parameters, u: Tensor, y: Tensor, warm: float) -> tuple[Tensor, Tensor]:
+        largest = u.relu().flatten().topk(min(self.k * len(u), u.numel()), sorted=False)
+        f = torch.zeros_like(u).flatten().scatter(0, largest.indices, largest.values).view_as(u)
+        with torch.no_grad():
+            least = largest.values[largest.values > 0].amin() if bool(largest.values.any()) else u.new_zeros(())
+            began = p["threshold"] == 0
+            p["threshold"].copy_(torch.where(began, least, p["threshold"].lerp(least.float(), 1 - self.decay)))
+        loss = u.new_zeros(())
+        for n in self.prefixes:
+            loss = loss + (y - f[:, :n] @ p["decoder"][:n] - p["decoder_bias"]).pow(2).sum(1).mean() / y.shape[1]
+        return f, loss
+
+    def activation(self, p: Parameters, scale: float) -> JumpReLU:
+        return JumpReLU(p["threshold"].detach() / scale)
 
 
 def _near(u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

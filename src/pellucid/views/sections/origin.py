@@ -14,7 +14,7 @@ from pellucid.views.schema import Document
 
 def origin(question: Question, others: Sequence[Section]) -> Section:
     model = question.model
-    made = Provenance("report", model.name, revision=model.loaded.revision, digest=model.digest, inputs=question.prompt)
+    made = Provenance("report", model.name, revision=model.loaded.revision, digest=model.digest, inputs=question.text)
     proofs = [p for p in model.anatomy.proofs if p.holds is not None]
     failed = [p.name for p in proofs if not p.holds]
     facts = [

@@ -18,6 +18,7 @@ from pellucid.views.question import Option, Question, asked_of, likeliest
 from pellucid.views.schema import Document, Table
 
 TITLE = "What happens without the strongest parts?"
+UNSURE = ("vectors", "value", "span")  # no probability of one answer among others
 SHOWN = 10
 
 
@@ -45,7 +46,7 @@ def strongest(question: Question, evidence: Evidence) -> Section:
     columns = [column("part", [p.name for p in ranked]), column("off (zero)", zero), column("off (mean)", mean)]
     if written:
         columns.append(column("writes directly", [direct.get(p.site, float("nan")) for p in ranked]))
-    if question.kind != "vectors":
+    if question.kind not in UNSURE:
         columns += [
             column("then the answer is", [w.text for w in without if w], tokens=True),
             column("its probability", [w.probability for w in without if w], bar=1.0),
@@ -93,15 +94,16 @@ def _others(question: Question) -> tuple[list[Part], tuple[Result, ...]]:
 
 def _says(question: Question, part: Part) -> Option | None:
     """The likeliest answer without a part."""
-    if question.kind == "vectors":
+    if question.kind in UNSURE:
         return None
-    asked, run = asked_of(question.model, question.inputs), _without(question, part)
+    asked, run = question.asked or asked_of(question.model, question.inputs), _without(question, part)
     return likeliest(asked, run, 1)[0]
 
 
 def _left(question: Question, part: Part) -> float:
     """What is left of the probability of the model's own answer without a part."""
-    p = asked_of(question.model, question.inputs).distribution(_without(question, part))[0]
+    asked = question.asked or asked_of(question.model, question.inputs)
+    p = asked.distribution(_without(question, part))[0]
     return float((p[:, 1] if p.ndim == 2 else p)[question.options[0].id])
 
 

@@ -1,0 +1,6 @@
+"""Layers as parts: taken out, repeated, swapped; what each of them does, and for what."""
+
+from pellucid.surgery.arranging import Arranged, remove, reorder, repeat, swap
+from pellucid.surgery.importance import layer_importance
+
+__all__ = ["Arranged", "layer_importance", "remove", "reorder", "repeat", "swap"]

@@ -1,0 +1,245 @@
+"""What does each layer do, if layers are taken out, repeated, swapped or put in another order?
+
+A transformer's blocks all read and write one residual stream, so any sequence of them runs (Lad et al. 2024, Sun et al. 2024).
+An arrangement is a list of layer numbers, `[0, 1, 1, 3]`: what stands in each place. The result is a model of its own that
+shares every weight with the old one, which keeps every bit and is the undo.
+
+What belongs to a block goes with it and what belongs to its place stays: every use of a block is a module of its own with the
+number of its place (caches are kept by it), and lists of the config that have an entry for each layer (kinds of attention, of
+MLPs) are put in the same order. That this is all there is to it is tried on the probe: each block must be given, beside its
+residual, what it was given before, must then make of the residual what it made before, and generating with a cache must be
+generating without. Where it is not so (a first block that makes the position bias of all others, keys and values that layers
+share) the arrangement is refused, and the reason names what differs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from pellucid.anatomy.proofs import TOLERANCE, error
+from pellucid.anatomy.structure import Stack
+from pellucid.changed import Change, twin
+from pellucid.engine.alone import Alone, differs
+from pellucid.engine.inputs import Inputs
+from pellucid.errors import InputError, PellucidError, Refused
+from pellucid.model import Model
+
+COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+Layers = int | slice | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Arranged(Change):
+    """The blocks of a list in another order; `order` says which stands in each place.
+
+    >>> Arranged("model.layers", (0, 2))
+    Arranged(blocks='model.layers', order=(0, 2))
+    """
+
+    blocks: str
+    order: tuple[int, ...]
+
+    def apply(self, tree: nn.Module) -> None:
+        parent, _, name = self.blocks.rpartition(".")
+        old = tree.get_submodule(self.blocks)
+        assert isinstance(old, nn.ModuleList)
+        numbers = _numbered(old)
+        placed: list[nn.Module] = []
+        for place, source in enumerate(self.order):
+            block = old[source] if source not in self.order[:place] else twin(old[source])
+            for path, attribute in numbers:
+                setattr(block.get_submodule(path), attribute, place)
+            placed.append(block)
+        tree.get_submodule(parent)._modules[name] = nn.ModuleList(placed)
+        for config in _configs(tree, self.blocks):
+            shared = config is getattr(tree, "config", None) and config.is_encoder_decoder
+            side = next((side for side in ("decoder", "encoder") if shared and side in self.blocks), "")
+            _rearrange(config, self.order, len(old), side)
+
+
+def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str]]:
+    """Where a block keeps its own number: attributes that are i in block i, for every i."""
+    found = []
+    for path, module in blocks[0].named_modules():
+        for attribute, value in vars(module).items():
+            if type(value) is int and value == 0 and len(blocks) > 1:
+                said = (vars(b.get_submodule(path)).get(attribute) if _has(b, path) else None for b in blocks)
+                if all(number == i for i, number in enumerate(said)):
+                    found.append((path, attribute))
+    return found
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    return path in dict(block.named_modules())
+
+
+def _configs(tree: nn.Module, blocks: str) -> Iterator[PretrainedConfig]:
+    """The config that the list's owners go by, innermost first, each once."""
+    seen: set[int] = set()
+    path = blocks
+    while True:
+        path = path.rpartition(".")[0]
+        config = getattr(tree.get_submodule(path), "config", None)
+        if isinstance(config, PretrainedConfig):
+            for each in (config, config.get_text_config()):
+                if id(each) not in seen:
+                    seen.add(id(each))
+                    yield each
+        if not path:
+            return
+
+
+def _rearrange(config: PretrainedConfig, order: Sequence[int], n: int, side: str) -> None:
+    for name, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == n:
+            setattr(config, name, type(value)(value[i] for i in order))
+    for name in COUNTS:  # where both sides are told by one config, the plain name is the encoder's
+        if getattr(config, name, None) == n and (not side or side in name or (side, name) == ("encoder", "num_layers")):
+            setattr(config, name, len(order))
+
+
+# ---- what is asked for
+
+
+def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
+    """The model with its blocks in this order; a block may be left out, or stand in several places.
+
+    `stack` is "encoder" or "decoder" of an encoder-decoder. InputError for numbers that are no layers; Refused where a block
+    in its new place is given or makes something else than before (see the module).
+
+    >>> reorder(model, [0, 2, 1, 3])  # doctest: +SKIP
+    """
+    found = _stack(model, stack)
+    n = len(found.blocks)
+    try:
+        wanted = tuple(operator.index(i) for i in order)
+    except TypeError:
+        raise InputError(f"order={order!r}: expected the numbers of layers, such as [0, 2, 1, 3]") from None
+    outside = next((i for i in wanted if not -n <= i < n), None)
+    if outside is not None or not wanted:
+        what = "no layer is left" if outside is None else f"there is no layer {outside}"
+        raise InputError(f"{what}: this stack has {n} (0 to {n - 1})")
+    wanted = tuple(i % n for i in wanted)
+    arranged = Arranged(_list(found), wanted)
+    try:
+        made = model.changed(arranged)
+        _check(model, made, found, wanted)
+    except PellucidError:
+        raise
+    except Exception as error:  # the family's own code, which knows the places of its layers in a way of its own
+        said = " ".join(str(error).split())[:120]
+        raise Refused(
+            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of its own "
+            f"({type(error).__name__}: {said})"
+        ) from error
+    return made
+
+
+def remove(model: Model, layers: Layers, *, stack: str = "") -> Model:
+    """The model without some layers: a number, a slice or a list. Raises as `reorder` does."""
+    gone = _numbers(_stack(model, stack), layers)
+    return reorder(model, [i for i in range(len(_stack(model, stack).blocks)) if i not in gone], stack=stack)
+
+
+def repeat(model: Model, layers: Layers, *, times: int = 2, stack: str = "") -> Model:
+    """The model in which a span of layers is passed `times` over, one after the other. Raises as `reorder` does."""
+    if times < 1:
+        raise InputError(f"times={times!r}: expected at least 1")
+    span = _numbers(_stack(model, stack), layers)
+    if span != list(range(span[0], span[-1] + 1)):
+        raise InputError(
+            f"layers {span} are no span: repeat neighbours, or write the whole order, reorder(model, [...])"
+        )
+    n = len(_stack(model, stack).blocks)
+    return reorder(model, [*range(span[0]), *(span * times), *range(span[-1] + 1, n)], stack=stack)
+
+
+def swap(model: Model, one: int, other: int, *, stack: str = "") -> Model:
+    """The model with two layers in each other's place. Raises as `reorder` does."""
+    n = len(_stack(model, stack).blocks)
+    (a,), (b,) = (_numbers(_stack(model, stack), i) for i in (one, other))
+    return reorder(model, [b if i == a else a if i == b else i for i in range(n)], stack=stack)
+
+
+def _stack(model: Model, name: str) -> Stack:
+    found = [s for s in model.anatomy.stacks if s.name == name] or (model.anatomy.stacks if not name else [])
+    if len(found) != 1:
+        names = ", ".join(repr(s.name) for s in model.anatomy.stacks)
+        raise InputError(f"stack={name!r}: this model has {names if len(model.anatomy.stacks) > 1 else 'one stack'}")
+    return found[0]
+
+
+def _numbers(stack: Stack, layers: Layers) -> list[int]:
+    n = len(stack.blocks)
+    every = list(range(n))
+    if isinstance(layers, slice):
+        found = every[layers]
+    else:
+        try:
+            given = [operator.index(i) for i in (layers if isinstance(layers, Sequence) else [layers])]
+        except TypeError:
+            raise InputError(f"layers={layers!r}: expected a number, a slice or a list of numbers") from None
+        outside = next((i for i in given if not -n <= i < n), None)
+        if outside is not None:
+            raise InputError(f"there is no layer {outside}: this stack has {n} (0 to {n - 1})")
+        found = sorted({i % n for i in given})
+    if not found:
+        raise InputError(f"layers={layers!r} names no layer of {n}")
+    return found
+
+
+def _list(stack: Stack) -> str:
+    """The module list that holds the blocks; Refused where they are not one list in order."""
+    names = [block.module for block in stack.blocks]
+    owner = names[0].rpartition(".")[0]
+    if names != [f"{owner}.{i}" for i in range(len(names))]:
+        raise Refused(f"the blocks of this model are not one list in their order ({', '.join(names[:3])} ...): they cannot be rearranged")  # fmt: skip
+    return owner
+
+
+# ---- is it what it says?
+
+
+@torch.no_grad()
+def _check(model: Model, made: Model, stack: Stack, order: Sequence[int]) -> None:
+    after = next((s for s in made.anatomy.stacks if s.name == stack.name and len(s.blocks) == len(order)), None)
+    if after is None:
+        raise Refused(f"with layers {list(order)} this model is no longer a stack of {len(order)} blocks")
+    old, new = (Alone(m.anatomy, s, m.inputs) for m, s in ((model, stack), (made, after)))
+    probe = Inputs(dict(model.anatomy.inputs), {}, ())
+    before, now = old.recorded(probe), new.recorded(probe)
+    rows = len(next(iter(probe.tensors.values())))
+    for place, source in enumerate(order):
+        block, call = stack.blocks[source], now[place]
+        name = differs(old.others(block, before[source]), new.others(after.blocks[place], call))
+        if name is not None:
+            what = f"argument {name}" if name.isdigit() else repr(name)
+            raise Refused(f"layer {source} in place {place} is given another {what} than before: it belongs to the place, or to another layer")  # fmt: skip
+        hidden, leave = block.taps["resid_pre"].layout.read(call.hidden, rows), after.blocks[place].taps["resid_post"]
+        gap = error(new.output(after.blocks[place], call, rows), old.call(block, hidden, before[source]))
+        if gap > TOLERANCE.get(hidden.dtype, 4e-2):
+            raise Refused(f"layer {source} in place {place} makes something else of the residual than before ({gap:.0e}; {leave.module})")  # fmt: skip
+    _check_cache(made)
+
+
+def _check_cache(made: Model) -> None:
+    """Generating with a cache is generating without."""
+    if not (hasattr(made.module, "can_generate") and made.module.can_generate()):
+        return
+    ids = made.anatomy.inputs["input_ids"][:1]
+    said = [made.generate(ids, max_new_tokens=3, scores=True, use_cache=cache).scores for cache in (True, False)]
+    if said[0].shape != said[1].shape or error(said[0], said[1]) > TOLERANCE.get(said[0].dtype, 4e-2):
+        raise Refused("generating with a cache is not generating without: layers share what the cache keeps")
