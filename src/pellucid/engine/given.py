@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pellucid.engine.marks import added_marks, special_ids, token_ids
+from pellucid.engine.marks import added_marks, once, special_ids
 from pellucid.engine.text_map import NO_TOKENIZER, Offsets, TextMap, legible
 from pellucid.errors import InputError
 
@@ -236,14 +236,16 @@ def _text(tokenizer: Any, prompt: str | Chat) -> Row:
         text = prompt.render(tokenizer)
         turns = prompt.turns(tokenizer, text)
         ids = list(tokenizer(legible(text), add_special_tokens=False)["input_ids"])
-        front = len(ids) > 0 and ids[0] in special_ids(tokenizer)
-        return Row(ids, TextMap(tokenizer, tuple(ids), text, turns), parts=(range(int(front), len(ids)),))
-    ids = token_ids(tokenizer, legible(prompt))
+        marked = bool(ids) and ids[0] in special_ids(tokenizer)
+        return Row(ids, TextMap(tokenizer, tuple(ids), text, turns), parts=(range(int(marked), len(ids)),))
+    made = tokenizer(legible(prompt))
     bare = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    whole, types = list(made["input_ids"]), made.get("token_type_ids")
+    kept = once(whole, bare)
+    ids = whole[kept]
     front, back = added_marks(ids, bare) if len(ids) >= len(bare) else (0, 0)
-    types = tokenizer(prompt).get("token_type_ids")
     row = Row(ids, TextMap(tokenizer, tuple(ids), prompt), parts=(range(front, len(ids) - back),))
-    return replace(row, types=list(types)) if types and any(types) and len(types) == len(ids) else row
+    return replace(row, types=list(types)[kept]) if types and any(types) else row
 
 
 def _pair(tokenizer: Any, pair: Pair) -> Row:

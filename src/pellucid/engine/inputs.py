@@ -64,8 +64,10 @@ class Stream:
 
     def find(self, at: Position) -> Tensor | None:
         """Columns [batch, n] of the positions `at` names in each row; None for every position."""
-        if at is None or at == "*":
+        if at is None or (isinstance(at, str) and at == "*"):
             return None
+        if not (isinstance(at, str) and at.strip()) and not is_id(at):
+            raise InputError(f"'@{at}' is no position: expected an index, a slice such as '1:4', 'text' or a span")
         if at not in self._found:
             rows = [self._row(at, b) for b in range(len(self.ids))]
             if len({len(r) for r in rows}) > 1:
@@ -173,7 +175,7 @@ class Inputs:
 
         def cut(stream: Stream) -> Stream:
             spans = {name: [span[i] for i in index] for name, span in stream.spans.items()}
-            labels, maps = (tuple(each[i] for i in index) if each else () for each in (stream.labels, stream.maps))
+            labels, maps = tuple(stream.labels[i] for i in index), tuple(stream.maps[i] for i in index if stream.maps)
             return Stream(stream.ids[index], stream.mask[index], labels, spans, maps)
 
         tensors = dict(self.tensors)
@@ -303,7 +305,8 @@ def read_inputs(
             check_ends(module, ids)
             if decoder is None and "decoder_input_ids" not in tensors:  # the text itself, as the forward pass gives it
                 tensors |= {"decoder_input_ids": given_decoder(module, ids), "decoder_attention_mask": mask}
-        given = tensors.get("decoder_input_ids")
+        given: Any = tensors.get("decoder_input_ids")
+        given_mask: Any = None
         if given is None:
             given, given_mask, maps = _decoder(module, tokenizer, decoder, ids)
         else:
@@ -387,6 +390,8 @@ def _each(prompt: Any) -> list[Any]:
 
 def _room(module: Any, tokenizer: Any, truncate: Truncate) -> tuple[str, int]:
     """Which side is cut, and how many tokens are left."""
+    side: Any
+    room: Any
     side, room = truncate if isinstance(truncate, tuple) and len(truncate) == 2 else (truncate, None)
     if is_id(side) and room is None:
         side, room = "right", side
@@ -585,7 +590,7 @@ def left_padded(inputs: Inputs) -> Inputs:
 
 
 def _text_config(module: Any) -> Any:
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -225,7 +225,8 @@ class TextMap:
         """
         found = list(occurrences(self.text, wanted))
         whole = [(a, b) for a, b in found if not (joined(self.text, a) or joined(self.text, b))]
-        return (whole or (found if inside else []) or [None])[-1]
+        best = whole or (found if inside else [])
+        return best[-1] if best else None
 
     def search(self, pattern: str | re.Pattern[str]) -> tuple[int, int]:
         """The characters of the last match of a regular expression. InputError if none matches."""
