@@ -27,7 +27,7 @@ from pellucid.anatomy.structure import Stack
 from pellucid.changed import Change, twin
 from pellucid.engine.alone import Alone, differs
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, PellucidError, Refused
+from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 
 COUNTS = (
@@ -137,12 +137,12 @@ def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
     try:
         made = model.changed(arranged)
         _check(model, made, found, wanted)
-    except PellucidError:
+    except (InputError, Refused):
         raise
     except Exception as error:  # the family's own code, which knows the places of its layers in a way of its own
         said = " ".join(str(error).split())[:120]
         raise Refused(
-            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of its own "
+            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of their own "
             f"({type(error).__name__}: {said})"
         ) from error
     return made
