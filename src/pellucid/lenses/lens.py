@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pellucid.anatomy.frozen import linearised
 from pellucid.anatomy.sites import Position, Site
 from pellucid.changed import check_weights
-from pellucid.engine.frozen import linearised
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused, listed
