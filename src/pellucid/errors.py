@@ -79,7 +79,8 @@ def at_least(least: float, **numbers: float) -> None:
 def _whole(value: Any) -> Any:
     if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
         return None
-    return index(value) if isinstance(value, Integral) or getattr(value, "ndim", 0) == 0 else None
+    whole: Any = value  # what has an __index__ and no axes
+    return index(whole) if isinstance(whole, Integral) or getattr(whole, "ndim", 0) == 0 else None
 
 
 def _number(value: Any) -> Any:

@@ -25,7 +25,7 @@ def holding(anatomy: Anatomy) -> set[str]:
 
 EVERYTHING = {
     "coverage", "taps", "logits", "residual", "chain", "attention", "projection", "neurons", "position-wise", "reads",
-    "unembedding", "ablation", "values",
+    "unembedding", "ablation", "values", "writers",
 }  # fmt: skip
 
 

@@ -27,12 +27,18 @@ def test_norms_equal_a_slow_loop_and_their_vectors_make_the_output(family):
         carried = torch.stack([
             torch.stack([v[k, h // group] @ w_o[h] for k in range(len(v))]) for h in range(len(pattern))
         ])  # fmt: skip
+        # [query, d] what a norm behind the projection does to each part, with the size that the sum has at that query
+        behind = torch.ones(len(v), 1)
+        if family == "gemma2":
+            made = torch.einsum("hqk,hkd->qd", pattern, carried)
+            norm = model.module.model.layers[layer].post_attention_layernorm
+            behind = (1 + norm.weight) * (made.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
         for h in range(len(pattern)):
             for q in range(len(v)):
                 for k in range(len(v)):
-                    expected = float((pattern[h, q, k] * carried[h, k]).norm())
-                    assert float(found.norm[layer, h, q, k]) == pytest.approx(expected, abs=1e-5)
-        together = torch.einsum("hqk,hkd->qkd", pattern, carried)
+                    expected = float((pattern[h, q, k] * carried[h, k] * behind[q]).norm())
+                    assert float(found.norm[layer, h, q, k]) == pytest.approx(expected, abs=1e-5, rel=1e-4)
+        together = torch.einsum("hqk,hkd,qd->qkd", pattern, carried, behind.expand(-1, carried.shape[-1]))
         np.testing.assert_allclose(found.together.values[layer], together.norm(dim=-1).detach(), atol=2e-4)
         written = sum(run.tensor(f"layers.{layer}.attn.heads.{h}.out")[0] for h in range(len(pattern)))
         torch.testing.assert_close(together.sum(1), written, atol=1e-4, rtol=1e-4)

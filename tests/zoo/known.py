@@ -13,7 +13,7 @@ _NO_MLP = {"falcon_mamba", "mamba", "mamba2"}
 # Every MLP is a mixture of experts: neurons belong to the experts.
 _ONLY_EXPERTS = """
 aria_text cohere2_moe deepseek_v4 flex_olmo gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared
-hunyuan_v1_moe inkling_text kolibri1 mellum minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral olmoe phimoe
+hunyuan_v1_moe inkling_text kolibri1 lara_mini mellum minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral olmoe phimoe
 qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text solar_open zaya
 """
 
@@ -26,6 +26,7 @@ LACKS: dict[str, set[str]] = {
     "position-wise": _NO_MLP,
     "reads": {"falcon_mamba", "mamba", "mamba2"},
     "values": {"falcon_mamba", "mamba", "mamba2"},
+    "writers": {"falcon_mamba", "mamba", "mamba2"},
 }
 
 # Proofs about something most families do not have: the types that do.
@@ -65,6 +66,7 @@ ONLY_IN: dict[str, set[str]] = {
         "kimi_linear",
         "kolibri1",
         "laguna",
+        "lara_mini",
         "lfm2_moe",
         "mellum",
         "mimo_v2_flash",
@@ -121,33 +123,37 @@ _NO_SOFTMAX = "attention is approximated without a softmax over keys"
 _WINDOWS = "windows of keys: the scores are no query-by-key matrix"
 _OWN_EXPERTS = "experts run by code of the family's own"
 _MIXED = "several residual streams are mixed before they are read"
+_GATED = "a gate multiplies, token by token, what heads and neurons make together"
 _SHIFTED = "the feed-forward part reads the position before as well"
 
 # model type -> proof -> why the map refuses what the proof would be about
 REFUSED: dict[str, dict[str, str]] = {
     "dbrx": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
-    "deepseek_v4": {"reads": "queries and keys come through a bottleneck whose latent heads share"},
+    "deepseek_v4": {
+        "reads": "queries and keys come through a bottleneck whose latent heads share",
+        "writers": _GATED,
+    },
     "diffllama": {"attention": "two softmaxes are subtracted, so no pattern is a distribution over keys"},
-    "hy_v4": {"reads": _MIXED},
+    "hy_v4": {"reads": _MIXED, "writers": _GATED},
     "llama4": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "llama4_text": dict.fromkeys(("neurons", "position-wise"), _OWN_EXPERTS),
     "longformer": {"attention": _WINDOWS},
     "mobilebert": dict.fromkeys(
-        ("neurons", "position-wise"),
+        ("neurons", "position-wise", "writers"),
         "attention and four feed-forward networks sit in a bottleneck and are added as one",
     ),
     "mra": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
-    "qwen4_exp": {"reads": _MIXED},
-    "qwen4_exp_text": {"reads": _MIXED},
-    "rwkv": dict.fromkeys(("neurons", "position-wise", "reads", "values"), _SHIFTED),
+    "qwen4_exp": {"reads": _MIXED, "writers": _GATED},
+    "qwen4_exp_text": {"reads": _MIXED, "writers": _GATED},
+    "rwkv": dict.fromkeys(("neurons", "position-wise", "reads", "values", "writers"), _SHIFTED),
     "squeezebert": {"reads": "its projections are convolutions with the channels before the positions"},
     "yoso": dict.fromkeys(("attention", "projection", "ablation"), _NO_SOFTMAX),
     "zamba": dict.fromkeys(
-        ("neurons", "position-wise", "reads"),
+        ("neurons", "position-wise", "reads", "writers"),
         "the shared block adds attention and MLP as one, through a projection of its own",
     ),
     "zamba2": dict.fromkeys(
-        ("neurons", "position-wise", "reads"),
+        ("neurons", "position-wise", "reads", "writers"),
         "the shared block adds attention and MLP as one, through a projection of its own",
     ),
     "zaya": {"reads": "queries, keys and values are convolved over positions"},
@@ -172,8 +178,25 @@ KNOWN_FAILURES: dict[str, dict[str, str]] = {
             "unembedding",
             "reads",
             "values",
+            "writers",
         ),
         _ALTUP,
+    ),
+    "dory": {"unembedding": "the stack that comes last does not make the residual that the head reads"},
+    "inkling2_loop_text": dict.fromkeys(
+        (
+            "residual",
+            "attention",
+            "projection",
+            "ablation",
+            "neurons",
+            "position-wise",
+            "unembedding",
+            "reads",
+            "values",
+            "writers",
+        ),
+        "looped blocks: " + _EARLIER,
     ),
     "inkling2_text": dict.fromkeys(
         (
@@ -186,13 +209,26 @@ KNOWN_FAILURES: dict[str, dict[str, str]] = {
             "unembedding",
             "reads",
             "values",
+            "writers",
         ),
         _EARLIER,
     ),
-    "jetmoe": dict.fromkeys(("projection", "ablation", "neurons", "position-wise", "reads", "values"), _ROUTED),
+    "jetmoe": dict.fromkeys(
+        ("projection", "ablation", "neurons", "position-wise", "reads", "values", "writers"), _ROUTED
+    ),
     "prophetnet": {"projection": _STREAMS, "unembedding": "logits come from the n-gram streams"},
     "reformer": dict.fromkeys(
-        ("attention", "projection", "ablation", "neurons", "position-wise", "unembedding", "reads", "values"),
+        (
+            "attention",
+            "projection",
+            "ablation",
+            "neurons",
+            "position-wise",
+            "unembedding",
+            "reads",
+            "values",
+            "writers",
+        ),
         _REVERSIBLE,
     ),
     "xlnet": dict.fromkeys(("projection", "ablation"), "the output projection is an einsum with a raw parameter"),

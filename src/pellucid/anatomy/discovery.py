@@ -179,6 +179,9 @@ class BlockReader:
         if path is None:
             why = "is worked on inside the block before it is added to the residual"
             self.r.refused[f"{part}.heads.out"] = f"what {self.r.local(call)} makes {why}"
+        elif path.onward is None:
+            why = "is multiplied by a gate, token by token, before it is added to the residual"
+            self.r.refused[f"{part}.heads.out"] = f"what {self.r.local(call)} makes {why}"
         self.r.taps[f"{part}.z_out"] = tap
         linear = Linear(call.name, shape, tap, out)
         self.attentions[part] = replace(a, o_proj=call.name, linear=linear, gated=not found[1], path=path)
@@ -191,7 +194,9 @@ class BlockReader:
         steps = find_path(call.output, target, call.start, probe=True)
         if steps is None:
             return None
-        return Path(tuple(s.name for s in steps if s.name), tuple(s.run for s in steps))
+        free = find_path(call.output, target, call.start)
+        onward = None if free is None or "positions" in {s.name for s in free} else tuple((s.name, s.run) for s in free)
+        return Path(tuple(s.name for s in steps if s.name), tuple(s.run for s in steps), onward)
 
     def describe_mlp(self, part: str, value: Value) -> None:
         ops = self.r.ops_of(value)

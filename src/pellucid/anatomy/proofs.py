@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy import experts as moe
-from pellucid.anatomy.checks import Beside, Off, error, mixture_error
+from pellucid.anatomy.checks import TOLERANCE, Beside, Off, error, mixture_error
 from pellucid.anatomy.interfaces import listening
 from pellucid.anatomy.structure import (
     Block,
@@ -38,9 +38,9 @@ from pellucid.anatomy.trials import (
 )  # fmt: skip
 from pellucid.anatomy.weights import grain, linear_map
 from pellucid.anatomy.wiretap import tapped
+from pellucid.anatomy.writers import Writer
+from pellucid.errors import Refused
 
-# Largest relative error each dtype is allowed. Eager attention takes its softmax in float32 whatever the model's dtype.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 # In half precision logits may differ by three times what rounding does to them, but never by more than this.
 DROWNED = 0.1
 
@@ -53,6 +53,7 @@ DEPENDS = {
     "neurons": ("{}.neurons",),
     "position-wise": ("{}.neurons",),
     "experts": ("{}.router", "{}.experts", "{}.experts.neurons", "{}.experts.out"),
+    "writers": ("{}.heads.out", "{}.neurons.out"),
     "ablation": ("{}.z_out", "{}.heads"),
     "values": ("{}.z_out", "{}.heads", "{}.neurons"),
 }
@@ -122,6 +123,7 @@ class Prover:
             self.over_blocks("projection", self.projection),
             self.over_blocks("heads", heads(self)) if self.only is None else as_read("heads"),
             self.over_blocks("neurons", self.neurons),
+            self.over_blocks("writers", self.writers),
             experts,
             self.over_blocks("position-wise", position_wise(self)) if self.only is None else as_read("position-wise"),
             self.over_blocks("reads", reads(self)) if self.only is None else as_read("reads"),
@@ -320,6 +322,20 @@ class Prover:
             elif mlp.experts is None and f"{mlp.part}.experts" not in block.refused:
                 yield mlp.part, block.refused.get(f"{mlp.part}.neurons", "no down projection was found")
 
+    def writers(self, stack: Stack, block: Block) -> Verdicts:
+        """What heads, or neurons, write to the stream one by one adds up to the contribution."""
+        for part in (*block.attentions, *block.mlps):
+            port = f"{part}.z_out" if part in block.attentions else f"{part}.neurons"
+            given, out = self.value(block, port), self.value(block, f"{part}.out")
+            failed = self.failed.setdefault((stack.name, block.index), {})
+            if given is None or out is None or {("projection", part), ("neurons", part)} & failed.keys():
+                continue
+            try:
+                writer = Writer.of(self.module, block, part)
+                yield part, Off.of(error(writer.total(given), out), 3 * self.grains.get(writer.linear.module, 0.0))
+            except Refused as why:  # a refusal, not a failure: the whole contribution is as proven as ever
+                failed["writers", part] = str(why)
+
     def experts(self, _: Stack, block: Block) -> Verdicts:
         """The experts' routed contributions add up to the native output; so do their neurons times W_down
         times weight.
@@ -366,8 +382,9 @@ def refused_parts(block: Block, failures: dict[tuple[str, str], str]) -> Block:
     refused = dict(block.refused)
     for (proof, failed), why in failures.items():
         for part in (pattern.format(failed) for pattern in DEPENDS.get(proof, ())):
-            if part in block.taps or (part.endswith(".heads") and failed in block.attentions):
-                refused.setdefault(part, f"the proof '{proof}' failed: {why}")
+            heads = part.endswith((".heads", ".heads.out")) and failed in block.attentions
+            if part in block.taps or heads or (part.endswith(".neurons.out") and failed in block.mlps):
+                refused.setdefault(part, why if proof == "writers" else f"the proof '{proof}' failed: {why}")
     taps = {part: tap for part, tap in block.taps.items() if part not in refused}
     unread = {part: f"the proof 'reads' failed: {why}" for (proof, part), why in failures.items() if proof == "reads"}
     reads = {part: found for part, found in block.reads.items() if part not in unread}

@@ -62,11 +62,12 @@ class State:
 @dataclass(frozen=True)
 class Path:
     """What stands between a projection's output and the contribution it makes (norm, factor, gate, ...), in
-    order.
+    order. `onward` are the steps that work on any [..., d_model]; None where one of them is a gate, which the pass makes.
     """
 
     names: tuple[str, ...] = ()
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()  # native tensor in, native tensor out; gates as on the probe
+    onward: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] | None = ()
 
     def run(self, x: Tensor) -> Tensor:
         for step in self.steps:

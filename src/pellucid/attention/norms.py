@@ -7,7 +7,8 @@ head's rows of the output projection, its output is the sum over j of alpha_ij v
 
 `together` is the norm of the sum over heads, where heads may cancel. A token can have all the attention of a head and
 no contribution: the separators of encoders, whose values are small, are the known case. The bias of the output
-projection belongs to no token and is left out; a norm or factor behind the projection is not applied.
+projection belongs to no token and is left out. A factor or norm behind the projection is applied, so that norms are those
+of what reaches the stream; the scale of a norm is the one that it has at that query in this run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.writers import Writer
 from pellucid.attention.patterns import Kind, attended, kinds, labelled, single, stacked
 from pellucid.engine.edits import Edit
 from pellucid.engine.locate import block_of
@@ -42,7 +43,7 @@ def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edit
     """
     inputs = single(model, prompt, decoder)
     of = kinds(model.anatomy)
-    values = [kind.site(layer, "v") for kind in of for layer in kind.layers]
+    values = [kind.site(layer, port) for kind in of for layer in kind.layers for port in ("v", "z_out")]
     found = attended(model, inputs, edits, keep=values)
     variables: dict[str, Any] = {}
     for kind in of:
@@ -52,9 +53,12 @@ def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edit
             v = found.run.tensor(kind.site(layer, "v"))[0]
             stream = inputs.stream(kind.streams[1])
             v = v.narrow(0, int(stream.starts[0]), int(stream.lengths[0])).to(pattern)
-            carried = carries(model, kind, layer, v)
-            heads.append(pattern * carried.norm(dim=-1)[:, None])
-            together.append(summed(pattern, carried))
+            queries = inputs.stream(kind.streams[0])
+            z_out = found.run.tensor(kind.site(layer, "z_out"))[:1]
+            z_out = z_out.narrow(1, int(queries.starts[0]), int(queries.lengths[0])).to(pattern)
+            norms, sums = carried_norms(model, kind, layer, v, pattern, z_out)
+            heads.append(norms)
+            together.append(sums)
         variables[name or "norm"] = (kind.dims, stacked(heads).numpy())
         variables[f"{name}_together".strip("_")] = ((kind.dims[0], *kind.tokens), torch.stack(together).numpy())
     order = sorted(variables, key=lambda name: name not in ("norm", "together"))
@@ -62,20 +66,30 @@ def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edit
     return Result(data, kind="norm-weighted attention", title="How much each head carries from where")
 
 
-def carries(model: Model, kind: Kind, layer: int, v: Tensor) -> Tensor:
-    """[head, key, d_model] what each head writes if all its attention is on that key; v [key, kv_head, e]."""
+def carried_norms(
+    model: Model, kind: Kind, layer: int, v: Tensor, pattern: Tensor, z_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[head, query, key] the norms, and [query, key] those of the sums over heads; v [key, kv_head, e], z_out [1, query,
+    head, e]."""
     block = block_of(model.anatomy, Site.parse(kind.site(layer)))
-    attention = block.attentions[kind.area]
-    why = block.refused.get(f"{kind.area}.heads.out")
-    if attention.gated:
-        why = why or "a gate or norm lies between z and the output projection"
-    if why is not None or attention.o_proj is None or attention.linear is None:
-        why = why or "its heads do not write to the residual independently"
-        raise Refused(f"norm-weighted attention is refused on this model: {kind.site(layer, 'out')!r}: {why}")
-    h, e = attention.heads, attention.d_value
-    weight, _ = linear_map(model.module.get_submodule(attention.o_proj), attention.linear.shape)
-    rows = weight[: h * e].detach().to(v).unflatten(0, (h, e))
-    return torch.einsum("khe,hed->hkd", v.repeat_interleave(h // v.shape[1], 1), rows)
+    gated = "a gate or norm lies between z and the output projection" if block.attentions[kind.area].gated else ""
+    try:
+        if gated:
+            raise Refused(gated)
+        writer = Writer.of(model.module, block, kind.area)
+    except Refused as why:
+        raise Refused(f"norm-weighted attention is refused on this model: {kind.site(layer, 'out')!r}: {why}") from None
+    rows = writer.weight()[0][: writer.units].to(v)
+    made = torch.einsum("khe,hed->hkd", v.repeat_interleave(writer.units // v.shape[1], 1), rows)
+    if not writer.held:
+        carried = writer.reached(z_out[:, :1], made)
+        return pattern * carried.norm(dim=-1)[:, None], summed(pattern, carried)
+    norms, sums = [], []
+    for q in range(z_out.shape[1]):
+        carried = writer.reached(z_out[:, q : q + 1], made)
+        norms.append(pattern[:, q] * carried.norm(dim=-1))
+        sums.append(summed(pattern[:, q : q + 1], carried)[0])
+    return torch.stack(norms, 1), torch.stack(sums)
 
 
 def summed(pattern: Tensor, carried: Tensor) -> Tensor:

@@ -131,7 +131,13 @@ class Paths:
                 home = replace(site.whole, part=f"{area}.z_out")
                 ports.setdefault((home, wanted), []).append(site)
         for (home, wanted), sites in ports.items():
-            heads, z = self._attended(senders, home, wanted, sites)
+            if len(wanted) == 3 and all(site.at is None for site in sites):  # the whole head, with all that it reads
+                others = [[s for s in group if s.whole != home] for group in senders]  # none sends to its own layer
+                z = self._sent(others, [home], [home])[home]
+                heads = [locate(self.model.anatomy, replace(s, part=home.part)).unit or 0 for s in sites]
+                z = z[:, :, heads]
+            else:
+                heads, z = self._attended(senders, home, wanted, sites)
             for head, value in zip(heads, z.unbind(2), strict=True):
                 # receivers of one head by different ports act together only if named as the whole head
                 key = replace(home, unit=head, port="head")

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
+from pellucid.anatomy.structure import Tap
+from pellucid.anatomy.wiretap import Handler, Wiretap, tapped
 from pellucid.causal.contrast import Asked
 from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
 from pellucid.circuits.finding import find_wiring
@@ -76,15 +78,71 @@ def prove(wiring: Wiring) -> None:
     on = wiring.graph.possible.to(runner.replacements.dtype)
     with torch.no_grad():
         wanted = [main_output(wiring.model.module(**each.tensors)) for each in (one, other)]
-    for mask, want in zip((on, 0 * on), wanted, strict=True):
-        made = runner.run(mask)[1]
-        assert made is not None
-        gap = float((made - want).abs().max() / want.abs().max().clamp_min(1e-6))
-        if not gap <= 30 * TOLERANCE.get(want.dtype, 4e-2):
-            raise Refused(
-                "circuits are refused on this model: something besides heads, MLPs and logits reads the "
-                f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
-            )
+        tolerance = 30 * TOLERANCE.get(wanted[0].dtype, 4e-2)
+        for mask, want in zip((on, 0 * on), wanted, strict=True):
+            made = runner.run(mask)[1]
+            assert made is not None
+            gap = float((made - want).abs().max() / want.abs().max().clamp_min(1e-6))
+            if not gap <= tolerance:
+                raise Refused(
+                    "circuits are refused on this model: something besides heads, MLPs and logits reads the "
+                    f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
+                )
+        gap = float(gaps(runner, one, other).max()) / float(wanted[0].abs().max().clamp_min(1e-6))
+    if not gap <= tolerance:
+        raise Refused(
+            "circuits are refused on this model: sources with all their edges off are not those sources replaced "
+            f"(logits are {gap:.1e} off), so something that circuits do not know reads the stream ({_suspects(wiring)})"
+        )
+
+
+def gaps(runner: Runner, one: Inputs, other: Inputs, draws: int = 8) -> Tensor:
+    """[draw] how far logits are apart when random halves of the sources have all their edges off, and when what these
+    sources make is put in place where they make it.
+
+    A source is one head, or all heads of an attention whose norm behind the projection acts on them together. Every source
+    is in some draws and not in others, so that one that writes at a wrong scale, or is read by something else, shows.
+    """
+    wiring, base = runner.wiring, runner.wiring.base
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(draws, len(base.sources), generator=generator) < 0.5
+    for w in wiring.writings:
+        own = slice(w.first, w.first + w.count)
+        if w.neurons or (w.writer is not None and w.writer.held):
+            chosen[:, own] = chosen[:, w.first, None]
+    taps = [tap for _, tap in wiring.embeds] + [w.tap for w in wiring.writings]
+    theirs, _ = tapped(wiring.model.module, set(taps), 1, lambda: wiring.model.module(**other.tensors))
+
+    def put(tap: Tap, which: Tensor) -> Handler:  # which [draw, unit]
+        def handler(x: Tensor) -> Tensor:
+            mine = which.to(x.device).view(draws, *[1] * (x.ndim - 2 if which.shape[1] == 1 else 1), -1)
+            mine = mine if which.shape[1] == 1 else mine[..., None]
+            x = x.expand(draws, *x.shape[1:])
+            units = x.shape[2] if which.shape[1] > 1 else 0
+            if units > which.shape[1]:  # what the projection reads beside the heads stays with none of them
+                mine = torch.nn.functional.pad(mine, (0, 0, 0, units - which.shape[1]))
+            return torch.where(mine, theirs[tap].to(x), x)
+
+        return handler
+
+    handlers = {tap: put(tap, chosen[:, i, None]) for i, (_, tap) in zip(wiring.embedding, wiring.embeds, strict=True)}
+    handlers |= {w.tap: put(w.tap, chosen[:, w.first : w.first + max(1, w.heads)]) for w in wiring.writings}
+    grown = one.repeated(draws)
+    with Wiretap(wiring.model.module, handlers, draws):
+        direct = main_output(wiring.model.module(**grown.tensors))
+    n = max(1, len(wiring.graph.split.places))
+    off = chosen[:, :, None].repeat_interleave(n, 1).expand(-1, -1, wiring.graph.possible.shape[1])
+    on = (~off & wiring.graph.possible).to(runner.replacements.dtype)
+    made = torch.cat([x for part in on.split(capacity(runner)) if (x := runner.run(part)[1]) is not None])
+    return (made - direct).abs().flatten(1).amax(1)
+
+
+def _suspects(wiring: Wiring) -> str:
+    """What may read the stream or write to it beside the graph."""
+    gated = [
+        b.index for s in wiring.model.anatomy.stacks for b in s.blocks if any(a.gated for a in b.attentions.values())
+    ]
+    return f"the gates of the attention in layers {', '.join(map(str, gated))}" if gated else "no reader is known"
 
 
 def _row(value: Any, i: int) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pellucid.anatomy.structure import Block, Reads, Stack, State, Tap
 from pellucid.anatomy.wiretap import tapped
+from pellucid.anatomy.writers import Writer
 from pellucid.circuits.graph import Graph, Source, Split
 from pellucid.circuits.nodes import graph_of, parts, stacks_of
 from pellucid.circuits.wiring import PLAIN, Norm, Reading, Stage, Wiring, Writing
@@ -150,19 +151,17 @@ class _Finder:
         first = next(i for i, s in enumerate(self.graph.sources) if s.depth == self.depth and part in (s.part, s.kind))
         adds = block.taps[f"{part}.out"]
         common = (first, self.depth, self.stack.name, self.coefficient(part))
-        if part in ("attn", "cross"):
-            attention = block.attentions[part]
-            if attention.o_proj is None or attention.path is None:
-                raise Refused(f"the heads of {self.where} do not write to the residual independently")
-            projection = self.model.module.get_submodule(attention.o_proj)
-            return Writing(block.taps[f"{part}.z_out"], adds, *common, attention, projection)
         neurons = tuple(s.unit for s in self.graph.sources if s.depth == self.depth and s.kind == "neuron")
-        if part != "mlp" or not neurons:
+        if part not in ("attn", "cross") and not (part == "mlp" and neurons):
             return Writing(adds, adds, *common)
-        mlp = block.mlps["mlp"]
-        assert mlp.down_proj is not None
-        down = self.model.module.get_submodule(mlp.down_proj)
-        return Writing(adds, adds, *common, None, down, neurons, block.taps["mlp.neurons"], mlp)
+        try:
+            writer = Writer.of(self.model.module, block, part)
+        except Refused as why:
+            what = "heads" if part in ("attn", "cross") else "neurons"
+            raise Refused(f"the {what} of {self.where} do not write to the residual independently: {why}") from None
+        if part == "mlp":
+            return Writing(adds, adds, *common, writer, neurons, block.taps["mlp.neurons"])
+        return Writing(block.taps[f"{part}.z_out"], adds, *common, writer)
 
     # ---- stages
 

@@ -27,7 +27,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pellucid.anatomy.weights import linear_map
 from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
 from pellucid.circuits.circuit import Circuit, touching
@@ -293,11 +292,8 @@ def weight_scores(wiring: Wiring) -> Tensor:
     out, into = torch.ones(len(wiring.base.sources)), torch.ones(len(wiring.base.readers))
     blocks = [b for s in wiring.model.anatomy.stacks for b in s.blocks]
     for w in wiring.writings:
-        if w.attention is not None and w.projection is not None:
-            weight, _ = linear_map(w.projection, w.attention.heads * w.attention.d_value)
-            out[w.first : w.first + w.count] = (
-                weight.detach().unflatten(0, (w.count, -1)).flatten(1).norm(dim=1).float()
-            )
+        if w.heads and w.writer is not None:
+            out[w.first : w.first + w.count] = w.writer.weight()[0][: w.count].flatten(1).norm(dim=1).float()
         elif (name := blocks[w.depth].down_proj) is not None and w.tap == blocks[w.depth].taps.get("mlp.out"):
             out[w.first] = float(
                 sum(p.detach().float().norm() for p in wiring.model.module.get_submodule(name).parameters())

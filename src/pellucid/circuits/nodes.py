@@ -152,7 +152,7 @@ def _neurons(anatomy: Anatomy, split: Split) -> dict[tuple[str, int], list[int]]
             raise InputError(f"{name!r} is no neuron of this model: expected a site such as 'layers.0.mlp.neurons.17'")
         stack, block = blocks[match[1]]
         size, n = block.sizes.get("neuron", 0), int(match[2])
-        if "mlp.neurons" not in block.taps or block.mlps["mlp"].linear is None or block.mlps["mlp"].path is None:
+        if "mlp.neurons" not in block.taps or block.mlps["mlp"].linear is None:
             raise Refused(
                 f"the MLP of {match[1]} cannot be split into neurons: {block.refused.get('mlp.neurons', 'they are not on the map')}"
             )

@@ -162,12 +162,11 @@ def copying(wiring: Wiring, words: Sequence[str], top: int) -> tuple[Tensor, Ten
     with torch.no_grad():
         first = model.run(inputs, keep="layers.0.resid_post").tensor("layers.0.resid_post")[rows, last]
     copied, anti = [], []
-    for writing in (w for w in wiring.writings if w.attention is not None):
-        assert writing.attention is not None
+    for writing in (w for w in wiring.writings if w.heads):
         reading = next(r for r in wiring.readings if r.depth == writing.depth and _kind(wiring, r) == "v")
         with torch.no_grad():
             values = _values(wiring, reading, first)  # [kv_head, word, e]
-            z = values.repeat_interleave(writing.attention.heads // len(values), 0)
+            z = values.repeat_interleave(writing.heads // len(values), 0)
             out = writing.messages(z.permute(1, 0, 2)[:, None])[:, :, 0]  # [head, word, d]
             logits = out
             for step in head.steps:

@@ -20,7 +20,7 @@ early source reaches a late reader through all norms between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.fingerprint import state
+from pellucid.anatomy.frozen import freeze
 from pellucid.anatomy.layout import TOKENS, Layout
-from pellucid.anatomy.structure import Attention, Mlp, Path, Tap
+from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.weights import linear_map
+from pellucid.anatomy.writers import Writer
 from pellucid.circuits.graph import Graph
-from pellucid.engine.frozen import freeze, linearised
 from pellucid.engine.inputs import Inputs
 from pellucid.model import Model
 
@@ -173,51 +174,30 @@ class Writing:
     depth: int
     stack: str
     coefficient: float | Tensor
-    attention: Attention | None = None
-    projection: nn.Module | None = None
+    writer: Writer | None = None  # of the heads, or of an MLP that is split into neurons
     neurons: tuple[int, ...] = ()
     acts: Tap | None = None  # where the neurons are met
-    mlp: Mlp | None = None
+
+    @property
+    def heads(self) -> int:
+        """How many heads write here; 0: an MLP or mixer."""
+        return 0 if self.writer is None or self.neurons else self.writer.units
 
     @property
     def count(self) -> int:
-        return 1 + len(self.neurons) if self.attention is None else self.attention.heads
+        return self.heads or 1 + len(self.neurons)
 
     def messages(self, x: Tensor, acts: Tensor | None = None) -> Tensor:
         """[source, batch, position, d] from what is met at the tap (and `acts` [batch, position, neuron])."""
-        if self.attention is not None:
-            parts = self._heads(x)
-        elif acts is None:
+        if self.writer is None:
             parts = x[None]
+        elif not self.neurons:
+            parts = self.writer.written(x)
         else:
-            own = self._neurons(acts)
+            assert acts is not None
+            own = self.writer.written(acts, list(self.neurons))
             parts = torch.cat([(x - own.sum(0))[None], own])
         return parts if isinstance(self.coefficient, float) and self.coefficient == 1.0 else parts * self.coefficient
-
-    def _heads(self, x: Tensor) -> Tensor:
-        assert self.projection is not None
-        assert self.attention is not None
-        heads, e = x.shape[-2:]
-        weight, bias = linear_map(self.projection, heads * e)
-        parts = torch.einsum("bthe,hed->hbtd", x, weight.detach().to(x.dtype).unflatten(0, (heads, e)))
-        return _along(self.attention.path, parts, lambda: parts.sum(0), bias)
-
-    def _neurons(self, acts: Tensor) -> Tensor:
-        assert self.mlp is not None
-        assert self.projection is not None
-        weight, bias = linear_map(self.projection, acts.shape[-1])
-        weight, index = weight.detach().to(acts.dtype), list(self.neurons)
-        parts = torch.einsum("btn,nd->nbtd", acts[..., index], weight[index])
-        return _along(self.mlp.path, parts, lambda: acts @ weight, bias)
-
-
-def _along(path: Path | None, parts: Tensor, whole: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
-    """Parts of a projection's output, as they are in the contribution: a norm's scale is held at this run's value."""
-    if path is None or not path.steps:
-        return parts
-    total = whole() if bias is None else whole() + bias
-    frozen, _ = linearised(path.steps, path.names, total.detach())
-    return frozen(parts) - frozen(torch.zeros_like(parts[0]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.sites import choose
 from pellucid.anatomy.structure import Attention, Block, Stack, Tap
+from pellucid.anatomy.writers import Writer
 from pellucid.engine.alone import Alone, within
 from pellucid.engine.projections import AttentionWeights, HeadWeights, MlpWeights, NeuronWeights
 from pellucid.errors import Refused, SiteError
@@ -138,6 +139,11 @@ class Part(Component):
     def site(self) -> str:
         return f"{self.alone.stack.prefix}layers.{self.block.index}.{self.area}.out"
 
+    @property
+    def writer(self) -> Writer:
+        """How its heads or neurons reach the stream."""
+        return Writer.of(self.alone.anatomy.module, self.block, self.area)
+
     def run(self, resid: Tensor, prompt: Any = None) -> Tensor:
         """The contribution [batch, position, d_model] it adds, reading `resid`."""
         return self.met(f"{self.area}.out", resid, prompt)
@@ -215,11 +221,11 @@ class Head(Component):
         return self.part.site.replace(".out", f".heads.{self.index}")
 
     def run(self, resid: Tensor, prompt: Any = None) -> Tensor:
-        """What it writes, [batch, position, d_model]: z of this head times its rows of the output projection
-        (before the norm or factor that some families put on the sum of heads).
+        """What it writes to the stream, [batch, position, d_model]: z of this head times its rows of the output
+        projection, with the factor or norm behind it (a norm's scale is that of all heads of this run).
         """
-        z = self.part.met(f"{self.part.area}.z_out", resid, prompt)[:, :, self.index]
-        return z @ self.weights.W_O.to(z.dtype)
+        z_out = self.part.met(f"{self.part.area}.z_out", resid, prompt)
+        return self.part.writer.written(z_out, [self.index])[0]
 
     @property
     def weights(self) -> HeadWeights:
@@ -260,9 +266,11 @@ class Neuron(Component):
         return self.part.site.replace(".out", f".neurons.{self.index}")
 
     def run(self, resid: Tensor, prompt: Any = None) -> tuple[Tensor, Tensor]:
-        """Its activation [batch, position], and what it writes, [batch, position, d_model]."""
-        activation = self.part.met(f"{self.part.area}.neurons", resid, prompt)[..., self.index]
-        return activation, activation[..., None] * self.weights.w_out.to(activation.dtype)
+        """Its activation [batch, position], and what it writes to the stream, [batch, position, d_model]: the activation
+        times `w_out`, with the factor or norm behind the projection (a norm's scale is that of all neurons of this run).
+        """
+        neurons = self.part.met(f"{self.part.area}.neurons", resid, prompt)
+        return neurons[..., self.index], self.part.writer.written(neurons, [self.index])[0]
 
     @property
     def weights(self) -> NeuronWeights:

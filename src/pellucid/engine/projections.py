@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.checks import COARSEST
+from pellucid.anatomy.frozen import FrozenNorm, freeze
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Attention, Block, Linear, Reads, Tap
 from pellucid.anatomy.trace import results
 from pellucid.anatomy.weights import grain, linear_map
 from pellucid.anatomy.wiretap import Handler
 from pellucid.engine.alone import Alone, within
-from pellucid.engine.frozen import FrozenNorm, freeze
 from pellucid.errors import Refused
 
 ROWS = 64  # unit vectors put in at a time

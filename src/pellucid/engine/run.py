@@ -14,8 +14,8 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
-from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
+from pellucid.anatomy.writers import Writer
 from pellucid.engine.edits import Edit, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, locate, spots
@@ -98,6 +98,7 @@ class Run:
     def _select(self, site: Site, values: Mapping[Tap, Kept]) -> Tensor:
         spot = self._spot(site)
         site = spot.site
+        one, spot = spot, _beside(spot)
         found = values.get(spot.tap)
         x = self._from_parts(spot, found) if isinstance(found, tuple) else found
         if x is None:
@@ -107,7 +108,7 @@ class Run:
             raise SiteError(f"{str(site)!r} was not kept in this run: add it to keep=[...]{nearest(str(site), kept)}")
         if not isinstance(found, tuple):
             x = chosen(spot, x, spot.unit, _columns(spot, x, self.inputs.stream(spot.stream)))
-        return head_output(self.anatomy, site, x) if site.port == "heads" and site.part.endswith(".out") else x
+        return x if spot is one else head_output(self.anatomy, site, x)
 
     def _from_parts(self, spot: Spot, parts: tuple[Part, ...]) -> Tensor | None:
         """What is asked for from what was kept of its tensor; None if that lacks some of it."""
@@ -169,6 +170,11 @@ class Run:
         return f"<Run of {len(self.inputs)} prompt(s); kept {kept}{more}>"
 
 
+def _beside(spot: Spot) -> Spot:
+    """What a head writes depends on all heads where a norm follows them: for its output z_out is needed of all."""
+    return replace(spot, unit=None) if spot.site.port == "heads" and spot.site.part.endswith(".out") else spot
+
+
 def _axis(spot: Spot) -> int:
     """Where the positions are once the unit is chosen."""
     return spot.position_axis - (spot.unit is not None and spot.unit_axis < spot.position_axis)
@@ -202,19 +208,17 @@ def stream_of(inputs: Inputs, site: Site) -> Stream:
     return inputs.stream(site.stack)
 
 
-def head_output(anatomy: Anatomy, site: Site, z: Tensor) -> Tensor:
-    """What one head writes to the residual stream: z [..., d_head] times its rows of the output projection."""
-    block = block_of(anatomy, site)
-    area = site.part.partition(".")[0]
-    attention = block.attentions[area]
-    why = block.refused.get(f"{area}.heads.out")
-    if why is not None or attention.o_proj is None or not isinstance(site.unit, int):
-        why = why or "its heads do not write to the residual independently"
-        raise Refused(f"{str(site)!r} is refused on this model: {why}")
-    e = attention.d_value
-    shape = attention.linear.shape if attention.linear is not None else (attention.heads * e,)
-    weight, _ = linear_map(anatomy.module.get_submodule(attention.o_proj), shape)
-    return z @ weight[site.unit * e : (site.unit + 1) * e].to(z.dtype)
+def head_output(anatomy: Anatomy, site: Site, z_out: Tensor) -> Tensor:
+    """What one head writes to the residual stream [batch, position, d_model], from z_out of all heads of its layer; see
+    `pellucid.anatomy.writers`.
+    """
+    try:
+        writer = Writer.of(anatomy.module, block_of(anatomy, site), site.part.partition(".")[0])
+        if not isinstance(site.unit, int):
+            raise Refused("its heads are not named one by one")
+        return writer.written(z_out, [site.unit])[0]
+    except Refused as why:
+        raise Refused(f"{str(site)!r} is refused on this model: {why}") from None
 
 
 class Session:
@@ -236,7 +240,7 @@ class Session:
         self.keeping = set(kept)
         self.wanted: dict[Tap, list[Spot]] = {}
         for spot in wanted:
-            self.wanted.setdefault(spot.tap, []).append(spot)
+            self.wanted.setdefault(spot.tap, []).append(_beside(spot))
         self.writing: dict[Tap, list[Written]] = {}
         apart = [s for s in kept.values() if gradients and shows_one_reader(anatomy, s)]
         self.zeros = {s.tap: Zeros(s.site.whole) for s in apart}

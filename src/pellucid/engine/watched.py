@@ -210,11 +210,11 @@ class Follower(Session):
         axis = spot.position_axis
         queries = x.shape[axis]
         x = self._new(spot, window, x) if ours else x
-        if spot.unit is not None:
-            x = x.select(spot.unit_axis, spot.unit)
-            axis -= spot.unit_axis < axis
         if spot.site.port == "heads" and spot.site.part.endswith(".out"):
             x = head_output(self.anatomy, spot.site, x)
+        elif spot.unit is not None:
+            x = x.select(spot.unit_axis, spot.unit)
+            axis -= spot.unit_axis < axis
         x = x.movedim(axis, 1)
         if "key" in spot.site.dims:  # counted from the first real token
             x = turned(x, window.first_key(queries, x.shape[-1]).to(x.device), x.ndim - 1)

@@ -24,6 +24,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.frozen import Map, affine, linearised
 from pellucid.anatomy.layout import TOKENS
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE, error
@@ -31,7 +32,6 @@ from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit
-from pellucid.engine.frozen import Map, affine, linearised
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.places import answer_position, kind_of
 from pellucid.engine.run import Session
@@ -265,13 +265,13 @@ class Shares:
         """
         linear, path = what.linear, what.path
         given = self.values[tap].flatten(2)  # [prompt, 1, unit * width]
-        if linear is None or linear.width != given.shape[2] or path is None or "gate" in path.names:
+        if linear is None or linear.width != given.shape[2] or path is None or path.onward is None:
             return None
         count = what.heads if isinstance(what, Attention) else given.shape[2]
         weight, bias = linear_map(self.model.module.get_submodule(linear.module), linear.shape)
         weight = weight.to(given.dtype)
         constant = torch.zeros_like(weight[0]) if bias is None else bias
-        onward, made = linearised(path.steps, path.names, given @ weight + constant)
+        onward, made = linearised([s for _, s in path.onward], [n for n, _ in path.onward], given @ weight + constant)
         out = block.taps[f"{what.part}.out"]
         if error(made * out.layout.scale, self.values[out]) > TOLERANCE.get(given.dtype, 4e-2):
             return None  # something on the way, a convolution for instance, also reads other positions

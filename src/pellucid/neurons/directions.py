@@ -27,10 +27,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.anatomy.frozen import affine, freeze
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Block, Mlp
 from pellucid.anatomy.weights import linear_map
-from pellucid.engine.frozen import affine, freeze
 from pellucid.engine.locate import block_of, locate, stack_of
 from pellucid.errors import InputError, Refused, at_least, listed
 from pellucid.model import Model
@@ -54,10 +54,11 @@ def output_weights(model: Model, site: str) -> Tensor:
         return torch.eye(stack_of(model.anatomy, where).d_model)
     mlp, block = _mlp(model, where)
     linear, path = mlp.linear, mlp.path
-    if linear is None or path is None or "gate" in path.names:
+    if linear is None or path is None or path.onward is None:
         raise Refused(f"what {site!r} writes is changed token by token before it reaches the stream")
     weight, _ = linear_map(model.module.get_submodule(linear.module), linear.shape)
-    return passed(path.steps, path.names, weight.float()) * block.taps[f"{mlp.part}.out"].layout.scale
+    names, steps = [n for n, _ in path.onward], [s for _, s in path.onward]
+    return passed(steps, names, weight.float()) * block.taps[f"{mlp.part}.out"].layout.scale
 
 
 @torch.no_grad()

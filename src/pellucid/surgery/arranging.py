@@ -17,6 +17,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from pellucid.anatomy.structure import Stack
 from pellucid.changed import Change, twin
 from pellucid.engine.alone import Alone, differs
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, PellucidError, Refused
+from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 
 COUNTS = (
@@ -65,7 +66,7 @@ class Arranged(Change):
             placed.append(block)
         tree.get_submodule(parent)._modules[name] = nn.ModuleList(placed)
         for config in _configs(tree, self.blocks):
-            shared = config is getattr(tree, "config", None) and config.is_encoder_decoder
+            shared = config is getattr(tree, "config", None) and getattr(config, "is_encoder_decoder", False)
             side = next((side for side in ("decoder", "encoder") if shared and side in self.blocks), "")
             _rearrange(config, self.order, len(old), side)
 
@@ -86,7 +87,7 @@ def _has(block: nn.Module, path: str) -> bool:
     return path in dict(block.named_modules())
 
 
-def _configs(tree: nn.Module, blocks: str) -> Iterator[PretrainedConfig]:
+def _configs(tree: nn.Module, blocks: str) -> Iterator[Any]:
     """The config that the list's owners go by, innermost first, each once."""
     seen: set[int] = set()
     path = blocks
@@ -137,12 +138,12 @@ def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
     try:
         made = model.changed(arranged)
         _check(model, made, found, wanted)
-    except PellucidError:
+    except (InputError, Refused):
         raise
     except Exception as error:  # the family's own code, which knows the places of its layers in a way of its own
         said = " ".join(str(error).split())[:120]
         raise Refused(
-            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of its own "
+            f"this model does not run with its layers as {list(wanted)}, since they know their places in a way of their own "
             f"({type(error).__name__}: {said})"
         ) from error
     return made
@@ -237,7 +238,8 @@ def _check(model: Model, made: Model, stack: Stack, order: Sequence[int]) -> Non
 
 def _check_cache(made: Model) -> None:
     """Generating with a cache is generating without."""
-    if not (hasattr(made.module, "can_generate") and made.module.can_generate()):
+    can_generate: Any = getattr(made.module, "can_generate", None)
+    if can_generate is None or not can_generate():
         return
     ids = made.anatomy.inputs["input_ids"][:1]
     said = [made.generate(ids, max_new_tokens=3, scores=True, use_cache=cache).scores for cache in (True, False)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pellucid.anatomy.proofs import TOLERANCE
+from pellucid.anatomy.checks import TOLERANCE
 from pellucid.errors import Refused
 
 Map = Callable[[Tensor], Tensor]

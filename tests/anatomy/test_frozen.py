@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pellucid.engine.frozen import affine, freeze, linearised
+from pellucid.anatomy.frozen import affine, freeze, linearised
 from pellucid.errors import Refused
 
 
