@@ -171,3 +171,29 @@ def test_a_whole_head_that_receives_hears_with_its_gate_too() -> None:
     effect = float((edited.logits - keep.logits)[0, -1, 5])
     assert float(found.effect.mean()) == pytest.approx(effect, abs=1e-6)
     assert abs(effect) > 1e-5
+
+
+def passing_on(module: Any) -> Any:
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    return module
+
+
+@pytest.mark.parametrize("wrap", [passing_on, torch.nn.DataParallel, torch.compile])
+def test_a_wrapped_module_is_the_module(wrap: Any) -> None:
+    module = build("llama")
+    with torch.no_grad():
+        expected = module(input_ids=torch.tensor([[5, 6, 7]])).logits
+    model = pl.load(wrap(module), tokenizer=tokenizer(module))
+    assert model.anatomy.complete
+    torch.testing.assert_close(model.run({"input_ids": torch.tensor([[5, 6, 7]])}).logits, expected)
+
+
+def test_a_module_without_a_config_is_refused_by_name() -> None:
+    class Holder(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    with pytest.raises(pl.errors.LoadError, match="a Holder has no `config`"):
+        pl.load(Holder(build("llama")), tokenizer=None)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy.modes import accepted_by
 from pellucid.errors import InputError
 
 NO_TOKEN = -1  # a padding token that no text holds
@@ -41,7 +41,7 @@ def as_rows(module: nn.Module) -> nn.Module:
 
 def reads_both_ends(module: nn.Module) -> bool:
     """Whether it is an encoder-decoder whose decoder is given the text itself: all of them whose answer is not a text."""
-    accepted = inspect.signature(module.forward).parameters
+    accepted = accepted_by(module)
     config = getattr(module, "config", None)
     whole = _is(module, "For(Sequence|Token)Classification$|ForQuestionAnswering")
     return whole and bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in accepted

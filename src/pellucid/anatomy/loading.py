@@ -181,6 +181,11 @@ def read(
 def _in_memory(module: nn.Module, tokenizer: Any, trust_remote_code: bool) -> Loaded:
     """A module the caller built: nothing is moved, cast or switched."""
     inner = unwrapped(module)
+    if getattr(inner, "config", None) is None:
+        raise LoadError(
+            f"a {type(inner).__name__} has no `config`, which says what its tokens and answers are: expected a model of "
+            "transformers; pass the one inside it, or set its config on it"
+        )
     _check_prompts(inner)
     notes = []
     if inner is not module:

@@ -7,8 +7,9 @@ what a run gives, and is as it was when the run is over.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -109,3 +110,12 @@ def thaw(module: nn.Module) -> None:
                         new = ordinary(x)
                         made[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
                     own[name] = made[id(x)]
+
+
+def accepted_by(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a module's forward names; those of its class where a wrapper was put in its place that only passes
+    on what it is given.
+    """
+    own = inspect.signature(module.forward).parameters
+    passes_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.values())
+    return inspect.signature(type(module).forward).parameters if passes_on else own

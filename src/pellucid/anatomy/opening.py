@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
 from pellucid.anatomy.heads import given_decoder, reads_both_ends
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import running, thaw, uncompiled
+from pellucid.anatomy.modes import accepted_by, running, thaw, uncompiled
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
 from pellucid.anatomy.structure import Proof, Stack, Unembedding
@@ -211,7 +210,7 @@ def probe(module: Any) -> dict[str, Any]:
         return torch.randint(low, text.vocab_size - low, (BATCH, length), generator=generator).to(device)
 
     inputs: dict[str, Any] = {"input_ids": ids(length)}
-    accepted = inspect.signature(module.forward).parameters
+    accepted = accepted_by(module)
     if "attention_mask" in accepted:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if reads_both_ends(module):

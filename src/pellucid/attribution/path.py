@@ -7,7 +7,6 @@ and segments stay as they are.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import accepted_by, evaluating
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import TOKENS as SITE_DIMS
 from pellucid.anatomy.sites import Site
@@ -333,7 +332,7 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 def spared(case: Case) -> tuple[dict[str, Any], int]:
     """Arguments that spare the model work nobody reads, and how many positions are unembedded (0: all)."""
-    accepted = inspect.signature(case.model.module.forward).parameters
+    accepted = accepted_by(case.model.module)
     forward: dict[str, Any] = uncached(case.model.module)
     bound = case.question.metric
     last = "logits_to_keep" in accepted and bound is not None and bound.positions and max(bound.positions) < 0
@@ -345,7 +344,7 @@ def spared(case: Case) -> tuple[dict[str, Any], int]:
 
 def uncached(module: Any) -> dict[str, Any]:
     """What tells a model not to keep keys and values for later."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in accepted_by(module) else {}
 
 
 def _cuts(module: nn.Module, x: Any, made: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs, Stream
@@ -40,7 +40,7 @@ def from_embeddings(model: Model, inputs: Inputs, vectors: Tensor) -> tuple[Inpu
     """The same prompts, run from these embeddings [batch, position, d] of their first stream: as an input where the model
     takes one (a sweep then starts from it), by an edit otherwise.
     """
-    if "inputs_embeds" not in inspect.signature(model.module.forward).parameters:
+    if "inputs_embeds" not in accepted_by(model.module):
         return inputs, [Patch(Site("embed.tokens", stack=model.anatomy.stacks[0].name), vectors)]
     tensors = {k: v for k, v in inputs.tensors.items() if k != "input_ids"} | {"inputs_embeds": vectors}
     return replace(inputs, tensors=tensors), []

@@ -7,7 +7,6 @@ recorded call is refused, and so is one whose other arguments depend on the toke
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import differentiable, running
+from pellucid.anatomy.modes import accepted_by, differentiable, running
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
@@ -89,7 +88,7 @@ class Alone:
         broken = next((b for b in self.stack.blocks if not b.whole), None)
         if broken is not None:
             raise Refused(f"layer {broken.index} of this model is no module of its own, so it cannot be called alone")
-        accepted = inspect.signature(self.anatomy.module.forward).parameters
+        accepted = accepted_by(self.anatomy.module)
         options = {"use_cache": False} if "use_cache" in accepted else {}
         calls = record(self.anatomy, self.stack, inputs, **options).calls
         for block, call in zip(self.stack.blocks, calls, strict=True):  # caches remember: they are left out

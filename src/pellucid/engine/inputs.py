@@ -11,7 +11,6 @@ the padding is on. Every stack has a stream of its own: an encoder counts source
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.heads import check_ends, given_decoder, reads_both_ends
-from pellucid.anatomy.modes import evaluating, ordinary
+from pellucid.anatomy.modes import accepted_by, evaluating, ordinary
 from pellucid.anatomy.sites import Position
 from pellucid.engine.given import Chat, Pair, Truncate, is_id, is_messages, read_row, target_ids
 from pellucid.engine.limits import check_length, claimed, limit
@@ -273,7 +272,7 @@ def read_inputs(
     """
     if isinstance(prompt, Inputs):
         return _again(prompt, decoder, spans, truncate)
-    accepted = inspect.signature(module.forward).parameters
+    accepted = accepted_by(module)
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if isinstance(prompt, Tensor) or (isinstance(prompt, np.ndarray) and prompt.dtype.kind in "iufb"):
         prompt = {"input_ids": prompt}

@@ -8,7 +8,6 @@ at the length that is asked for, whether it runs there (rotary positions do, bia
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pellucid.anatomy.modes import evaluating
+from pellucid.anatomy.modes import accepted_by, evaluating
 from pellucid.errors import InputError
 
 CLAIMS = (
@@ -151,7 +150,7 @@ def _call(module: nn.Module, length: int, stack: str = "") -> dict[str, Any]:
     # not consecutive, no padding, and below any vocabulary's size
     row = torch.tensor([[5, 3]], device=device).repeat(1, length // 2 + 1)
     call: dict[str, Any] = {"input_ids": row[:, :length]}
-    accepted = inspect.signature(module.forward).parameters
+    accepted = accepted_by(module)
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         short = row[:, :SHORT]
         call = {"input_ids": short if stack == "decoder" else call["input_ids"],

@@ -7,7 +7,6 @@ short prompt is run alone and padded, and the first way of counting under which 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from pellucid.anatomy.heads import reads_both_ends
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import running
+from pellucid.anatomy.modes import accepted_by, running
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.engine.inputs import Inputs, read_inputs
@@ -74,7 +73,7 @@ class Padding:
                 + ("generate for" if generating else "run")
                 + " prompts of unequal length one at a time"
             )
-        accepted = inspect.signature(self.module.forward).parameters
+        accepted = accepted_by(self.module)
         positions = count(mask, self._index) if {"position_ids", "kwargs"} & set(accepted) else None
         return inputs if positions is None else replace(inputs, tensors={**inputs.tensors, "position_ids": positions})
 

@@ -12,7 +12,6 @@ gives the numbers of plain runs is not for it to say: see `pellucid.engine.trial
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Ablate, Edit
 from pellucid.engine.inputs import Inputs
@@ -71,7 +71,7 @@ class Job:
     def forward(self) -> dict[str, Any]:
         """Arguments that spare the model work nobody reads."""
         options: dict[str, Any] = {}
-        accepted = inspect.signature(self.anatomy.module.forward).parameters
+        accepted = accepted_by(self.anatomy.module)
         if "use_cache" in accepted:
             options["use_cache"] = False
         positions = self.metric.positions

@@ -8,7 +8,6 @@ lens takes any object with `translate` and `check`, and asks here which sites, l
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.anatomy.frozen import linearised
+from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.sites import Position, Site
 from pellucid.changed import check_weights
 from pellucid.engine.inputs import Inputs, Stream
@@ -226,6 +226,6 @@ def one_column(inputs: Inputs, positions: Positions, what: str) -> Tensor:
 def states(model: Model, inputs: Inputs, names: Sequence[str]) -> Run:
     """A run that kept these sites and the last residual, without unembedding more than it must."""
     with torch.no_grad():
-        if "logits_to_keep" in inspect.signature(model.module.forward).parameters:
+        if "logits_to_keep" in accepted_by(model.module):
             inputs = replace(inputs, tensors={**inputs.tensors, "logits_to_keep": 1})
         return model.run(inputs, keep=[*names, last_residual(model)])
