@@ -187,8 +187,9 @@ class Inputs:
             spans = {span: [rows[row]] for span, rows in stream.spans.items()}
             columns = real[name]
             return Stream(
-                stream.ids[row : row + 1, columns], stream.mask[row : row + 1, columns], (stream.labels[row],), spans
-            )
+                stream.ids[row : row + 1, columns], stream.mask[row : row + 1, columns], (stream.labels[row],), spans,
+                stream.maps[row : row + 1],
+            )  # fmt: skip
 
         streams = {name: own(name, stream) for name, stream in self.streams.items()}
         if "decoder" in streams:
@@ -223,7 +224,8 @@ def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inpu
         mask = torch.cat([nn.functional.pad(s.mask, (0, most - s.mask.shape[1])) for s in streams])[rows]
         shared = [span for span in streams[0].spans if all(span in s.spans for s in streams)]
         spans = {span: [streams[i].spans[span][0] for i in rows] for span in shared}
-        return Stream(ids, mask, tuple(streams[i].labels[0] for i in rows), spans)
+        maps = tuple(streams[i].maps[0] for i in rows) if all(s.maps for s in streams) else ()
+        return Stream(ids, mask, tuple(streams[i].labels[0] for i in rows), spans, maps)
 
     tensors = {name: column(name) for name in several[0].tensors}
     texts = tuple(several[i].texts[0] for i in rows)
