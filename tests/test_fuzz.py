@@ -403,7 +403,6 @@ def cases(n: int) -> Any:
 
 
 models = st.sampled_from(MODELS)
-until = pytest.mark.xfail(reason="waits for inputs and players to land", strict=False)
 WORDS = [7, 8, 9, 10, 11]
 
 
@@ -411,7 +410,6 @@ def plain_prompt(model: str) -> Any:
     return WORDS if model.endswith("Without") else CLEAN
 
 
-@until
 @cases(500)
 @given(
     model=models,
@@ -449,7 +447,6 @@ def test_any_metric(model: str, metric: Any, options: Any) -> None:
     attempt(lambda: opened(model).sweep(plain_prompt(model), [pl.Ablate("layers.0.mlp.out")], metric(), **options))
 
 
-@until
 @cases(100)
 @given(
     model=st.sampled_from(["gpt2", "llama", "t5", "gpt2Without", "bertClassifier"]),
@@ -470,7 +467,7 @@ def test_any_generation(model: str, called: Any) -> None:
     attempt(lambda: opened(model).generate(prompt, max_new_tokens=tokens, **options))
 
 
-@until
+@pytest.mark.xfail(reason="players= of any type: lands with attribution", strict=False)
 @cases(650)
 @given(
     model=st.sampled_from(["gpt2", "gpt2", "bert", "t5", "bertClassifier", "gpt2Without"]),

@@ -222,13 +222,13 @@ def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
         return metric
     if model.anatomy.answering.meaning in ("vectors", "class", "value"):
         return metric  # which `meant` refuses
-    kind, masks = kind_of(model, inputs), inputs.stream("").ids == getattr(model.tokenizer, "mask_token_id", None)
+    kind, mask = kind_of(model, inputs), getattr(model.tokenizer, "mask_token_id", None)
     if kind in ("label", "span"):
         raise InputError(
             f"{model.name} answers at every token: say where {metric.name} is read, such as position=3 (0 is the first)"
         )
-    if kind == "masked token" and not torch.as_tensor(masks).any():
-        return metric
+    if kind == "masked token" and mask is not None and not (inputs.stream("").ids == mask).any():
+        return metric  # without a known mask the end is no place to ask at: `answer_position` refuses
     position = answer_position(model, inputs)
     return metric if position is None else replace(metric, position=position)
 

@@ -641,7 +641,7 @@ def _reading(model: Model, inputs: Inputs, target: Reading) -> Question:
     with torch.no_grad():
         values = model.run(inputs, keep=[site]).tensor(site)
     size = values.shape[1:] if direction is None or direction.shape != values.shape[-1:] else values.shape[1:-1]
-    if size.numel() != 1:
+    if size.numel() != 1 or (direction is not None and direction.shape != values.shape[-1:]):
         raise InputError(
             f"{str(site)!r} holds {list(values.shape[1:])} numbers here where one is attributed: name a unit and a "
             "position such as 'layers.3.mlp.neurons.7@-1', or give a direction of the size of the last dimension"

@@ -188,9 +188,15 @@ def causality(module: nn.Module, inputs: dict[str, Any], stacks: tuple[Stack, ..
         }
         values, _ = tapped(module, taps, prover.batch, partial(module, **{**inputs, key: changed}))
         for tap, name in taps.items():
-            same = tap in values and error(values[tap][:, :at], prover.values[tap][:, :at]) <= prover.tolerance
+            same = tap in values and _same(values[tap][:, :at], prover.values[tap][:, :at], prover)
             found[name] = found.get(name, True) and same
     return found
+
+
+def _same(a: Tensor, b: Tensor, prover: Prover) -> bool:
+    """Whether two runs agree. One token's word to another is often less than the tolerance of half precision, but it
+    reaches nearly every number; noise (experts in other batches, kernels that add in another order) moves few of them."""
+    return error(a, b) <= prover.tolerance and not (prover.half and float((a != b).float().mean()) > 0.5)
 
 
 def probe(module: Any) -> dict[str, Any]:

@@ -170,6 +170,8 @@ class Patch(Edit):
         if isinstance(self.source, Tensor):
             return torch.as_tensor(_fitting(self.source, x, "the tensor", place)).expand_as(x)
         values, lengths = _reference(self.source, place)
+        if self.source is None:
+            raise InputError(f"Patch at {str(place.site)!r} has no source: give a run, prompts or a tensor")
         _check_rows(values, len(x))
         stream = self.source.stream(place.site)  # type: ignore[union-attr]
         if self.source_at is not None:

@@ -74,7 +74,7 @@ def direct_logit_attribution(
     >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")  # doctest: +SKIP
     >>> dla.top(3)  # doctest: +SKIP
     """
-    if by not in get_args(By):
+    if not isinstance(by, str) or by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
     inputs = model.inputs(prompt, decoder=decoder)
     positions = answer_position(model, inputs) if positions is None else positions

@@ -1,0 +1,33 @@
+"""Which cells of the matrix are refused, and with which words? Anything else must equal the hooks.
+
+A cell that begins to be refused fails the test; so does one that works and is still listed.
+"""
+
+from __future__ import annotations
+
+MASKED = ("bert", "roberta", "deberta-v2")
+
+# (families, conditions, techniques, how the refusal begins): None stands for all
+REFUSED: list[tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ...] | None, str]] = [
+    (MASKED, None, ("generate",), r"refused: a \w+ForMaskedLM does not generate text"),
+    (
+        ("bart",),
+        ("left-padded",),
+        ("run", "generate", "sweep", "patching", "lens", "circuit"),
+        "refused: padding on the left changes what this model computes",
+    ),
+    (("gpt2", "falcon"), ("8-bit",), None, "not there: it has no nn.Linear to quantise"),
+    # Rounding to 8 bits is not linear: the sum over edges differs from the whole by more than a proof allows, or less.
+    (None, ("8-bit",), ("circuit",), "refused: circuits|equal"),
+    (MASKED, ("no tokenizer",), ("patching", "gradient", "circuit"), "refused: this model fills in a mask"),
+    # In bfloat16 the trace does not find where this branch reads the stream.
+    (("qwen3_next", "gemma3_text"), ("bf16",), ("circuit",), r"refused: the \w+ of layers.0 has no input of its own"),
+]
+
+
+def refusal(family: str, condition: str, technique: str) -> str | None:
+    for families, conditions, techniques, words in REFUSED:
+        here = (families is None or family in families) and (conditions is None or condition in conditions)
+        if here and (techniques is None or technique in techniques):
+            return words
+    return None
