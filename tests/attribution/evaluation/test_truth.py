@@ -1,10 +1,9 @@
 """The programmed classifiers follow their rules, and methods find the responsible tokens where theory says they do."""
 
-from __future__ from functools import partial
-
-import annotations
+from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
