@@ -76,15 +76,18 @@ def at_least(least: float, **numbers: float) -> None:
             raise InputError(f"{name}={value!r}: expected at least {least}")
 
 
+def _axes(value: Any) -> int:
+    return int(getattr(value, "ndim", 0))
+
+
 def _whole(value: Any) -> Any:
     if isinstance(value, bool | float | str) or not hasattr(value, "__index__"):
         return None
-    whole: Any = value  # what has an __index__ and no axes
-    return index(whole) if isinstance(whole, Integral) or getattr(whole, "ndim", 0) == 0 else None
+    return index(value) if isinstance(value, Integral) or not _axes(value) else None
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool | str) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+    if isinstance(value, bool | str) or not hasattr(value, "__float__") or _axes(value):
         return None
     return value if not math.isnan(float(value)) else None
 

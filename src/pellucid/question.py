@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, get_args
@@ -577,10 +577,22 @@ def _continued(model: Model, inputs: Inputs, target: Continuation, decoder: Any,
     else:
         longer_inputs = model.inputs({"input_ids": longer, "attention_mask": torch.ones_like(longer)})
     outputs = pieces(model, torch.cat([longer[0], longer.new_tensor(ids[-1:])]))[-len(ids) :]
+    if "decoder" not in inputs.streams:
+        longer_inputs = _typed(inputs, longer_inputs, "".join(outputs[:-1]))
     bound = BoundMetric(target.of, at, None, partial(_of_tokens, torch.tensor(ids), target.of), outputs=len(ids))
     name = f"{target.of} of {''.join(outputs)!r}"
     answers = (Answer(tuple(ids), "".join(outputs)),)
     return Question(model, longer_inputs, "continuation", name, None, answers, (), bound, outputs)
+
+
+def _typed(inputs: Inputs, longer: Inputs, said: str) -> Inputs:
+    """The longer prompt with the text and the spans of the one that was typed."""
+    stream, before = longer.stream(""), inputs.stream("")
+    if not before.maps or before.maps[0].given is None:
+        return longer
+    said = inputs.texts[0] + said
+    known = replace(stream, spans=before.spans, maps=(replace(stream.maps[0], given=said),))
+    return replace(longer, streams={"": known}, texts=(said,))
 
 
 def _continuation_ids(model: Model, inputs: Inputs, target: Continuation, edits: Sequence[Edit]) -> list[int]:

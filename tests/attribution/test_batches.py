@@ -91,7 +91,7 @@ def test_prompts_come_as_lists_ids_tensors_and_tasks():
     for given in (
         inputs,
         dict(inputs.tensors),
-        [r.ids[0].tolist() for r in map(lambda p: model.inputs(p).stream(""), PROMPTS)],
+        [model.inputs(p).stream("").ids[0].tolist() for p in PROMPTS],
     ):
         np.testing.assert_allclose(saliency(model, given, ANSWERS).values, texts.values, atol=1e-6)
     one = saliency(model, PROMPTS[:1], ANSWERS[:1])

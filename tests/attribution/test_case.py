@@ -46,11 +46,11 @@ def test_the_text_of_tokens_adds_up_to_the_prompt_in_byte_level_bpe():
     assert Players.of(case, "word").labels == ("a", "café", "au", "lait")
 
 
-def test_subwords_join_to_words_and_the_unknown_token_is_a_word_in_wordpiece(tmp_path):
+def test_subwords_join_to_words_as_typed_and_the_unknown_token_is_one_in_wordpiece(tmp_path):
     model = pellucid.load(build("bert"), tokenizer=word_piece(tmp_path))
     case = Case.of(model, "The capital of Freedonia", logit(5))
     assert case.special.tolist() == [True, False, False, False, False, False, True]
-    assert Players.of(case, "word").labels == ("the", "capital", "of", "[UNK]")
+    assert Players.of(case, "word").labels == ("The", "capital", "of", "Freedonia")  # as typed
     assert Players.of(case, "word").members[1] == (2, 3)
 
 

@@ -115,7 +115,7 @@ def test_smoothgrads_error_is_that_of_a_mean_where_the_mean_is_what_is_given():
 def test_expected_gradients_are_the_loop_over_their_draws():
     model = opened("llama")
     texts = ["Rome is the capital of Italy and the city of", "he gave a drink"]
-    found = expected_gradients(model, PROMPT, " Paris", references=texts, draws=7, seed=4)
+    found = expected_gradients(model, PROMPT, " Paris", references=texts, draws=7, seed=4, keep_first=False)
     case = Case.of(model, PROMPT, " Paris")
     generator = torch.Generator().manual_seed(4)
     ids, at = draw(case, texts, 7, generator), torch.rand(7, generator=generator)
@@ -141,7 +141,9 @@ def test_expected_gradients_captums_gradient_shap_and_integrated_gradients_agree
     start = torch.where(special[:, None], x, model.module.get_input_embeddings()(reference).detach())
     torch.manual_seed(0)
     theirs = GradientShap(score).attribute(x, start, n_samples=400, stdevs=0.0)[0].sum(-1).detach()
-    ours = expected_gradients(model, PROMPT, logit(" Paris"), references=[reference[0].tolist()], draws=400)
+    ours = expected_gradients(
+        model, PROMPT, logit(" Paris"), references=[reference[0].tolist()], draws=400, keep_first=False
+    )
     exact = integrated_gradients(model, PROMPT, logit(" Paris"), baseline=reference, tolerance=1e-3)
     assert (np.abs(ours.values - exact.values) < 5 * ours.error.values + 1e-4).all()
     assert (np.abs(ours.values - theirs.numpy()) < 5 * 1.5 * ours.error.values + 1e-4).all()
@@ -208,7 +210,7 @@ def test_on_gpt2_sequence_attribution_is_inseqs_definition_of_integrated_gradien
     model = opened("gpt2")
     embedding, unknown = model.module.get_input_embeddings(), model.tokenizer.unk_token_id
     target = continuation(" Paris and Rome", of="probability")
-    ours = integrated_gradients(model, PROMPT, target, baseline="unk", steps=30, tolerance=1e9)
+    ours = integrated_gradients(model, PROMPT, target, baseline="unk", steps=30, tolerance=1e9, keep_first=False)
     ids = Case.of(model, PROMPT, target).ids
     said = [token(model, t) for t in ("Paris", "and", "Rome")]
     prompt = len(ids) - 2

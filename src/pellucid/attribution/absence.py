@@ -208,6 +208,11 @@ class Removed(Absence):
                 "tokens cannot be cut out under a continuation or the reading of a site, whose positions would move: "
                 "choose 'mask', 'pad', 'mean' or 'resample'"
             )
+        if self.case.edits:
+            raise Refused(
+                "under edits tokens cannot be cut out, as what the edits hold for would move: choose 'mask', 'pad', 'mean' or "
+                "'resample'"
+            )
         if self.case.inputs.stream("").padded:
             raise Refused("tokens cannot be cut out of a padded prompt: give it without padding")
 

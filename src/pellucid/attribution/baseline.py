@@ -37,11 +37,13 @@ class Baseline:
     values: Tensor
     labels: tuple[str, ...]
     ids: Tensor | None = None
+    kept: bool = False  # whether the first token stays though it is none that is fixed
 
     @classmethod
-    def of(cls, embedded: Embedded, baseline: str | Tensor | None = None) -> Baseline:
-        """By default "mask" for a tokenizer that has it, else "pad", else "mean". InputError if it does not fit, Refused
-        where the model has no gradient at it."""
+    def of(cls, embedded: Embedded, baseline: Any = None, keep_first: bool | None = False) -> Baseline:
+        """By default "mask" for a tokenizer that has it, else "pad", else "mean". With `keep_first` the first token stays;
+        None: where it is an attention sink (see `sink`). InputError if it does not fit, Refused where the model has no
+        gradient at it."""
         case = embedded.case
         if baseline is None:
             baseline = next((n for n in ("mask", "pad") if _special_id(case, n) is not None), "mean")
@@ -57,8 +59,12 @@ class Baseline:
         else:
             ids = _ids(case, baseline)
             values, labels = embedded.embed(ids), pieces(case.model, ids)
-        fixed = torch.tensor(case.fixed, device=values.device)
-        labels = tuple(own if f else b for own, b, f in zip(case.tokens, labels, case.fixed, strict=True))
+        stays = case.fixed.copy()
+        uniform = isinstance(baseline, str) and (ids is None or bool((ids == ids[0]).all()))
+        if keep_first or (keep_first is None and uniform and sink(case)):
+            stays[0] = True
+        fixed = torch.tensor(stays, device=values.device)
+        labels = tuple(own if f else b for own, b, f in zip(case.tokens, labels, stays, strict=True))
         if ids is not None:
             ids = torch.where(fixed.to(ids.device), case.ids, ids)
         made = cls(
@@ -66,9 +72,15 @@ class Baseline:
             torch.where(fixed[:, None], embedded.values, values),
             labels,
             ids,
+            bool(stays[0] and not case.fixed[0]),
         )
         made._check(embedded)
         return made
+
+    @property
+    def about(self) -> dict[str, str]:
+        """As results say it."""
+        return {"baseline": self.name, **({"kept": "the first token"} if self.kept else {})}
 
     def _check(self, embedded: Embedded) -> None:
         """A norm has no gradient at zero: refuse to start where the residual stream is nothing."""
@@ -87,6 +99,13 @@ class Baseline:
             )
 
 
+def sink(case: Case) -> bool:
+    """Whether the first word is where a decoder parks attention it has no use for: there is no mark before it that would
+    do. A path that takes it away as well leads where the model has never been, and is too rough to integrate."""
+    last = case.model.anatomy.stacks[-1]
+    return bool(last.causal) and list(case.streams) == [""] and not case.fixed[0] and int((~case.fixed).sum()) > 1
+
+
 def _special_id(case: Case, name: str) -> int | None:
     found = getattr(case.model.tokenizer, f"{name}_token_id", None)
     return None if found is None else int(found)
@@ -96,7 +115,10 @@ def _ids(case: Case, baseline: Any) -> Tensor:
     """[position] of a baseline named by a token, a prompt or ids."""
     length = len(case.ids)
     if isinstance(baseline, Tensor | np.ndarray | list | tuple):
-        ids = torch.as_tensor(baseline).reshape(-1).to(case.ids)
+        try:
+            ids = torch.as_tensor(baseline).reshape(-1).to(case.ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"{baseline!r} is no baseline: expected token ids, a number for every token") from None
     elif not isinstance(baseline, str):
         raise InputError(
             f"{baseline!r} is no baseline: give a token, a prompt, token ids, 'pad', 'mask', 'zero' or 'mean'"

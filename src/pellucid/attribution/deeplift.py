@@ -49,6 +49,7 @@ def deeplift(
     baseline: Any = None,
     players: Any = "token",
     keep_special: bool = True,
+    keep_first: bool | None = None,
 ) -> Result:
     """Differences from the baseline handed back to the tokens, from two forward passes and one backward.
 
@@ -67,7 +68,7 @@ def deeplift(
         )
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special)
     credited, embedded = Players.of(case, players), Embedded(case)
-    start = Baseline.of(embedded, baseline)
+    start = Baseline.of(embedded, baseline, keep_first)
     above, below, multipliers = asked(_multipliers, (embedded, embedded.values, start.values))
     found = ((embedded.values - start.values) * multipliers).double().sum(-1).cpu()
     above, below = above.double().cpu(), below.double().cpu()
@@ -83,7 +84,7 @@ def deeplift(
         f"DeepLIFT of {case.question.name} from {start.name!r}",
         {"attribution": values, "score": above, "baseline_score": below, "gap": gap,
          "gradients": 1, "evaluations": 1},
-        labels=labels, attrs={"baseline": start.name},
+        labels=labels, attrs={**start.about},
         coords={} if labels else {"baseline_token": ("position", list(start.labels))},
     )  # fmt: skip
 

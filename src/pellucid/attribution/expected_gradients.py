@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.attribution.baseline import sink
 from pellucid.attribution.batches import batched
 from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
@@ -45,6 +46,7 @@ def expected_gradients(
     draws: int = 100,
     players: Any = "token",
     keep_special: bool = True,
+    keep_first: bool | None = None,
     seed: int = 0,
 ) -> Result:
     """Integrated gradients averaged over `draws` random baselines, one gradient each.
@@ -67,7 +69,8 @@ def expected_gradients(
     generator = torch.Generator().manual_seed(seed)
     ids = draw(case, references, draws, generator)
     at = torch.rand(draws, generator=generator)
-    slopes, below = _slopes(embedded, ids, at)
+    keep = sink(case) if keep_first is None else keep_first
+    slopes, below = _slopes(embedded, ids, at, keep)
     with torch.no_grad():
         score = embedded.scores(embedded.values)[0].double().cpu()
     values, labels = credited.pooled(case, slopes)  # [sample, output, player]
@@ -78,15 +81,16 @@ def expected_gradients(
         {"attribution": values.mean(0), "error": values.std(0, ddof=1) / np.sqrt(draws), "score": score,
          "baseline_score": below.mean(0), "gap": apart.mean(0), "gap_error": apart.std(0) / np.sqrt(draws),
          "gradients": draws, "evaluations": draws + 1},
-        labels=labels, attrs={"baseline": drawn},
+        labels=labels, attrs={"baseline": drawn, **({"kept": f"{case.tokens[0]!r}, the first token"} if keep and not case.fixed[0] else {})},
     )  # fmt: skip
 
 
-def _slopes(embedded: Embedded, ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+def _slopes(embedded: Embedded, ids: Tensor, at: Tensor, keep_first: bool) -> tuple[Tensor, Tensor]:
     """[sample, output, position] the way from each baseline times the gradient on it, and [sample, output] the scores of
     the baselines."""
     x, found, below = embedded.values, list[Tensor](), list[Tensor]()
     fixed = torch.tensor(embedded.case.fixed, device=x.device)[:, None]
+    fixed[0] |= keep_first
     for rows in torch.arange(len(ids)).split(embedded.batches(len(ids))):
         start = torch.where(fixed, x, torch.cat([embedded.embed(row) for row in ids[rows]]))
         way = x - start

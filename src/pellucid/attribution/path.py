@@ -191,7 +191,9 @@ class Pack:
         if self.first.inside:
             for tap in self.first.taps:
                 session.writing.pop(tap, None)
-        each = {**session.handlers(), **(handlers or {})}
+        each = session.handlers()
+        for tap, look in (handlers or {}).items():
+            each[tap] = partial(_both, each.get(tap), look)
         for tap, new in zip(self.first.taps, joined, strict=True):
             each[tap] = partial(_instead, new, each.get(tap))
         with evaluating(self.model.module), Wiretap(self.model.module, each, self.rows[-1].stop) as wire:
@@ -357,6 +359,12 @@ def _cuts(module: nn.Module, x: Any, made: Any) -> bool:
         return "NotImplemented" in made.grad_fn.name()
     held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return any(t.ndim > 1 and not t.is_floating_point() for t in held)
+
+
+def _both(first: Handler | None, then: Handler, x: Tensor) -> Tensor | None:
+    edited = None if first is None else first(x)
+    seen = then(x if edited is None else edited)
+    return edited if seen is None else seen
 
 
 def _instead(new: Tensor, then: Handler | None, old: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Rule = Literal["gauss-legendre", "riemann-left", "riemann-right", "riemann-middle", "trapezoid"]
 POINTS = 4  # gradients in one stretch of the path
+CANCELLED = 0.1  # attributions that add up to less than this share of their size are judged by their size
 NARROW = 1e-7  # a rise within less of the path is a jump, which gradients do not see: experts switch, say
 
 
@@ -52,8 +53,8 @@ def refine(
 
     Paths can be nearly flat and then jump (where an attention sink moves, say), so points are spent where the gap is:
     the difference between the sum over positions and the rise of heights [point, ...]. Ends when the stretches' gaps,
-    taken absolutely, add up to no more than `tolerance` of the attributions' size (for each score, if there are
-    several), or after `limit` points; returns the attributions [..., position] and the number of points.
+    taken absolutely, add up to no more than `tolerance` of the whole rise (or of a tenth of the attributions' size; for each
+    score, if there are several), or after `limit` points; returns the attributions [..., position] and the number of points.
     """
     points, weights = (torch.tensor(x) for x in quadrature("gauss-legendre", POINTS))
     todo, used = [(i / 4, (i + 1) / 4) for i in range(4)], 0
@@ -70,7 +71,8 @@ def refine(
         done += [Piece(a, b, one, one.sum(-1) - (known[b] - known[a])) for (a, b), one in zip(todo, made, strict=True)]
         total = torch.stack([piece.attribution for piece in done]).sum(0)
         noise = 1e-6 * torch.stack(list(known.values())).abs().amax(0)
-        allowed = tolerance * total.abs().sum(-1) + noise
+        rise = (known[1.0] - known[0.0]).abs()
+        allowed = tolerance * rise.maximum(CANCELLED * total.abs().sum(-1)) + noise
         done.sort(key=lambda piece: float((piece.gap.abs() / allowed).max()))
         missed = np.cumsum([float((piece.gap.abs() / allowed).max()) for piece in done])
         enough = int(np.searchsorted(missed, 0.5))

@@ -246,7 +246,7 @@ def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inpu
         mask = torch.cat([nn.functional.pad(s.mask, (0, most - s.mask.shape[1])) for s in streams])[rows]
         shared = [span for span in streams[0].spans if all(span in s.spans for s in streams)]
         spans = {span: [streams[i].spans[span][0] for i in rows] for span in shared}
-        maps = tuple(streams[i].maps[0] for i in rows if streams[i].maps)
+        maps = tuple(streams[i].maps[0] for i in rows) if all(s.maps for s in streams) else ()
         return Stream(ids, mask, tuple(streams[i].labels[0] for i in rows), spans, maps)
 
     tensors = {name: column(name) for name in several[0].tensors}

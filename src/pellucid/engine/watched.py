@@ -103,7 +103,8 @@ class Follower(Session):
         self.logits: Tensor | None = None
         self.wire: Wiretap | None = None
         self.met: set[Tap] = set()
-        self.directed: dict[Redirect, list[Held]] = {}
+        self.directed: dict[tuple[int, ...], list[Held]] = {}
+        self.given: list[Edit] = []  # by whose ids they are known
         self.since: dict[int, int] = {}  # id of an edit that came later -> steps before it
 
     @property
@@ -352,16 +353,18 @@ class Follower(Session):
             if held.watch is None and held.rows is None:
                 self.history[id(held.edit)] = list(before)
             held.rows = (torch.ones_like(mask) if held.rows is None else held.rows) & ~mask
-        known = self.directed.get(redirect)
+        given = [redirect.edits] if isinstance(redirect.edits, Edit) else [*redirect.edits]
+        known = self.directed.get(key := tuple(map(id, given)))  # a watcher may say the same at every step
         if known is None:
-            edits = self.resolve(redirect.edits)
+            edits = self.resolve(given)
+            self.given += given
             at = next((e for e in edits if e.site.at is not None or e.when is not None), None)  # type: ignore[union-attr]
             if at is not None:
                 raise InputError(
                     f"a row cannot be redirected to an edit on {str(at.site)!r}: the prompt has been computed, and the condition "
                     "has been decided; leave '@' and when= out"
                 )
-            known = self.directed[redirect] = [Held(e, None, torch.zeros_like(mask)) for e in edits]
+            known = self.directed[key] = [Held(e, None, torch.zeros_like(mask)) for e in edits]
             for held in known:
                 self.held[id(held.edit)], self.since[id(held.edit)] = held, self.steps
                 self.history[id(held.edit)] = [torch.zeros_like(mask)] * self.steps

@@ -39,7 +39,8 @@ def eraser(model, ids, words, scores, shares, keep, pad):
     def v(present):
         row = [t if i not in words or present[words.index(i)] else pad for i, t in enumerate(ids)]
         with torch.no_grad():
-            return float(model.score(model.run({"input_ids": torch.tensor([row])}), probability(" Paris")))
+            given = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)}
+            return float(model.score(model.run(given), probability(" Paris")))
 
     ks = sorted({max(1, math.ceil(share * n)) for share in shares})
     lost = []

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -274,7 +274,14 @@ class Reparametrised(Change):
 def reparametrised(model: Model, seed: int = 0) -> Model:
     """The same function, whose embedding is stored in another basis (turned, and stretched by up to 2). Refused for a model
     without an embedding module that can be exchanged."""
-    return model.changed(Reparametrised(seed))
+    made = model.changed(Reparametrised(seed))
+    for (
+        stack
+    ) in made.anatomy.stacks:  # a lookup that is turned back counts as one layer: the twin's own vectors lie inside
+        if "tokens" in stack.embeds:
+            tap = stack.embeds["tokens"]
+            stack.embeds["tokens"] = replace(tap, module=f"{tap.module}.table")
+    return made
 
 
 __all__: list[str] = [
