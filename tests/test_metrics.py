@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -16,9 +17,11 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 
+import pellucid as pl
 from pellucid import metrics
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric, Metric, as_metric, extend
+from tests import zoo
 from tests.tasks.tokenizers import tokenizer
 
 VOCAB = 7
@@ -294,3 +297,20 @@ def test_token_ids_may_be_tensors_and_arrays() -> None:
     z = torch.randn(2, 3, VOCAB)
     for ids in (torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), torch.tensor(2)]):
         assert torch.equal(metrics.logit(ids).bind(None, 2).score(z), z[[0, 1], -1, [1, 2]])
+
+
+def test_a_sequence_is_asked_for_where_the_prompt_ends_in_it():
+    module = zoo.build("llama")
+    model = pl.load(module, tokenizer=zoo.tokenizer(module))
+    asked = metrics.sequence_log_probability(" Paris Rome")
+    with pytest.warns(UserWarning, match="does not end in its answer"):
+        model.score(model.run("The capital is"), asked)
+    given = model.run(["The capital is Paris Rome", "The Paris Rome"])
+    ids = model.inputs("The Paris Rome").stream("").ids
+    with torch.no_grad():
+        log_p = module(ids).logits[0].log_softmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = model.score(given, asked)
+    expected = log_p[0, ids[0, 1]] + log_p[1, ids[0, 2]]
+    torch.testing.assert_close(found[1], expected)

@@ -19,6 +19,7 @@ last token, before marks that the tokenizer itself puts at the end, or at the ma
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -218,6 +219,8 @@ def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
 
     InputError where that is no single place. A prompt without a mask is read at its end, as the metric says.
     """
+    if isinstance(metric, SequenceMetric):
+        metric.check_appended(model.tokenizer, inputs)
     if not isinstance(metric, AnswerMetric) or metric.position is not None or metric.classes:
         return metric
     if model.anatomy.answering.meaning in ("vectors", "class", "value"):
@@ -506,6 +509,22 @@ class SequenceMetric:
         targets = TokenSets(targets.ids.flip(1), targets.real.flip(1))
         positions = tuple(range(-longest - 1, -1))
         return BoundMetric(self.name, positions, None, partial(_sequence, targets, self.per_token))
+
+    def check_appended(self, tokenizer: Any, inputs: Inputs) -> None:
+        """Warns where a prompt does not end in its answer, so that other rows than the answer's are read."""
+        stream = inputs.stream("")
+        answers = [self._ids(each, tokenizer) for each in _per_prompt(self.answer, len(inputs))]
+        if "inputs_embeds" in inputs.tensors:
+            return
+        for row, answer in enumerate(answers * (len(inputs) if len(answers) == 1 else 1)):
+            given = stream.ids[row][stream.mask[row].bool()].tolist()
+            if given[-len(answer) :] != answer:
+                warnings.warn(
+                    f"{self.name}: prompt {row} does not end in its answer, so this is no probability of it: append the "
+                    "answer to the prompt (pl.metrics.extend), or ask attribution for question.continuation(answer)",
+                    stacklevel=4,
+                )
+                return
 
     def _ids(self, answer: Any, tokenizer: Any) -> list[int]:
         if isinstance(answer, str):

@@ -78,7 +78,7 @@ def single_id(tokenizer: Any, answer: str | int) -> int:
     other = f", or {respaced!r}, which is one token" if fits else ""
     raise InputError(
         f"{answer!r} is {len(ids)} tokens here ({cut}) where one is read: "
-        f"use sequence_log_probability({answer!r}){other}"
+        f"use sequence_log_probability({answer!r}) on the prompt with the answer appended{other}"
     )
 
 
