@@ -179,7 +179,12 @@ def passing_on(module: Any) -> Any:
     return module
 
 
-@pytest.mark.parametrize("wrap", [passing_on, torch.nn.DataParallel, torch.compile])
+def one_block_compiled(module: Any) -> Any:
+    module.model.layers[0] = torch.compile(module.model.layers[0])
+    return module
+
+
+@pytest.mark.parametrize("wrap", [passing_on, torch.nn.DataParallel, torch.compile, one_block_compiled])
 def test_a_wrapped_module_is_the_module(wrap: Any) -> None:
     module = build("llama")
     with torch.no_grad():

@@ -217,3 +217,10 @@ def test_float_models_are_not_proven_more_loosely() -> None:
     module.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, args, out: out * 1.001)
     anatomy = pl.load(module, tokenizer=tokenizer()).anatomy
     assert {p.name for p in anatomy.proofs if p.holds is False} == {"projection"}
+
+
+def test_methods_with_rules_name_the_packed_layers_they_have_no_rule_for(checkpoint: Path) -> None:
+    model = pl.load(checkpoint, quantization_config=configuration("8 bit"))
+    for method in (pl.attribution.relevance_propagation, pl.attribution.deeplift):
+        with pytest.raises(Refused, match="MatMul8bitLt"):
+            method(model, PROMPT, TARGET)

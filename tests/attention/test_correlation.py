@@ -7,10 +7,12 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
+import pellucid as pl
 from pellucid.attention import attention_correlation, flow, patterns, rollout
 from pellucid.attention.correlation import MEASURES, leave_one_out, token_scores
-from pellucid.errors import InputError
+from pellucid.errors import InputError, Refused
 from tests.attention.opening import PROMPT, classifier, opened
+from tests.zoo import build, tokenizer
 
 TEXTS = [PROMPT, "When Mary and John went to the store, John gave a drink"]
 
@@ -87,3 +89,11 @@ def test_nonsense_is_refused():
         attention_correlation(classifier(), ["Rome is"])
     with pytest.raises(InputError, match="one stack"):
         attention_correlation(opened("bart"), TEXTS)
+
+
+def test_an_answer_at_every_token_has_no_leave_one_out():
+    from transformers import BertForQuestionAnswering
+
+    module = BertForQuestionAnswering(build("bert").config).eval()
+    with pytest.raises(Refused, match="at every token"):
+        attention_correlation(pl.load(module, tokenizer=tokenizer(build("bert"))), [PROMPT])

@@ -139,6 +139,33 @@ def test_a_metric_of_the_answer_needs_no_whole_unembedding() -> None:
     torch.testing.assert_close(runner.scores(mask), whole.scores(mask), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_replaces_what_each_prompt_alone_would(side: str) -> None:
+    """Padding is no token: "roll" stays among a row's own, and the mean at a position counts from its first token."""
+    from pellucid.circuits.ablation import alternatives, messages_of
+
+    model = random_model("llama")
+    wiring, (long, other) = wire(model), prompts()
+    rows = [long[0].tolist(), other[0].tolist()[:3], other[1].tolist()[:4]]
+    width = len(rows[0])
+
+    def padded(row: list[int], fill: int) -> list[int]:
+        return [fill] * (width - len(row)) + row if side == "left" else row + [fill] * (width - len(row))
+
+    mask = torch.tensor([padded([1] * len(r), 0) for r in rows])
+    batch = model.inputs({"input_ids": torch.tensor([padded(r, 0) for r in rows]), "attention_mask": mask})
+    alone = [model.inputs({"input_ids": torch.tensor([r]), "attention_mask": torch.ones(1, len(r))}) for r in rows]
+    rolled = alternatives(wiring, batch, "roll")
+    said = [messages_of(wiring, each)[:, 0] for each in alone]
+    meant = alternatives(wiring, batch, "position_mean")
+    for b, row in enumerate(rows):
+        expected = alternatives(wiring, alone[b], "roll")[:, 0]
+        torch.testing.assert_close(rolled[:, b, mask[b].bool()], expected, atol=1e-5, rtol=1e-4)
+        for place in range(len(row)):
+            mean = torch.stack([s[:, place] for s in said if s.shape[1] > place]).mean(0)
+            torch.testing.assert_close(meant[:, b, mask[b].bool()][:, place], mean, atol=1e-5, rtol=1e-4)
+
+
 def test_ablations_replace_messages_by_what_they_say() -> None:
     from pellucid.circuits.ablation import alternatives, messages_of
 

@@ -169,3 +169,32 @@ def test_a_classifier_is_refused():
     module = GPT2ForSequenceClassification(config).eval()
     with pytest.raises(Refused, match=r"every token|cannot be read"):
         logit_lens(pellucid.load(module, tokenizer=tokenizer(module)), PROMPT)
+
+
+def test_labels_are_read_by_their_names_and_not_as_tokens_of_those_numbers():
+    from transformers import BertForTokenClassification
+
+    config = build("bert").config
+    config.id2label = {0: "O", 1: "B-LOC", 2: "B-PER"}
+    module = BertForTokenClassification(config).eval()
+    model = pellucid.load(module, tokenizer=tokenizer(build("bert")))
+    lens = logit_lens(model, PROMPT, top=3, targets=["B-LOC", 2])
+    assert set(lens["top_token"].values.ravel().tolist()) == {"O", "B-LOC", "B-PER"}
+    assert lens.data.coords["target"].values.tolist() == ["B-LOC", "B-PER"]
+    own = model.run(PROMPT).logits[0].argmax(-1).tolist()
+    assert lens["prediction"].values.tolist() == [config.id2label[i] for i in own]
+    expected = model.run(PROMPT).logits[0].log_softmax(-1)[:, 1]
+    found = lens["target_log_probability"].sel(target="B-LOC").isel(layer=-1).values
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    with pytest.raises(InputError, match="no class"):
+        logit_lens(model, PROMPT, targets=["Paris"])
+
+
+def test_what_heads_of_a_classifier_raise_are_its_classes():
+    from transformers import GPT2ForSequenceClassification
+
+    config = build("gpt2").config
+    config.id2label, config.pad_token_id = {0: "bad", 1: "good"}, 0
+    module = GPT2ForSequenceClassification(config).eval()
+    found = pl.lenses.head_lens(pellucid.load(module, tokenizer=tokenizer(module)), PROMPT)
+    assert set(found["raised_token"].values.ravel().tolist()) == {"bad", "good"}

@@ -28,7 +28,7 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
     Compiled code does not call hooks that came after it.
     """
-    if not any(m._compiled_call_impl is not None for m in module.modules()):
+    if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules()):
         yield
         return
     with _lock:

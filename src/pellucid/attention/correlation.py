@@ -37,7 +37,7 @@ from pellucid.attention.rollout import rollout
 from pellucid.engine.edits import Edit
 from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, nearest
+from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
@@ -144,6 +144,10 @@ def leave_one_out(
     stream, question = inputs.stream(""), asked(model, inputs)
     if stream.padded:
         raise InputError("the prompt is padded: give it without padding")
+    if question.kind == "span":
+        raise Refused(
+            f"{model.name} answers at every token, so that without one token there is no answer to compare with"
+        )
     n = stream.ids.shape[1]
     with torch.no_grad():
         before = question.distribution(model.run(inputs, edits=edits))

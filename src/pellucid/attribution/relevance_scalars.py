@@ -41,6 +41,8 @@ def scalar_modules(module: nn.Module, memo: Memo | None = None) -> dict[nn.Modul
 
 def _scalar(part: nn.Module) -> tuple[float, float] | None:
     like = next(part.parameters(), torch.empty(0))
+    if not like.is_floating_point():  # packed weights: a linear layer
+        return None
     x = torch.tensor([[[-2.0, -0.3, 0.4, 1.5, 3.0], [0.7, -1.1, 0.2, -0.6, 2.2]]]).to(like)
     moved = x.clone()
     moved[0, 0, 2] += 1.0

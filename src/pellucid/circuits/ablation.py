@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pellucid.circuits.passing import Listener, forward
 from pellucid.circuits.wiring import Wiring
-from pellucid.engine.inputs import Inputs
+from pellucid.engine.inputs import Inputs, Stream
 from pellucid.errors import InputError
 
 How = Literal["resample", "mean", "position_mean", "zero", "roll"]
@@ -77,18 +77,28 @@ def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | N
     if how == "roll":
         messages = messages_of(wiring, inputs)
         for stack, span in wiring.spans().items():
-            own = messages[span, :, 1 : wiring.length(inputs, stack)]
-            own.copy_(own.roll(1, 2))
+            own = messages[span, :, : wiring.length(inputs, stack)]
+            own.copy_(own.gather(2, _before(inputs.stream(stack), own.device)[None, ..., None].expand_as(own)))
         return messages
     if how == "resample":
         return _resampled(wiring, inputs, reference, seed)
     reference = inputs if reference is None else reference
     messages = messages_of(wiring, reference)
     parts = [
-        _mean(messages[span], reference.stream(stack).mask, width, wiring.length(inputs, stack), how)
+        _mean(messages[span], reference.stream(stack), width, inputs.stream(stack), how)
         for stack, span in wiring.spans().items()
     ]
-    return torch.cat(parts).expand(-1, batch, -1, -1)
+    return torch.cat(parts)
+
+
+def _before(stream: Stream, device: torch.device) -> Tensor:
+    """[batch, position] the column of the token before; the first real token's own, and for the second the last one's."""
+    columns = torch.arange(stream.ids.shape[1], device=device)
+    start, length = (x.to(device)[:, None] for x in (stream.starts, stream.lengths))
+    place = columns - start
+    last = start + length - 1
+    before = torch.where(place == 1, last, columns - 1)
+    return torch.where((place >= 1) & (place < length), before, columns)
 
 
 def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: int) -> Tensor:
@@ -109,17 +119,23 @@ def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: i
     return messages_of(wiring, reference)
 
 
-def _mean(messages: Tensor, mask: Tensor, width: int, length: int, how: How) -> Tensor:
-    """[source, 1, width, d] from messages [source, batch, position, d] of a stack, over its real tokens."""
-    n, _, _, d = messages.shape
-    messages = messages[:, :, : mask.shape[1]]
-    made = messages.new_zeros(n, 1, width, d)
+def _mean(messages: Tensor, stream: Stream, width: int, ours: Stream, how: How) -> Tensor:
+    """[source, batch, width, d] for our prompts from messages [source, row, position, d] of others, over real tokens: at
+    each position counted from a row's first real token, whichever side the padding is on.
+    """
+    n, rows, _, d = messages.shape
+    messages = messages[:, :, : stream.mask.shape[1]]
+    batch, device = len(ours.ids), messages.device
     if how == "mean":
-        made += messages[:, mask.bool()].mean(1)[:, None, None]
-        return made
-    if mask.shape[1] < length:
-        raise InputError(f"the reference prompts have {mask.shape[1]} tokens, fewer than the {length} of the prompts")
-    weight = mask.to(messages.dtype)[None, :, :, None]
-    mean = (messages * weight).sum(1) / weight.sum(1).clamp_min(1)
-    made[:, 0, :length] = mean[:, :length]
-    return made
+        return messages[:, stream.mask.bool()].mean(1)[:, None, None].expand(n, batch, width, d)
+    longest, needed = int(stream.lengths.max()), int(ours.lengths.max())
+    if longest < needed:
+        raise InputError(f"the reference prompts have {longest} tokens, fewer than the {needed} of the prompts")
+    index = torch.arange(longest, device=device)
+    columns = (stream.starts.to(device)[:, None] + index).clamp(max=messages.shape[2] - 1)
+    weight = (index < stream.lengths.to(device)[:, None]).to(messages)[None, :, :, None]
+    aligned = messages.gather(2, columns[None, ..., None].expand(n, rows, longest, d))
+    mean = (aligned * weight).sum(1) / weight.sum(1)
+    place = torch.arange(width, device=device) - ours.starts.to(device)[:, None]
+    real = (place >= 0) & (place < ours.lengths.to(device)[:, None])
+    return mean[:, place.clamp(0, longest - 1)] * real[None, ..., None].to(mean)

@@ -22,12 +22,11 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.errors import InputError, PellucidError, at_least
-from pellucid.lenses.lens import Held, Layers, last_residual, layer_numbers
+from pellucid.lenses.lens import Held, Layers, answer_texts, last_residual, layer_numbers
 from pellucid.metrics import cross_entropy
 from pellucid.model import Model
 from pellucid.question import Question
 from pellucid.results import Result
-from pellucid.tasks.tokens import texts
 from pellucid.technique import settle, technique
 
 ROWS = 64  # vectors read at a time
@@ -74,7 +73,7 @@ def backward_lens(
         name: ((*dims, "top")[: x.ndim], x.numpy()) for name, x in _words(model, read, -delta, answer, top).items()
     }
     for name in ("raised_token", "lowered_token"):
-        made[name] = (made[name][0], texts(model.tokenizer, made[name][1]))
+        made[name] = (made[name][0], answer_texts(model, made[name][1]))
     made |= {"size": (dims, sizes.cpu().numpy()), "share": (dims, (weight / weight.sum(1, keepdim=True)).cpu().numpy())}
     coords = {"layer": numbers, "position": range(delta.shape[1]), "token": ("position", list(stream.labels[0]))}
     title = f"What a step towards {question.answers[0].text!r} would teach each MLP"

@@ -22,10 +22,19 @@ from torch import Tensor
 
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused
-from pellucid.lenses.lens import Held, Layers, Lens, Positions, last_residual, layer_numbers, logits, one_column
+from pellucid.lenses.lens import (
+    Held,
+    Layers,
+    Lens,
+    Positions,
+    answer_texts,
+    last_residual,
+    layer_numbers,
+    logits,
+    one_column,
+)
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.tasks.tokens import texts
 from pellucid.technique import technique
 
 ROWS = 64  # heads read at a time
@@ -83,7 +92,7 @@ def head_lens(
     for name, parts in found.items():
         if parts:
             values = torch.cat(parts).numpy()
-            values = texts(model.tokenizer, values) if name.endswith("token") else values
+            values = answer_texts(model, values) if name.endswith("token") else values
             made[name] = (("layer", "head", "top"), _grid(values, written, shape))
     made = {name: made[name] for name in ("raised", "raised_token", "lowered", "lowered_token", "size") if name in made}
     data = xr.Dataset(made, coords=shape)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused, listed
 from pellucid.model import Model
+from pellucid.tasks.tokens import single_id, texts
 from pellucid.technique import technique
 
 Layers = int | slice | Sequence[int] | None
@@ -118,6 +120,24 @@ def unembed(model: Model, resid: Tensor) -> Tensor:
     for step in head.steps:
         resid = step(resid)
     return resid
+
+
+def answer_texts(model: Model, ids: Any) -> np.ndarray:
+    """What the numbers of logits stand for, in the shape of `ids`: tokens as text, or labels by name."""
+    answering = model.anatomy.answering
+    if answering.meaning == "tokens":
+        return texts(model.tokenizer, ids)
+    numbers = np.asarray(ids, dtype=int)
+    named = [answering.names.get(i, f"#{i}") for i in numbers.ravel().tolist()]
+    return np.array(named, dtype=object).reshape(numbers.shape)
+
+
+def answer_id(model: Model, answer: str | int) -> int:
+    """The number of a token, or of a label, among the logits."""
+    answering = model.anatomy.answering
+    if answering.meaning == "tokens":
+        return single_id(model.tokenizer, answer)
+    return int(answering.numbers(answer))
 
 
 def logits(model: Model, x: Tensor, site: str = "", lens: Lens | None = None) -> Tensor:

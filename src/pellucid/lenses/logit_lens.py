@@ -26,10 +26,20 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused, at_least
-from pellucid.lenses.lens import Lens, Positions, columns, last_residual, layer_coords, lens_sites, logits, unembed
+from pellucid.lenses.lens import (
+    Lens,
+    Positions,
+    answer_id,
+    answer_texts,
+    columns,
+    last_residual,
+    layer_coords,
+    lens_sites,
+    logits,
+    unembed,
+)
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.tasks.tokens import single_id, texts
 from pellucid.technique import technique
 
 CELLS = 1 << 24  # numbers of one layer's logits held at a time
@@ -87,7 +97,7 @@ def logit_lens(
     at, real = columns(stream, positions)
     _check(model, run, at, stream)
     given = [targets] if isinstance(targets, str) else targets or []
-    ids = [single_id(model.tokenizer, t) for t in given]
+    ids = [answer_id(model, t) for t in given]
     asked = Asked(_following(model, stream, at).flatten(), ids, min(top, run.logits.shape[-1]))
     rows = _rows(model, run, names, at, real, asked, through)
 
@@ -105,7 +115,7 @@ def logit_lens(
             **layer_coords(names),
             "position": _position_labels(stream, at, real),
             "token": (("prompt", "position"), _tokens(stream, at, real)),
-            "target": texts(model.tokenizer, ids).tolist(),
+            "target": answer_texts(model, ids).tolist(),
         },
     )
     data = data if ids else data.drop_dims("target")
@@ -237,8 +247,8 @@ def _tokens(stream: Stream, columns: Tensor, real: Tensor) -> np.ndarray:
 
 
 def _texts(model: Model, ids: np.ndarray, real: Tensor) -> np.ndarray:
-    """Token ids [prompt, layer, position, ...] as text; empty where no token was read."""
-    made = texts(model.tokenizer, ids)
+    """Numbers of logits [prompt, layer, position, ...] as text; empty where no token was read."""
+    made = answer_texts(model, ids)
     missing = ~real.cpu().numpy().reshape(len(real), 1, -1, *[1] * (ids.ndim - 3))
     made[np.broadcast_to(missing, ids.shape)] = ""
     return made

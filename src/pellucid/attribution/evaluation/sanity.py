@@ -275,7 +275,9 @@ def reparametrised(model: Model, seed: int = 0) -> Model:
     """The same function, whose embedding is stored in another basis (turned, and stretched by up to 2). Refused for a model
     without an embedding module that can be exchanged."""
     made = model.changed(Reparametrised(seed))
-    for stack in made.anatomy.stacks:  # a lookup that is turned back counts as one layer: the twin's own vectors lie inside
+    for (
+        stack
+    ) in made.anatomy.stacks:  # a lookup that is turned back counts as one layer: the twin's own vectors lie inside
         if "tokens" in stack.embeds:
             tap = stack.embeds["tokens"]
             stack.embeds["tokens"] = replace(tap, module=f"{tap.module}.table")
