@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 
 import pellucid as pl
@@ -21,7 +24,7 @@ from .hand import FAMILIES, Hand
 CLEAN = ["The city of Paris is in France", "Mary went to Rome and he gave John a drink"]
 OTHER = ["The city of Rome is in France", "Mary went to Italy and he gave John a drink"]
 MASKED = ("bert", "roberta", "deberta-v2")
-CONDITIONS = ("plain", "padded", "left-padded", "bf16", "frozen", "no tokenizer", "LoRA", "8-bit")
+CONDITIONS = ("plain", "padded", "left-padded", "bf16", "frozen", "no tokenizer", "LoRA", "8-bit", "GGUF")
 TOLERANCE = {"bf16": 3e-2, "8-bit": 6e-2}  # of the largest logit; elsewhere 2e-4
 DIFFERENCE = pl.metrics.logit_difference(7, 9)
 
@@ -32,8 +35,9 @@ class Subject:
     def __init__(self, name: str, condition: str) -> None:
         self.name, self.condition, self.family = name, condition, FAMILIES[name]
         _, reference = made(name, condition)
-        self.tokenizer = tokenizer(build(name) if name in MASKED or name in ("t5", "bart") else None)
         self.model = opened(name, condition)
+        plain = tokenizer(build(name) if name in MASKED or name in ("t5", "bart") else None)
+        self.tokenizer = self.model.tokenizer if condition == "GGUF" else plain
         self.module = reference
         self.masked = name in MASKED
         self.several = 2 if "padded" in condition else 1
@@ -42,6 +46,8 @@ class Subject:
         return [self.tokenizer(self.text(each))["input_ids"] for each in texts[: self.several]]
 
     def text(self, text: str) -> str:
+        if self.condition == "GGUF":
+            return text.replace("Rome", "Padua")  # its tokenizer goes by letters, and a pair must be of one length
         words = text.split()
         return " ".join([*words[:2], "<mask>", *words[3:]]) if self.masked else text
 
@@ -110,6 +116,8 @@ def made(name: str, condition: str) -> tuple[Any, Any]:
         return module.requires_grad_(False), module
     if condition == "LoRA":
         return with_adapters(module)
+    if condition == "GGUF":
+        return from_file(name)
     if condition == "8-bit":
         return quantised(module), module
     return module, module
@@ -145,6 +153,16 @@ def quantised(module: Any) -> Any:
     return module.requires_grad_(False)
 
 
+def from_file(name: str) -> tuple[Any, Any]:
+    """The path of a GGUF file, and its module as transformers alone reads it."""
+    from tests.anatomy.test_gguf import written
+
+    if name != "llama":
+        raise LookupError("no tiny file is written for it")
+    path = written(Path(tempfile.mkdtemp()) / "tiny.gguf")
+    return path, transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+
+
 @cache
 def opened(name: str, condition: str) -> pl.Model:
     if condition in ("padded", "left-padded"):
@@ -152,6 +170,8 @@ def opened(name: str, condition: str) -> pl.Model:
     if condition == "no tokenizer":
         return pl.load(made(name, condition)[0])
     module = made(name, condition)[0]
+    if condition == "GGUF":
+        return pl.load(str(module))
     return pl.load(module, tokenizer=tokenizer(build(name)))
 
 

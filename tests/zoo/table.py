@@ -1,8 +1,9 @@
 """Which architectures does pellucid open, and what is proven of each? Writes docs/architectures.md.
 
-    python -m tests.zoo.table [-n JOBS] [--json FILE] [TYPE ...]
+    python -m tests.zoo.table [-n JOBS] [--json FILE] [--matrix] [TYPE ...]
 
-With types given it prints their table and leaves the document alone.
+With types given it prints their table and leaves the document alone; with --matrix it writes that section alone
+(`tests/matrix/table.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import get_args
 
 import transformers
 from rich.progress import track
+
+from tests.matrix import table as matrix
 
 from .build import Entry, Kind, model_types
 from .examine import Row, examine_all
@@ -69,6 +72,7 @@ def document(rows: list[Row]) -> str:
     refused = {t: [f"{p}: {why}" for p, why in proofs.items()] for t, proofs in sorted(REFUSED.items())}
     parts.append(f"## What is refused because of its form\n\n{_bullets(refused)}")
     parts.append(f"## What cannot be built\n\n{_bullets({t: [why] for t, why in UNBUILDABLE.items()})}")
+    parts.append(matrix.section())
     return "\n".join(parts)
 
 
@@ -136,7 +140,12 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="model types (default: all, and write the document)")
     parser.add_argument("-n", "--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the rows to this file too, with full detail")
+    parser.add_argument("--matrix", action="store_true", help="write only the section on families and conditions")
     options = parser.parse_args()
+    if options.matrix:
+        before = DOCUMENT.read_text().partition(matrix.TITLE)[0].rstrip("\n")
+        DOCUMENT.write_text(f"{before}\n\n{matrix.section()}")
+        return
 
     entries = _entries(options.types)
     progress = track(examine_all(entries, options.jobs), total=len(entries), description="opening the zoo")
