@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -467,7 +466,6 @@ def test_any_generation(model: str, called: Any) -> None:
     attempt(lambda: opened(model).generate(prompt, max_new_tokens=tokens, **options))
 
 
-@pytest.mark.xfail(reason="players= of any type: lands with attribution", strict=False)
 @cases(650)
 @given(
     model=st.sampled_from(["gpt2", "gpt2", "bert", "t5", "bertClassifier", "gpt2Without"]),

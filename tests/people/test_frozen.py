@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pellucid as pl
+from pellucid.errors import InputError, Refused
 from tests.zoo import build, tokenizer
 
 from .cases import CLEAN, DIFFERENCE, LONG, OTHER, close, opened
@@ -88,3 +89,23 @@ def test_a_wrapped_forward_is_opened() -> None:
     model = pl.load(module, tokenizer=tokenizer())
     assert close(model.run([CLEAN, LONG]).logits, opened("gpt2").run([CLEAN, LONG]).logits)
     assert OTHER
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_proof_of_circuits_proves_something_in_half_precision(dtype: torch.dtype) -> None:
+    """Of the kind of A22, found by the matrix: allowed were 1.2 times the logits, so a missing reader passed."""
+    with pytest.raises(Refused, match="reads the stream"):
+        pl.circuits.edge_attribution(opened("qwen3_next", dtype=dtype), CLEAN, DIFFERENCE, how="zero")
+    for family in ("llama", "gemma3_text"):  # gemma's norm ends in `type_as(x)`, which is no second reading of x
+        pl.circuits.edge_attribution(opened(family, dtype=dtype), CLEAN, DIFFERENCE, how="zero")
+
+
+def test_a_patchscope_reads_tokens_where_they_are_answered() -> None:
+    """Of the kind of A7, found by the fuzz test: a classifier's classes are no tokens, and a mask is not the end."""
+    from transformers import BertForSequenceClassification
+
+    torch.manual_seed(0)
+    classes = pl.load(BertForSequenceClassification(build("bert").config).eval(), tokenizer=tokenizer(build("bert")))
+    for model in (classes, opened("bert")):
+        with pytest.raises(InputError):
+            pl.lenses.patchscope(model, "Paris is", layers=0, top=1)

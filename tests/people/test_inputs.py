@@ -103,7 +103,6 @@ def test_what_a_tokenizer_gives_goes_in() -> None:
     assert model.inputs("\n").tensors["input_ids"].numel() > 0
 
 
-@pytest.mark.xfail(reason="B6 lands with attribution", strict=False)
 @pytest.mark.parametrize("text", ["don't", "नमस्ते", "3.6", "Paris"])
 def test_players_are_words_as_typed(text: str) -> None:
     """B6: a word is one player, with its subwords and combining marks."""
@@ -112,13 +111,12 @@ def test_players_are_words_as_typed(text: str) -> None:
     assert data["player"].size == 3 if "player" in data.dims else False
 
 
-@pytest.mark.xfail(reason="B6 lands with attribution", strict=False)
 def test_a_sentence_ends_at_its_mark_in_any_script() -> None:
     """B6: not in "3.6", and at the full-width stop."""
     model = opened("gpt2")
     data = pl.attribution.occlusion(model, "It is 3.6 in Paris. He went", 7, players="sentence", baseline=" the").data
     assert data["player"].size == 2
-    data = pl.attribution.occlusion(model, "巴黎。羅馬", 7, players="sentence", baseline=" the").data
+    data = pl.attribution.occlusion(model, "It is in Paris。He went", 7, players="sentence", baseline=" the").data
     assert data["player"].size == 2
 
 

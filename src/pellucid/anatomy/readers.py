@@ -194,7 +194,7 @@ class Readers:
             if found is None or stream is None:
                 continue
             norm = "" if found[1] is None else found[1].name
-            moved = [value, *(v for op in own if value in op.inputs and flow.passes(op) for v in op.outputs)]
+            moved = [value, *(v for op in own if flow.passes(op) and op.inputs[0] is value for v in op.outputs)]
             users = {
                 op.index for op in own if not set(moved).isdisjoint(op.inputs) and set(moved).isdisjoint(op.outputs)
             }

