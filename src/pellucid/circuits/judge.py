@@ -300,7 +300,7 @@ def weight_scores(wiring: Wiring) -> Tensor:
             )
     for r in wiring.readings:
         if r.columns is not None and not r.chain:
-            into[r.readers] = r.weights()[0].flatten(1).norm(dim=1).float()
+            into[r.readers] = r.weights()[0].flatten(1).norm(dim=1).float().cpu()
     kinds = [[i.kind for i in items] for items in (wiring.base.sources, wiring.base.readers)]
     for values, each in zip((out, into), kinds, strict=True):
         for kind in set(each):

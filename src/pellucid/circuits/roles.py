@@ -81,6 +81,7 @@ def head_roles(
         scores["copy"], scores["anticopy"] = copying(wiring, words, top)
     if prompts is not None:
         scores["inhibition"] = inhibition(wiring, prompts, scores, candidates)
+    scores = {name: score.cpu() for name, score in scores.items()}
     naming = {
         "previous": "previous token",
         "duplicate": "duplicate token",

@@ -74,7 +74,7 @@ class Stream:
                     f"'@{at}' names {', '.join(str(len(r)) for r in rows)} positions in the prompts of this batch: "
                     "expected the same number in each; run them one at a time or name single positions"
                 )
-            self._found[at] = torch.tensor(rows, device=self.ids.device) + self.starts[:, None]
+            self._found[at] = torch.tensor(rows).to(self.starts.device) + self.starts[:, None]
         return self._found[at]
 
     def _row(self, at: Position, b: int) -> list[int]:

@@ -142,7 +142,7 @@ class Plan:
                     self.reasons[self.rung.name] = str(error)
                     self._choose()
         self.job.forget()
-        return Sweep(self.values, clean, self)
+        return Sweep(self.values, clean.cpu(), self)  # where the values are
 
     def _resume(self, clean: Tensor) -> None:
         saved = self.checkpoint.load(clean) if self.checkpoint is not None else None

@@ -90,6 +90,7 @@ def causal_basis(
 
 
 def _influence(read: Reader, h: Tensor, mean: Tensor, v: Tensor) -> Tensor:
+    mean, v = mean.to(h), v.to(h)
     before = read(h)
     after = read(h + ((mean - h) @ v)[:, None] * v)
     return (before.exp() * (before - after)).sum(-1).mean()

@@ -88,10 +88,12 @@ def head_lens(
             found[name].append(sign * best.values)
             found[f"{name}_token"].append(best.indices)
     shape = {"layer": sorted({int(s.layer or 0) for s in written}), "head": sorted({int(s.unit or 0) for s in written})}
-    made: dict[str, Any] = {"size": (("layer", "head"), _grid(wrote.float().norm(dim=-1).numpy(), written, shape))}
+    made: dict[str, Any] = {
+        "size": (("layer", "head"), _grid(wrote.float().norm(dim=-1).cpu().numpy(), written, shape))
+    }
     for name, parts in found.items():
         if parts:
-            values = torch.cat(parts).numpy()
+            values = torch.cat(parts).cpu().numpy()
             values = answer_texts(model, values) if name.endswith("token") else values
             made[name] = (("layer", "head", "top"), _grid(values, written, shape))
     made = {name: made[name] for name in ("raised", "raised_token", "lowered", "lowered_token", "size") if name in made}

@@ -87,7 +87,7 @@ class Splice(DictionaryEdit):
     def new(self, x: Tensor, place: Place) -> Tensor:
         read = self.read(x)
         made = self.dictionary.decode(self.dictionary.encode(read)) if self.constant is None else self.constant
-        return torch.where(self.dictionary.within(read)[..., None], made.to(x.dtype), x)
+        return torch.where(self.dictionary.within(read)[..., None].to(x.device), made.to(x), x)
 
 
 @dataclass(frozen=True, eq=False)
