@@ -90,7 +90,7 @@ def continuation(
     >>> continuation(" Paris, the capital of France").of
     'log_probability'
     """
-    if of not in get_args(Of):
+    if not isinstance(of, str) or of not in get_args(Of):
         raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
     if isinstance(text, Generated):
         if len(text) != 1:

@@ -37,7 +37,7 @@ from pellucid.attribution.relevance_rules import Rules
 from pellucid.engine.edits import Edit
 from pellucid.engine.locate import expand, locate
 from pellucid.engine.run import Run, Session
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, listed
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -90,7 +90,12 @@ def relevance_propagation(
             "integrated_gradients, or a method that only runs the model, such as occlusion"
         )
     case = Case.of(model, prompt, target, against=against, decoder=decoder)
-    found = _propagate(case, [sites] if isinstance(sites, str | Site) else list(sites), rules == "cp-lrp", epsilon)
+    found = _propagate(
+        case,
+        [sites] if isinstance(sites, str | Site) else listed("sites", sites, "addresses of sites"),
+        rules == "cp-lrp",
+        epsilon,
+    )
     credited, zero = Players.of(case, players), torch.zeros(len(found.scores))
     tokens = torch.cat([found.tokens[name] for name in case.streams], 1)
     elsewhere = [x.sum(1) for name, x in found.tokens.items() if name not in case.streams]

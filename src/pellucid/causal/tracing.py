@@ -197,6 +197,8 @@ def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable
         target = [each if isinstance(each, str) else [each] for each in prompt.answers] if target is None else target
         prompt = prompt.clean
     prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or several")
+    if not prompts:
+        raise InputError("no prompt was given: expected a text, or several")
     targets = target if isinstance(target, list | tuple) else [target] * len(prompts)
     subjects = spans or (
         [subject] * len(prompts)

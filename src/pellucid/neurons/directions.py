@@ -128,6 +128,8 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
 
     >>> logit_effects(model, "layers.20.mlp.neurons.*").sel(unit="layers.20.mlp.neurons.17").raised_token  # doctest: +SKIP
     """
+    if isinstance(units, Mapping) and not all(isinstance(v, Tensor) for v in units.values()):
+        raise InputError(f"units={units!r}: expected directions by name, each a tensor [d_model]")
     named = {k: v.flatten() for k, v in units.items()} if isinstance(units, Mapping) else _directions(model, units)
     if not named:
         raise InputError("no unit was given: name neurons, or give directions")
