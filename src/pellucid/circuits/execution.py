@@ -91,9 +91,9 @@ def prove(wiring: Wiring) -> None:
                     "circuits are refused on this model: something besides heads, MLPs and logits reads the "
                     f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
                 )
-        # half precision: one draw may send a token to another expert; the others lie within .03 in models of 2 to 40 layers
+        # half precision: a draw or two may send a token to another expert; the others lie within .03, of 2 to 40 layers
         found = gaps(runner, one, other).float()
-        gap = float(found.median() if half else found.max()) / float(wanted[0].abs().max().clamp_min(1e-6))
+        gap = float(found.sort().values[-3 if half else -1]) / float(wanted[0].abs().max().clamp_min(1e-6))
     if not gap <= tolerance:
         raise Refused(
             "circuits are refused on this model: sources with all their edges off are not those sources replaced "

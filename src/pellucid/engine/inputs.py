@@ -540,8 +540,9 @@ def _stream(
         rows = (row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True))
         maps = [TextMap(tokenizer, tuple(row)) for row in rows]
     made = Stream(ids, mask, _labels(tokenizer, ids, mask), {}, tuple(maps))
-    none = spans is None or (isinstance(spans, Mapping) and not spans)
-    return made if none else replace(made, spans=_spans(spans, made))
+    if spans is None or (isinstance(spans, Mapping) and not spans):
+        return made
+    return replace(made, spans=_spans(spans, made))
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
