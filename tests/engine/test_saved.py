@@ -76,3 +76,7 @@ def test_a_file_of_something_else_or_of_other_weights_is_refused(tmp_path: Path)
     pl.save_edits(pl.Steer(SITE, V), file, model=opened("llama"))
     with pytest.raises(InputError, match="weights"):
         pl.load_edits(file, model=opened("gpt2"))
+    with pytest.raises(InputError, match="weights"):
+        opened("gpt2").run(PROMPTS[0], edits=pl.load_edits(file))
+    pl.save_edits(pl.Steer(SITE, V), file)
+    opened("gpt2").run(PROMPTS[0], edits=pl.load_edits(file))  # tied to none

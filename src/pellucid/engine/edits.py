@@ -86,7 +86,7 @@ class Edit:
     @property
     def digest(self) -> str:
         """That of the weights this edit was made for; "" where any will do."""
-        return ""
+        return str(vars(self).get("_digest", ""))  # that of a file it came from
 
 
 @dataclass(frozen=True, eq=False, repr=False)

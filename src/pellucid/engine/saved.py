@@ -56,7 +56,8 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
 def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]:
     """The edits that `save_edits` wrote, for `model.run(..., edits=)`.
 
-    InputError if the file is none, or is tied to other weights than those of `model`.
+    InputError if the file is none, or is tied to other weights than those of `model`. Edits of a file that is tied to weights
+    are refused by models of others also when they are used.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -67,6 +68,8 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
         raise InputError(f"{str(path)!r} holds no edits: expected a file that pl.save_edits wrote") from error
     if model is not None:
         check_weights(model, kept["digest"], f"what {str(path)!r} holds")
+    for edit in made:
+        object.__setattr__(edit, "_digest", kept["digest"])
     return made
 
 
