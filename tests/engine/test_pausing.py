@@ -94,7 +94,9 @@ def test_edge_attribution_and_integrated_gradients_are_the_same_with_runs_in_the
         return pl.circuits.edge_attribution(model, PROMPT, METRIC, how="zero", method="eap-ig-inputs", steps=3).tensor
 
     def shares() -> torch.Tensor:
-        return torch.tensor(pl.attribution.integrated_gradients(model, PROMPT, METRIC, steps=40).values)
+        return torch.tensor(
+            pl.attribution.integrated_gradients(model, PROMPT, METRIC, steps=400).values
+        )  # more than one batch
 
     for work in (scores, shares):
         before, count = work(), [0]

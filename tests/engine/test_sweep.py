@@ -38,7 +38,12 @@ FAMILIES = {
 def test_every_executor_gives_the_numbers_of_plain_runs(family: str) -> None:
     model, draw = opened(family), random.Random(family)
     may = [r.name for r in LADDER if not certified(model.anatomy).refused(r)]
-    assert tuple(may) == tuple(FAMILIES[family])
+    through = (
+        all(b.attentions["attn"].route == "interface" for b in model.anatomy.stacks[-1].blocks)
+        if family == "gptj"
+        else False
+    )
+    assert tuple(may) == tuple(SUFFIX if through else FAMILIES[family])  # by the version of transformers
     for name, (given, other) in batches(model).items():
         variants = list(Bag(model, given, other, seed=len(name)).variants(10))
         if family == "xlm":
@@ -99,7 +104,7 @@ def test_the_planner_takes_the_cheapest_way_and_explains_it() -> None:
     assert plan.cost < 8
     plan.run()
     assert plan.explain().splitlines()[:3] == text.splitlines()[:3]
-    slower = opened("gptj").plan(ids(), variants, metrics.logit(7))
+    slower = opened("bloom").plan(ids(), variants, metrics.logit(7))
     assert "executor: stubbed (not packed, suffix: attention does not go through the interface" in slower.explain()
     outside = opened("t5").plan(PROMPTS, [Scale("encoder.layers.0.resid_post", 2.0)], metrics.logit(7))
     assert "not stubbed: an edit lies outside the last stack's blocks" in outside.explain()
