@@ -122,13 +122,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside wrappers that add nothing to what it computes: torch.compile's, data-parallel ones, and peft's around a model whose
     adapters are in its layers (prompts and prefixes are put in by the wrapper, which then stays).
     """
-    inner: nn.Module = getattr(module, "_orig_mod", module)
+    inner: Any = getattr(module, "_orig_mod", module)
     while isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner = getattr(inner.module, "_orig_mod", inner.module)
     config = getattr(inner, "active_peft_config", None)
     if config is None or config.is_prompt_learning:
         return inner
-    made: nn.Module = inner.get_base_model()  # type: ignore[operator]
+    made: nn.Module = inner.get_base_model()
     return made
 
 

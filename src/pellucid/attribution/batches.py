@@ -54,7 +54,7 @@ def batched(method: Callable[P, Result]) -> Callable[P, Result]:
         if given.get("edits"):
             given["edits"] = model.resolved(given["edits"])
         if given.get("target") is None and isinstance(prompts[0], Inputs):
-            given["target"] = predicted(model, cast("list[Inputs]", prompts), given.get("edits") or ())
+            given["target"] = predicted(model, prompts, given.get("edits") or ())
         n = len(prompts)
         each = [{name: one(name, value, i, n) for name, value in given.items()} for i in range(n)]
         found: list[dict[str, Any]] = [{} for _ in prompts]

@@ -94,7 +94,7 @@ def _multipliers(items: Sequence[tuple[Embedded, Tensor, Tensor]]) -> list[tuple
     found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for chosen in packed(items):
         cases = [items[i] for i, _ in chosen]
-        pack, there = (Pack([(item[0], item[n]) for item in cases]) for n in (1, 2))
+        pack, there = (Pack([(embedded, (own, base)[n]) for embedded, own, base in cases]) for n in (0, 1))
         there.inputs = pack.inputs  # made before anything is recorded
         model, low, high = pack.model, there.joined(), [x.detach().requires_grad_() for x in pack.joined()]
         with torch.no_grad(), Recorded(model.module, model.anatomy.memo) as record:
@@ -112,7 +112,7 @@ def _multipliers(items: Sequence[tuple[Embedded, Tensor, Tensor]]) -> list[tuple
             raise Refused(
                 f"DeepLIFT has no rule for a part of {model.name} ({why}): use integrated_gradients or shapley"
             )
-        made: list[list[Tensor]] = [[] for _ in cases]
+        slopes_of: list[list[Tensor]] = [[] for _ in cases]
         most = max(each.shape[1] for each in scores)
         for o in range(most):  # prompts do not meet
             asking = [k for k, each in enumerate(scores) if o < each.shape[1]]
@@ -120,7 +120,7 @@ def _multipliers(items: Sequence[tuple[Embedded, Tensor, Tensor]]) -> list[tuple
                 total = torch.stack([scores[k][0, o] for k in asking]).sum()
             slopes = torch.autograd.grad(total, high, retain_graph=o + 1 < most)
             for k in asking:
-                made[k].append(pack.cut(slopes, k)[0])
-        for (i, _), up, down, each in zip(chosen, scores, below, made, strict=True):
-            found[i] = up[0].detach(), down[0], torch.stack(each)
+                slopes_of[k].append(pack.cut(slopes, k)[0])
+        for (i, _), up, down, slopes_here in zip(chosen, scores, below, slopes_of, strict=True):
+            found[i] = up[0].detach(), down[0], torch.stack(slopes_here)
     return [found[i] for i in range(len(items))]
