@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pellucid import Model, load
 from pellucid.causal.path_patching import path_patching
-from pellucid.errors import InputError
-from pellucid.metrics import logit_difference
+from pellucid.errors import InputError, Refused
+from pellucid.metrics import logit, logit_difference
 from tests.zoo import build, tokenizer
 
 METRIC = logit_difference(7, 9)
@@ -230,3 +230,17 @@ def test_prompts_of_unequal_length_and_receivers_without_an_input_are_refused() 
         path_patching(
             slow.model, slow.clean, slow.corrupted, over="embed", receivers="layers.1.attn.out", metric=METRIC
         )
+
+
+def test_a_gated_head_at_some_positions_is_refused_and_whole_it_is_not() -> None:
+    """The gate of gated attention reads the stream beside q, k and v, and is followed for whole prompts only."""
+    module = build("qwen3_next", layers=4)
+    model = load(module, tokenizer=tokenizer(module))
+    layer = next(
+        b.index for b in model.anatomy.stacks[0].blocks if "attn" in b.attentions and b.attentions["attn"].gated
+    )
+    options = {"over": ["embed"], "metric": logit(7)}
+    clean, corrupted = "The capital of France is", "The capital of Italy is"
+    path_patching(model, clean, corrupted, receivers=[f"layers.{layer}.attn.heads.1"], **options)
+    with pytest.raises(Refused, match="a gate that reads the stream too"):
+        path_patching(model, clean, corrupted, receivers=[f"layers.{layer}.attn.heads.1@-1"], **options)

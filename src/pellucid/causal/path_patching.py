@@ -29,9 +29,9 @@ from pellucid.causal.contrast import Metrics, contrast, numbers
 from pellucid.causal.grid import Grid, Over, effects, named
 from pellucid.engine.edits import Edit, Replace, Swap, aligned_values, left_aligned
 from pellucid.engine.inputs import Inputs
-from pellucid.engine.locate import locate
+from pellucid.engine.locate import block_of, locate
 from pellucid.engine.run import Run, stream_of
-from pellucid.errors import InputError
+from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
@@ -107,6 +107,14 @@ class Paths:
             if site.part.endswith(("attn.out", "cross.out")) or site.layer is None:
                 raise InputError(
                     f"{str(site)!r} cannot receive: name heads, one of their q, k, v, an mlp.out or a residual"
+                )
+            area, _, port = site.part.partition(".")
+            whole = site.unit is not None and site.at is not None and port not in ("q", "k", "v")
+            attention = block_of(model.anatomy, site).attentions.get(area) if whole else None
+            if attention is not None and attention.gated:
+                raise Refused(
+                    f"{str(site)!r} cannot receive at some positions: its attention has a gate that reads the stream too, and is "
+                    "followed for whole prompts only; leave '@' out, or name its q, k or v"
                 )
         with torch.no_grad():
             base = model.run(inputs, keep=[*held, *(s.whole for s in receivers)])
