@@ -204,8 +204,7 @@ QUIRKS: dict[str, Quirk] = {
 }
 
 _GEMMA4_ASSISTANT = (
-    "transformers 5.23 cannot construct it: all layers must borrow keys and values from the model it assists,"
-    " while the text config insists on layers that produce them (kv_sharing_modes)"
+    "it does not run alone: all layers borrow keys and values from the model it assists, whose hidden states it reads"
 )
 
 UNBUILDABLE: dict[str, str] = {

@@ -42,9 +42,12 @@ def test_at_least_240_model_types_are_completely_proven() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(UNBUILDABLE))
-def test_what_is_listed_as_unbuildable_cannot_be_built(model_type: str) -> None:
-    with pytest.raises((ImportError, ValueError), match=r"timm|detectron2|layer types producing a cache"):
-        build(model_type)
+def test_what_is_listed_as_unbuildable_cannot_be_built_or_run_alone(model_type: str) -> None:
+    with pytest.raises(
+        (ImportError, ValueError), match=r"timm|detectron2|layer types producing a cache|shared_kv_states"
+    ):
+        module = build(model_type)
+        module(**inputs(module, batch=2, length=5))
 
 
 def test_every_name_in_the_lists_is_a_model_type() -> None:
