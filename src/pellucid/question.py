@@ -337,6 +337,19 @@ def _is_answer(target: Any) -> bool:
     return isinstance(target, str | int | Sequence)
 
 
+def extremes(scores: Tensor, top: int) -> dict[str, Tensor]:
+    """What scores [..., vocabulary] raise and lower most: `raised` and `lowered` [..., top], the strongest first, with
+    `raised_token` and `lowered_token`.
+
+    >>> extremes(torch.tensor([1.0, -3.0, 2.0]), 1)["lowered_token"]
+    tensor([1])
+    """
+    found: dict[str, Tensor] = {}
+    for name, largest in (("raised", True), ("lowered", False)):
+        found[name], found[f"{name}_token"] = scores.topk(min(top, scores.shape[-1]), -1, largest=largest)
+    return found
+
+
 def answer_text(model: Model, kind: Kind, number: int) -> str:
     """A token's text, or a class's name."""
     if kind in ("class", "label", "value"):

@@ -23,8 +23,7 @@ from pellucid.attention.patterns import Kind, attended, labelled, single, stacke
 from pellucid.engine.edits import Edit, Place
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
-from pellucid.engine.run import Session
-from pellucid.engine.watching import pass_until
+from pellucid.engine.watching import run_until
 from pellucid.errors import at_least
 from pellucid.model import Model
 from pellucid.results import Result
@@ -90,7 +89,4 @@ def _distances(model: Model, inputs: Inputs, kind: Kind, layer: int, edits: Sequ
 
 def _after(model: Model, inputs: Inputs, site: str, edits: Sequence[Edit]) -> Tensor:
     """The residual [batch, position, d_model] after a layer, in float64, of a pass that goes no further than it must."""
-    session = Session(model.anatomy, inputs, [site], model.resolved(edits))
-    pass_until(model.anatomy, inputs, session.handlers())
-    (kept,) = session.kept.values()
-    return kept.double()
+    return run_until(model.anatomy, inputs, [site], model.resolved(edits)).tensor(site).double()

@@ -25,7 +25,7 @@ from pellucid.errors import InputError, PellucidError, at_least
 from pellucid.lenses.lens import Held, Layers, answer_texts, last_residual, layer_numbers
 from pellucid.metrics import cross_entropy
 from pellucid.model import Model
-from pellucid.question import Question
+from pellucid.question import Question, extremes
 from pellucid.results import Result
 from pellucid.technique import settle, technique
 
@@ -90,12 +90,8 @@ def _known(model: Model, site: str) -> bool:
 @torch.no_grad()
 def _words(model: Model, read: Held, vectors: Tensor, target: int, top: int) -> dict[str, Tensor]:
     """[layer, position, top] words that vectors [layer, position, d] raise and lower, and the target's rank [layer, position]."""
-    found: dict[str, list[Tensor]] = {}
+    parts = []
     for some in vectors.flatten(0, 1).split(ROWS):
         said = read(some).cpu()
-        for name, sign in (("raised", 1), ("lowered", -1)):
-            best = (sign * said).topk(min(top, said.shape[-1]), -1)
-            found.setdefault(name, []).append(sign * best.values)
-            found.setdefault(f"{name}_token", []).append(best.indices)
-        found.setdefault("target_rank", []).append((said > said[:, target, None]).sum(-1))
-    return {name: torch.cat(parts).unflatten(0, vectors.shape[:2]) for name, parts in found.items()}
+        parts.append(extremes(said, top) | {"target_rank": (said > said[:, target, None]).sum(-1)})
+    return {name: torch.cat([part[name] for part in parts]).unflatten(0, vectors.shape[:2]) for name in parts[0]}

@@ -34,6 +34,7 @@ from pellucid.lenses.lens import (
     one_column,
 )
 from pellucid.model import Model
+from pellucid.question import extremes
 from pellucid.results import Result
 from pellucid.technique import technique
 
@@ -75,28 +76,21 @@ def head_lens(
     run = model.run(inputs, keep=[*names, last_residual(model)], edits=edits)
     wrote = torch.stack([run.tensor(name)[0, column] for name in names])
     read = Held(model, run.tensor(last_residual(model))[:1, column][:, None]) if through is None else None
-    top = min(top, run.logits.shape[-1])
-    found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
+    found = []
     for part in torch.arange(len(names)).split(ROWS):
         said = (
             read(wrote[part])
             if read is not None
             else torch.cat([logits(model, wrote[i : i + 1], names[i], through) for i in part.tolist()]).softmax(-1)
         )
-        for name, sign in (("raised", 1), ("lowered", -1))[: 1 + (through is None)]:
-            best = (sign * said).topk(top, -1)
-            found[name].append(sign * best.values)
-            found[f"{name}_token"].append(best.indices)
+        found.append(extremes(said, top))
     shape = {"layer": sorted({int(s.layer or 0) for s in written}), "head": sorted({int(s.unit or 0) for s in written})}
-    made: dict[str, Any] = {
-        "size": (("layer", "head"), _grid(wrote.float().norm(dim=-1).cpu().numpy(), written, shape))
-    }
-    for name, parts in found.items():
-        if parts:
-            values = torch.cat(parts).cpu().numpy()
-            values = answer_texts(model, values) if name.endswith("token") else values
-            made[name] = (("layer", "head", "top"), _grid(values, written, shape))
-    made = {name: made[name] for name in ("raised", "raised_token", "lowered", "lowered_token", "size") if name in made}
+    made: dict[str, Any] = {}
+    for name in list(found[0])[: 4 if through is None else 2]:  # probabilities lower nothing
+        values = torch.cat([each[name] for each in found]).cpu().numpy()
+        values = answer_texts(model, values) if name.endswith("token") else values
+        made[name] = (("layer", "head", "top"), _grid(values, written, shape))
+    made["size"] = (("layer", "head"), _grid(wrote.float().norm(dim=-1).cpu().numpy(), written, shape))
     data = xr.Dataset(made, coords=shape)
     return Result(data, kind="head lens", title=f"What the heads of {model.name} write")
 

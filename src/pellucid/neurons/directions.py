@@ -34,6 +34,7 @@ from pellucid.anatomy.weights import linear_map
 from pellucid.engine.locate import block_of, locate, stack_of
 from pellucid.errors import InputError, Refused, at_least, listed
 from pellucid.model import Model
+from pellucid.question import extremes
 from pellucid.results import Result
 from pellucid.tasks.tokens import texts
 from pellucid.technique import technique
@@ -139,17 +140,11 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
         width = model.anatomy.stacks[-1].d_model
         raise InputError(f"{wrong!r} has {len(named[wrong])} numbers: a direction of {model.name} has {width}")
     rows = torch.stack([v.float() for v in named.values()])
-    found: dict[str, list[Tensor]] = {"raised": [], "raised_token": [], "lowered": [], "lowered_token": []}
     vocabulary = effects(model, rows[:1]).shape[1]
-    for part in rows.split(max(1, CELLS // vocabulary)):
-        logits = effects(model, part)
-        for name, largest in (("raised", True), ("lowered", False)):
-            best = logits.topk(min(top, vocabulary), -1, largest=largest)
-            found[name].append(best.values)
-            found[f"{name}_token"].append(best.indices)
+    found = [extremes(effects(model, part), top) for part in rows.split(max(1, CELLS // vocabulary))]
     made: dict[str, Any] = {}
-    for name, parts in found.items():
-        values = torch.cat(parts).cpu().numpy()
+    for name in found[0]:
+        values = torch.cat([each[name] for each in found]).cpu().numpy()
         made[name] = (("unit", "rank"), texts(model.tokenizer, values) if name.endswith("token") else values)
     made["size"] = ("unit", rows.norm(dim=1).cpu().numpy())
     data = xr.Dataset(made, coords={"unit": list(named)}, attrs={"unit": "logits at a residual of size 1"})
