@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 
@@ -71,21 +70,17 @@ class Keeper:
 
     def save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         part = self.path.with_name(self.path.name + ".part")
-        kept = {name: value.detach().contiguous() for name, value in tensors.items()}
-        save_file(kept, str(part), {"pellucid_fit": json.dumps({"of": dict(self.of), **about})})
+        write_tensors(part, "pellucid_fit", {"of": dict(self.of), **about}, tensors)
         part.replace(self.path)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and notes; None where there is no file yet. InputError if it is none, or of another fit."""
         if not self.path.exists():
             return None
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["pellucid_fit"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise InputError(f"{str(self.path)!r} is no checkpoint of a fit: delete it or name another file") from error
-        now, before = json.loads(json.dumps(dict(self.of))), about["of"]
+        said = "is no checkpoint of a fit: delete it or name another file"
+        with reading_tensors(self.path, "pellucid_fit", said) as (about, tensors):
+            before = about["of"]
+        now = json.loads(json.dumps(dict(self.of)))
         other = [
             f"{k} was {before.get(k)!r:.40}, is {now.get(k)!r:.40}"
             for k in {**before, **now}

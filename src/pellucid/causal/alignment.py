@@ -17,7 +17,6 @@ expected answers dealt out at random). Both must stay near `chance`, the share o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +34,7 @@ from pellucid.causal.contrast import numbers
 from pellucid.causal.grid import described
 from pellucid.changed import check_weights
 from pellucid.controls import shuffled
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Edit, Place, aligned_values
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
@@ -138,20 +136,15 @@ class DistributedAlignment:
         """The rotation and what it is of, as one safetensors file. The task is a program of the user's: it is not kept."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("task", "site")}
         about = {"site": str(self.site), "settings": settings, "digest": self.digest_}
-        save_file({"rotation": self.rotation_.cpu().contiguous()}, str(path), {"pellucid_alignment": json.dumps(about)})
-        return Path(path)
+        return write_tensors(path, "pellucid_alignment", about, {"rotation": self.rotation_.cpu()})
 
     @classmethod
     @technique
     def load(cls, path: str | Path, *, task: Task | None = None) -> DistributedAlignment:
         """A subspace that was saved, for `swap`; with its task also for `score` and `fit`. InputError if the file is none."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["pellucid_alignment"])
-                rotation = file.get_tensor("rotation")
-            made = cls(task, site=about["site"], **about["settings"])
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise InputError(f"{str(path)!r} is no alignment: expected a file that its save wrote") from error
+        said = "is no alignment: expected a file that its save wrote"
+        with reading_tensors(path, "pellucid_alignment", said) as (about, tensors):
+            made, rotation = cls(task, site=about["site"], **about["settings"]), tensors["rotation"]
         made.rotation_, made.size_, made.digest_ = rotation, rotation.shape[1], about["digest"]
         return made
 

@@ -1,10 +1,14 @@
-"""What is done of a sweep, kept in a file; and a fingerprint that tells whether a file belongs to the sweep at hand."""
+"""What is done, kept in a file: tensors with what they are about, and the scores of a sweep; and a fingerprint that tells
+whether a file belongs to the sweep at hand.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.errors import InputError
@@ -60,6 +66,27 @@ def _pieces(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
         yield from _pieces(value.co_consts, seen)
     else:
         yield f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}".encode()
+
+
+def write_tensors(path: str | Path, key: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """One safetensors file, with `about` as JSON in its metadata; nothing in it is code."""
+    kept = {name: value.detach().contiguous() for name, value in tensors.items()}
+    save_file(kept, str(path), {key: json.dumps(dict(about))})
+    return Path(path)
+
+
+@contextmanager
+def reading_tensors(path: str | Path, key: str, said: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """What `write_tensors` wrote, (about, tensors); InputError, which says `said`, for a file of anything else, also where the
+    body of the `with` finds in it what it cannot use.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {})[key])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        yield about, tensors
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, ImportError, SafetensorError) as error:
+        raise InputError(f"{str(path)!r} {said}") from error
 
 
 class Checkpoint:

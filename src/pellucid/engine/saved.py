@@ -7,7 +7,6 @@ sources is kept as its token ids, which the model runs again. Functions are not 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.changed import Weighted, check_weights
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 
@@ -48,9 +46,7 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
                 values[each.name] = _plain(edit, each.name, value, tensors)
         kind = f"{type(edit).__module__.removeprefix('pellucid.')}:{type(edit).__qualname__}"
         kept.append({"kind": kind, "site": str(edit.site), "values": values})
-    path = Path(path)
-    save_file(tensors, str(path), {KEY: json.dumps({"edits": kept, "digest": model.digest if model else ""})})
-    return path
+    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
 
 
 def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]:
@@ -59,13 +55,8 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
     InputError if the file is none, or is tied to other weights than those of `model`. Edits of a file that is tied to weights
     are refused by models of others also when they are used.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            kept = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    with reading_tensors(path, KEY, "holds no edits: expected a file that pl.save_edits wrote") as (kept, tensors):
         made = [_made(each, tensors) for each in kept["edits"]]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{str(path)!r} holds no edits: expected a file that pl.save_edits wrote") from error
     if model is not None:
         check_weights(model, kept["digest"], f"what {str(path)!r} holds")
     for edit in made:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused

@@ -8,7 +8,6 @@ lens takes any object with `translate` and `check`, and asks here which sites, l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,14 +15,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pellucid.anatomy.frozen import linearised
 from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.sites import Position, Site
 from pellucid.changed import check_weights
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused, listed
@@ -81,27 +79,19 @@ class Affine:
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file, tied to the weights' digest."""
-        path = Path(path)
         tensors = {f"b/{k}": v for k, v in self.biases_.items()} | {f"A/{k}": v for k, v in self.weights_.items()}
         about = {"kind": type(self).__name__, "settings": self.settings, "digest": self.digest_, "losses": self.losses_}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), {"pellucid_lens": json.dumps(about)})
-        return path
+        return write_tensors(path, "pellucid_lens", about, tensors)
 
     @classmethod
     @technique
     def load(cls, path: str | Path) -> Self:
         """A lens that was saved; `check(model)` says whether it belongs to a model. InputError if the file is none."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["pellucid_lens"])
-                kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        said = f"is no {cls.__name__}: expected a file that {cls.__name__}.save wrote"
+        with reading_tensors(path, "pellucid_lens", said) as (about, kept):
             if about["kind"] != cls.__name__:
                 raise ValueError(about["kind"])
             lens = cls(**about["settings"])
-        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
-            raise InputError(
-                f"{str(path)!r} is no {cls.__name__}: expected a file that {cls.__name__}.save wrote"
-            ) from error
         lens.weights_, lens.biases_ = ({k[2:]: v for k, v in kept.items() if k.startswith(g)} for g in ("A/", "b/"))
         lens.digest_, lens.losses_ = about["digest"], about["losses"]
         return lens
