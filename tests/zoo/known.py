@@ -165,52 +165,33 @@ _ROUTED = "experts project queries and outputs of attention, routed per token"
 _STREAMS = "the output projection is called once per n-gram stream"
 _REVERSIBLE = "reversible layers: two residuals, hashed attention, a head that reads both"
 
+# all that is proven of what blocks add; the first is that they add
+_PARTS = (
+    "residual",
+    "attention",
+    "projection",
+    "ablation",
+    "neurons",
+    "position-wise",
+    "unembedding",
+    "reads",
+    "values",
+    "writers",
+)
+
 # model type -> proof ("opens" when it cannot be opened at all) -> what is in the way
 KNOWN_FAILURES: dict[str, dict[str, str]] = {
     "gemma3n_text": dict.fromkeys(
-        (
-            "residual",
-            "attention",
-            "projection",
-            "ablation",
-            "neurons",
-            "position-wise",
-            "unembedding",
-            "reads",
-            "values",
-            "writers",
-        ),
+        _PARTS,
         _ALTUP,
     ),
     "dory": {"unembedding": "the stack that comes last does not make the residual that the head reads"},
     "inkling2_loop_text": dict.fromkeys(
-        (
-            "residual",
-            "attention",
-            "projection",
-            "ablation",
-            "neurons",
-            "position-wise",
-            "unembedding",
-            "reads",
-            "values",
-            "writers",
-        ),
+        _PARTS,
         "looped blocks: " + _EARLIER,
     ),
     "inkling2_text": dict.fromkeys(
-        (
-            "residual",
-            "attention",
-            "projection",
-            "ablation",
-            "neurons",
-            "position-wise",
-            "unembedding",
-            "reads",
-            "values",
-            "writers",
-        ),
+        _PARTS,
         _EARLIER,
     ),
     "jetmoe": dict.fromkeys(
@@ -218,17 +199,7 @@ KNOWN_FAILURES: dict[str, dict[str, str]] = {
     ),
     "prophetnet": {"projection": _STREAMS, "unembedding": "logits come from the n-gram streams"},
     "reformer": dict.fromkeys(
-        (
-            "attention",
-            "projection",
-            "ablation",
-            "neurons",
-            "position-wise",
-            "unembedding",
-            "reads",
-            "values",
-            "writers",
-        ),
+        _PARTS[1:],
         _REVERSIBLE,
     ),
     "xlnet": dict.fromkeys(("projection", "ablation"), "the output projection is an einsum with a raw parameter"),

@@ -66,9 +66,9 @@ def value_zeroing(
     for kind, distances in made.items():
         end = "" if kind == found.main else f"_{kind.variable}"
         distance = stacked([d[None] for d in distances])[:, 0]
-        variables[f"distance{end}"] = ((kind.dims[0], *kind.tokens), distance.numpy())
         share = distance / distance.sum(-1, keepdim=True).clamp_min(1e-12)
-        variables[f"share{end}"] = ((kind.dims[0], *kind.tokens), share.numpy())
+        variables[f"share{end}"] = ((kind.dims[0], *kind.tokens), share.numpy())  # first: what a person looks at
+        variables[f"distance{end}"] = ((kind.dims[0], *kind.tokens), distance.numpy())
     data = labelled(xr.Dataset(variables), found)
     return Result(data, kind="value zeroing", title="What each layer mixes in from where")
 

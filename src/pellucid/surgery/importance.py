@@ -141,8 +141,7 @@ def _capabilities(
 
 
 def _run(model: Model, given: Inputs) -> Run:
-    with torch.no_grad():
-        return model.run(given, keep=["layers.*.resid_pre", "layers.*.resid_post"])
+    return model.run(given, keep=["layers.*.resid_pre", "layers.*.resid_post"])
 
 
 def _swept(model: Model, given: Inputs, run: Run, parts: Sequence[Part], n: int, metric: BoundMetric) -> np.ndarray:
