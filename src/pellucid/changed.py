@@ -275,5 +275,7 @@ def check_weights(model: Weighted, digest: str | None, what: str) -> None:
 
 def told(changes: Sequence[Change], most: int = 2) -> str:
     """A few words about changes: what is done to what."""
-    short = [f"{type(c).__name__}({next((v for v in c.settings().values() if isinstance(v, str)), '')})" for c in changes]
+    short = [
+        f"{type(c).__name__}({next((v for v in c.settings().values() if isinstance(v, str)), '')})" for c in changes
+    ]
     return ", ".join(short) if len(short) <= most else f"{', '.join(short[:most])} and {len(short) - most} more"
