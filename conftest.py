@@ -38,4 +38,8 @@ def _pages_open_the_packaged_model(request: pytest.FixtureRequest, monkeypatch: 
     """README and docs name a model on the hub; here its weights come from the package that carries them."""
     if request.node.path.suffix == ".md":
         model = request.getfixturevalue("smollm2")
-        monkeypatch.setattr("pellucid.model.load", lambda name: model)
+        from pellucid.model import load
+
+        monkeypatch.setattr(
+            "pellucid.model.load", lambda source, **options: model if isinstance(source, str) else load(source, **options)
+        )

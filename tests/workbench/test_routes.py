@@ -190,7 +190,7 @@ def test_the_words_of_a_neuron_are_what_its_row_adds_to_the_logits(page: TestCli
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/api/live", live(prompt=""), "empty"),
-    ("/api/live", live(model="1", prompt="the " * 65), "context holds 64"),
+    ("/api/live", live(prompt="the " * 65), "context holds 64"),
     ("/api/live", live(model="7"), "no model '7'"),
     ("/api/live", live(generate=65), "generate"),
     ("/api/live", {"tab": "t"}, "missing required field"),

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.edits import Edit
+from pellucid.engine.given import read_row
 from pellucid.engine.inputs import Inputs, Stream
+from pellucid.engine.limits import claimed
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -57,8 +59,13 @@ class Passed:
 
 
 def passed(model: Model, prompt: str, keep: Iterable[str] = (), edits: Sequence[Edit] = ()) -> Passed:
-    """Run a prompt. InputError for one that is empty or too long."""
+    """Run a prompt. InputError for one that is empty or too long: a page that is drawn at every key asks no more of a model
+    than its config speaks of, also where it would run on.
+    """
     text, notes = with_mask(model, prompt)
+    holds = claimed(model.module, "encoder" if len(model.anatomy.stacks) > 1 else "")
+    if holds is not None and (length := len(read_row(model.tokenizer, text).ids)) > holds:
+        raise InputError(f"the prompt has {length} tokens but the model's context holds {holds}: shorten it")
     inputs = model.inputs(text)
     with torch.no_grad():
         run = model.run(inputs, keep=list(keep), edits=edits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pellucid.engine.limits import claimed
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.views.question import short_name
@@ -46,12 +47,10 @@ def card(id: str, model: Model) -> ModelCard:
     stacks = model.anatomy.stacks
     module: Any = model.module
     blocks = [block for stack in stacks for block in stack.blocks]
-    config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
-    limit = getattr(config, "max_position_embeddings", None)
     return ModelCard(
         id=id, name=short_name(model), kind="encoder-decoder" if len(stacks) > 1 else "encoder" if stacks[0].causal is False else "decoder",
         layers=len(blocks), heads=max((a.heads for b in blocks for a in b.attentions.values()), default=0),
         neurons=max((m.linear.width for b in blocks for m in b.mlps.values() if m.linear is not None), default=0),
-        parameters=sum(p.numel() for p in module.parameters()), limit=limit if isinstance(limit, int) and limit > 1 else None,
+        parameters=sum(p.numel() for p in module.parameters()), limit=claimed(module, "encoder" if len(stacks) > 1 else ""),
         generates=generates(model),
     )  # fmt: skip
