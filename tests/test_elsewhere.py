@@ -31,6 +31,7 @@ UNLIKE = {  # what the stand-in for a device cannot show, or is not right yet
     "attribution.relevance_propagation": "other numbers there, for no reason found out yet: the stand-in's or ours",
     "attribution in an encoder-decoder": "refused there, for no reason found out yet: the stand-in's or ours",
     "causal.model_difference": "a change refuses tensors of a class it does not know",
+    "attribution.evaluation.weight_randomisation": "a change refuses tensors of a class it does not know",
     "probing.beside_random": "a change refuses tensors of a class it does not know",
 }
 CALLS = [
