@@ -233,7 +233,7 @@ def binomial_p(events: Any, n: Any, rate: float) -> np.ndarray:
     """p of "the rate is above `rate`": the chance of at most so many events in `n` trials at that rate.
 
     >>> binomial_p([0, 3], 59, 0.05).round(3)
-    array([0.048, 0.65 ])
+    array([0.048, 0.659])
     """
     return np.asarray(binom.cdf(np.asarray(events), np.asarray(n), rate))
 
