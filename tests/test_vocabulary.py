@@ -27,6 +27,7 @@ FOLDERS = (
     "neurons.dictionaries",
     "probing",
     "surgery",
+    "tuning",
 )
 FORBIDDEN = {  # a word found in public signatures before, and the word that stands for it now
     "forced": "decoder",
