@@ -63,6 +63,7 @@ _MODULES = (
     "neurons",
     "probing",
     "results",
+    "safety",
     "store",
     "surgery",
     "tasks",
