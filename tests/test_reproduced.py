@@ -141,6 +141,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),
+    "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
         gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), over=["layers.0.mlp.out@-1"], metric={"a": DIFFERENCE, "b": pl.metrics.logit(7)}

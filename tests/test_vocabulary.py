@@ -26,6 +26,7 @@ FOLDERS = (
     "neurons",
     "neurons.dictionaries",
     "probing",
+    "safety",
     "surgery",
 )
 FORBIDDEN = {  # a word found in public signatures before, and the word that stands for it now

@@ -21,7 +21,7 @@ from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
 from pellucid.engine.generation import Generated, generate
 from pellucid.engine.given import Truncate
-from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs
+from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs, vocabulary
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
@@ -99,6 +99,13 @@ class Model:
     def digest(self) -> str:
         """A fingerprint of the weights as they are now: also after a change in place (see `anatomy.fingerprint`)."""
         return self.loaded.digest
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it embeds. InputError for a family that embeds tokens in a way of its own."""
+        if (size := vocabulary(self.module)) is None:
+            raise InputError(f"{self.name} has no table of token embeddings: it has no tokens to draw from")
+        return size
 
     def __repr__(self) -> str:
         stacks = ", ".join(f"{s.name + ' ' if s.name else ''}{len(s.blocks)} layers" for s in self.anatomy.stacks)

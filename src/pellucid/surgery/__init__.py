@@ -2,5 +2,6 @@
 
 from pellucid.surgery.arranging import Arranged, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
+from pellucid.surgery.splice import splice
 
-__all__ = ["Arranged", "layer_importance", "remove", "reorder", "repeat", "swap"]
+__all__ = ["Arranged", "layer_importance", "remove", "reorder", "repeat", "splice", "swap"]
