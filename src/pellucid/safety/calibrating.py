@@ -42,7 +42,9 @@ def conversation_scores(
 
     InputError for a single prompt that is not in a list, and for an encoder where answers are to be generated.
     """
-    return np.array([float(made.max(initial=-np.inf)) for made in traces(model, monitor, prompts, replies, max_new_tokens, batch)])
+    return np.array(
+        [float(made.max(initial=-np.inf)) for made in traces(model, monitor, prompts, replies, max_new_tokens, batch)]
+    )
 
 
 def traces(
@@ -157,7 +159,9 @@ def calibrate(
     >>> monitor = calibrate(model, monitor, benign, alarms=0.05)  # doctest: +SKIP
     """
     prompts = _several("prompts", prompts)
-    threshold([0.0] * (len(prompts) if groups is None else len(set(groups))), alarms, promise=promise, confidence=confidence)
+    threshold(
+        [0.0] * (len(prompts) if groups is None else len(set(groups))), alarms, promise=promise, confidence=confidence
+    )
     scores = conversation_scores(model, monitor, prompts, replies=replies, max_new_tokens=max_new_tokens, batch=batch)
     found = threshold(scores, alarms, promise=promise, confidence=confidence, groups=groups)
     return replace(monitor, threshold=found).tie(model)
@@ -189,7 +193,9 @@ def evaluate(
     prompts = _several("prompts", prompts)
     named = ["all"] * len(prompts) if sources is None else [str(s) for s in sources]
     if not len(truth) == len(prompts) == len(named):
-        raise InputError(f"{len(prompts)} prompts, {len(truth)} labels and {len(named)} sources: give one of each for each")
+        raise InputError(
+            f"{len(prompts)} prompts, {len(truth)} labels and {len(named)} sources: give one of each for each"
+        )
     scores = conversation_scores(model, monitor, prompts, replies=replies, max_new_tokens=max_new_tokens, batch=batch)
     return judged(monitor, scores, truth, named, seed, f"{monitor.name} on {model.name}")
 
@@ -214,7 +220,12 @@ def judged(monitor: Any, scores: np.ndarray, truth: np.ndarray, sources: list[st
         finite = np.where(np.isfinite(scores), scores, scores[np.isfinite(scores)].min(initial=0.0) - 1)
         low, high = area_interval(finite, truth, None, seed)
         data = data.assign(area=area(finite, truth), area_low=low, area_high=high)
-    data = data.assign(threshold=monitor.level, score=("conversation", scores), fires=("conversation", fires), label=("conversation", truth))
+    data = data.assign(
+        threshold=monitor.level,
+        score=("conversation", scores),
+        fires=("conversation", fires),
+        label=("conversation", truth),
+    )
     data = data.assign_coords(source_of=("conversation", which))
     said = f"{rows['alarms'][0]:.1%} false alarms, {rows['recall'][0]:.0%} found"
     said += f"; above the promised {promised:.1%} on {', '.join(worse)}" if worse else ""

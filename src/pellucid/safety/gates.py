@@ -47,7 +47,9 @@ class Cascade(Monitored):
         if not isinstance(self.first, Monitor) or not isinstance(self.second, Monitor):
             raise InputError("a cascade is of two monitors: Cascade(first, second)")
         if self.first.threshold is None:
-            raise InputError(f"{self.first.name!r} has no threshold, so nobody would meet the second stage: calibrate it first")
+            raise InputError(
+                f"{self.first.name!r} has no threshold, so nobody would meet the second stage: calibrate it first"
+            )
         if self.threshold is None and self.second.threshold is not None:
             object.__setattr__(self, "threshold", self.second.threshold)
 
@@ -81,7 +83,9 @@ class Cascade(Monitored):
 
     @classmethod
     def made(cls, about: dict[str, Any], tensors: dict[str, Tensor], readers: list[Any]) -> Cascade:
-        first, second = (Monitor.made({**about[k], "digest": about["digest"]}, tensors, readers) for k in ("first", "second"))
+        first, second = (
+            Monitor.made({**about[k], "digest": about["digest"]}, tensors, readers) for k in ("first", "second")
+        )
         return cls(first, second, made_threshold(about["threshold"]), made_action(about["then"], tensors), about["name"], about["digest"])  # fmt: skip
 
 
@@ -108,7 +112,10 @@ def compare_stages(
     truth, prompts = np.asarray(labels).astype(bool), _several("prompts", prompts)
     if len(truth) != len(prompts):
         raise InputError(f"{len(prompts)} prompts and {len(truth)} labels: give one for each")
-    second = replace(cascade.second, threshold=cascade.second.threshold if cascade.second.threshold is not None else cascade.threshold)
+    second = replace(
+        cascade.second,
+        threshold=cascade.second.threshold if cascade.second.threshold is not None else cascade.threshold,
+    )
     rows, read = [], {}
     if second.threshold is None:
         raise InputError(f"{cascade.name!r} has no threshold: safety.calibrate sets one from benign conversations")
@@ -116,7 +123,9 @@ def compare_stages(
         asked: list[Any] = []
         found = list(traces(model, each, prompts, replies, max_new_tokens, batch, asked))
         scores = np.array([float(t.max(initial=-np.inf)) for t in found])
-        read[name] = np.array(asked, dtype=float) if name == "cascade" else np.array([len(t) for t in found], dtype=float)
+        read[name] = (
+            np.array(asked, dtype=float) if name == "cascade" else np.array([len(t) for t in found], dtype=float)
+        )
         rows.append(judged(each, scores, truth, ["all"] * len(truth), seed, name).data.isel(source=0))
     names = ("alarms", "alarms_low", "alarms_high", "recall", "recall_low", "recall_high", "area")
     columns: dict[str, Any] = {n: ("stage", [float(r[n]) for r in rows]) for n in names if all(n in r for r in rows)}

@@ -23,6 +23,7 @@ from pellucid.engine.generation import Generated
 from pellucid.engine.steps import Action, Redirect, Say, Step, Watch
 from pellucid.errors import InputError, PellucidError
 from pellucid.results import Result
+from pellucid.technique import of_generation
 
 if TYPE_CHECKING:
     from pellucid.model import Model
@@ -83,12 +84,13 @@ class Trace:
 
 @dataclass(eq=False)
 class Guard:
-    """A monitor in one generation. `trace` has an entry for each step; `acted` [row]: the step, the statistic, what was done."""
+    """A monitor in one generation. `trace` has an entry for each step; `acted` [row]: the step, the statistic, what
+    was done, and the text that took the answer's place."""
 
     monitor: Watching
     model: Model
     trace: list[Trace] = field(default_factory=list)
-    acted: dict[int, tuple[int, float, str]] = field(default_factory=dict)
+    acted: dict[int, tuple[int, float, str, str | None]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     watch: Watch = field(init=False)
 
@@ -116,15 +118,21 @@ class Guard:
     def _act(self, step: Step, row: int, value: float, actions: dict[int, Action]) -> None:
         then, monitor = self._then, self.monitor
         if callable(then) and not isinstance(then, Action):
-            prompt, text = (_decoded(self.model, x) for x in (step.prompt[row][step.mask[row].bool()], step.tokens[row]))
+            prompt, text = (
+                _decoded(self.model, x) for x in (step.prompt[row][step.mask[row].bool()], step.tokens[row])
+            )
             then = then(Alarm(monitor.name, row, step.index, value, monitor.level, prompt, text))
             then = Say(then) if isinstance(then, str) else then
             if then is not None and not isinstance(then, Action):
-                raise InputError(f"whom {monitor.name!r} asked said {then!r}: expected None, a text, pl.Stop, pl.Say or pl.Redirect")
+                raise InputError(
+                    f"whom {monitor.name!r} asked said {then!r}: expected None, a text, pl.Stop, pl.Say or pl.Redirect"
+                )
         if then is not None:
             reason = f"{monitor.name}: {value:.3g} above {monitor.level:.3g}"
             actions[row] = then if isinstance(then, Redirect) or then.reason else replace(then, reason=reason)
-        self.acted[row] = step.index, value, type(then).__name__.lower() if then is not None else "recorded"
+        instead = then.text if isinstance(then, Say) and then.then == "end" and isinstance(then.text, str) else None
+        done = type(then).__name__.lower() if then is not None else "recorded"
+        self.acted[row] = step.index, value, done, instead
 
     def _seen(self, step: Step, running: np.ndarray) -> Seen:
         first = step.index == 0
@@ -161,6 +169,9 @@ def _decoded(model: Model, ids: Tensor) -> str:
     return str(model.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
+_NOT = (-1, 0.0, "", None)
+
+
 def firings(guards: Sequence[Guard], generated: Generated) -> Result:
     """Dims (prompt, monitor, step): `statistic`, `score` and `fired`; step 0 is the prompt's last token, those before it
     are negative. `threshold` [monitor]; `acted` [prompt, monitor] the step in which it did, -1 where it did not, and `done`."""
@@ -174,7 +185,9 @@ def firings(guards: Sequence[Guard], generated: Generated) -> Result:
         more = seen.sum(1) - generated.lengths.cpu().numpy()  # the step in which a row is stopped writes nothing
         missed = (more < 0) | (more > np.array([why == "watcher" for why in generated.ended]))
         if missed.any():  # once seen in others' hooks: a monitor that is not asked at every token says nothing about it
-            raise PellucidError(f"{guard.monitor.name!r} was asked {seen.sum(1).tolist()} times for {generated.lengths.tolist()} tokens")
+            raise PellucidError(
+                f"{guard.monitor.name!r} was asked {seen.sum(1).tolist()} times for {generated.lengths.tolist()} tokens"
+            )
         first = guard.trace[0]
         for made, parts in ((score, [t.scores for t in guard.trace]), (statistic, [t.statistic for t in guard.trace])):
             made[:, m, before + 1 - min(wide[m], first.scores.shape[1]) : before + 1] = parts[0][:, -wide[m] :]
@@ -183,8 +196,8 @@ def firings(guards: Sequence[Guard], generated: Generated) -> Result:
     statistic[~np.isfinite(statistic)] = np.nan  # fewer than k tokens so far
     names = _apart([g.monitor.name for g in guards])
     levels = np.array([g.monitor.level for g in guards])
-    acted = np.array([[g.acted.get(row, (-1, 0, ""))[0] for g in guards] for row in range(len(generated))])
-    done = [[g.acted.get(row, (-1, 0, ""))[2] for g in guards] for row in range(len(generated))]
+    acted = np.array([[g.acted.get(row, _NOT)[0] for g in guards] for row in range(len(generated))])
+    done = [[g.acted.get(row, _NOT)[2] for g in guards] for row in range(len(generated))]
     steps = range(-before, written)
     shown = [_shown(guards, generated, row) for row in range(len(generated))]
     data = xr.Dataset(
@@ -203,10 +216,9 @@ def firings(guards: Sequence[Guard], generated: Generated) -> Result:
             "shown": ("prompt", shown),
         },
     )  # fmt: skip
-    made = generated.result.provenance
     return Result(
         data, kind="monitor trace", title=_title(names, acted, done),
-        provenance=replace(made, method="firings", call=made.call.removesuffix(".result") + ".firings"),
+        provenance=of_generation(generated, "firings"),
     )  # fmt: skip
 
 
@@ -227,11 +239,10 @@ def _tokens(generated: Generated, before: int) -> np.ndarray:
 
 
 def _shown(guards: Sequence[Guard], generated: Generated, row: int) -> str:
-    """What a reader should see: a safe completion alone where one took the answer's place."""
-    said = [g.monitor.then for g in guards if row in g.acted and isinstance(g.monitor.then, Say) and g.monitor.then.then == "end"]
-    if generated.ended[row] == "watcher" and said and isinstance(said[0].text, str):
-        return said[0].text
-    return generated.texts[row]
+    """What a reader should see: a safe completion alone, and whole, where one took the answer's place."""
+    said = [(g.acted[row][0], g.acted[row][3]) for g in guards if row in g.acted and g.acted[row][2] in ("say", "stop")]
+    text = min(said, key=lambda each: each[0])[1] if said else None
+    return generated.texts[row] if text is None else text
 
 
 def _title(names: list[str], acted: np.ndarray, done: list[list[str]]) -> str:
@@ -240,4 +251,6 @@ def _title(names: list[str], acted: np.ndarray, done: list[list[str]]) -> str:
     if len(acted) == 1:
         each = [f"{n} fired at token {t} ({d})" for n, t, d in zip(names, acted[0], done[0], strict=True) if t >= 0]
         return "; ".join(each)
-    return "; ".join(f"{n} fired in {int((acted[:, m] >= 0).sum())} of {len(acted)} answers" for m, n in enumerate(names))
+    return "; ".join(
+        f"{n} fired in {int((acted[:, m] >= 0).sum())} of {len(acted)} answers" for m, n in enumerate(names)
+    )

@@ -56,7 +56,9 @@ class Direction:
     def __call__(self, values: Tensor) -> Tensor:
         vector = torch.as_tensor(self.vector).to(values)
         if vector.ndim != 1 or values.shape[-1] != len(vector):
-            raise InputError(f"a direction of {list(vector.shape)} numbers cannot read {values.shape[-1]} at {self.site!r}")
+            raise InputError(
+                f"a direction of {list(vector.shape)} numbers cannot read {values.shape[-1]} at {self.site!r}"
+            )
         return values @ vector + self.offset
 
 
@@ -100,7 +102,9 @@ def _reader(given: Any, site: str | None) -> Any:
         return given
     own = getattr(given, "site", None) if site is None else site
     if not callable(given) or own is None:
-        raise InputError(f"{given!r} is no reader: expected a site and a call, as Direction(site, vector), or a function with site=")
+        raise InputError(
+            f"{given!r} is no reader: expected a site and a call, as Direction(site, vector), or a function with site="
+        )
     return given if site is None else _At(str(site), given)
 
 
@@ -134,13 +138,17 @@ class Monitored:
         check_weights(model, self.digest, f"the monitor {self.name!r}")
         for site in self.sites:
             if len(spots(model.anatomy, site)) != 1:
-                raise InputError(f"{str(site)!r} is several sites: a reader reads one, and several readers are averaged")
+                raise InputError(
+                    f"{str(site)!r} is several sites: a reader reads one, and several readers are averaged"
+                )
 
     def begin(self, model: Model) -> Guard:
         """This monitor for one generation (`model.generate(monitors=)` calls it)."""
         self.check(model)
         if self.then is not None and self.threshold is None:
-            raise InputError(f"{self.name!r} has no threshold, so it would never act: safety.calibrate sets one from benign prompts")
+            raise InputError(
+                f"{self.name!r} has no threshold, so it would never act: safety.calibrate sets one from benign prompts"
+            )
         return Guard(self, model)
 
     def follow(self, state: dict[str, Any], seen: Seen) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +203,7 @@ class Monitor(Monitored):
         object.__setattr__(self, "rule", Rule.of(self.rule))
         object.__setattr__(self, "digest", self.digest or next((d for r in self._readers if (d := _digest(r))), ""))
         words = [isinstance(r, Words) for r in self._readers]
-        if not words or any(words) and not all(words):
+        if not words or (any(words) and not all(words)):
             raise InputError("a monitor has readers of activations or of words: of both make a cascade")
         if self.reads not in get_args(Reads):
             raise InputError(f"reads={self.reads!r}: expected 'prompt', 'answer' or 'exchange'")
@@ -203,7 +211,9 @@ class Monitor(Monitored):
             raise InputError("the threshold is no number")
         listed = self.then if isinstance(self.then, list | tuple) else [self.then]
         if not all(t is None or isinstance(t, Action | Edit) or callable(t) for t in listed):
-            raise InputError(f"then={self.then!r}: expected pl.Stop, pl.Say, pl.Redirect, edits, a function of the alarm, or None")
+            raise InputError(
+                f"then={self.then!r}: expected pl.Stop, pl.Say, pl.Redirect, edits, a function of the alarm, or None"
+            )
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -212,7 +222,11 @@ class Monitor(Monitored):
     def check(self, model: Model) -> None:
         super().check(model)
         for site in self.sites:
-            if locate(model.anatomy, site).stream == "encoder" and len(model.anatomy.stacks) > 1 and self.reads != "prompt":
+            if (
+                locate(model.anatomy, site).stream == "encoder"
+                and len(model.anatomy.stacks) > 1
+                and self.reads != "prompt"
+            ):
                 raise InputError(f"{str(site)!r} is of the encoder, which reads the prompt alone: give reads='prompt'")
         if not self.sites and model.tokenizer is None:
             raise InputError(f"{self.name!r} reads words, and this model was opened without a tokenizer")
@@ -244,8 +258,12 @@ class Monitor(Monitored):
                 values = torch.as_tensor(reader(x[torch.from_numpy(on).to(x.device)].float()))
             values = values.detach().double().cpu()
             if values.shape != (int(on.sum()),) or bool(values.isnan().any()):
-                what = f"shape {list(values.shape)}" if values.shape != (int(on.sum()),) else "scores that are no numbers"
-                raise InputError(f"a reader of {self.name!r} gave {what} for {int(on.sum())} tokens: expected one number for each")
+                what = (
+                    f"shape {list(values.shape)}" if values.shape != (int(on.sum()),) else "scores that are no numbers"
+                )
+                raise InputError(
+                    f"a reader of {self.name!r} gave {what} for {int(on.sum())} tokens: expected one number for each"
+                )
             found = found + values.numpy() / len(self._readers)
         made[on] = found
         return made
@@ -292,10 +310,16 @@ def kept_action(name: str, then: Any, tensors: dict[str, Tensor]) -> dict[str, A
     edits = then.edits if isinstance(then, Redirect) else then
     edits = [edits] if isinstance(edits, Edit) else edits
     if isinstance(edits, list | tuple):
-        return {"kind": "edits", "edits": packed(edits, tensors), "redirect": isinstance(then, Redirect) and not then.beside}
+        return {
+            "kind": "edits",
+            "edits": packed(edits, tensors),
+            "redirect": isinstance(then, Redirect) and not then.beside,
+        }
     if isinstance(then, Stop | Say):
         return {"kind": type(then).__name__, **vars(then)}
-    raise InputError(f"{name!r} cannot be saved: what it does is a function; save replace(monitor, then=None), and give it anew")
+    raise InputError(
+        f"{name!r} cannot be saved: what it does is a function; save replace(monitor, then=None), and give it anew"
+    )
 
 
 def made_action(kept: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Any:
@@ -322,7 +346,9 @@ def _kept(reader: Any, d: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
         x, offset = _points(d), reader(torch.zeros(1, d)).double()
         said = reader(x).double()
         vector = (reader(torch.eye(d)).double() - offset).cpu()
-        affine = torch.allclose(x.double() @ vector + offset.cpu(), said.cpu(), rtol=1e-4, atol=1e-4 * float(said.abs().max()))
+        affine = torch.allclose(
+            x.double() @ vector + offset.cpu(), said.cpu(), rtol=1e-4, atol=1e-4 * float(said.abs().max())
+        )
     key = f"reader {len(tensors)}"
     tensors[key] = vector.float() if affine else said.float().cpu()
     kept = {"site": str(reader.site), "kind": "direction" if affine else "given", "tensor": key, "d": d}
@@ -335,7 +361,9 @@ def _made(kept: dict[str, Any], tensors: dict[str, Tensor], readers: list[Any]) 
     if kept["kind"] == "direction":
         return Direction(kept["site"], tensors[kept["tensor"]], kept["offset"])
     if not readers:
-        raise InputError("this monitor's reader is no direction, and files hold no code: give load_monitor(path, model, reader=...)")
+        raise InputError(
+            "this monitor's reader is no direction, and files hold no code: give load_monitor(model, path, reader=...)"
+        )
     reader = readers.pop(0)
     if kept["kind"] == "given":
         said = reader(_points(kept["d"])).detach().float().cpu()
@@ -344,14 +372,15 @@ def _made(kept: dict[str, Any], tensors: dict[str, Tensor], readers: list[Any]) 
     return reader
 
 
-def load_monitor(path: str | Path, model: Model, *, reader: Any = None, then: Any = None) -> Any:
+def load_monitor(model: Model, path: str | Path, *, reader: Any = None, then: Any = None) -> Any:
     """What `save` wrote, for this model. InputError for other weights, and for a file of anything else.
 
     `reader` (or several, in order) are those that were no directions; `then` is done instead of what the file says.
     """
     readers: list[Any] = list(reader) if isinstance(reader, Sequence) else [] if reader is None else [reader]
     with reading_tensors(path, KEY, "holds no monitor: expected a file that Monitor.save wrote") as (about, tensors):
-        check_weights(model, about["digest"], f"the monitor in {str(path)!r}")
-        found = Monitored.kinds[about["kind"]].made(about, tensors, readers)
+        kind, digest = Monitored.kinds[about["kind"]], about["digest"]
+    check_weights(model, digest, f"the monitor in {str(path)!r}")
+    found = kind.made(about, tensors, readers)
     found.check(model)
     return found if then is None else replace(found, then=then)

@@ -37,10 +37,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise InputError(f"no rule {self.kind!r}: expected 'max', 'mean', 'first', safety.ema(.3) or safety.k_of(2, 5)")
+            raise InputError(
+                f"no rule {self.kind!r}: expected 'max', 'mean', 'first', safety.ema(.3) or safety.k_of(2, 5)"
+            )
         at_least(1, k=self.k, last=self.last)
         if not 0 < self.weight <= 1 or self.k > self.last:
-            raise InputError(f"{self}: expected a weight above 0 and at most 1, and k at most the number of the last tokens")
+            raise InputError(
+                f"{self}: expected a weight above 0 and at most 1, and k at most the number of the last tokens"
+            )
 
     @classmethod
     def of(cls, given: Rule | str) -> Rule:

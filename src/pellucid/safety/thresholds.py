@@ -78,7 +78,9 @@ def threshold(
     """
     s = np.asarray(scores if hasattr(scores, "__array__") else list(scores), dtype=float)
     if s.ndim != 1 or np.isnan(s).any():
-        raise InputError(f"scores of shape {list(s.shape)}, {int(np.isnan(s).sum())} of them missing: expected one number each")
+        raise InputError(
+            f"scores of shape {list(s.shape)}, {int(np.isnan(s).sum())} of them missing: expected one number each"
+        )
     what = "conversations"
     if groups is not None:
         names, which = np.unique(np.asarray(groups), return_inverse=True)
