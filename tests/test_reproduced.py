@@ -57,6 +57,11 @@ def harvest() -> Any:
 
 
 @cache
+def steering() -> Any:
+    return pl.safety.Contrast(sites="layers.1.resid_post").fit(gpt2(), TEXTS, [f"{t} a" for t in TEXTS])
+
+
+@cache
 def tuned() -> Any:
     return L.TunedLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
 
@@ -153,6 +158,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
+    ),
+    "safety.strengths": lambda: pl.safety.strengths(
+        gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),

@@ -4,8 +4,10 @@ from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
+from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
 from pellucid.safety.rules import Rule, ema, k_of
+from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
 from pellucid.safety.vector import Vector, ablate_direction, condition, load_vectors, save_vectors, steer
 
@@ -16,6 +18,7 @@ __all__ = [
     "Contrast",
     "Direction",
     "Feature",
+    "LearntEdit",
     "Monitor",
     "Rule",
     "Threshold",
@@ -34,6 +37,7 @@ __all__ = [
     "needed",
     "save_vectors",
     "steer",
+    "strengths",
     "threshold",
     "vector",
 ]
