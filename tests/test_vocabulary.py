@@ -26,6 +26,7 @@ FOLDERS = (
     "neurons",
     "neurons.dictionaries",
     "probing",
+    "safety",
     "surgery",
     "tuning",
 )
