@@ -1,8 +1,19 @@
 """Layers as parts: taken out, repeated, swapped; what each of them does, and for what."""
 
-from pellucid.surgery.arranging import Arranged, remove, reorder, repeat, swap
+from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 
-__all__ = ["Arranged", "Stitch", "layer_importance", "remove", "reorder", "repeat", "splice", "stitching", "swap"]
+__all__ = [
+    "Arranged",
+    "Stitch",
+    "layer_importance",
+    "parallel",
+    "remove",
+    "reorder",
+    "repeat",
+    "splice",
+    "stitching",
+    "swap",
+]
