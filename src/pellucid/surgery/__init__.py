@@ -4,10 +4,12 @@ from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repe
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.remix import Recipe, remix, take
 from pellucid.surgery.splice import splice
+from pellucid.surgery.stitch import Stitch, stitching
 
 __all__ = [
     "Arranged",
     "Recipe",
+    "Stitch",
     "layer_importance",
     "parallel",
     "remix",
@@ -15,6 +17,7 @@ __all__ = [
     "reorder",
     "repeat",
     "splice",
+    "stitching",
     "swap",
     "take",
 ]
