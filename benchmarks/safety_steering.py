@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import pellucid as pl
-from pellucid.safety import Contrast, ablate_direction, condition, strengths
+from pellucid.safety import Contrast, ablate_direction, condition, strengths, threshold
 from pellucid.safety.price import Meter
 from pellucid.safety.vector import Vector
 from scripts.demo_model import smollm2
@@ -230,8 +230,7 @@ class Bench:
             ]
             return np.array([float(reader(x)) for x in values])
 
-        calibration = np.sort(score([chat(r) for r in good[90:180]]))
-        tau = float(calibration[int(np.ceil(91 * 0.95)) - 1])  # conformal, 5 %
+        tau = threshold(score([chat(r) for r in good[90:180]]), 0.05)
         v = self.emotion().at(16)
         edit = v.edit(0.3, when=condition(reader, tau))
         same, fired = [], []

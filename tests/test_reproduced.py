@@ -76,6 +76,12 @@ def scores() -> Any:
     return R.edge_attribution(gpt2(), pairs(gpt2()), how="resample")
 
 
+def monitor() -> Any:
+    return pl.safety.Monitor(
+        pl.safety.Direction("layers.1.resid_post", torch.linspace(-1, 1, 32)), pl.safety.ema(0.4), threshold=0.0
+    )
+
+
 def words() -> Any:
     spans = pl.probing.Spans.words([text.split() for text in TEXTS * 6])
     return pl.probing.Examples(
@@ -143,6 +149,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
     ),
+    "safety.evaluate": lambda: pl.safety.evaluate(
+        gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
+    ),
+    "safety.compare_stages": lambda: pl.safety.compare_stages(
+        gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
+    ),
+    "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),

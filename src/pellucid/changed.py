@@ -234,6 +234,15 @@ def slots(tree: nn.Module) -> dict[str, Slot]:
     }
 
 
+def unsavable(tree: nn.Module, why: str) -> None:
+    """Let `save_pretrained` of a tree say why it cannot, where what it writes would be opened as another model."""
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise Refused(f"{why}: an ordinary checkpoint would be opened as another model; use save_changes(path)")
+
+    vars(tree)["save_pretrained"] = save_pretrained
+
+
 def differences(old: nn.Module, new: nn.Module) -> dict[str, tuple[float, float]]:
     """Where a tree has other numbers than another one: by the name of the parameter |new - old| / |old| and the largest
     difference of a single number (NaN where the old tree has no such parameter, or one of another shape). A tensor that only

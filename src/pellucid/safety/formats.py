@@ -153,7 +153,6 @@ def in_weights(
     given = [vectors] if isinstance(vectors, Vector) else list(vectors)
     for v in given:
         v.check(model)
-    stack = model.anatomy.stacks[-1]
     if len(model.anatomy.stacks) > 1 or any(Site.parse(v.site).part != "resid_post" for v in given):
         raise Refused("vectors go into the weights of a decoder, at outputs of blocks")
     edits: list[Edit]

@@ -36,6 +36,7 @@ from pellucid.engine.locate import stack_of
 from pellucid.engine.steps import Step, Watch
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.safety.thresholds import Threshold
 
 Form = Literal["add", "norm_kept", "project", "scale", "clamp", "angular"]
 Pool = Literal["last", "mean"]
@@ -203,7 +204,7 @@ def ablate_direction(model: Model, vectors: Vector | Sequence[Vector], *, everyw
 # ---- on what condition
 
 
-def condition(reader: Reader, threshold: float, *, pool: Pool = "last") -> Watch:
+def condition(reader: Reader, threshold: float | Threshold, *, pool: Pool = "last") -> Watch:
     """A condition for `when=`: whether a reader's score of the prompt is above a threshold, asked once of each row and kept.
 
     pool: the prompt's "last" token, or the "mean" score of its tokens but the first. The edit must lie behind the reader's site:
@@ -213,12 +214,12 @@ def condition(reader: Reader, threshold: float, *, pool: Pool = "last") -> Watch
     """
     if pool not in get_args(Pool):
         raise InputError(f"pool={pool!r}: expected one of {', '.join(get_args(Pool))}")
-    site = str(reader.site)
+    site, least = str(reader.site), threshold.value if isinstance(threshold, Threshold) else float(threshold)
 
     def fires(step: Step) -> Tensor:
         if "fires" not in step.state:
             score = reader(left_aligned(step.new(site), real := step.real(site))[0]).float().cpu()
-            step.state["fires"] = pooled(score, real.sum(1).cpu(), pool) > threshold
+            step.state["fires"] = pooled(score, real.sum(1).cpu(), pool) > least
         kept: Tensor = step.state["fires"]
         return kept
 
