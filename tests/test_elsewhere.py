@@ -17,7 +17,7 @@ from tests import test_reproduced as known
 from tests.elsewhere import COUNTS, DEVICE, moved, there
 from tests.zoo import build, tokenizer
 
-MADE = ("dictionary", "harvest", "tuned", "future", "scores")  # what is fitted once, with the model
+MADE = [f for f in vars(known).values() if hasattr(f, "cache_clear") and f is not known.opened]  # fitted once, with the model
 
 
 @cache
@@ -26,32 +26,19 @@ def abroad(family: str, layers: int = 2) -> pl.Model:
     return pl.load(moved(module), tokenizer=tokenizer(module))
 
 
-UNLIKE = {  # what the stand-in for a device cannot show, or is not right yet
-    "attribution.deeplift": "refused there, for no reason found out yet: the stand-in's or ours",
-    "attribution.relevance_propagation": "other numbers there, for no reason found out yet: the stand-in's or ours",
-    "attribution in an encoder-decoder": "refused there, for no reason found out yet: the stand-in's or ours",
-    "causal.model_difference": "a change refuses tensors of a class it does not know",
-    "attribution.evaluation.weight_randomisation": "a change refuses tensors of a class it does not know",
-    "probing.beside_random": "a change refuses tensors of a class it does not know",
-}
-CALLS = [
-    pytest.param(n, marks=pytest.mark.xfail(reason=UNLIKE[n], strict=True)) if n in UNLIKE else n for n in known.CALLS
-]
-
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", known.CALLS)
 def test_a_technique_gives_elsewhere_what_it_gives_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pl.quiet():
         home = known.CALLS[name]()
         for fitted in MADE:
-            getattr(known, fitted).cache_clear()
+            fitted.cache_clear()
         monkeypatch.setattr(known, "opened", abroad)
         try:
             with there():
                 far = known.CALLS[name]()
         finally:
             for fitted in MADE:
-                getattr(known, fitted).cache_clear()
+                fitted.cache_clear()
     there_, here = (getattr(x, "result", x).data for x in (far, home))
     for variable in getattr(here, "data_vars", {"": here}):
         a, b = (np.asarray(x[variable] if variable else x) for x in (there_, here))
@@ -72,7 +59,9 @@ EDITS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("prompts", [["The capital of France is"] * 2, ["The capital of France is", "The city of Rome"]])
+@pytest.mark.parametrize(
+    "prompts", [["The capital of France is"] * 2, ["The capital of France is", "The city of Rome"]]
+)
 @pytest.mark.parametrize("name", EDITS)
 def test_a_sweep_waits_as_often_for_many_variants_as_for_few(name: str, prompts: list[str]) -> None:
     def waits(variants: int) -> int:

@@ -26,7 +26,9 @@ FOLDERS = (
     "neurons",
     "neurons.dictionaries",
     "probing",
+    "safety",
     "surgery",
+    "tuning",
 )
 FORBIDDEN = {  # a word found in public signatures before, and the word that stands for it now
     "forced": "decoder",

@@ -4,7 +4,7 @@ Importing pellucid loads neither torch nor transformers: a name loads its module
 
 >>> import pellucid as pl
 >>> sorted(dir(pl))[:4]
-['Ablate', 'Chat', 'Corpus', 'Inputs']
+['Ablate', 'Chat', 'Clamp', 'Corpus']
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from pellucid.anatomy.sites import Site as Site
     from pellucid.corpus import Corpus as Corpus
     from pellucid.engine.edits import Ablate as Ablate
+    from pellucid.engine.edits import Clamp as Clamp
     from pellucid.engine.edits import Patch as Patch
     from pellucid.engine.edits import ProjectOut as ProjectOut
     from pellucid.engine.edits import Replace as Replace
+    from pellucid.engine.edits import Rotate as Rotate
     from pellucid.engine.edits import Scale as Scale
     from pellucid.engine.edits import Steer as Steer
     from pellucid.engine.given import Chat as Chat
@@ -44,7 +46,7 @@ _HOME = {
     "quiet": "engine.pausing",
     **dict.fromkeys(("load_edits", "save_edits"), "engine.saved"),
     "Site": "anatomy.sites",
-    **dict.fromkeys(("Ablate", "Patch", "ProjectOut", "Replace", "Scale", "Steer"), "engine.edits"),
+    **dict.fromkeys(("Ablate", "Clamp", "Patch", "ProjectOut", "Replace", "Rotate", "Scale", "Steer"), "engine.edits"),
     **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
 }
 _MODULES = (
@@ -63,9 +65,11 @@ _MODULES = (
     "neurons",
     "probing",
     "results",
+    "safety",
     "store",
     "surgery",
     "tasks",
+    "tuning",
     "views",
 )
 __all__ = [*_HOME, *_MODULES]

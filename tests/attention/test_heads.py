@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pellucid.attention import head_summaries, patterns
-from pellucid.attention.heads import habits, repeated, repetitions
+from pellucid.attention.heads import habits, repeated
 from pellucid.errors import InputError
+from pellucid.tasks import repeated_tokens
 from tests.attention.opening import PROMPT, TARGET, opened
 
 
@@ -63,8 +64,7 @@ def test_induction_and_duplicate_heads_are_told_apart_on_a_repetition():
 
 def test_probes_say_ordinary_tokens_twice_after_a_bos():
     model = opened("gpt2")
-    for inputs in repetitions(model, 7, 3, seed=0):
-        ids = inputs.stream("").ids[0].tolist()
+    for ids in repeated_tokens(model.tokenizer, 3, length=7, vocabulary=model.vocabulary).tolist():
         assert ids[0] == model.tokenizer.bos_token_id
         assert ids[1:8] == ids[8:]
         assert len(set(ids[1:8])) == 7

@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_trace_and_a_missing_subject_is_an_error(gp
     options: dict[str, Any] = {"subject": SUBJECT, "draws": 2, "parts": ("mlp.out",)}
     assert tracing(gpt2, PROMPT, 7, seed=1, **options) == tracing(gpt2, PROMPT, 7, seed=1, **options)
     assert not tracing(gpt2, PROMPT, 7, seed=1, **options).allclose(tracing(gpt2, PROMPT, 7, seed=2, **options), 0)
-    with pytest.raises(InputError, match="the subject 'Eiffel' is not in the prompt"):
+    with pytest.raises(InputError, match="'Eiffel' is not in the prompt"):
         tracing(gpt2, PROMPT, 7, subject="Eiffel")
     with pytest.raises(InputError, match="window=0"):
         tracing(gpt2, PROMPT, 7, subject=SUBJECT, window=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pellucid import metrics
 from pellucid.anatomy.sites import PARTS, Site
-from pellucid.engine.edits import Ablate, Edit, Patch, ProjectOut, Replace, Scale, Steer
+from pellucid.engine.edits import Ablate, Clamp, Edit, Patch, ProjectOut, Replace, Rotate, Scale, Steer
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate, unit_count
 from pellucid.engine.run import Run, execute
@@ -85,7 +85,7 @@ class Bag:
         kinds = ["zero", "patch", "scale", "replace"]
         if not keyed:
             kinds += ["mean", "mean of others", "position_mean", "steer", "patch tensor"]
-            kinds += ["project"] * wide
+            kinds += ["project", "clamp", "rotate"] * wide
             equal = len(set(self.inputs.stream(spot.stream).lengths.tolist())) == 1
             kinds += (["resample of others"] + ["resample"] * (batch > 1)) * equal
         elif site.part.endswith("pattern"):
@@ -102,6 +102,12 @@ class Bag:
             return Scale(site, self.rng.choice([-1.0, 0.5, 2.0]))
         if kind == "project":
             return ProjectOut(site, self.noise(2, *size))
+        if kind == "clamp":
+            return Clamp(site, self.noise(2, *size), 0.5)
+        if kind == "rotate":
+            return Rotate(
+                site, self.noise(*size), 20.0, tokens=self.rng.choice(["1:", "-2:", ":"]) if site.at is None else None
+            )
         if kind == "replace":
             return Replace(site, flipped if wide and not keyed else halved)
         how, _, of = kind.partition(" of ")

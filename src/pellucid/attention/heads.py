@@ -43,11 +43,10 @@ from pellucid.attention.comparing import js
 from pellucid.attention.patterns import Attended, Kind, attended, kinds, single, special, stacked, visible
 from pellucid.engine.edits import Edit
 from pellucid.engine.given import Chat, Pair
-from pellucid.engine.inputs import Inputs
-from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
+from pellucid.tasks import repeated_tokens
 from pellucid.technique import technique
 
 Scores = dict[str, Tensor]  # name -> [head]
@@ -82,8 +81,8 @@ def head_summaries(
     means = _mean(totals)
     if probes:
         repeats = [
-            _averaged(attended(model, each, edits), kind, lambda a, seen: repeated(a, seen, length))
-            for each in repetitions(model, length, probes, seed)
+            _averaged(attended(model, single(model, row[None]), edits), kind, lambda a, seen: repeated(a, seen, length))
+            for row in repeated_tokens(model.tokenizer, probes, seed, length=length, vocabulary=model.vocabulary)
         ]
         means |= _mean(repeats)
     dims = {True: ("layer",), False: ("layer", "head")}
@@ -148,22 +147,6 @@ def habits(a: Tensor, seen: Tensor, marks: Tensor) -> Scores:
         here = (a * where).sum(-1)[:, possible].mean(1)
         made[name] = torch.full_like(here, float("nan")) if nothing else here
         made[f"{name}_chance"] = a.new_tensor(float("nan")) if nothing else (alike * where).sum(1)[possible].mean()
-    return made
-
-
-def repetitions(model: Model, length: int, samples: int, seed: int) -> list[Inputs]:
-    """Random ordinary tokens said twice, after a BOS where there is one."""
-    size = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    usable = torch.tensor(ordinary_ids(model.tokenizer, size))
-    if len(usable) < length:
-        raise InputError(f"the probes need {length} different tokens, this vocabulary has {len(usable)}: give length=")
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    start = [] if bos is None or bos >= size else [bos]
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(samples):
-        once = usable[torch.randperm(len(usable), generator=generator)[:length]].tolist()
-        made.append(model.inputs([[*start, *once, *once]]))
     return made
 
 

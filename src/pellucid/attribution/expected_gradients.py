@@ -11,7 +11,7 @@ error, which is given for each token and for their sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,10 +124,7 @@ def draw(
 
 def _vocabulary(case: Case) -> list[int]:
     """Token ids that are text."""
-    tokenizer, module = case.model.tokenizer, cast(Any, case.model.module)
-    table = module.get_input_embeddings()
-    size = int(table.num_embeddings) if hasattr(table, "num_embeddings") else int(case.ids.max()) + 1
-    return ordinary_ids(tokenizer, size)
+    return ordinary_ids(case.model.tokenizer, case.model.vocabulary)
 
 
 def _ids(case: Case, text: Any) -> list[int]:

@@ -26,9 +26,7 @@ def embed(model: Model, ids: Tensor) -> Tensor:
 
 def vocabulary(model: Model) -> Tensor:
     """[token, d] the embeddings of all tokens."""
-    module: Any = model.module
-    weight: Tensor = module.get_input_embeddings().weight
-    return embed(model, torch.arange(len(weight), device=weight.device))
+    return embed(model, torch.arange(model.vocabulary, device=next(model.module.parameters()).device))
 
 
 def first_stream(inputs: Inputs) -> Stream:

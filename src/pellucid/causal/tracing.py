@@ -33,16 +33,15 @@ from pellucid.causal.embeddings import check_embeddings, embed, first_stream, fr
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.inputs import Inputs
-from pellucid.engine.places import answer_position
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, at_least, listed
 from pellucid.metrics import Answers, BoundMetric, Metric, placed, probability
 from pellucid.model import Model
+from pellucid.question import Question
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
-from pellucid.tasks.tokens import covering, encode
-from pellucid.technique import settle, technique
+from pellucid.technique import settle, settling, technique
 
 ROLES = ("first subject", "middle subject", "last subject", "first further", "further", "last")
 Case = tuple[str, int, int, int]  # part, centre layer, position, window
@@ -211,20 +210,10 @@ def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable
         )
     for text, right, about in zip(prompts, targets, subjects, strict=True):
         inputs = model.inputs(text)
-        span = about if isinstance(about, tuple) else _span(model, text, about)
-        if right is None:
-            position = answer_position(model, inputs)
-            with torch.no_grad():
-                logits = model.run(inputs).logits[0]
-            right = int((logits if position is None else logits[position]).argmax())
-        yield _Question(inputs, right, span)
-
-
-def _span(model: Model, text: str, subject: str) -> tuple[int, int]:
-    if subject not in text:
-        raise InputError(f"the subject {subject!r} is not in the prompt {text!r}: give its words as they stand there")
-    start = text.index(subject)
-    return covering(encode(model.tokenizer, text)[1], start, start + len(subject))
+        tokens = range(*about) if isinstance(about, tuple) else first_stream(inputs).named(about, 0)
+        with settling({}):  # one of several: they are settled together
+            right = Question.of(model, inputs).answers[0].id if right is None else right
+        yield _Question(inputs, right, (tokens.start, tokens.stop))
 
 
 def _sigma(model: Model, reference: Any, questions: Sequence[_Question]) -> float:

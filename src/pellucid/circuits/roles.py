@@ -40,7 +40,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.metrics import as_metric
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.tasks.prompts import Prompts
+from pellucid.tasks import Prompts, repeated_tokens
 from pellucid.technique import technique
 
 
@@ -121,13 +121,8 @@ def patterns(model: Model, prompt: Any) -> Tensor:
 def repeated(model: Model, length: int, draws: int, seed: int) -> tuple[dict[str, Tensor], float]:
     """previous, duplicate and induction [layer, head] on random tokens said twice, after a BOS where there is
     one; and what equal attention to every position gives."""
-    size = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(seed)
-    once = torch.stack([torch.randperm(size, generator=generator)[:length] for _ in range(draws)])
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    start = [] if bos is None or bos >= size else [torch.full((draws, 1), bos)]
-    found = patterns(model, torch.cat([*start, once, once], 1))
-    first = len(start) + length
+    ids = repeated_tokens(model.tokenizer, draws, seed, length=length, vocabulary=model.vocabulary)
+    found, first = patterns(model, ids), ids.shape[1] - length
     i = torch.arange(first + 1, first + length)
     places = {"previous": i - 1, "duplicate": i - length, "induction": i - length + 1}
     seen = i + 1 if model.anatomy.stacks[0].causal is not False else torch.full(i.shape, found.shape[-1])

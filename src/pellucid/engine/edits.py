@@ -6,6 +6,8 @@ written to is the engine's business. All edits let gradients through, to the old
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, get_args
@@ -24,6 +26,7 @@ from pellucid.errors import InputError, plain
 How = Literal["zero", "mean", "position_mean", "resample"]
 
 
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?")
 Condition = Callable[[Step], "bool | Tensor"] | Watch
 
 
@@ -55,13 +58,19 @@ class Place:
 class Edit:
     """Base of the edits. `new` is given the values at the chosen positions, [batch, n, ...], and returns what stands
     there instead. `when` decides at each generation step. For scores and patterns n counts queries, keys are counted
-    from the first real token as positions are, and masked scores stay masked."""
+    from the first real token as positions are, and masked scores stay masked.
+
+    `tokens` is a slice over prompt and answer, counted on each row's real tokens, negative from the end of the prompt: "1:" all
+    but the first token (where many models have an attention sink), "-1:" the last token of the prompt and every one written."""
 
     site: Site | str
     when: Condition | None = field(default=None, kw_only=True)
+    tokens: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", Site.parse(self.site))
+        if self.tokens is not None and not (isinstance(self.tokens, str) and _SLICE.fullmatch(self.tokens)):
+            raise InputError(f"tokens={self.tokens!r}: expected a slice such as '1:' or '-1:'")
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, value in plain(kinds, {name: getattr(self, name) for name in kinds}).items():
             object.__setattr__(self, name, value)
@@ -69,12 +78,20 @@ class Edit:
     def new(self, x: Tensor, place: Place) -> Tensor:
         raise NotImplementedError
 
+    def between(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions [row] from which and before which `tokens` says it acts, for prompts of `lengths`."""
+        ends: list[Tensor] = []
+        for text, default in zip((self.tokens or ":").split(":"), (0, torch.iinfo(torch.long).max), strict=True):
+            n = int(text) if text else default
+            ends.append((lengths + n).clamp_min(0) if text.startswith("-") else torch.full_like(lengths, n))
+        return ends[0], ends[1]
+
     def __repr__(self) -> str:
         """The code that makes it where its values can be written, else beginning without `pl.`, large values described."""
-        stated = [(f.name, getattr(self, f.name)) for f in fields(self)[2:] if f.init]  # without site and when
+        stated = [(f.name, getattr(self, f.name)) for f in fields(self)[3:] if f.init]  # without site, when, tokens
         changed = [(f, v) for f, v in stated if not _is_default(type(self), f, v)]
         words = [repr(str(self.site)), *(f"{f}={_written(v)}" for f, v in changed)]
-        words += [f"when={_written(self.when)}"] if self.when is not None else []
+        words += [f"{k}={_written(v)}" for k, v in (("tokens", self.tokens), ("when", self.when)) if v is not None]
         code = all(_plain(v) for _, v in changed) and self.when is None
         return f"{'pl.' * (code and type(self).__module__ == __name__)}{type(self).__name__}({', '.join(words)})"
 
@@ -193,13 +210,55 @@ class Patch(Edit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Steer(Edit):
-    """Add `strength * vector` to the site. The vector broadcasts to [batch, n, ...]; usually it is [d_model]."""
+    """Add `strength * vector` to the site. The vector broadcasts to [batch, n, ...]; usually it is [d_model]. With `keep_norm`
+    each token's values are brought back to the length they had."""
 
     vector: Tensor
     strength: float = 1.0
+    keep_norm: bool = False
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        return x + self.strength * _fitting(self.vector, x, "the vector", place)
+        made = x + self.strength * _fitting(self.vector, x, "the vector", place)
+        return made * (x.norm(dim=-1, keepdim=True) / made.norm(dim=-1, keepdim=True)) if self.keep_norm else made
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(Edit):
+    """Turn each token's values towards a vector [d] by `degrees` (away from it: negative), at most onto it, within the plane of
+    the two; their length stays."""
+
+    vector: Tensor
+    degrees: float = 10.0
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        h, u = x.to(wide), torch.nn.functional.normalize(_rows(self.vector, "the vector", x, place)[0], dim=0).to(wide)
+        along = h @ u
+        rest = h - along[..., None] * u
+        size = rest.norm(dim=-1)
+        angle = (torch.atan2(along, size) + math.radians(self.degrees)).clamp(-math.pi / 2, math.pi / 2)
+        aside = rest / size.clamp_min(torch.finfo(wide).tiny)[..., None]
+        turned = angle.sin()[..., None] * u + angle.cos()[..., None] * aside
+        return torch.where(size[..., None] > 0, h.norm(dim=-1, keepdim=True) * turned, h).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(Edit):
+    """Set the scalar products with some directions, [d] or [k, d], to `values` (a number, or [k]), by the smallest change."""
+
+    directions: Tensor
+    values: float | Tensor = 0.0
+
+    def new(self, x: Tensor, place: Place) -> Tensor:
+        rows = _rows(self.directions, "the directions", x, place)
+        inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
+        wide = torch.promote_types(x.dtype, torch.float32)
+        wanted = torch.as_tensor(self.values, dtype=wide, device=x.device)
+        if wanted.ndim > 1 or (wanted.ndim == 1 and len(wanted) != len(rows)):
+            raise InputError(
+                f"{list(wanted.shape)} values for {len(rows)} directions at {str(place.site)!r}: expected one, or as many"
+            )
+        return x + ((wanted - x.to(wide) @ rows.T.to(wide)) @ inverse.T.to(wide)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,20 +273,17 @@ class Scale(Edit):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProjectOut(Edit):
-    """Remove the span of some directions, [d] or [k, d], from the last dimension of the site."""
+    """Remove the span of some directions, [d] or [k, d], from the last dimension of the site. `keep` is the share of it that stays:
+    .5 dampens, 2 amplifies."""
 
     directions: Tensor
+    keep: float = 0.0
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        given = _tensor(self.directions, "the directions", place)
-        rows = torch.atleast_2d(given).to(x.device, torch.float64)
-        if rows.ndim != 2 or rows.shape[1] != x.shape[-1] or not bool(rows.isfinite().all()):
-            raise InputError(
-                f"the directions for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}] of finite numbers"
-            )
+        rows = _rows(self.directions, "the directions", x, place)
         inverse = torch.linalg.pinv(rows)  # knows dependent and zero directions for what they are
         wide = torch.promote_types(x.dtype, torch.float32)
-        return x - ((x.to(wide) @ inverse.to(wide)) @ rows.to(wide)).to(x.dtype)
+        return x - (1.0 - self.keep) * ((x.to(wide) @ inverse.to(wide)) @ rows.to(wide)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -373,6 +429,17 @@ def _tensor(value: Any, what: str, place: Place) -> Tensor:
     if found is None or found.dtype == torch.bool or found.is_complex():
         raise InputError(f"{what} for {str(place.site)!r} is {value!r}: expected numbers, such as a tensor")
     return found
+
+
+def _rows(value: Any, what: str, x: Tensor, place: Place) -> Tensor:
+    """Directions [k, d] in float64."""
+    given = _tensor(value, what, place)
+    rows = torch.atleast_2d(given).to(x.device, torch.float64)
+    if rows.ndim != 2 or rows.shape[1] != x.shape[-1] or not bool(rows.isfinite().all()):
+        raise InputError(
+            f"{what} for {str(place.site)!r} are {list(given.shape)}: expected [k, {x.shape[-1]}] of finite numbers"
+        )
+    return rows
 
 
 def _fitting(value: Any, x: Tensor, what: str, place: Place) -> Any:

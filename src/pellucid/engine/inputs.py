@@ -241,9 +241,9 @@ def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inpu
         values = [each.tensors[name] for each in several]
         if not isinstance(values[0], Tensor) or not values[0].ndim or len(values[0]) != 1:
             return values[0]
-        if not name.startswith("decoder_"):
-            fill = pad_id if name == "input_ids" else 0
-            values = [nn.functional.pad(v, (0, width - v.shape[1]), value=fill) for v in values]
+        most = max(v.shape[1] for v in values) if name.startswith("decoder_") else width
+        fill = pad_id if name.endswith("input_ids") else 0
+        values = [nn.functional.pad(v, (0, most - v.shape[1]), value=fill) for v in values]
         return torch.cat(values)[rows]
 
     def joined(name: str) -> Stream:
@@ -508,7 +508,7 @@ def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> T
 
     `first` tokens of a row are real whatever they are, as a decoder's start token is.
     """
-    pads, size = getattr(tokenizer, "pad_token_id", None), _vocabulary(module)
+    pads, size = getattr(tokenizer, "pad_token_id", None), vocabulary(module)
     if pads is not None and size is not None and len(tokenizer) > size:
         return torch.ones_like(ids)  # a tokenizer with words that the model has not is not this model's
     sure = pads is not None and pads not in {getattr(tokenizer, f"{role}_token_id", None) for role in (*ROLES, "unk")}
@@ -685,7 +685,7 @@ def _check(module: Any, ids: Tensor, mask: Tensor, stack: str = "", known: bool 
         )
     if not known:
         return
-    size = _vocabulary(module)
+    size = vocabulary(module)
     if size is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise InputError(
             f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {size - 1}"
@@ -693,7 +693,7 @@ def _check(module: Any, ids: Tensor, mask: Tensor, stack: str = "", known: bool 
     check_length(module, ids.shape[1], stack)
 
 
-def _vocabulary(module: Any) -> int | None:
+def vocabulary(module: Any) -> int | None:
     """How many tokens the embedding has; None for families that embed in ways of their own."""
     try:
         size = getattr(module.get_input_embeddings(), "num_embeddings", None)

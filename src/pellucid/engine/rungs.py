@@ -297,6 +297,9 @@ def prepare(anatomy: Anatomy, inputs: Inputs, index: int, edits: Edit | Sequence
         here = int(site.layer or 0) if inside else -1
         layer = min(layer, len(last.blocks) if site.part == "final_norm" else here)
         reads_all = isinstance(w.edit, Ablate) and w.edit.how != "zero" and w.edit.reference is None
-        columns = None if reads_all or w.spot.stream != last.name else inputs.stream(w.spot.stream).find(site.at)
+        stream = inputs.stream(w.spot.stream)
+        columns = None if reads_all or w.spot.stream != last.name else stream.find(site.at)
+        if columns is None and not reads_all and w.edit.tokens is not None and w.spot.stream == last.name:
+            columns = stream.starts + w.edit.between(stream.lengths)[0]
         start = min(start, 0 if columns is None else int(columns.min()))
     return Variant(index, writers, layer, start)

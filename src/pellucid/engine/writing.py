@@ -91,6 +91,10 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
         inside = (columns >= 0) & (columns < n)
         columns = columns.clamp(0, n - 1)
         chosen = inside & real.gather(1, columns)
+    positions = (columns + window.offset - starts[:, None]).clamp_min(0)
+    if edit.tokens is not None:
+        first, end = (each[:, None] for each in edit.between(window.stream.lengths))
+        chosen = chosen & (positions >= first) & (positions < end)
     allowed = window.allowed(edit, n)
     if allowed is not None:
         chosen = chosen & allowed.cpu().gather(1, columns)
@@ -103,7 +107,6 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
     rows = torch.arange(batch, device=x.device)[:, None]
     index = brought(columns, x)  # a model spread over devices has its prompts on the first
     old = values if everywhere else values[rows, index]
-    positions = (columns + window.offset - starts[:, None]).clamp_min(0)
     place = Place(spot.site, window.stream, values, real, positions, window.generating)
     new = edit.new(old, place).to(x.dtype)
     if spot.site.part.endswith(".scores"):

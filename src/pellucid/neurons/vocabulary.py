@@ -37,8 +37,7 @@ class Vocabulary:
         """InputError for a model without a tokenizer that is to give readable texts."""
         if readable and model.tokenizer is None:
             raise InputError("this model was opened without a tokenizer: texts are not readable, use readable=False")
-        module: Any = model.module
-        return cls(model.tokenizer, len(module.get_input_embeddings().weight), readable)
+        return cls(model.tokenizer, model.vocabulary, readable)
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
