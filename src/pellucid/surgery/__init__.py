@@ -2,6 +2,7 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
+from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 
@@ -13,6 +14,7 @@ __all__ = [
     "remove",
     "reorder",
     "repeat",
+    "similarity",
     "splice",
     "stitching",
     "swap",
