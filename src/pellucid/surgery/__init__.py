@@ -2,15 +2,18 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
+from pellucid.surgery.remix import Recipe, remix, take
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 
 __all__ = [
     "Arranged",
+    "Recipe",
     "Stitch",
     "layer_importance",
     "parallel",
+    "remix",
     "remove",
     "reorder",
     "repeat",
@@ -18,4 +21,5 @@ __all__ = [
     "splice",
     "stitching",
     "swap",
+    "take",
 ]
