@@ -166,6 +166,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(

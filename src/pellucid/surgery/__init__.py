@@ -3,6 +3,7 @@
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 
@@ -16,6 +17,7 @@ __all__ = [
     "remove",
     "reorder",
     "repeat",
+    "similarity",
     "splice",
     "stitching",
     "swap",
