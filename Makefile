@@ -1,6 +1,7 @@
 # make demo    install, then trace a real language model: leaves report.html
 # make workbench   the same model in the browser: type, watch, change it
-# make test    the whole test suite, with doctests and, where Node and Chromium are, the views in a browser
+# make test    the test suite, with doctests and, where Node and Chromium are, the views in a browser
+# make test-families    every architecture of transformers, tiny, and the matrix of families by conditions by techniques
 # make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo workbench test web-check lint bench docs clean
+.PHONY: demo workbench test test-families web-check lint bench docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
@@ -23,7 +24,10 @@ workbench: $(VENV)/.demo
 	$(BIN)/pellucid workbench "$$($(BIN)/python scripts/demo_model.py)"
 
 test: $(VENV)/.dev web-check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not (zoo or matrix)"
+
+test-families: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/zoo tests/matrix
 
 web-check:
 	scripts/check_views.sh

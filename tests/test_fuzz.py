@@ -363,7 +363,7 @@ TECHNIQUES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
     "norm_weighted": (T.norm_weighted, (one,), {}),
     "attention_gradient": (T.attention_gradient, (one,), asked),
     "relevance": (T.relevance, (one,), asked),
-    "permuted_attention": (T.permuted_attention, (one,), {"over": mostly(st.just("layers"), sites), "draws": counts, "seed": seeds}),
+    "permuted_attention": (T.permuted_attention, (one,), {"over": mostly(st.just("layers.*.attn.pattern"), sites), "draws": counts, "seed": seeds}),
     "logit_lens": (L.logit_lens, (one,), {"positions": positions}),
     "head_lens": (L.head_lens, (one,), {"layers": layers, "positions": positions}),
     "direct_logit_attribution": (L.direct_logit_attribution, (one,), asked | {"by": mostly(st.just("head")), "positions": positions}),

@@ -57,6 +57,11 @@ def harvest() -> Any:
 
 
 @cache
+def steering() -> Any:
+    return pl.safety.Contrast(sites="layers.1.resid_post").fit(gpt2(), TEXTS, [f"{t} a" for t in TEXTS])
+
+
+@cache
 def tuned() -> Any:
     return L.TunedLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
 
@@ -69,6 +74,12 @@ def future() -> Any:
 @cache
 def scores() -> Any:
     return R.edge_attribution(gpt2(), pairs(gpt2()), how="resample")
+
+
+def monitor() -> Any:
+    return pl.safety.Monitor(
+        pl.safety.Direction("layers.1.resid_post", torch.linspace(-1, 1, 32)), pl.safety.ema(0.4), threshold=0.0
+    )
 
 
 def words() -> Any:
@@ -138,9 +149,20 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
     ),
+    "safety.evaluate": lambda: pl.safety.evaluate(
+        gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
+    ),
+    "safety.compare_stages": lambda: pl.safety.compare_stages(
+        gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
+    ),
+    "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),
+    "safety.strengths": lambda: pl.safety.strengths(
+        gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
+    ),
+    "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
         gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), over=["layers.0.mlp.out@-1"], metric={"a": DIFFERENCE, "b": pl.metrics.logit(7)}

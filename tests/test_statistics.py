@@ -10,7 +10,16 @@ import pytest
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 
-from pellucid.statistics import interval, kendall, sign_flip, spearman, weights
+from pellucid.statistics import (
+    binomial_bound,
+    binomial_p,
+    fixed_sequence,
+    interval,
+    kendall,
+    sign_flip,
+    spearman,
+    weights,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -151,3 +160,16 @@ def test_flips_of_few_examples_groups_and_holes() -> None:
     assert sign_flip(values).tolist() == [1 / 16, 1.0]
     values[1:, 1] = np.nan
     assert np.isnan(sign_flip(values)[1]) and sign_flip(values)[0] == 1 / 16
+
+
+def test_a_binomial_bound_holds_the_rate_as_often_as_it_says_and_is_scipys() -> None:
+    from scipy.stats import binomtest
+
+    for k, n in [(0, 12), (3, 20), (20, 20), (7, 8)]:
+        both = binomtest(k, n).proportion_ci(0.9, method="exact")  # two sides of .05 each
+        assert float(binomial_bound(k, n)) == pytest.approx(both.high)
+        assert float(binomial_bound(k, n, side="lower")) == pytest.approx(both.low)
+        assert float(binomial_p(k, n, 0.3)) == pytest.approx(binomtest(k, n, 0.3, alternative="less").pvalue)
+    drawn = np.random.default_rng(0).binomial(60, 0.1, 4000)
+    assert (binomial_bound(drawn, 60) >= 0.1).mean() >= 0.95
+    assert fixed_sequence([0.2, 0.0]) == 0 and fixed_sequence([0.0, 0.0]) == 2 and fixed_sequence([]) == 0

@@ -5,7 +5,8 @@ modules, out of place as equinox's `tree_at` (Kidger and Garcia 2021): untouched
 memory), touched ones are new, the old module keeps every bit. So undo is the old model, changes stack in the order in
 which they are given, and taking one out of the middle is to apply the others again to the first model.
 
-    model.changed(pl.changed.Added("transformer.h.3.mlp.c_proj.weight", left, right))
+    edited = model.changed(pl.changed.Added("transformer.h.3.mlp.c_proj.weight", left, right))
+    edited.save_changes("edit.safetensors"); model.changed("edit.safetensors"); edited.undo()
 
 Parameters are named, and their rows and columns laid out, as the module has them (`nn.Linear` [out, in], GPT-2's Conv1D
 [in, out]). Values are computed in float64 and rounded once to the parameter's own dtype: a small change of a bfloat16
@@ -199,7 +200,7 @@ def change_parameter(tree: nn.Module, name: str, value: Callable[[Tensor], Tenso
     old = getattr(*place)
     if why := unchangeable(old):
         raise Refused(f"{name} cannot be changed: {why}")
-    tied = {slot: other for other, slot in known.items() if slot != place and _same(old, getattr(*slot))}
+    tied = {slot: other for other, slot in known.items() if slot != place and same(old, getattr(*slot))}
     if tied and ties == "refuse":
         raise Refused(
             f"{name} is also {' and '.join(sorted(tied.values()))}: pass ties='together' to change it in all of these "
@@ -233,6 +234,34 @@ def slots(tree: nn.Module) -> dict[str, Slot]:
     }
 
 
+def unsavable(tree: nn.Module, why: str) -> None:
+    """Let `save_pretrained` of a tree say why it cannot, where what it writes would be opened as another model."""
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise Refused(f"{why}: an ordinary checkpoint would be opened as another model; use save_changes(path)")
+
+    vars(tree)["save_pretrained"] = save_pretrained
+
+
+def differences(old: nn.Module, new: nn.Module) -> dict[str, tuple[float, float]]:
+    """Where a tree has other numbers than another one: by the name of the parameter |new - old| / |old| and the largest
+    difference of a single number (NaN where the old tree has no such parameter, or one of another shape). A tensor that only
+    stands in another place is none.
+    """
+    before, found = slots(old), {}
+    known = {(t.data_ptr(), t.shape) for t in (getattr(*slot) for slot in before.values())}
+    for name, tensor in new.named_parameters():
+        if (tensor.data_ptr(), tensor.shape) in known or tensor.is_meta:
+            continue
+        other = getattr(*before[name]) if name in before else None
+        if other is None or other.shape != tensor.shape:
+            found[name] = (float("nan"), float("nan"))
+        elif not torch.equal(tensor, other):
+            a, b = (t.detach().double() for t in (tensor, other))
+            found[name] = (float((a - b).norm() / b.norm()), float((a - b).abs().max()))
+    return found
+
+
 def unchangeable(tensor: Tensor) -> str:
     """Why a parameter cannot be changed; "" where it can."""
     if tensor.is_meta:
@@ -243,7 +272,8 @@ def unchangeable(tensor: Tensor) -> str:
     return f"it is quantised, or no weight ({kind}); load the model unquantised, or expanded as .gguf files are"
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one piece of memory."""
     return a is b or (a.numel() > 0 and not a.is_meta and a.device == b.device and a.data_ptr() == b.data_ptr())
 
 

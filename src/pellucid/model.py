@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.opening import open_module
 from pellucid.anatomy.sites import Site
-from pellucid.changed import Change, applied, check_weights, told
+from pellucid.changed import Change, applied, check_weights, differences, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
 from pellucid.engine.generation import Generated, generate
@@ -26,7 +28,8 @@ from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
-from pellucid.engine.steps import Watch, watchers
+from pellucid.engine.saved import load_changes, save_changes
+from pellucid.engine.steps import Monitored, Watch, guards_of, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
@@ -69,6 +72,8 @@ class Model:
         self.module, self.tokenizer = loaded.module, loaded.tokenizer
         self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
+        self.base: Model | None = None  # the model that `loaded.changes` are made on
+        self._steps: tuple[int, ...] = ()  # how many changes were made at a time
         self._open(probe, known)
 
     def _open(self, probe: Mapping[str, Any] | None, known: Anatomy | None = None) -> None:
@@ -116,17 +121,69 @@ class Model:
 
     # ---- changed weights
 
-    def changed(self, changes: Change | Iterable[Change]) -> Model:
+    def changed(self, changes: Change | Iterable[Change] | str | Path) -> Model:
         """This model with changes (`pellucid.changed`), as a model of its own that shares every untouched tensor.
 
         This one keeps every bit, so it is the undo. The map is found and proven anew where it was touched; a proof that
         fails is named by the new model. InputError or Refused for a change that cannot be made. Of no changes: a twin.
+        A file is one that `save_changes` wrote: InputError where it belongs to other weights than this model's.
         """
+        if isinstance(changes, str | Path):
+            found, digest = load_changes(changes, self)
+            made = self.changed(found)
+            if made.digest != digest:
+                raise InputError(
+                    f"the changes in {str(changes)!r} make other weights here ({made.digest[:12]}) than where they were saved "
+                    f"({digest[:12]}): numbers drawn from a seed differ between versions of torch"
+                )
+            return made
         changes = (changes,) if isinstance(changes, Change) else tuple(changes)
+        return self._with(changes, (len(changes),))
+
+    def _with(self, changes: tuple[Change, ...], steps: tuple[int, ...]) -> Model:
         loaded = self.loaded.twin(applied(self.module, changes), changes)
         model = Model(loaded, self.anatomy.inputs, self.anatomy)
-        model.opened = self.opened
+        model.opened, model.base, model._steps = self.opened, self.base or self, self._steps + steps
         return model
+
+    def save_changes(self, path: str | Path) -> Path:
+        """Write what was done to this model as one safetensors file, which `pl.load(...).changed(path)` does again; returns the path.
+
+        The file belongs to the weights of `base`. Changes of low rank stay factors; what they do not say (this model was
+        trained since) is kept as whole parameters. InputError, and nothing written, for a model without changes and for one
+        that holds a foreign module.
+
+        >>> edited.save_changes("edit.safetensors")  # doctest: +SKIP
+        """
+        if self.base is None:
+            raise InputError(f"{self.name} carries no changes: there is nothing to save")
+        return save_changes(self.base, self.loaded.changes, self, path)
+
+    def undo(self, *which: int) -> Model:
+        """The model without its last change (all that one call of `changed` made), or without those with these numbers in
+        `loaded.changes`: those that stay are made again on `base`, in their order, so every bit is as if it had never been.
+        Without any left it is `base` itself. InputError where there is no such change.
+        """
+        changes, base = self.loaded.changes, self.base
+        outside = next((i for i in which if not -len(changes) <= i < len(changes)), None)
+        if base is None or outside is not None:
+            there = "no changes" if base is None else f"{len(changes)} (numbers 0 to {len(changes) - 1})"
+            raise InputError(
+                f"{self.name} carries {there}: there is {'nothing' if base is None else f'no change {outside}'} to undo"
+            )
+        gone = {i % len(changes) for i in which} if which else set(range(len(changes) - self._steps[-1], len(changes)))
+        ends = [0, *accumulate(self._steps)]
+        left = [[i for i in range(a, b) if i not in gone] for a, b in pairwise(ends)]
+        steps = tuple(len(each) for each in left if each)
+        return base._with(tuple(changes[i] for each in left for i in each), steps) if steps else base
+
+    def diff(self) -> pd.DataFrame:
+        """Which parameters differ from those of `base`, largest first: `relative` |W' - W| / |W| and `largest`, the largest
+        difference of one number; NaN where the base has no such parameter. Parameters that only stand elsewhere are the same.
+        """
+        found = {} if self.base is None else differences(self.base.module, self.module)
+        table = pd.DataFrame.from_dict(found, orient="index", columns=["relative", "largest"])
+        return table.rename_axis("parameter").sort_values("relative", ascending=False)
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Something worked out once about this model under a key, and forgotten when a weight changes."""
@@ -249,6 +306,7 @@ class Model:
         edits: Sequence[Edit] = (),
         keep: Iterable[str | Site] | str = (),
         when: Watch | Sequence[Watch] = (),
+        monitors: Monitored | Sequence[Monitored] = (),
         scores: bool = False,
         max_new_tokens: int = 40,
         min_new_tokens: int | None = None,
@@ -272,7 +330,8 @@ class Model:
 
         stop: texts, compiled regular expressions or token ids that end a row; they stay in its text. stream: True prints,
         a function is given each new piece of text and its row. keep: sites, for every token written or, with positions, of
-        the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. An edit
+        the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. monitors: readers
+        with a threshold and an action (`pl.safety`); `generated.firings` is what they saw. An edit
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
@@ -290,6 +349,7 @@ class Model:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
+        guards = guards_of(monitors, self)
         made = generate(
             self.anatomy,
             self.tokenizer,
@@ -297,7 +357,7 @@ class Model:
             told,
             edits=self.resolved(edits),
             keep=keep,
-            when=watchers(when),
+            when=(*watchers(when), *(guard.watch for guard in guards)),
             scores=scores,
             stop=stop,
             stream=stream,
@@ -306,7 +366,7 @@ class Model:
             resolve=self.resolved,
             call=call,
         )
-        return replace(made, model=self)
+        return replace(made, model=self, guards=guards)
 
     @checked
     def plan(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau, norm, rankdata, t
+from scipy.stats import beta, binom, kendalltau, norm, rankdata, t
 
 DRAWS = 1000
 FLIPS = 10_000
@@ -206,3 +206,46 @@ def _signs(n: int, draws: int, seed: int, rows: int) -> Any:
     yield np.ones((1, n))
     for start in range(0, draws, rows):
         yield 1.0 - 2.0 * rng.integers(0, 2, (min(rows, draws - start), n))
+
+
+# ---- rates
+
+
+def binomial_bound(events: Any, n: Any, level: float = 0.95, side: str = "upper") -> np.ndarray:
+    """The exact one-sided bound on a rate of which `events` were seen in `n` independent trials (Clopper and Pearson 1934).
+
+    The upper bound is the largest rate at which so few events still come with a chance of 1 - level or more: it is below the
+    true rate at most in that share of samples. Arrays broadcast; without trials the bounds are 0 and 1.
+
+    >>> binomial_bound([0, 3], 59).round(3), binomial_bound([3, 4], 10, side="lower").round(3)
+    (array([0.05 , 0.126]), array([0.087, 0.15 ]))
+    """
+    k, n = np.asarray(events, dtype=float), np.asarray(n, dtype=float)
+    with np.errstate(invalid="ignore"):
+        if side == "upper":
+            found = np.where(k >= n, 1.0, beta.ppf(level, k + 1, n - k))
+        else:
+            found = np.where(k <= 0, 0.0, beta.ppf(1 - level, k, n - k + 1))
+    return np.asarray(found)
+
+
+def binomial_p(events: Any, n: Any, rate: float) -> np.ndarray:
+    """p of "the rate is above `rate`": the chance of at most so many events in `n` trials at that rate.
+
+    >>> binomial_p([0, 3], 59, 0.05).round(3)
+    array([0.048, 0.659])
+    """
+    return np.asarray(binom.cdf(np.asarray(events), np.asarray(n), rate))
+
+
+def fixed_sequence(p: Any, level: float = 0.05) -> int:
+    """How many hypotheses are rejected if they are tested in this order, each at the whole `level`, up to the first that is not.
+
+    The order must be chosen without the data of the test; then the chance that any true one is rejected is at most `level`
+    (Bauer 1991; in Learn then Test, Angelopoulos et al. 2021, with each p the binomial one of a threshold).
+
+    >>> fixed_sequence([0.001, 0.03, 0.2, 0.01])
+    2
+    """
+    kept = np.asarray(p, dtype=float) <= level
+    return int(len(kept) if kept.all() else kept.argmin())

@@ -52,14 +52,14 @@ def test_changes_are_those_of_single_runs(family):
 
 def test_heads_can_be_shuffled_alone_and_a_language_model_is_read_at_its_answer():
     model = opened("gpt2")
-    found = permuted_attention(model, PROMPT, over="heads", draws=2)
+    found = permuted_attention(model, PROMPT, over="layers.*.attn.heads.*.pattern", draws=2)
     assert found.change.dims == ("layer", "head")
     assert (found.change.values >= 0).all()
     assert float(found["all"]) > 0
 
 
 def test_options_are_checked():
-    with pytest.raises(InputError, match="'layers' or 'heads'"):
-        permuted_attention(opened("gpt2"), PROMPT, over="rows")
+    with pytest.raises(InputError, match="expected patterns"):
+        permuted_attention(opened("gpt2"), PROMPT, over="layers.*.attn.z")
     with pytest.raises(InputError, match="expected at least 1"):
         permuted_attention(opened("gpt2"), PROMPT, draws=0)

@@ -39,7 +39,7 @@ def find_wiring(model: Model, split: Split) -> Wiring:
     end = finder.graph.readers[-1]
     tap, n = stacks[-1].blocks[-1].taps["resid_post"], len(finder.graph.readers)
     finder.readings.append(Reading(tap, end.depth, [n - 1], end.first, end.feeds, end.stack, None))
-    embeds = [(stacks[0].name, Tap(name, "out", PLAIN)) for name in tables.values()]
+    embeds = [(stacks[0].name, tap) for tap in tables.values()]
     embeds = embeds or [(s.name, s.blocks[0].taps["resid_pre"]) for s in stacks]
     stages = {s.name: finder.stages(s) for s in stacks}
     return Wiring(model, finder.graph, embeds, finder.readings, finder.writings, stages)
@@ -49,8 +49,7 @@ def _check_positions(model: Model, stacks: tuple[Stack, ...]) -> None:
     """Refused unless every block has a residual for each token."""
     anatomy = model.anatomy
     taps = {b.taps["resid_pre"]: (s, b) for s in stacks for b in s.blocks}
-    batch = next(v.shape[0] for v in anatomy.inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
-    met, _ = tapped(model.module, taps, batch, lambda: model.module(**anatomy.inputs))
+    met, _ = tapped(model.module, taps, _rows(model), lambda: model.module(**anatomy.inputs))
     for tap, (stack, block) in taps.items():
         where, ids = (
             f"{stack.prefix}layers.{block.index}",
@@ -63,6 +62,11 @@ def _check_positions(model: Model, stacks: tuple[Stack, ...]) -> None:
                 f"circuits need a residual for each token; {where} has {met[tap].shape[1]} positions where "
                 f"the prompt has {ids.shape[1]} tokens"
             )
+
+
+def _rows(model: Model) -> int:
+    """How many rows the probe has."""
+    return next(v.shape[0] for v in model.anatomy.inputs.values() if isinstance(v, Tensor) and v.ndim > 1)
 
 
 class _Finder:
@@ -204,21 +208,13 @@ def _matrix(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "ndim", 0) >= 2
 
 
-def _tables(model: Model, stacks: tuple[Stack, ...]) -> dict[str, str]:
-    """`tokens` and `positions` -> module, where their sum is what enters the first block."""
+def _tables(model: Model, stacks: tuple[Stack, ...]) -> dict[str, Tap]:
+    """Token and position embeddings, where their sum is what enters the first block."""
     if len(stacks) > 1:
         raise Refused("an encoder-decoder's embeddings cannot be split: use the whole embedding")
-    tables = {n: Tap(n, "out", PLAIN) for n, m in model.module.named_modules() if isinstance(m, nn.Embedding)}
-    resid = stacks[0].blocks[0].taps["resid_pre"]
-    met, _ = tapped(model.module, {resid, *tables.values()}, 2, lambda: model.module(**model.anatomy.inputs))
-    made = {t.module: x for t, x in met.items() if t != resid}  # in the order they are looked up
-    total = sum(made.values()) if made else None
-    fits = isinstance(total, Tensor) and resid in met
-    if len(made) < 2 or not fits or not torch.allclose(total.expand_as(met[resid]), met[resid], atol=1e-5):  # type: ignore[union-attr]
+    embeds, resid = stacks[0].embeds, stacks[0].blocks[0].taps["resid_pre"]
+    met, _ = tapped(model.module, {resid, *embeds.values()}, _rows(model), lambda: model.module(**model.anatomy.inputs))
+    total = sum(met[tap] for tap in embeds.values())
+    if len(embeds) < 2 or not torch.allclose(total.expand_as(met[resid]), met[resid], atol=1e-5):  # type: ignore[union-attr]
         raise Refused("what enters the first block is not a sum of embedding tables: use embedding='whole'")
-    words = model.module.get_input_embeddings()  # type: ignore[operator]
-    names = [
-        "tokens" if model.module.get_submodule(n) is words else "positions" if len(made) == 2 else n.rpartition(".")[2]
-        for n in made
-    ]
-    return dict(zip(names, made, strict=True))
+    return dict(embeds)

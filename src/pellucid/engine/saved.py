@@ -1,27 +1,32 @@
-"""Edits in a file: what was done to a model, to be done again tomorrow or by somebody else.
+"""Edits and changes in a file: what was done to a model, to be done again tomorrow or by somebody else.
 
-One safetensors file: the tensors, and beside them as JSON each edit's class, site and plain values. A run among the
-sources is kept as its token ids, which the model runs again. Functions are not kept: nothing in the file is code.
+One safetensors file: the tensors, and beside them as JSON each edit's (or change's) class and plain values. A run among the
+sources of an edit is kept as its token ids, which the model runs again. Functions and modules are not kept: nothing in the file
+is code.
+
+Changes are kept as what they are, a change of low rank as its factors, and are tied to the weights they are made on. What the
+changes do not say (a changed model that was then trained, or written to) is kept as whole parameters beside them. The digest of
+the changed weights is kept too: changes that give other weights when they are made again are refused.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pellucid.changed import Weighted, check_weights
+from pellucid.changed import Change, Replaced, Weighted, applied, check_weights, same, slots
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 
-KEY = "pellucid_edits"
+KEY, CHANGES = "pellucid_edits", "pellucid_changes"
 
 
 def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighted | None = None) -> Path:
@@ -35,8 +40,14 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
     2.0
     """
     tensors: dict[str, Tensor] = {}
+    kept = packed([edits] if isinstance(edits, Edit) else edits, tensors)
+    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
+
+
+def packed(edits: Sequence[Edit], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Edits as JSON; their tensors go to `tensors`."""
     kept: list[dict[str, Any]] = []
-    for edit in [edits] if isinstance(edits, Edit) else edits:
+    for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"{edit!r} is no edit: expected some, such as [pl.Ablate('layers.0.mlp.out')]")
         values = {}
@@ -44,9 +55,13 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
             value = getattr(edit, each.name)
             if each.init and each.name != "site" and value is not None:
                 values[each.name] = _plain(edit, each.name, value, tensors)
-        kind = f"{type(edit).__module__.removeprefix('pellucid.')}:{type(edit).__qualname__}"
-        kept.append({"kind": kind, "site": str(edit.site), "values": values})
-    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
+        kept.append({"kind": _kind(edit), "site": str(edit.site), "values": values})
+    return kept
+
+
+def unpacked(kept: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Edit]:
+    """The edits that `packed` wrote down."""
+    return [_made(each, tensors) for each in kept]
 
 
 def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]:
@@ -56,7 +71,7 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
     are refused by models of others also when they are used.
     """
     with reading_tensors(path, KEY, "holds no edits: expected a file that pl.save_edits wrote") as (kept, tensors):
-        made = [_made(each, tensors) for each in kept["edits"]]
+        made = unpacked(kept["edits"], tensors)
     if model is not None:
         check_weights(model, kept["digest"], f"what {str(path)!r} holds")
     for edit in made:
@@ -64,7 +79,75 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
     return made
 
 
-def _plain(edit: Edit, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+class Based(Weighted, Protocol):
+    """A model and its module."""
+
+    module: nn.Module
+
+
+def save_changes(base: Based, changes: Sequence[Change], changed: Based, path: str | Path) -> Path:
+    """Write the changes that make `changed` of `base`; returns the path. See `Model.save_changes`."""
+    tensors: dict[str, Tensor] = {}
+
+    def written(change: Change) -> dict[str, Any]:
+        if not type(change).__module__.startswith("pellucid."):
+            raise InputError(f"{change!r} cannot be saved: its class is no part of pellucid, and a file holds no code")
+        values = {name: _plain(change, name, value, tensors) for name, value in change.settings().items()}
+        return {"kind": _kind(change), "values": values}
+
+    said = [written(change) for change in changes]
+    beyond = [written(change) for change in _beyond(applied(base.module, changes), changed.module)]
+    about = {"changes": said, "beyond": beyond, "digest": changed.digest}
+    return write_tensors(path, CHANGES, {**about, "base": {"name": base.name, "digest": base.digest}}, tensors)
+
+
+def load_changes(path: str | Path, base: Weighted) -> tuple[tuple[Change, ...], str]:
+    """The changes of a file, for the model they were made on, and the digest of what they make of it."""
+    with reading_tensors(path, CHANGES, "holds no changes: expected a file that save_changes wrote") as (kept, tensors):
+        made = tuple(_changed(each, tensors) for each in (*kept["changes"], *kept["beyond"]))
+        named, digest, ends = kept["base"]["name"], kept["base"]["digest"], kept["digest"]
+    if digest != base.digest:
+        raise InputError(
+            f"what {str(path)!r} holds was made on {named} ({digest[:12]}), and the weights of {base.name} are others "
+            f"({base.digest[:12]}): open that model, in the dtype it had"
+        )
+    return made, ends
+
+
+def _beyond(said: nn.Module, found: nn.Module) -> Iterator[Replaced]:
+    """What a model's parameters are where its changes do not make them so."""
+    theirs, ours = slots(said), slots(found)
+    if theirs.keys() != ours.keys():
+        odd = sorted(theirs.keys() ^ ours.keys())[0]
+        raise InputError(
+            f"modules were exchanged since this model was made ({odd}): that cannot be told as its changes"
+        )
+    done: list[Tensor] = []
+    for name, slot in ours.items():
+        own, other = getattr(*slot), getattr(*theirs[name])
+        if not same(own, other) and not any(same(own, each) for each in done) and not torch.equal(own, other.to(own)):
+            done.append(own)
+            yield Replaced(name, own, ties="together")
+
+
+def _kind(value: Edit | Change) -> str:
+    return f"{type(value).__module__.removeprefix('pellucid.')}:{type(value).__qualname__}"
+
+
+def _class(kind: str, of: type) -> Any:
+    module, name = kind.split(":")
+    found = getattr(importlib.import_module(f"pellucid.{module}"), name)
+    if not (isinstance(found, type) and issubclass(found, of)):
+        raise TypeError(kind)
+    return found
+
+
+def _changed(kept: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
+    made: Change = _class(kept["kind"], Change)(**{key: _value(each, tensors) for key, each in kept["values"].items()})
+    return made
+
+
+def _plain(edit: Edit | Change, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     """A field's value as JSON; tensors go to `tensors` under a number."""
     if isinstance(value, (Tensor, np.ndarray)):
         key = str(len(tensors))
@@ -76,20 +159,19 @@ def _plain(edit: Edit, name: str, value: Any, tensors: dict[str, Tensor]) -> Any
         return {"ids": rows if len(rows) > 1 else rows[0]}
     if isinstance(value, (list, tuple)):
         return [_plain(edit, name, each, tensors) for each in value]
-    if isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, (str, int, float)):
         return value
+    expected = "prompts, or runs of prompts without edits" if isinstance(edit, Edit) else "or lists of them"
     raise InputError(
-        f"{edit!r} cannot be saved: {name}= holds a {type(value).__name__}; expected numbers, text, tensors, prompts, or "
-        "runs of prompts without edits"
+        f"{edit!r} cannot be saved: {name}= holds a {type(value).__name__}, and a file holds no code; expected numbers, text, "
+        f"tensors, {expected}"
     )
 
 
 def _made(kept: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
-    module, name = kept["kind"].split(":")
-    kind = getattr(importlib.import_module(f"pellucid.{module}"), name)
-    if not (isinstance(kind, type) and issubclass(kind, Edit)):
-        raise TypeError(kept["kind"])
-    return kind(kept["site"], **{key: _value(value, tensors) for key, value in kept["values"].items()})
+    values = {key: _value(value, tensors) for key, value in kept["values"].items()}
+    made: Edit = _class(kept["kind"], Edit)(kept["site"], **values)
+    return made
 
 
 def _value(value: Any, tensors: dict[str, Tensor]) -> Any:

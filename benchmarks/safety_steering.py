@@ -1,0 +1,276 @@
+"""The bars of steering and of mending a failure, each beside its control, on SmolLM2-135M-Instruct.
+
+    python benchmarks/safety_steering.py --data DIR [part ...]        parts: unit words text sink condition failure; all by default
+
+DIR holds repe_facts, ud_ewt, refusal_alpaca and relations_lre as their repositories lay them out. The text judge is VADER
+(`pip install vaderSentiment`), a lexicon that saw nothing of the fitting; without it that part is skipped. One thread, fixed seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import pellucid as pl
+from pellucid.safety import Contrast, ablate_direction, condition, strengths
+from pellucid.safety.price import Meter
+from pellucid.safety.vector import Vector
+from scripts.demo_model import smollm2
+
+ABOUT = """the weather today|your morning|a walk in the park|your neighbour|the city at night|a letter from a friend|your work|a dinner
+at home|the school year|a train ride|your garden|the news|an old photo|a visit to the doctor|your weekend|the sea|a phone call|your
+room|the winter|a birthday""".replace("\n", " ").split("|")
+GOOD, BAD = ("good great wonderful excited lucky grateful", "bad terrible awful lonely tired lost")
+LAYERS = (8, 12, 16, 20)
+
+
+def chat(request: str, answer: str = "", system: str = "") -> str:
+    before = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return f"{before}<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n{answer}"
+
+
+def bar(name: str, value: float, said: str, holds: bool, control: str = "") -> None:
+    print(
+        f"{'reached' if holds else 'MISSED '}  {name}: {value:.3f} (bar {said}){'; ' + control if control else ''}",
+        flush=True,
+    )
+
+
+class Bench:
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.model = pl.load(str(smollm2()))
+        self._emotion: dict[str, Contrast] = {}
+
+    def read(self, path: str) -> Any:
+        return json.loads((self.data / path).read_text())
+
+    def emotion(self, kind: Any = "mean") -> Contrast:
+        if kind not in self._emotion:
+            outputs = [o for o in self.read("repe_facts/data/emotions/all_truncated_outputs.json") if o.strip()]
+            sizes = {o: len(self.model.tokenizer(o)["input_ids"]) for o in outputs}
+            begun = random.Random(0).sample([o for o in outputs if 3 <= sizes[o] <= 14], 64)
+            sides = [[chat(f"Pretend you are an extremely {f} person.", o) for o in begun] for f in ("happy", "sad")]
+            sites = [f"layers.{i}.resid_post" for i in LAYERS]
+            self._emotion[kind] = Contrast(kind, sites=sites).fit(self.model, *sides)
+        return self._emotion[kind]
+
+    def sentences(self) -> list[str]:
+        lines = (self.data / "ud_ewt/en_ewt-ud-test.conllu").read_text().splitlines()
+        found = [line[9:] for line in lines if line.startswith("# text = ")]
+        found = [t for t in found if 8 <= len(self.model.tokenizer(t)["input_ids"]) <= 24]
+        return random.Random(0).sample(found, 30)
+
+    def requests(self) -> tuple[list[str], list[str]]:
+        kept = self.read("refusal_alpaca/docs/demo-data/condition_harmful.json")
+        rows = [row for split in kept.values() for row in split] if isinstance(kept, dict) else kept
+        return [r["harmful"] for r in rows if r.get("harmful")], [r["harmless"] for r in rows if r.get("harmless")]
+
+    # ---- the parts
+
+    def unit(self) -> None:
+        print(self.emotion().result_)
+        at = self.emotion().result_.sel(site="layers.12.resid_post").data
+        ratio = float(at.unit_with_first / at.unit)
+        bar(
+            "unit at layer 12 with first tokens over without",
+            ratio,
+            ">= 8",
+            ratio >= 8,
+            f"{float(at.unit_with_first):.0f} / {float(at.unit):.0f}",
+        )
+        for kind in ("pca_centred", "pca", "lda", "logistic"):
+            cosines = abs(self.emotion(kind).result_["cosine"].values)
+            said, holds = ("<= .2", cosines.max() <= 0.2) if kind == "pca_centred" else ("reported", True)
+            bar(
+                f"largest |cosine| with the mean difference, {kind}",
+                cosines.max(),
+                said,
+                bool(holds),
+                str(cosines.round(3)),
+            )
+            print("        ", self.emotion(kind).result_.title)
+
+    def words(self) -> None:
+        words = [
+            [self.model.tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in side.split()]
+            for side in (GOOD, BAD)
+        ]
+        good, bad = ([ids[0] for ids in side if len(ids) == 1] for side in words)
+        metric = Odds(good, bad)
+        prompts = [chat(f"Write about {a}.", "I feel so") for a in ABOUT]
+        inputs = self.model.inputs(prompts)
+        base = float(self.model.score(self.model.run(inputs), metric).mean())
+        print(f"next-word judge: base {base:+.2f}; change by +v, -v, and the furthest of 4 random vectors")
+        for layer in LAYERS:
+            v = self.emotion().at(layer)
+            drawn = [Vector(v.site, u, v.unit) for u in pl.controls.random_directions(4, v.direction)]
+            for c in (0.05, 0.15, 0.3):
+                edits = [x.edit(c) for x in (v, -v, *drawn)]
+                values = self.model.sweep(inputs, edits, metric).values.mean(1).numpy() - base
+                print(
+                    f"  layer {layer:2d}, c {c:.2f}: {values[0]:+.2f} / {values[1]:+.2f}; random {abs(values[2:]).max():.2f}",
+                    flush=True,
+                )
+                if layer == 20 and c == 0.15:
+                    bar(
+                        "layer 20, +v",
+                        values[0],
+                        ">= 1.5",
+                        values[0] >= 1.5,
+                        f"largest random {abs(values[2:]).max():.2f} (<= 1.1)",
+                    )
+                    bar("layer 20, -v", values[1], "<= -1.5", values[1] <= -1.5)
+
+    def text(self) -> None:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError:
+            print("skipped  text: vaderSentiment is not installed")
+            return
+        vader = SentimentIntensityAnalyzer()
+
+        def sentiment(texts: list[str]) -> list[float]:
+            return [vader.polarity_scores(t)["compound"] for t in texts]
+
+        prompts = [chat(f"Write about {a}.") for a in ABOUT]
+        found = strengths(
+            self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.3), texts=self.sentences()[:8], draws=4
+        )
+        for name in ("effect", "perplexity", "repetition", "kl", "beats_random"):
+            print(found[name].to_pandas() if found[name].ndim == 2 else found[name].squeeze().values.round(2))
+        print(found.title)
+        if "chosen_site" not in found.data:
+            bar("a cell is chosen", 0, "one", False)
+            return
+        d = found.data
+        i = list(d.direction.values).index(str(d.chosen_direction.values))
+        effect, rest = float(d.test_effect[i]), d.test_effect.values[2:]
+        cell = d.sel(
+            site=str(d.chosen_site.values), strength=float(d.chosen_strength), direction=str(d.chosen_direction.values)
+        )
+        price = float(cell.perplexity / d.base_perplexity)
+        bar("validation price", price, "<= 1.25", price <= 1.25)
+        bar(
+            "test effect over base",
+            effect,
+            ">= .2",
+            effect >= 0.2,
+            f"[{float(d.test_low[i]):+.2f}, {float(d.test_high[i]):+.2f}], wrong way {float(d.test_wrong_way[i]):.2f}, test price {float(d.test_perplexity[i] / d.test_base_perplexity):.2f}",
+        )
+        bar(
+            "test effect over the largest of four random vectors",
+            effect - rest.max(),
+            "> 0",
+            effect > rest.max(),
+            f"random {rest.round(2)}",
+        )
+
+    def sink(self) -> None:
+        harmful, harmless = self.requests()
+        rng = random.Random(0)
+        sides = [[chat(r) for r in rng.sample(side, 60)] for side in (harmful, harmless)]
+        c = Contrast(sites=["layers.14.resid_post", "layers.16.resid_post"]).fit(self.model, *sides)
+        v = c.at(14)
+        drawn = Vector(v.site, pl.controls.random_directions(1, v.direction)[0], v.unit, v.first)
+        meter = Meter.of(self.model, self.sentences())
+        cost = {}
+        for name, vector in (
+            ("harmful - harmless", v),
+            ("the same, spared the first token", v.spared()),
+            ("random", drawn),
+        ):
+            for everywhere in (False, True):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    edits = ablate_direction(self.model, vector, everywhere=everywhere)
+                cost[name, everywhere] = meter(edits)["kl"]
+                print(
+                    f"  {name}, {'everywhere' if everywhere else 'first token left alone'}: KL {cost[name, everywhere]:.3f}; sink {vector.sink:.3f}; warned {len(caught) > 0}",
+                    flush=True,
+                )
+        alone, every = cost["harmful - harmless", False], cost["harmful - harmless", True]
+        bar("KL, first token left alone", alone, "<= .8", alone <= 0.8, f"random {cost['random', False]:.3f}")
+        bar("KL, everywhere", every, ">= 2", every >= 2, f"random {cost['random', True]:.3f}")
+
+    def condition(self) -> None:
+        harmful, harmless = self.requests()
+        rng = random.Random(1)
+        bad, good = rng.sample(harmful, 120), rng.sample(harmless, 210)
+        fit = [[chat(r) for r in bad[:90]], [chat(r) for r in good[:90]]]
+        reader = Contrast("logistic", sites="layers.14.resid_post").fit(self.model, *fit).at(14)
+
+        def score(texts: list[str]) -> np.ndarray:
+            values = [
+                self.model.run(t, keep=[reader.site + "@-1"], logits=False).tensor(reader.site + "@-1")[0, 0]
+                for t in texts
+            ]
+            return np.array([float(reader(x)) for x in values])
+
+        calibration = np.sort(score([chat(r) for r in good[90:180]]))
+        tau = float(calibration[int(np.ceil(91 * 0.95)) - 1])  # conformal, 5 %
+        v = self.emotion().at(16)
+        edit = v.edit(0.3, when=condition(reader, tau))
+        same, fired = [], []
+        for part in (good[180:], bad[90:]):
+            prompts = [chat(r) for r in part]
+            plain, steered = (self.model.generate(prompts, edits=e, max_new_tokens=20) for e in ([], [edit]))
+            same.append(np.mean([plain.ids(i) == steered.ids(i) for i in range(len(prompts))]))
+            fired.append(float(steered.fired["condition"][:, 0].float().mean()))
+        always = self.model.generate([chat(r) for r in good[180:]], edits=[v.edit(0.3)], max_new_tokens=20)
+        plain = self.model.generate([chat(r) for r in good[180:]], max_new_tokens=20)
+        changed = np.mean([plain.ids(i) == always.ids(i) for i in range(len(always))])
+        bar(
+            "harmless answers identical (n 30)",
+            same[0],
+            ">= .9",
+            same[0] >= 0.9,
+            f"steered without a condition {changed:.3f}",
+        )
+        bar("fires on harmful requests (n 30)", fired[1], ">= .75", fired[1] >= 0.75, f"on harmless {fired[0]:.3f}")
+
+    def failure(self) -> None:
+        print("trace_failure: not measured yet")
+
+
+class Odds:
+    """log sum p(good words) - log sum p(bad words) at the last token."""
+
+    name = "good words against bad"
+
+    def __init__(self, good: list[int], bad: list[int]) -> None:
+        self.good, self.bad = good, bad
+
+    def bind(self, tokenizer: Any, batch: int) -> Any:
+        from pellucid.metrics import BoundMetric
+
+        tokens = torch.tensor([[*self.good, *self.bad]])
+        n = len(self.good)
+        return BoundMetric(self.name, (-1,), tokens, lambda z: z[:, 0, :n].logsumexp(-1) - z[:, 0, n:].logsumexp(-1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("parts", nargs="*", default=["unit", "words", "text", "sink", "condition", "failure"])
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    bench = Bench(asked.data)
+    with pl.quiet():
+        for part in asked.parts:
+            start = time.process_time()
+            print(f"---- {part}", flush=True)
+            getattr(bench, part)()
+            print(f"     {time.process_time() - start:.0f} CPU s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
