@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.surgery.keys import Memory
+from pellucid.surgery.solvers import Metric, null_space
 from pellucid.technique import technique
 
 BATCH = 1024  # tokens run at a time
@@ -57,10 +59,13 @@ class KeyCovariance:
     counts_: dict[str, Tensor] = field(init=False, repr=False)
     digest_: str = field(init=False, repr=False)
     place_: Place = field(init=False, repr=False)
-    _roots: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _roots_: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    _free_: dict[tuple[str, float], Metric] = field(init=False, repr=False, default_factory=dict)
 
     @technique
-    def fit(self, model: Model, texts: Any, *, tokens: int = 50_000, checkpoint: str | Path | None = None) -> KeyCovariance:
+    def fit(
+        self, model: Model, texts: Any, *, tokens: int = 50_000, checkpoint: str | Path | None = None
+    ) -> KeyCovariance:
         """Read at most `tokens` tokens of texts, as `pl.Corpus` reads them; runs end at the last of the layers.
 
         With a `checkpoint` (a .safetensors file) an interrupted fit goes on where it stopped, one that is complete is read and
@@ -70,7 +75,7 @@ class KeyCovariance:
         found = {m.name: m for m in (each for layer in layers for each in self._memories(model, layer))}
         if not found:
             raise InputError("layers=(): expected the numbers of the layers whose keys are wanted")
-        self.digest_, self._roots, place = model.digest, {}, None
+        self.digest_, self._roots_, self._free_, place = model.digest, {}, {}, None
         self.moments_ = {name: torch.zeros(2, m.width, m.width, dtype=torch.float64) for name, m in found.items()}
         self.counts_ = {name: torch.zeros(2, dtype=torch.float64) for name in found}
         self.place_ = Place()
@@ -78,7 +83,9 @@ class KeyCovariance:
             kept = type(self).load(checkpoint)
             kept.check(model)
             if kept.moments_.keys() != found.keys():
-                raise InputError(f"{str(checkpoint)!r} holds the moments of {', '.join(kept.moments_)}: name another file")
+                raise InputError(
+                    f"{str(checkpoint)!r} holds the moments of {', '.join(kept.moments_)}: name another file"
+                )
             self.moments_, self.counts_, self.place_ = kept.moments_, kept.counts_, kept.place_
             place = self.place_
         context = min(CONTEXT, longest(model))
@@ -132,7 +139,7 @@ class KeyCovariance:
 
         for memory in found.values():
             if memory.expert is not None:
-                seen[site(memory, "mlp.router")] = lambda x, layer=memory.layer: router.__setitem__(layer, x.detach())
+                seen[site(memory, "mlp.router")] = partial(router.__setitem__, memory.layer)
             part = "mlp.neurons" if memory.expert is None else f"mlp.experts.{memory.expert}.neurons"
             seen[site(memory, part)] = reader(memory)
         watch(model.anatomy, given, seen)
@@ -153,9 +160,9 @@ class KeyCovariance:
 
     def solve(self, memory: str, k: Tensor) -> Tensor:
         """C^-1 k for keys [m, n]; one factorisation for each memory. Refused where C has no inverse and there is no ridge."""
-        if memory not in self._roots:
-            self._roots[memory] = self._root(self.matrix(memory), memory)
-        return torch.cholesky_solve(k.double().T, self._roots[memory]).T
+        if memory not in self._roots_:
+            self._roots_[memory] = self._root(self.matrix(memory), memory)
+        return torch.cholesky_solve(k.double().T, self._roots_[memory]).T
 
     def _root(self, c: Tensor, what: str) -> Tensor:
         c = c + self.ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
@@ -168,6 +175,12 @@ class KeyCovariance:
             )
         return root
 
+    def free(self, memory: str, share: float) -> Metric:
+        """The projector on the `share` of directions that ordinary keys use least (AlphaEdit's null space), worked out once."""
+        if (memory, share) not in self._free_:
+            self._free_[memory, share] = null_space(self.matrix(memory), share)
+        return self._free_[memory, share]
+
     def agreement(self, memory: str, k: Tensor) -> float:
         """The mean cosine of u = C^-1 k between the two halves of the text, over keys [m, n]; NaN where a half has no inverse."""
         made = []
@@ -177,7 +190,7 @@ class KeyCovariance:
             except Refused:
                 return float("nan")
             made.append(torch.cholesky_solve(k.double().T, root).T)
-        return float(torch.cosine_similarity(*made, dim=1).mean())
+        return float(torch.cosine_similarity(made[0], made[1], dim=1).mean())
 
     @technique
     def adequacy(self, keys: dict[str, Tensor] | None = None, *, draws: int = 8, seed: int = 0) -> Result:
@@ -186,7 +199,9 @@ class KeyCovariance:
         that says of all of it, 2 h / (1 + h) (Spearman-Brown).
         """
         generator = torch.Generator().manual_seed(seed)
-        columns: dict[str, list[float]] = {name: [] for name in ("tokens", "per_direction", "condition", "halves", "whole")}
+        columns: dict[str, list[float]] = {
+            name: [] for name in ("tokens", "per_direction", "condition", "halves", "whole")
+        }
         for name in self.moments_:
             c = self.matrix(name)
             values, vectors = torch.linalg.eigh(c)
@@ -219,7 +234,10 @@ class KeyCovariance:
     @technique
     def load(cls, path: str | Path) -> KeyCovariance:
         """What `save` wrote; `check(model)` says whether it belongs to a model. InputError if the file is none."""
-        with reading_tensors(path, "pellucid_keys", "is no KeyCovariance: expected a file that its save wrote") as (about, kept):
+        with reading_tensors(path, "pellucid_keys", "is no KeyCovariance: expected a file that its save wrote") as (
+            about,
+            kept,
+        ):
             made = cls(**about["settings"])
             made.moments_, made.counts_ = ({k[2:]: v for k, v in kept.items() if k[0] == g} for g in "Cn")
             made.digest_, made.place_ = about["digest"], Place(**about["place"])

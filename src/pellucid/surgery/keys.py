@@ -95,7 +95,9 @@ def facts_of(facts: Any) -> list[Fact]:
     try:
         return [f if isinstance(f, Fact) else Fact(**f) for f in found]
     except TypeError as error:
-        raise InputError(f"{error}: expected pl.surgery.Fact(prompt, subject, new, true), or mappings of these") from None
+        raise InputError(
+            f"{error}: expected pl.surgery.Fact(prompt, subject, new, true), or mappings of these"
+        ) from None
 
 
 # ---- prompts as rows
@@ -176,7 +178,9 @@ def _subject(model: Model, text: Text, subject: str | tuple[int, int], span: tup
     text_map = stream.maps[0]
     span = span or text_map.find(subject.strip())
     if model.tokenizer is None or span is None or not subject.strip():
-        raise InputError(f"the subject {subject!r} is not in the prompt {text!r:.200}: expected its words as they stand there")
+        raise InputError(
+            f"the subject {subject!r} is not in the prompt {text!r:.200}: expected its words as they stand there"
+        )
     at = stream.tokens(0, *span)[-1]
     stop = text_map.offsets[at][1]
     if text_map.text[span[1] : stop].strip():
@@ -265,12 +269,16 @@ class Memory:
             raise Refused(f"{what}: {block.refused.get('mlp.neurons') or 'no down projection was found'}")
         module = model.module.get_submodule(mlp.linear.module)
         if is_packed(module):
-            raise Refused(f"{what}: its weights are quantised; load the model unquantised, or expanded as .gguf files are")
+            raise Refused(
+                f"{what}: its weights are quantised; load the model unquantised, or expanded as .gguf files are"
+            )
         kept = getattr(module, "base_layer", module)  # an adapter's addition stays as it is
         name = f"{mlp.linear.module}{'.base_layer' if kept is not module else ''}.weight"
         weight = kept._parameters.get("weight")
         if weight is None or weight.ndim != 2 or weight.is_meta:
-            raise Refused(f"{what}: its down projection is a {type(kept).__name__}, whose weight is no matrix that can be written to")
+            raise Refused(
+                f"{what}: its down projection is a {type(kept).__name__}, whose weight is no matrix that can be written to"
+            )
         matrix, _ = linear_map(kept, mlp.linear.shape)
         return cls(layer, None, stack.prefix, name, matrix.stride() == weight.stride(), mlp.linear.width, block)
 

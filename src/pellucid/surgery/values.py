@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,9 @@ class Search:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or min(self.learning_rate, self.clamp) <= 0 or min(self.kl, self.decay) < 0:
-            raise InputError(f"{self}: expected at least one step, a positive learning_rate and clamp, kl and decay of 0 or more")
+            raise InputError(
+                f"{self}: expected at least one step, a positive learning_rate and clamp, kl and decay of 0 or more"
+            )
 
 
 @dataclass(eq=False)
@@ -100,7 +103,7 @@ class Batch:
         writers, layer = [], memory[0].layer
         for expert, m in where.items():
             mine = torch.tensor([memory[row.fact].expert == expert for row in given]) & (routed != 0)
-            edit = Moved(m.made(model).site, by=lambda mine=mine: self.delta[self.facts] * mine[:, None])
+            edit = Moved(m.made(model).site, by=partial(self._moves, mine))
             writers.append(Written(edit, m.made(model)))
         stack = anatomy.stacks[0]
         inside = len(anatomy.stacks) == 1
@@ -111,6 +114,9 @@ class Batch:
         variant = Variant(0, writers, layer if inside else -1, start)
         self.plan = Plan(job, [variant], LADDER, default_memory(anatomy))
         self.model = model
+
+    def _moves(self, mine: Tensor) -> Tensor:
+        return self.delta[self.facts] * mine[:, None]
 
     def begin(self, d: int) -> None:
         """Choose the rung, and read what is said without a change."""
@@ -125,7 +131,11 @@ class Batch:
         (chunk,) = self.plan.chunks(self.plan.variants)
         log_p = self.plan.logits(chunk)[0].float().log_softmax(-1)
         said = -log_p.gather(2, self.tokens.to(log_p.device)[..., None])[..., 0].mean(1)
-        kl = (log_p.exp() * (log_p - self.plain.to(log_p.device))).sum(-1).mean(1) if not bool(self.new.all()) else 0 * said
+        kl = (
+            (log_p.exp() * (log_p - self.plain.to(log_p.device))).sum(-1).mean(1)
+            if not bool(self.new.all())
+            else 0 * said
+        )
         return said, kl
 
 
@@ -142,19 +152,24 @@ def find_values(
     n, facts = len(given), len(memory)
     for f in range(facts):
         if not any(routed[i] for i in range(n) if given[i].fact == f):
-            raise Refused(f"no prompt of fact {f} takes expert {memory[f].expert} of layer {memory[f].layer}: choose another layer")
+            raise Refused(
+                f"no prompt of fact {f} takes expert {memory[f].expert} of layer {memory[f].layer}: choose another layer"
+            )
     h = residuals(model, memory[0].layer, given)
     size = averaged(h.norm(dim=1), given)
     scale = averaged(h.square().mean(1).sqrt(), given).float()
     batches = [
-        Batch(model, memory, [every[i] for i in numbers], routed[numbers], inputs) for numbers, inputs in batched(model, every)
+        Batch(model, memory, [every[i] for i in numbers], routed[numbers], inputs)
+        for numbers, inputs in batched(model, every)
     ]
     d = h.shape[1]
     count = torch.zeros(facts).index_add(0, torch.tensor([r.fact for r in given]), torch.ones(n))
-    about = torch.zeros(facts).index_add(0, torch.tensor([r.fact for r in others], dtype=torch.long), torch.ones(len(others)))
+    about = torch.zeros(facts).index_add(
+        0, torch.tensor([r.fact for r in others], dtype=torch.long), torch.ones(len(others))
+    )
     theta = torch.zeros(facts, d, requires_grad=True)
     adam = torch.optim.Adam([theta], lr=search.learning_rate)
-    history, resting = [], torch.zeros(facts, dtype=torch.bool)
+    history, resting, last = list[Tensor](), torch.zeros(facts, dtype=torch.bool), torch.zeros(facts)
     with running(anatomy.module), progress[None](what="values", total=search.steps) as bar:
         for batch in batches:
             batch.begin(d)
@@ -164,7 +179,9 @@ def find_values(
                 theta.grad = torch.zeros_like(theta)
                 for batch in batches:
                     if bool(resting[batch.facts].all()):
-                        said = said.index_add(0, batch.facts[batch.new], last[batch.facts[batch.new]] / count[batch.facts[batch.new]])
+                        said = said.index_add(
+                            0, batch.facts[batch.new], last[batch.facts[batch.new]] / count[batch.facts[batch.new]]
+                        )
                         continue
                     nll, kl = (x.cpu() for x in batch.losses(theta * scale[:, None]))
                     w = torch.where(batch.new, 1 / count[batch.facts], search.kl / about[batch.facts].clamp_min(1))
