@@ -2,6 +2,7 @@
 
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
+from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.learnt import LearntEdit
@@ -31,6 +32,9 @@ __all__ = [
     "conversation_scores",
     "ema",
     "evaluate",
+    "export_gguf",
+    "import_vectors",
+    "in_weights",
     "k_of",
     "load_monitor",
     "load_vectors",

@@ -5,7 +5,10 @@ from pellucid.surgery.covariance import KeyCovariance
 from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
+from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
+from pellucid.surgery.stitch import Stitch, stitching
 from pellucid.surgery.values import Search
 
 __all__ = [
@@ -13,13 +16,19 @@ __all__ = [
     "Edited",
     "Fact",
     "KeyCovariance",
+    "Recipe",
     "Search",
+    "Stitch",
     "edit",
     "layer_importance",
     "parallel",
+    "remix",
     "remove",
     "reorder",
     "repeat",
+    "similarity",
     "splice",
+    "stitching",
     "swap",
+    "take",
 ]
