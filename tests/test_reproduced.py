@@ -166,6 +166,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.edit": lambda: pl.surgery.edit(
+        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        search=pl.surgery.Search(steps=2),
+    ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
