@@ -75,6 +75,7 @@ _MODULES = (
     "store",
     "surgery",
     "tasks",
+    "tuning",
     "views",
 )
 __all__ = [*_HOME, *_MODULES]

@@ -39,45 +39,30 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
     >>> pl.load_edits(file)[0].strength
     2.0
     """
-    shelf = Shelf()
-    kept = written(edits, shelf)
-    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, shelf.tensors)
+    tensors: dict[str, Tensor] = {}
+    kept = packed([edits] if isinstance(edits, Edit) else edits, tensors)
+    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
 
 
-def written(edits: Edit | Sequence[Edit], shelf: Shelf) -> list[dict[str, Any]]:
-    """Edits as JSON; their tensors go on the shelf. Raises as `save_edits` does."""
-    kept = []
-    for edit in [edits] if isinstance(edits, Edit) else edits:
+def packed(edits: Sequence[Edit], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Edits as JSON; their tensors go to `tensors`, one that is met again once."""
+    kept: list[dict[str, Any]] = []
+    met: dict[int, str] = {}
+    for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"{edit!r} is no edit: expected some, such as [pl.Ablate('layers.0.mlp.out')]")
-        given = {f.name: getattr(edit, f.name) for f in fields(edit) if f.init and f.name != "site"}
-        values = {name: _plain(edit, name, value, shelf) for name, value in given.items() if value is not None}
+        values = {}
+        for each in fields(edit):
+            value = getattr(edit, each.name)
+            if each.init and each.name != "site" and value is not None:
+                values[each.name] = _plain(edit, each.name, value, tensors, met)
         kept.append({"kind": _kind(edit), "site": str(edit.site), "values": values})
     return kept
 
 
-def made(kept: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Edit]:
-    """The edits that `written` wrote."""
-    found = []
-    for each in kept:
-        values = {key: _value(value, tensors) for key, value in each["values"].items()}
-        found.append(_class(each["kind"], Edit)(each["site"], **values))
-    return found
-
-
-class Shelf:
-    """Tensors by number; one that is met again has the number it had."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._met: dict[int, tuple[str, Any]] = {}  # the value too: its id must not be given to another
-
-    def put(self, value: Tensor | np.ndarray) -> str:
-        if id(value) not in self._met:
-            key = str(len(self.tensors))
-            self.tensors[key] = torch.as_tensor(value).detach().cpu().contiguous().clone()
-            self._met[id(value)] = key, value
-        return self._met[id(value)][0]
+def unpacked(kept: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Edit]:
+    """The edits that `packed` wrote down."""
+    return [_made(each, tensors) for each in kept]
 
 
 def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]:
@@ -87,12 +72,12 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
     are refused by models of others also when they are used.
     """
     with reading_tensors(path, KEY, "holds no edits: expected a file that pl.save_edits wrote") as (kept, tensors):
-        found = made(kept["edits"], tensors)
+        made = unpacked(kept["edits"], tensors)
     if model is not None:
         check_weights(model, kept["digest"], f"what {str(path)!r} holds")
-    for edit in found:
+    for edit in made:
         object.__setattr__(edit, "_digest", kept["digest"])
-    return found
+    return made
 
 
 class Based(Weighted, Protocol):
@@ -103,31 +88,31 @@ class Based(Weighted, Protocol):
 
 def save_changes(base: Based, changes: Sequence[Change], changed: Based, path: str | Path) -> Path:
     """Write the changes that make `changed` of `base`; returns the path. See `Model.save_changes`."""
-    shelf = Shelf()
+    tensors: dict[str, Tensor] = {}
 
-    def told(change: Change) -> dict[str, Any]:
+    def written(change: Change) -> dict[str, Any]:
         if not type(change).__module__.startswith("pellucid."):
             raise InputError(f"{change!r} cannot be saved: its class is no part of pellucid, and a file holds no code")
-        values = {name: _plain(change, name, value, shelf) for name, value in change.settings().items()}
+        values = {name: _plain(change, name, value, tensors) for name, value in change.settings().items()}
         return {"kind": _kind(change), "values": values}
 
-    said = [told(change) for change in changes]
-    beyond = [told(change) for change in _beyond(applied(base.module, changes), changed.module)]
+    said = [written(change) for change in changes]
+    beyond = [written(change) for change in _beyond(applied(base.module, changes), changed.module)]
     about = {"changes": said, "beyond": beyond, "digest": changed.digest}
-    return write_tensors(path, CHANGES, {**about, "base": {"name": base.name, "digest": base.digest}}, shelf.tensors)
+    return write_tensors(path, CHANGES, {**about, "base": {"name": base.name, "digest": base.digest}}, tensors)
 
 
 def load_changes(path: str | Path, base: Weighted) -> tuple[tuple[Change, ...], str]:
     """The changes of a file, for the model they were made on, and the digest of what they make of it."""
     with reading_tensors(path, CHANGES, "holds no changes: expected a file that save_changes wrote") as (kept, tensors):
-        found = tuple(_changed(each, tensors) for each in (*kept["changes"], *kept["beyond"]))
+        made = tuple(_changed(each, tensors) for each in (*kept["changes"], *kept["beyond"]))
         named, digest, ends = kept["base"]["name"], kept["base"]["digest"], kept["digest"]
     if digest != base.digest:
         raise InputError(
             f"what {str(path)!r} holds was made on {named} ({digest[:12]}), and the weights of {base.name} are others "
             f"({base.digest[:12]}): open that model, in the dtype it had"
         )
-    return found, ends
+    return made, ends
 
 
 def _beyond(said: nn.Module, found: nn.Module) -> Iterator[Replaced]:
@@ -159,20 +144,27 @@ def _class(kind: str, of: type) -> Any:
 
 
 def _changed(kept: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
-    found: Change = _class(kept["kind"], Change)(**{key: _value(each, tensors) for key, each in kept["values"].items()})
-    return found
+    made: Change = _class(kept["kind"], Change)(**{key: _value(each, tensors) for key, each in kept["values"].items()})
+    return made
 
 
-def _plain(edit: Edit | Change, name: str, value: Any, shelf: Shelf) -> Any:
-    """A field's value as JSON; tensors go on the shelf."""
+def _plain(
+    edit: Edit | Change, name: str, value: Any, tensors: dict[str, Tensor], met: dict[int, str] | None = None
+) -> Any:
+    """A field's value as JSON; tensors go to `tensors` under a number, which `met` knows for those that are there."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return {"tensor": shelf.put(value)}
+        key = (met or {}).get(id(value), str(len(tensors)))
+        if key not in tensors:
+            tensors[key] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+        if met is not None:
+            met[id(value)] = key
+        return {"tensor": key}
     if hasattr(value, "everywhere") and not getattr(value, "edits", True) and len(value.inputs.streams) == 1:
         stream = value.inputs.stream("")  # a run of plain prompts
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(stream.ids, stream.mask, strict=True)]
         return {"ids": rows if len(rows) > 1 else rows[0]}
     if isinstance(value, (list, tuple)):
-        return [_plain(edit, name, each, shelf) for each in value]
+        return [_plain(edit, name, each, tensors, met) for each in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
     expected = "prompts, or runs of prompts without edits" if isinstance(edit, Edit) else "or lists of them"
@@ -180,6 +172,12 @@ def _plain(edit: Edit | Change, name: str, value: Any, shelf: Shelf) -> Any:
         f"{edit!r} cannot be saved: {name}= holds a {type(value).__name__}, and a file holds no code; expected numbers, text, "
         f"tensors, {expected}"
     )
+
+
+def _made(kept: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
+    values = {key: _value(value, tensors) for key, value in kept["values"].items()}
+    made: Edit = _class(kept["kind"], Edit)(kept["site"], **values)
+    return made
 
 
 def _value(value: Any, tensors: dict[str, Tensor]) -> Any:

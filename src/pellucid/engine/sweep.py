@@ -161,9 +161,9 @@ class Plan:
                 try:
                     todo = [v for v in self.variants if not self.done[v.index]]
                     for chunk, logits in self.here(todo) if where is None else where.run(self, todo):
-                        for variant, read in zip(chunk, logits, strict=True):
-                            self.values[variant.index] = self.metric(read).to(self.values)
-                            self.done[variant.index] = True
+                        which = [variant.index for variant in chunk]
+                        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(self.values)  # one wait
+                        self.done[which] = True
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)
                         bar.step(len(chunk))

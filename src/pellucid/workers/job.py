@@ -17,7 +17,7 @@ from torch import Tensor
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream, labelled
-from pellucid.engine.saved import Shelf, made, written
+from pellucid.engine.saved import packed, unpacked
 from pellucid.engine.sweep import Plan, plan_sweep
 from pellucid.engine.text_map import TextMap
 from pellucid.errors import InputError, Refused
@@ -84,31 +84,32 @@ def opened(recipe: Mapping[str, Any], folder: Path, device: str | None) -> Model
 
 def write(plan: Plan, path: Path) -> None:
     """A plan as a file. InputError for an edit that holds a function."""
-    shelf, counts = Shelf(), []
+    tensors: dict[str, Tensor] = {}
+    counts = []
     edits: list[Edit] = []
     for v in plan.variants:
         counts.append(len(v.writers))
         edits += [w.edit for w in v.writers]
     try:
-        said = written(edits, shelf)
+        said = packed(edits, tensors)
     except InputError as error:
         raise Refused(f"this sweep cannot be run by workers: {error}") from error
     metric = plan.metric
     about = {
         "edits": said,
         "counts": counts,
-        "inputs": _inputs(plan.job.inputs, shelf),
+        "inputs": _inputs(plan.job.inputs, tensors),
         "positions": metric.positions,
-        "tokens": None if metric.tokens is None else shelf.put(metric.tokens),
+        "tokens": None if metric.tokens is None else _put(metric.tokens, tensors),
         "classes": metric.classes,
     }
-    write_tensors(path, KEY, about, shelf.tensors)
+    write_tensors(path, KEY, about, tensors)
 
 
 def read(path: Path, model: Model, rung: str) -> Plan:
     """The plan of a file, on one rung of the ladder."""
     with reading_tensors(path, KEY, "holds no sweep: expected a file of a worker's") as (about, tensors):
-        edits = iter(model.resolved(made(about["edits"], tensors)))
+        edits = iter(model.resolved(unpacked(about["edits"], tensors)))
         variants = [[next(edits) for _ in range(n)] for n in about["counts"]]
         device = next(model.module.parameters()).device
         inputs = _read_inputs(about["inputs"], tensors, model, device)
@@ -117,10 +118,16 @@ def read(path: Path, model: Model, rung: str) -> Plan:
     return plan_sweep(model.anatomy, inputs, variants, Read(positions, tokens, about["classes"]), rung=rung)
 
 
-def _inputs(inputs: Inputs, shelf: Shelf) -> dict[str, Any]:
+def _put(value: Tensor, tensors: dict[str, Tensor]) -> str:
+    key = str(len(tensors))
+    tensors[key] = value.detach().cpu().contiguous().clone()
+    return key
+
+
+def _inputs(inputs: Inputs, tensors: dict[str, Tensor]) -> dict[str, Any]:
     def said(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return {"tensor": shelf.put(value)}
+            return {"tensor": _put(value, tensors)}
         if not (value is None or isinstance(value, str | int | float)):
             raise Refused(f"a {type(value).__name__} among the prompts' tensors cannot be sent to a worker")
         return value
