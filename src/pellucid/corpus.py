@@ -153,7 +153,9 @@ class Corpus:
             if isinstance(given, Mapping) and isinstance(self.column, str):
                 given = given.get(self.column)
             if not isinstance(given, str):
-                raise InputError(f"text {number} of the corpus is no text: two tokenizers read strings, not {given!r:.60}")
+                raise InputError(
+                    f"text {number} of the corpus is no text: two tokenizers read strings, not {given!r:.60}"
+                )
             yield given
 
     def _texts(self) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.removal import removal
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 
@@ -13,6 +14,7 @@ __all__ = [
     "layer_importance",
     "parallel",
     "remix",
+    "removal",
     "remove",
     "reorder",
     "repeat",
