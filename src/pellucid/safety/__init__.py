@@ -2,6 +2,7 @@
 
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
+from pellucid.safety.failures import Failure, Mitigation, trace_failure
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
@@ -18,8 +19,10 @@ __all__ = [
     "Cascade",
     "Contrast",
     "Direction",
+    "Failure",
     "Feature",
     "LearntEdit",
+    "Mitigation",
     "Monitor",
     "Rule",
     "Threshold",
@@ -43,5 +46,6 @@ __all__ = [
     "steer",
     "strengths",
     "threshold",
+    "trace_failure",
     "vector",
 ]

@@ -18,6 +18,7 @@ model; `cost` says what each choice took in plain forwards of the texts, the eva
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,9 +113,7 @@ def removal(
     for task in (capabilities or {}).values():
         prompts, metric = task if isinstance(task, tuple) else (task, None)
         asked = ask(model, prompts, metric)
-        found = _judged(
-            trees, [asked.inputs], lambda i, asked=asked: lambda x: asked.metric.score(x, i.stream("").mask)
-        )
+        found = _judged(trees, [asked.inputs], partial(_score, asked.metric))
         values = {s: v - found[()] for s, v in found.items()}
         for key, column in _curves(values, sets, by, seed, "effect_").items():
             made.setdefault("effect" if key == "value" else key, []).append(column[..., 0])
