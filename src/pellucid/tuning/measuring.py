@@ -43,7 +43,6 @@ class Measures:
     )  # fmt: skip
     right: dict[str, np.ndarray] = field(default_factory=dict)
     loss: float = math.nan
-    seconds: float = math.nan
     after: dict[str, float] = field(default_factory=dict)
     confidence: float = math.nan
     swap_effect: float = math.nan
