@@ -38,7 +38,9 @@ def windows(tokenizer: Any, path: Path, pairs: int, seed: int = 0, n: int = 17) 
     made: list[Window] = []
     for pair in order:
         words = [text.split() for _, text in found[pair]]
-        apart = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), None) if len(words) == 2 else None
+        apart = (
+            next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), None) if len(words) == 2 else None
+        )
         if apart is None:
             continue
         texts = [" ".join(w[max(0, apart - 5) :]) for w in words]
@@ -80,15 +82,30 @@ class Setting:
         base = remove(pl.load(str(minilm())), list(range(layers, 6)))
         self.model = tuning.classifier(base, ["negative", "positive"])
         tokenizer = self.model.tokenizer
-        self.train, self.test = (windows(tokenizer, data / f"{name}_paired.tsv", n) for name, n in (("train", 192), ("test", 150)))
+        self.train, self.test = (
+            windows(tokenizer, data / f"{name}_paired.tsv", n) for name, n in (("train", 192), ("test", 150))
+        )
         self.options: dict[str, Any] = {"layers": slice(None), "head_learning_rate": 3e-3}
 
     def decoy(self, objective: Any, **more: Any) -> tuning.Tuned:
         shifts = {"absent": rationales(self.test, ABSENT), "reversed": rationales(self.test, REVERSED)}
-        return tuning.fit(self.model, rationales(self.train, PLANTED), objective, test=rationales(self.test, PLANTED), shifts=shifts, **self.options | more)
+        return tuning.fit(
+            self.model,
+            rationales(self.train, PLANTED),
+            objective,
+            test=rationales(self.test, PLANTED),
+            shifts=shifts,
+            **self.options | more,
+        )
 
     def clean(self, objective: Any, **more: Any) -> tuning.Tuned:
-        return tuning.fit(self.model, rationales(self.train, ABSENT), objective, test=rationales(self.test, ABSENT), **self.options | {"seeds": (0,)} | more)
+        return tuning.fit(
+            self.model,
+            rationales(self.train, ABSENT),
+            objective,
+            test=rationales(self.test, ABSENT),
+            **self.options | {"seeds": (0,)} | more,
+        )
 
 
 def table(title: str, made: tuning.Tuned, *columns: str) -> None:
@@ -98,11 +115,18 @@ def table(title: str, made: tuning.Tuned, *columns: str) -> None:
     print("arm".ljust(12), *[f"{s:>20}" for s in splits], *[f"{c[:22]:>23}" for c in (*columns, "cost")])
     for arm in data["arm"].values.tolist():
         own = data.sel(arm=arm)
-        cells = [f"{float(own.accuracy.sel(split=s)):8.3f} [{float(own.low.sel(split=s)):.2f}, {float(own.high.sel(split=s)):.2f}]"[:20].rjust(20) for s in splits]
+        cells = [
+            f"{float(own.accuracy.sel(split=s)):8.3f} [{float(own.low.sel(split=s)):.2f}, {float(own.high.sel(split=s)):.2f}]"[
+                :20
+            ].rjust(20)
+            for s in splits
+        ]
         print(arm.ljust(12), *cells, *[f"{float(own[c]):23.4g}" for c in (*columns, "cost") if c in own])
     if "after" in data:
         for term in data["term"].values.tolist():
-            values = ", ".join(f"{a} {float(data['after'].sel(arm=a, term=term)):.3g}" for a in data["arm"].values.tolist())
+            values = ", ".join(
+                f"{a} {float(data['after'].sel(arm=a, term=term)):.3g}" for a in data["arm"].values.tolist()
+            )
             print(f"{term}: before {float(data['before'].sel(term=term)):.3g}; after {values}")
     print("nothing changed outside the choice:", not made.changed, flush=True)
 
@@ -113,18 +137,40 @@ def main(data: Path, wanted: list[str]) -> None:
     two = Setting(data)
     behaviour = ("swap_effect", "gradient_share", "confidence")
     if "decoy" in parts:
-        table("A planted word, un-taught by consistency (weight 10)", two.decoy(tuning.Consistency("decoy")), *behaviour)
+        table(
+            "A planted word, un-taught by consistency (weight 10)", two.decoy(tuning.Consistency("decoy")), *behaviour
+        )
     if "share" in parts:
-        table("A planted word, un-taught by the share of the gradient (weight 100)", two.decoy(tuning.RightReasons("decoy"), seeds=(0,)), *behaviour)
+        table(
+            "A planted word, un-taught by the share of the gradient (weight 100)",
+            two.decoy(tuning.RightReasons("decoy"), seeds=(0,)),
+            *behaviour,
+        )
     if "met" in parts:
         ross = tuning.RightReasons("decoy", form="absolute", of="log_probability_sum", weight=1.0)
-        table("Met is not un-taught: Ross et al. as published, weight 1", two.decoy(ross, seeds=(0,), control=False), *behaviour)
+        table(
+            "Met is not un-taught: Ross et al. as published, weight 1",
+            two.decoy(ross, seeds=(0,), control=False),
+            *behaviour,
+        )
     if "attention" in parts:
         made = two.clean(tuning.Attend("rationale", heads="layers.*.attn.heads.*"))
-        table("Attention taught by rationales (KL, all heads, weight 1)", made, "attention_plausibility", "comprehensiveness", "comprehensiveness_of_random", "confidence")
+        table(
+            "Attention taught by rationales (KL, all heads, weight 1)",
+            made,
+            "attention_plausibility",
+            "comprehensiveness",
+            "comprehensiveness_of_random",
+            "confidence",
+        )
     if "sparse" in parts:
         test = rationales(two.test, ABSENT)
-        for objective in (tuning.SparseAttention("entmax15"), tuning.SparseAttention("sparsemax"), tuning.TopNeurons(77), tuning.AttentionEntropy(weight=0.1)):
+        for objective in (
+            tuning.SparseAttention("entmax15"),
+            tuning.SparseAttention("sparsemax"),
+            tuning.TopNeurons(77),
+            tuning.AttentionEntropy(weight=0.1),
+        ):
             made = two.clean(objective, steps=30)
             found = tuning.sparsity(made.model, test, edits=made.edits).data
             plain = tuning.sparsity(made.arms["plain"], test).data
@@ -147,7 +193,9 @@ def chosen_parts(two: Setting) -> None:
     taught = two.decoy((), seeds=(0,)).model
     shifts = {"absent": rationales(two.test, ABSENT), "reversed": rationales(two.test, REVERSED)}
     repair = rationales(two.train[:96], REVERSED)
-    repair = tuning.Rationales([*repair.texts, *rationales(two.train[:96], PLANTED).texts], [*(repair.labels or ()), *(repair.labels or ())])
+    repair = tuning.Rationales(
+        [*repair.texts, *rationales(two.train[:96], PLANTED).texts], [*(repair.labels or ()), *(repair.labels or ())]
+    )
     random_ = np.random.default_rng(0)
     neurons = {i: random_.choice(1536, 77, replace=False).tolist() for i in (0, 1)}
     print("\n## Chosen parts, repairing a model that learnt the planted word (texts with both words, 30 steps)")
@@ -155,9 +203,26 @@ def chosen_parts(two: Setting) -> None:
         "all layers": slice(None), "layer 0": [0], "layer 1": [1], "head of the answer": tuning.Only(), "12 heads of layer 1": tuning.Only(heads={1: list(range(12))}),
         "5 % of neurons, random": tuning.Only(neurons=neurons),
     }.items():  # fmt: skip
-        made = tuning.fit(taught, repair, (), test=rationales(two.test, PLANTED), shifts=shifts, layers=only, seeds=(0,), steps=30, head_learning_rate=3e-3, weight_decay=0.01)
+        made = tuning.fit(
+            taught,
+            repair,
+            (),
+            test=rationales(two.test, PLANTED),
+            shifts=shifts,
+            layers=only,
+            seeds=(0,),
+            steps=30,
+            head_learning_rate=3e-3,
+            weight_decay=0.01,
+        )
         found = made.result.data.accuracy.sel(arm="plain")
-        print(f"{name:24}", ", ".join(f"{s} {float(found.sel(split=s)):.3f}" for s in found["split"].values.tolist()), "; changed outside:", len(made.changed), flush=True)
+        print(
+            f"{name:24}",
+            ", ".join(f"{s} {float(found.sel(split=s)):.3f}" for s in found["split"].values.tolist()),
+            "; changed outside:",
+            len(made.changed),
+            flush=True,
+        )
 
 
 def probe(two: Setting) -> None:

@@ -91,6 +91,7 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
         for name, options in {

@@ -32,7 +32,7 @@ def arguments(path: Path, batch: int, times: int, **more: Any) -> transformers.T
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [*KINDS])
+@pytest.mark.parametrize("family", ["bert-class", "gpt2", "t5"])
 def test_four_times_four_is_one_of_sixteen(family: str, tmp_path: Path) -> None:
     """Without drawing: what an objective draws belongs to its pass."""
     objective = tu.Consistency("rationale", by="Rome", weight=3.0)

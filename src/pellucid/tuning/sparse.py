@@ -207,10 +207,10 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
             quiet[i] += [float((x == 0).sum()), float(x.numel())]
         z = batch.read(run.logits)
         right.append((batch.by_row((z.argmax(-1) != batch.answers.to(z.device)).float()) == 0).cpu().numpy())
-    zeros, pairs, entropy, marks_, queries = sums.T
+    zeros, pairs, spread, on_marks, queries = sums.T
     variables: dict[str, Any] = {
-        "zeros": ("layer", zeros / pairs), "support": ("layer", (pairs - zeros) / queries), "entropy": ("layer", entropy / queries),
-        "marks": ("layer", marks_ / queries), "right": ("text", np.concatenate(right).astype(float)),
+        "zeros": ("layer", zeros / pairs), "support": ("layer", (pairs - zeros) / queries), "entropy": ("layer", spread / queries),
+        "marks": ("layer", on_marks / queries), "right": ("text", np.concatenate(right).astype(float)),
     }  # fmt: skip
     if len(neurons) == len(patterns):
         variables["neuron_zeros"] = "layer", quiet[:, 0] / quiet[:, 1]

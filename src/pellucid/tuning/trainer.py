@@ -15,7 +15,9 @@ Runs are in evaluation mode, without dropout. One process; with several, gradien
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,16 +57,18 @@ def trainer(
         each.check(model, encoded)
     chosen = choose(model, layers)
     held_out = None if test is None else Encoded(model, test, truncate)
-    for p in chosen.model.module.parameters():
-        p.requires_grad_(False)
+    for each_p in chosen.model.module.parameters():
+        each_p.requires_grad_(False)
     for name, p in chosen.parameters.items():
         p.requires_grad_(True)
         if name in chosen.masks:
-            p.register_hook(lambda g, mask=chosen.masks[name]: g * mask.to(g))  # type: ignore[misc]
+            p.register_hook(partial(_masked, chosen.masks[name]))
 
-    class Tuning(base):  # type: ignore[misc]
+    class Tuning(base):
         loss_is_scaled_for_ga = False
         tuned = chosen.model
+        _at, _part = -1, 0
+        _terms: Mapping[str, float] = MappingProxyType({})
 
         def get_decay_parameter_names(self, module: Any) -> list[str]:
             return [name for name in super().get_decay_parameter_names(module) if name not in chosen.masks]
@@ -73,7 +77,7 @@ def trainer(
             self, module: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
         ) -> Any:
             step = int(self.state.global_step)
-            self._part = self._part + 1 if getattr(self, "_at", -1) == step else 0
+            self._part = self._part + 1 if self._at == step else 0
             self._at = step
             batch = encoded.batch(inputs["row"].tolist(), step)
             with self.accelerator.autocast():
@@ -93,7 +97,7 @@ def trainer(
             return (loss, None) if return_outputs else loss
 
         def log(self, logs: dict[str, float], *more: Any, **kwargs: Any) -> None:
-            super().log(logs | (getattr(self, "_terms", {}) if "loss" in logs else {}), *more, **kwargs)
+            super().log(logs | (dict(self._terms) if "loss" in logs else {}), *more, **kwargs)
 
         def prediction_step(self, module: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             source = held_out if held_out is not None else encoded
@@ -105,7 +109,7 @@ def trainer(
             whole = prediction_loss_only or batch.places is not None
             return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
 
-    class Finite(transformers.TrainerCallback):  # type: ignore[misc]
+    class Finite(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             grads = [p.grad for p in chosen.parameters.values() if p.grad is not None]
             check_finite(
@@ -128,9 +132,13 @@ def trainer(
     args = copy.copy(args)
     args.remove_unused_columns, args.label_names = False, ["labels"]
     made = Tuning(
-        model=chosen.model.module, args=args, train_dataset=rows(encoded),  # type: ignore[arg-type]
+        model=chosen.model.module, args=args, train_dataset=rows(encoded),
         eval_dataset=rows(held_out) if held_out is not None else None, data_collator=collate, **options,
     )  # fmt: skip
     made.model_accepts_loss_kwargs = True  # so that it counts the answers of the accumulated batches
     made.add_callback(Finite())
     return made
+
+
+def _masked(mask: Tensor, g: Tensor) -> Tensor:
+    return g * mask.to(g)
