@@ -57,6 +57,11 @@ def harvest() -> Any:
 
 
 @cache
+def steering() -> Any:
+    return pl.safety.Contrast(sites="layers.1.resid_post").fit(gpt2(), TEXTS, [f"{t} a" for t in TEXTS])
+
+
+@cache
 def tuned() -> Any:
     return L.TunedLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
 
@@ -69,6 +74,12 @@ def future() -> Any:
 @cache
 def scores() -> Any:
     return R.edge_attribution(gpt2(), pairs(gpt2()), how="resample")
+
+
+def monitor() -> Any:
+    return pl.safety.Monitor(
+        pl.safety.Direction("layers.1.resid_post", torch.linspace(-1, 1, 32)), pl.safety.ema(0.4), threshold=0.0
+    )
 
 
 def words() -> Any:
@@ -138,9 +149,28 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
     ),
+    "safety.evaluate": lambda: pl.safety.evaluate(
+        gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
+    ),
+    "safety.compare_stages": lambda: pl.safety.compare_stages(
+        gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
+    ),
+    "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),
+    "surgery.stitching": lambda: pl.surgery.stitching(
+        gpt2(), gpt2(), TEXTS * 4, after=[0], into=[1], kinds=["identity", "ridge"], controls=["permuted"], held_out=40
+    ),
+    "surgery.Stitch.penalty": lambda: pl.surgery.Stitch("ridge", after=0, into=1).fit(gpt2(), gpt2(), TEXTS * 2).penalty(gpt2(), gpt2(), TEXTS),
+    "safety.strengths": lambda: pl.safety.strengths(
+        gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
+    ),
+    "surgery.edit": lambda: pl.surgery.edit(
+        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        search=pl.surgery.Search(steps=2),
+    ).result,
+    "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(

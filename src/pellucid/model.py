@@ -29,7 +29,7 @@ from pellucid.engine.padding import Padding
 from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.saved import load_changes, save_changes
-from pellucid.engine.steps import Watch, watchers
+from pellucid.engine.steps import Monitored, Watch, guards_of, watchers
 from pellucid.engine.sweep import Plan, Sweep, plan_sweep
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
@@ -306,6 +306,7 @@ class Model:
         edits: Sequence[Edit] = (),
         keep: Iterable[str | Site] | str = (),
         when: Watch | Sequence[Watch] = (),
+        monitors: Monitored | Sequence[Monitored] = (),
         scores: bool = False,
         max_new_tokens: int = 40,
         min_new_tokens: int | None = None,
@@ -329,7 +330,8 @@ class Model:
 
         stop: texts, compiled regular expressions or token ids that end a row; they stay in its text. stream: True prints,
         a function is given each new piece of text and its row. keep: sites, for every token written or, with positions, of
-        the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. An edit
+        the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. monitors: readers
+        with a threshold and an action (`pl.safety`); `generated.firings` is what they saw. An edit
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
         An encoder-decoder begins with `decoder`, of one length for all prompts.
         """
@@ -347,6 +349,7 @@ class Model:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
+        guards = guards_of(monitors, self)
         made = generate(
             self.anatomy,
             self.tokenizer,
@@ -354,7 +357,7 @@ class Model:
             told,
             edits=self.resolved(edits),
             keep=keep,
-            when=watchers(when),
+            when=(*watchers(when), *(guard.watch for guard in guards)),
             scores=scores,
             stop=stop,
             stream=stream,
@@ -363,7 +366,7 @@ class Model:
             resolve=self.resolved,
             call=call,
         )
-        return replace(made, model=self)
+        return replace(made, model=self, guards=guards)
 
     @checked
     def plan(

@@ -425,12 +425,11 @@ class _Call:
 
 def generation(made: Generated) -> Result:
     """What was generated as a result, dims (row, step): the log-probability of each token, what fired, was recorded and kept."""
-    program = Program(model=made.model)
-    program.call = f"{program.write(made, 'generated')}.result"
     frame: dict[str, Any] = {"log_probability": (("row", "step"), made.log_probabilities.float().cpu().numpy())}
     frame["id"] = ("row", "step"), made.tokens.cpu().numpy()
     for name, values in {**{f"{n} fired": x for n, x in made.fired.items()}, **made.records}.items():
         inner = tuple(f"{name}_{i}" for i in range(values.ndim - 2))
+        name = f"{name} recorded" if name in ("token", "text", "prompt", "ended", "because") else name
         frame[name] = (
             ("row", "step", *inner),
             values.cpu().float().numpy() if values.dtype != torch.bool else values.cpu().numpy(),
@@ -444,18 +443,20 @@ def generation(made: Generated) -> Result:
     about = {"text": made.texts, "prompt": made.prompts, "ended": made.ended, "because": made.because}
     coords: dict[str, Any] = {"token": (("row", "step"), np.array(texts, dtype=str).reshape(made.tokens.shape))}
     coords |= {k: ("row", np.array(v, dtype=str)) for k, v in about.items()}
-    record = _Call(
-        "generate",
-        program,
-        {k: v if _plain(v) else program.write(v, k) for k, v in made.call.items() if k != "prompt"},
-        list(made.prompts),
-    )
     return Result(
         xr.Dataset(frame, coords=coords),
         kind="generation",
         title=f"What {made.model.name} wrote",
-        provenance=record._provenance(),
+        provenance=of_generation(made, "result"),
     )
+
+
+def of_generation(made: Generated, name: str) -> Provenance:
+    """Where what a generation gives by a `name` comes from."""
+    program = Program(model=made.model)
+    program.call = f"{program.write(made, 'generated')}.{name}"
+    arguments = {k: v if _plain(v) else program.write(v, k) for k, v in made.call.items() if k != "prompt"}
+    return _Call("generate", program, arguments, list(made.prompts))._provenance()
 
 
 def _texts(key: str, value: Any) -> Any:

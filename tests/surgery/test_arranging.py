@@ -16,11 +16,13 @@ from torch import Tensor
 
 import pellucid as pl
 from pellucid.errors import InputError, Refused
-from pellucid.surgery import remove, reorder, repeat, swap
+from pellucid.surgery import parallel, remove, reorder, repeat, swap
 from tests.zoo import build, tokenizer
 
 FAMILIES = ["llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "falcon", "gptj", "granite", "olmo2", "bert", "opt"]
-ORDERS = [[0, 2, 3], [0, 1, 2, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [1]]
+ORDERS: list[list[Any]] = [[0, 2, 3], [0, 1, 2, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0], [1]]
+AVERAGED = ["llama", "gpt2", "gemma3_text", "mixtral", "gptj", "bert"]
+ABREAST: list[Any] = [0, [1, 3], [1, 3], 2]  # side by side, and twice
 
 
 @cache
@@ -34,7 +36,7 @@ def ids(model: pl.Model, rows: int = 2, n: int = 7) -> dict[str, Tensor]:
     return {"input_ids": made, "attention_mask": torch.ones_like(made)}
 
 
-def by_hand(model: pl.Model, order: list[int], inputs: dict[str, Tensor]) -> Tensor:
+def by_hand(model: pl.Model, order: list[Any], inputs: dict[str, Tensor]) -> Tensor:
     """The residual after the blocks in another order, each given what it was given in the old model."""
     blocks = [model.module.get_submodule(b.module) for b in model.anatomy.stacks[-1].blocks]
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -48,18 +50,24 @@ def by_hand(model: pl.Model, order: list[int], inputs: dict[str, Tensor]) -> Ten
         for hook in hooks:
             hook.remove()
         x = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
-        for i in order:
-            args, kwargs = calls[i]
-            kwargs = {k: None if isinstance(v, transformers.Cache) else v for k, v in kwargs.items()}
-            args = tuple(None if isinstance(v, transformers.Cache) else v for v in args)
-            out = blocks[i](x, *args[1:], **kwargs) if args else blocks[i](**{**kwargs, "hidden_states": x})
-            x = out[0] if isinstance(out, tuple) else out
+        for place in order:
+            made = []
+            for i in place if isinstance(place, list) else [place]:
+                args, kwargs = calls[i]
+                kwargs = {k: None if isinstance(v, transformers.Cache) else v for k, v in kwargs.items()}
+                args = tuple(None if isinstance(v, transformers.Cache) else v for v in args)
+                out = blocks[i](x, *args[1:], **kwargs) if args else blocks[i](**{**kwargs, "hidden_states": x})
+                made.append(out[0] if isinstance(out, tuple) else out)
+            x = sum(made) / len(made)
     return x
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_any_order_is_a_loop_over_the_blocks_and_generates_with_a_cache(family: str, order: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "order"),
+    [(family, order) for family in FAMILIES for order in [*ORDERS, *([ABREAST] if family in AVERAGED else [])]],
+    ids=str,
+)
+def test_any_order_is_a_loop_over_the_blocks_and_generates_with_a_cache(family: str, order: list[Any]) -> None:
     model = opened(family)
     made = reorder(model, order)
     inputs = ids(model)
@@ -100,6 +108,26 @@ def test_it_is_saved_and_opened_by_plain_transformers(family: str, tmp_path: Pat
     if family == "gemma3_text":
         kinds = model.module.config.layer_types
         assert made.module.config.layer_types == [kinds[i] for i in (3, 1, 2)]
+
+
+def test_layers_side_by_side_are_kept_in_a_change_file_alone(tmp_path: Path) -> None:
+    model = opened("llama")
+    made = parallel(model, slice(1, 3))
+    assert made.loaded.changes[0].settings()["order"] == (0, (1, 2), 3) and len(made.layers) == 3
+    with pytest.raises(Refused, match="opened as another model; use save_changes"):
+        made.module.save_pretrained(tmp_path)
+    back = model.changed(made.save_changes(tmp_path / "parallel.safetensors"))
+    assert torch.equal(back.run(ids(model)).logits, made.run(ids(model)).logits)
+    assert made.undo() is model and [p.name for p in made.anatomy.proofs if p.holds is False] == [
+        "residual",
+        "attention",
+    ]
+    alone = reorder(model, [[0], 1, [2], 3])
+    assert torch.equal(alone.run(ids(model)).logits, model.run(ids(model)).logits)
+    alone.module.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match="given another 'attention_mask'"):
+        parallel(opened("gemma3_text"), slice(1, 3))  # sliding and full attention
+    assert len(parallel(opened("t5"), [1, 2], stack="decoder").decoder.layers) == 3
 
 
 def test_both_sides_of_an_encoder_decoder() -> None:
@@ -150,6 +178,10 @@ def test_what_belongs_to_the_place_is_refused_by_name(family: str, order: list[i
         (lambda m: reorder(m, [0, 4]), "there is no layer 4"),
         (lambda m: reorder(m, [0.5]), "expected the numbers of layers"),
         (lambda m: reorder(m, None), "expected the numbers of layers"),
+        (lambda m: reorder(m, [0, []]), "no layer is left"),
+        (lambda m: reorder(m, [0, [1, 9]]), "there is no layer 9"),
+        (lambda m: reorder(m, [0, [1, [2, 3]]]), "expected the numbers of layers"),
+        (lambda m: parallel(m, [0, 2]), "no span"),
         (lambda m: remove(m, slice(None)), "no layer is left"),
         (lambda m: remove(m, "1"), "expected a number"),
         (lambda m: remove(m, 9), "there is no layer 9"),

@@ -33,7 +33,7 @@ from pellucid.engine.limits import exceeded
 from pellucid.engine.marks import special_ids
 from pellucid.engine.run import Run
 from pellucid.engine.sampling import Draws, Stops, Writer, number
-from pellucid.engine.steps import Watch
+from pellucid.engine.steps import Guard, Watch
 from pellucid.engine.watched import Choosing, Follower, Written
 from pellucid.errors import InputError, PellucidError, Refused
 
@@ -70,6 +70,7 @@ class Generated:
     prompt: Run | None = field(default=None, repr=False)  # what was kept of the prompt
     call: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what `generate` was asked
     model: Any = field(default=None, repr=False)  # and who was
+    guards: tuple[Guard, ...] = field(default=(), repr=False)  # the monitors that were on
 
     @property
     def text(self) -> str:
@@ -95,6 +96,13 @@ class Generated:
         if self.steps is None or self.steps.output is None:
             raise InputError("the scores were not kept: ask for them with model.generate(..., scores=True)")
         return self.steps.logits
+
+    @property
+    def firings(self) -> Any:
+        """What the monitors read at every token, and when they fired: a `Result`, for each prompt over monitor and step."""
+        if not self.guards:
+            raise InputError("no monitor was on: model.generate(..., monitors=[pl.safety.Monitor(...)])")
+        return type(self.guards[0]).told(self.guards, self)
 
     def _run(self, site: Site | str) -> Run:
         assert self.steps is not None and self.prompt is not None

@@ -40,8 +40,14 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
     2.0
     """
     tensors: dict[str, Tensor] = {}
+    kept = packed([edits] if isinstance(edits, Edit) else edits, tensors)
+    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
+
+
+def packed(edits: Sequence[Edit], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Edits as JSON; their tensors go to `tensors`."""
     kept: list[dict[str, Any]] = []
-    for edit in [edits] if isinstance(edits, Edit) else edits:
+    for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"{edit!r} is no edit: expected some, such as [pl.Ablate('layers.0.mlp.out')]")
         values = {}
@@ -50,7 +56,12 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
             if each.init and each.name != "site" and value is not None:
                 values[each.name] = _plain(edit, each.name, value, tensors)
         kept.append({"kind": _kind(edit), "site": str(edit.site), "values": values})
-    return write_tensors(path, KEY, {"edits": kept, "digest": model.digest if model else ""}, tensors)
+    return kept
+
+
+def unpacked(kept: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Edit]:
+    """The edits that `packed` wrote down."""
+    return [_made(each, tensors) for each in kept]
 
 
 def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]:
@@ -60,7 +71,7 @@ def load_edits(path: str | Path, *, model: Weighted | None = None) -> list[Edit]
     are refused by models of others also when they are used.
     """
     with reading_tensors(path, KEY, "holds no edits: expected a file that pl.save_edits wrote") as (kept, tensors):
-        made = [_made(each, tensors) for each in kept["edits"]]
+        made = unpacked(kept["edits"], tensors)
     if model is not None:
         check_weights(model, kept["digest"], f"what {str(path)!r} holds")
     for edit in made:

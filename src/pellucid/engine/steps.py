@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -168,10 +168,38 @@ class Say(Action):
 
 @dataclass(frozen=True, eq=False)
 class Redirect(Action):
-    """The row goes on under these edits instead of those it had: all that is computed after this step obeys them."""
+    """The row goes on under these edits instead of those it had: all that is computed after this step obeys them.
+
+    `beside`: it keeps those it had, too. Then this decides nothing about the row: what another watcher says is done as well.
+    """
 
     edits: Any = ()
     reason: str = ""
+    beside: bool = False
+
+
+class Guard(Protocol):
+    """A monitor at work in one generation: its watcher, and afterwards what all of them saw."""
+
+    watch: Watch
+
+    @classmethod
+    def told(cls, guards: Sequence[Any], generated: Any) -> Any:
+        """What the guards of a generation saw and did."""
+
+
+class Monitored(Protocol):
+    """What `generate(monitors=)` takes, `pellucid.safety` makes some: it begins anew in every generation."""
+
+    def begin(self, model: Any) -> Guard: ...
+
+
+def guards_of(monitors: Any, model: Any) -> tuple[Guard, ...]:
+    """Every monitor at its beginning; InputError for what is none."""
+    given = [monitors] if hasattr(monitors, "begin") else monitors
+    if not isinstance(given, Sequence) or not all(hasattr(each, "begin") for each in given):
+        raise InputError(f"monitors={monitors!r}: expected pl.safety.Monitor(...), or a list of them")
+    return tuple(each.begin(model) for each in given)
 
 
 def as_watch(when: Any, what: str) -> Watch:

@@ -320,8 +320,9 @@ class Follower(Session):
             if actions:
                 fired[list(actions)] = True
             self.fired.setdefault(key, []).append(fired)
-            self._do({row: a for row, a in actions.items() if row not in decided}, watch)
-            decided |= actions.keys()
+            beside = {row for row, a in actions.items() if isinstance(a, Redirect) and a.beside}
+            self._do({row: a for row, a in actions.items() if row not in decided or row in beside}, watch)
+            decided |= actions.keys() - beside
         self.values = {name: v for name, v in self.values.items() if v[1] is not None}
 
     def _do(self, actions: dict[int, Action], watch: Watch) -> None:
@@ -349,7 +350,7 @@ class Follower(Session):
         mask = torch.zeros_like(self.running)
         mask[rows] = True
         before = [torch.ones_like(mask)] * self.steps
-        for held in self.held.values():  # what held so far holds in these rows no longer
+        for held in () if redirect.beside else self.held.values():  # what held so far holds in these rows no longer
             if held.watch is None and held.rows is None:
                 self.history[id(held.edit)] = list(before)
             held.rows = (torch.ones_like(mask) if held.rows is None else held.rows) & ~mask

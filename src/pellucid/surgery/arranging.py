@@ -1,12 +1,15 @@
-"""What does each layer do, if layers are taken out, repeated, swapped or put in another order?
+"""What does each layer do, if layers are taken out, repeated, swapped, put side by side or in another order?
 
 A transformer's blocks all read and write one residual stream, so any sequence of them runs (Lad et al. 2024, Sun et al. 2024).
-An arrangement is a list of layer numbers, `[0, 1, 1, 3]`: what stands in each place. The result is a model of its own that
-shares every weight with the old one, which keeps every bit and is the undo.
+An arrangement is a list of layer numbers, `[0, 1, 1, 3]`: what stands in each place. A list in it, `[0, [1, 2], 3]`, is layers
+side by side: all are given the same, and the mean of what they make goes on ("Layers as Painters", Sun et al. 2024). The result
+is a model of its own that shares every weight with the old one, which keeps every bit and is the undo.
 
 What belongs to a block goes with it and what belongs to its place stays: every use of a block is a module of its own with the
 number of its place (caches are kept by it), and lists of the config that have an entry for each layer (kinds of attention, of
-MLPs) are put in the same order. That this is all there is to it is tried on the probe: each block must be given, beside its
+MLPs) are put in the same order. Of layers side by side the first has the number of the place; the others have numbers behind all
+places, so that each keeps its own keys and values. No config can say that, so such a model is kept by `save_changes` alone, and
+what stands side by side has a residual stream before and behind it and no sites inside. That this is all there is to it is tried on the probe: each block must be given, beside its
 residual, what it was given before, must then make of the residual what it made before, and generating with a cache must be
 generating without. Where it is not so (a first block that makes the position bias of all others, keys and values that layers
 share) the arrangement is refused, and the reason names what differs.
@@ -14,18 +17,19 @@ share) the arrangement is refused, and the reason names what differs.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Stack
-from pellucid.changed import Change, twin
+from pellucid.changed import Change, twin, unsavable
 from pellucid.engine.alone import Alone, differs
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused
@@ -40,6 +44,7 @@ COUNTS = (
     "num_decoder_layers",
 )
 Layers = int | slice | Sequence[int]
+Place = int | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,24 +56,59 @@ class Arranged(Change):
     """
 
     blocks: str
-    order: tuple[int, ...]
+    order: tuple[Place, ...]
 
     def apply(self, tree: nn.Module) -> None:
         parent, _, name = self.blocks.rpartition(".")
         old = tree.get_submodule(self.blocks)
         assert isinstance(old, nn.ModuleList)
-        numbers = _numbered(old)
-        placed: list[nn.Module] = []
-        for place, source in enumerate(self.order):
-            block = old[source] if source not in self.order[:place] else twin(old[source])
+        numbers, used = _numbered(old), set[int]()
+
+        def placed(source: int, number: int) -> nn.Module:
+            block = twin(old[source]) if source in used else old[source]
+            used.add(source)
             for path, attribute in numbers:
-                setattr(block.get_submodule(path), attribute, place)
-            placed.append(block)
-        tree.get_submodule(parent)._modules[name] = nn.ModuleList(placed)
+                setattr(block.get_submodule(path), attribute, number)
+            return block
+
+        several = [each if isinstance(each, tuple) else (each,) for each in self.order]
+        behind = itertools.count(len(several))
+        made: list[nn.Module] = []
+        for place, sources in enumerate(several):
+            each = [placed(source, next(behind) if i else place) for i, source in enumerate(sources)]
+            made.append(each[0] if len(each) == 1 else Beside(each))
+        tree.get_submodule(parent)._modules[name] = nn.ModuleList(made)
+        if any(len(sources) > 1 for sources in several):
+            unsavable(tree, "layers side by side cannot be told by a config")
+        numbered = [sources[0] for sources in several] + [s for sources in several for s in sources[1:]]
         for config in _configs(tree, self.blocks):
             shared = config is getattr(tree, "config", None) and getattr(config, "is_encoder_decoder", False)
             side = next((side for side in ("decoder", "encoder") if shared and side in self.blocks), "")
-            _rearrange(config, self.order, len(old), side)
+            _rearrange(config, numbered, len(old), side)
+
+
+class Beside(nn.Module):
+    """Blocks side by side: all are given the same, and what they make is averaged."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what models ask of a block, such as its kind, is the same for all of them
+            return getattr(self.blocks[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _mean([block(*args, **kwargs) for block in self.blocks])
+
+
+def _mean(outputs: Sequence[Any]) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return torch.stack(list(outputs)).mean(0)
+    return tuple(map(_mean, zip(*outputs, strict=True))) if isinstance(first, tuple) else first
 
 
 def _numbered(blocks: nn.ModuleList) -> list[tuple[str, str]]:
@@ -115,8 +155,9 @@ def _rearrange(config: PretrainedConfig, order: Sequence[int], n: int, side: str
 # ---- what is asked for
 
 
-def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
-    """The model with its blocks in this order; a block may be left out, or stand in several places.
+def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = "") -> Model:
+    """The model with its blocks in this order; a block may be left out, or stand in several places; a list stands for blocks side
+    by side, whose outputs are averaged.
 
     `stack` is "encoder" or "decoder" of an encoder-decoder. InputError for numbers that are no layers; Refused where a block
     in its new place is given or makes something else than before (see the module).
@@ -126,14 +167,20 @@ def reorder(model: Model, order: Sequence[int], *, stack: str = "") -> Model:
     found = _stack(model, stack)
     n = len(found.blocks)
     try:
-        wanted = tuple(operator.index(i) for i in order)
+        wanted = tuple(
+            tuple(map(operator.index, each)) if isinstance(each, Sequence) else operator.index(each) for each in order
+        )
     except TypeError:
         raise InputError(f"order={order!r}: expected the numbers of layers, such as [0, 2, 1, 3]") from None
-    outside = next((i for i in wanted if not -n <= i < n), None)
-    if outside is not None or not wanted:
+    flat = [i for each in wanted for i in _each(each)]
+    outside = next((i for i in flat if not -n <= i < n), None)
+    if outside is not None or not all(map(_each, wanted)) or not wanted:
         what = "no layer is left" if outside is None else f"there is no layer {outside}"
         raise InputError(f"{what}: this stack has {n} (0 to {n - 1})")
-    wanted = tuple(i % n for i in wanted)
+    wanted = tuple(
+        tuple(i % n for i in each) if isinstance(each, tuple) and len(each) > 1 else _each(each)[0] % n
+        for each in wanted
+    )
     arranged = Arranged(_list(found), wanted)
     try:
         made = model.changed(arranged)
@@ -159,13 +206,20 @@ def repeat(model: Model, layers: Layers, *, times: int = 2, stack: str = "") -> 
     """The model in which a span of layers is passed `times` over, one after the other. Raises as `reorder` does."""
     if times < 1:
         raise InputError(f"times={times!r}: expected at least 1")
-    span = _numbers(_stack(model, stack), layers)
-    if span != list(range(span[0], span[-1] + 1)):
-        raise InputError(
-            f"layers {span} are no span: repeat neighbours, or write the whole order, reorder(model, [...])"
-        )
+    span = _span(_stack(model, stack), layers)
     n = len(_stack(model, stack).blocks)
     return reorder(model, [*range(span[0]), *(span * times), *range(span[-1] + 1, n)], stack=stack)
+
+
+def parallel(model: Model, layers: Layers, *, stack: str = "") -> Model:
+    """The model in which a span of layers is side by side: each is given what the first was given, the mean of what they make goes
+    on. Raises as `reorder` does; Refused where layers of the span are given different things (kinds of attention).
+
+    >>> parallel(model, slice(10, 14))  # doctest: +SKIP
+    """
+    span = _span(_stack(model, stack), layers)
+    n = len(_stack(model, stack).blocks)
+    return reorder(model, [*range(span[0]), span, *range(span[-1] + 1, n)], stack=stack)
 
 
 def swap(model: Model, one: int, other: int, *, stack: str = "") -> Model:
@@ -202,6 +256,17 @@ def _numbers(stack: Stack, layers: Layers) -> list[int]:
     return found
 
 
+def _span(stack: Stack, layers: Layers) -> list[int]:
+    span = _numbers(stack, layers)
+    if span != list(range(span[0], span[-1] + 1)):
+        raise InputError(f"layers {span} are no span: name neighbours, or write the whole order, reorder(model, [...])")
+    return span
+
+
+def _each(place: Place) -> tuple[int, ...]:
+    return place if isinstance(place, tuple) else (place,)
+
+
 def _list(stack: Stack) -> str:
     """The module list that holds the blocks; Refused where they are not one list in order."""
     names = [block.module for block in stack.blocks]
@@ -215,7 +280,7 @@ def _list(stack: Stack) -> str:
 
 
 @torch.no_grad()
-def _check(model: Model, made: Model, stack: Stack, order: Sequence[int]) -> None:
+def _check(model: Model, made: Model, stack: Stack, order: Sequence[Place]) -> None:
     after = next((s for s in made.anatomy.stacks if s.name == stack.name and len(s.blocks) == len(order)), None)
     if after is None:
         raise Refused(f"with layers {list(order)} this model is no longer a stack of {len(order)} blocks")
@@ -223,16 +288,20 @@ def _check(model: Model, made: Model, stack: Stack, order: Sequence[int]) -> Non
     probe = Inputs(dict(model.anatomy.inputs), {}, ())
     before, now = old.recorded(probe), new.recorded(probe)
     rows = len(next(iter(probe.tensors.values())))
-    for place, source in enumerate(order):
-        block, call = stack.blocks[source], now[place]
-        name = differs(old.others(block, before[source]), new.others(after.blocks[place], call))
-        if name is not None:
-            what = f"argument {name}" if name.isdigit() else repr(name)
-            raise Refused(f"layer {source} in place {place} is given another {what} than before: it belongs to the place, or to another layer")  # fmt: skip
-        hidden, leave = block.taps["resid_pre"].layout.read(call.hidden, rows), after.blocks[place].taps["resid_post"]
-        gap = error(new.output(after.blocks[place], call, rows), old.call(block, hidden, before[source]))
-        if gap > TOLERANCE.get(hidden.dtype, 4e-2):
-            raise Refused(f"layer {source} in place {place} makes something else of the residual than before ({gap:.0e}; {leave.module})")  # fmt: skip
+    for place, sources in enumerate(map(_each, order)):
+        call, leave = now[place], after.blocks[place].taps["resid_post"]
+        made_before = []
+        for source in sources:
+            block = stack.blocks[source]
+            name = differs(old.others(block, before[source]), new.others(after.blocks[place], call))
+            if name is not None:
+                what = f"argument {name}" if name.isdigit() else repr(name)
+                raise Refused(f"layer {source} in place {place} is given another {what} than before: it belongs to the place, or to another layer")  # fmt: skip
+            hidden = block.taps["resid_pre"].layout.read(call.hidden, rows)
+            made_before.append(old.call(block, hidden, before[source]))
+        gap = error(new.output(after.blocks[place], call, rows), torch.stack(made_before).mean(0))
+        if gap > TOLERANCE.get(made_before[0].dtype, 4e-2):
+            raise Refused(f"layer {', '.join(map(str, sources))} in place {place} makes something else of the residual than before ({gap:.0e}; {leave.module})")  # fmt: skip
     _check_cache(made)
 
 

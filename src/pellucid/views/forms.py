@@ -290,7 +290,17 @@ def curves(result: Result) -> s.Curves:
     positive = not ordinal and coordinate.min() > 0 and coordinate.max() / coordinate.min() > 50
     ruler = s.Ruler(name=along if share is None else "share", log=bool(positive and along != "step"), labels=tuple(map(str, coordinate)) if ordinal else ())  # fmt: skip
     unit = str(main.attrs.get("unit", ""))
-    return s.Curves(x=ruler, y=s.Ruler(name=f"{main.name} ({unit})" if unit else str(main.name)), lines=lines)
+    y = s.Ruler(name=f"{main.name} ({unit})" if unit else str(main.name))
+    return s.Curves(x=ruler, y=y, lines=lines, levels=_levels(data, dims))
+
+
+def _levels(data: xr.Dataset, dims: list[str]) -> tuple[s.Level, ...]:
+    """The threshold of each line, where the result has one."""
+    if "threshold" not in data or not set(data["threshold"].dims) < set(dims) or len(dims) != 2:
+        return ()
+    other = str(data["threshold"].dims[0])
+    names, values = data[other].values.tolist(), data["threshold"].values.tolist()
+    return tuple(s.Level(name=f"{n}: threshold", y=v) for n, v in zip(names, values, strict=True) if np.isfinite(v))
 
 
 def _family(main: xr.DataArray, along: str, x: Numbers) -> tuple[s.Line, ...]:
