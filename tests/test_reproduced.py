@@ -160,9 +160,21 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),
+    "surgery.stitching": lambda: pl.surgery.stitching(
+        gpt2(), gpt2(), TEXTS * 4, after=[0], into=[1], kinds=["identity", "ridge"], controls=["permuted"], held_out=40
+    ),
+    "surgery.Stitch.penalty": lambda: pl.surgery.Stitch("ridge", after=0, into=1).fit(gpt2(), gpt2(), TEXTS * 2).penalty(gpt2(), gpt2(), TEXTS),
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.removal": lambda: pl.surgery.removal(
+        gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
+    ),
+    "surgery.edit": lambda: pl.surgery.edit(
+        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        search=pl.surgery.Search(steps=2),
+    ).result,
+    "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
