@@ -115,6 +115,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution of ids": lambda: A.saliency(gpt2(), gpt2().tokenizer(CLEAN)["input_ids"], 7),
     "attribution in an encoder-decoder": lambda: A.saliency(opened("t5"), CLEAN, decoder="Paris is"),
     "attribution of a class": lambda: A.saliency(opened("bert"), "The city of <mask> is", " Paris"),
+    "attribution.word_importance": lambda: A.word_importance(gpt2(), [*TEXTS, CLEAN, OTHER], batch=4, seed=1),
     "attribution.evaluation.faithfulness": lambda: A.evaluation.faithfulness(
         gpt2(), CLEAN, {"saliency": A.saliency(gpt2(), CLEAN, " Paris")}, " Paris", draws=2
     ),
