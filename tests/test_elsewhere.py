@@ -17,7 +17,9 @@ from tests import test_reproduced as known
 from tests.elsewhere import COUNTS, DEVICE, moved, there
 from tests.zoo import build, tokenizer
 
-MADE = [f for f in vars(known).values() if hasattr(f, "cache_clear") and f is not known.opened]  # fitted once, with the model
+MADE = [
+    f for f in vars(known).values() if hasattr(f, "cache_clear") and f is not known.opened
+]  # fitted once, with the model
 
 
 @cache

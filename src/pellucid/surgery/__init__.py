@@ -6,6 +6,7 @@ from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.removal import removal
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
@@ -23,6 +24,7 @@ __all__ = [
     "layer_importance",
     "parallel",
     "remix",
+    "removal",
     "remove",
     "reorder",
     "repeat",
