@@ -2,12 +2,15 @@
 
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
+from pellucid.safety.failures import Failure, Mitigation, trace_failure
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
+from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
+from pellucid.safety.statements import Statements
 from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
 from pellucid.safety.vector import Vector, ablate_direction, condition, load_vectors, save_vectors, steer
@@ -16,12 +19,16 @@ __all__ = [
     "ABSTAIN",
     "Alarm",
     "Cascade",
+    "ConceptReader",
     "Contrast",
     "Direction",
+    "Failure",
     "Feature",
     "LearntEdit",
+    "Mitigation",
     "Monitor",
     "Rule",
+    "Statements",
     "Threshold",
     "Vector",
     "Words",
@@ -43,5 +50,6 @@ __all__ = [
     "steer",
     "strengths",
     "threshold",
+    "trace_failure",
     "vector",
 ]
