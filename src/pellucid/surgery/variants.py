@@ -160,14 +160,14 @@ def ensemble(
             found.append(torch.stack(values).mean())
         rows.append(np.array([*map(float, found), float(each.mean(1).min()), float(each.min(0).values.mean())]))
         sizes.append(each.shape[1])
-    values, size = np.stack(rows), np.array(sizes, dtype=float)[:, None]  # [text, route]
-    low, high = interval(values * size, seed, over=np.broadcast_to(size, values.shape))
-    gain = values[:, [names.index("random")]] - values
+    lost, size = np.stack(rows), np.array(sizes, dtype=float)[:, None]  # [text, route]
+    low, high = interval(lost * size, seed, over=np.broadcast_to(size, lost.shape))
+    gain = lost[:, [names.index("random")]] - lost
     gain_low, gain_high = interval(gain * size, seed, over=np.broadcast_to(size, gain.shape))
     total = size.sum()
     taken[len(variants) : -2] /= np.maximum(taken[len(variants) : -2].sum(1, keepdims=True), 1e-12)
     taken[-2:] = np.nan
-    data = xr.Dataset({"nll": ("route", (values * size).sum(0) / total), "low": ("route", low), "high": ("route", high), "gain": ("route", (gain * size).sum(0) / total),
+    data = xr.Dataset({"nll": ("route", (lost * size).sum(0) / total), "low": ("route", low), "high": ("route", high), "gain": ("route", (gain * size).sum(0) / total),
                        "gain_low": ("route", gain_low), "gain_high": ("route", gain_high), "taken": (("route", "variant"), taken)},
                       {"route": names, "variant": list(variants)}, {"unit": "nats", "tokens": int(total)})  # fmt: skip
     idle = [
