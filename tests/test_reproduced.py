@@ -297,7 +297,8 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not tried yet: they train, or are told of a second model or of parsed sentences
         **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",
-                         "attention.uniform_attention", "attribution.evaluation.label_randomisation"), ""),
+                         "attention.uniform_attention", "attribution.evaluation.label_randomisation",
+                         "tuning.evasion", "tuning.frontier"), ""),
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")
