@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import pellucid as pl
-from pellucid.safety import Contrast, ablate_direction, condition, strengths
+from pellucid.safety import Contrast, ablate_direction, condition, strengths, threshold
 from pellucid.safety.price import Meter
 from pellucid.safety.vector import Vector
 from scripts.demo_model import smollm2
@@ -178,28 +178,43 @@ class Bench:
         harmful, harmless = self.requests()
         rng = random.Random(0)
         sides = [[chat(r) for r in rng.sample(side, 60)] for side in (harmful, harmless)]
-        c = Contrast(sites=["layers.14.resid_post", "layers.16.resid_post"]).fit(self.model, *sides)
-        v = c.at(14)
-        drawn = Vector(v.site, pl.controls.random_directions(1, v.direction)[0], v.unit, v.first)
+        harm = Contrast(sites="layers.14.resid_post").fit(self.model, *sides).at(14)
+        begun = self.read("refusal_alpaca/docs/demo-data/behavior_refusal.json")
+        answers = [begun[k][:64] for k in ("non_compliant_responses", "compliant_responses")]
+        sides = [[chat(r, a) for r, a in zip(harmful, side, strict=False)] for side in answers]
+        refuse = Contrast(sites="layers.16.resid_post").fit(self.model, *sides).at(16)
+        random_one = Vector(harm.site, pl.controls.random_directions(1, harm.direction)[0], harm.unit, harm.first)
         meter = Meter.of(self.model, self.sentences())
-        cost = {}
-        for name, vector in (
-            ("harmful - harmless", v),
-            ("the same, spared the first token", v.spared()),
-            ("random", drawn),
-        ):
+        named = {"harmful - harmless, 14": harm, "refusing - complying, 16": refuse, "random": random_one}
+        named |= {f"{k}, spared": v.spared() for k, v in [*named.items()][:2]}
+        cost: dict[str, tuple[float, float]] = {}
+        for name, vector in named.items():
+            found = []
             for everywhere in (False, True):
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    edits = ablate_direction(self.model, vector, everywhere=everywhere)
-                cost[name, everywhere] = meter(edits)["kl"]
-                print(
-                    f"  {name}, {'everywhere' if everywhere else 'first token left alone'}: KL {cost[name, everywhere]:.3f}; sink {vector.sink:.3f}; warned {len(caught) > 0}",
-                    flush=True,
-                )
-        alone, every = cost["harmful - harmless", False], cost["harmful - harmless", True]
-        bar("KL, first token left alone", alone, "<= .8", alone <= 0.8, f"random {cost['random', False]:.3f}")
-        bar("KL, everywhere", every, ">= 2", every >= 2, f"random {cost['random', True]:.3f}")
+                    found.append(meter(ablate_direction(self.model, vector, everywhere=everywhere))["kl"])
+            cost[name] = (found[0], found[1])
+            print(
+                f"  {name}: KL {found[0]:.3f} with the first token left alone, {found[1]:.3f} everywhere (warned: {len(caught) > 0}); sink {vector.sink:.3f}",
+                flush=True,
+            )
+        for name in [*named][:2]:
+            alone, every = cost[name]
+            bar(
+                f"KL, first token left alone, {name}",
+                alone,
+                "<= .8",
+                alone <= 0.8,
+                f"random {cost['random'][0]:.3f}, spared {cost[f'{name}, spared'][0]:.3f}",
+            )
+            bar(
+                f"KL, everywhere, {name}",
+                every,
+                ">= 2",
+                every >= 2,
+                f"random {cost['random'][1]:.3f}, spared {cost[f'{name}, spared'][1]:.3f}",
+            )
 
     def condition(self) -> None:
         harmful, harmless = self.requests()
@@ -215,8 +230,7 @@ class Bench:
             ]
             return np.array([float(reader(x)) for x in values])
 
-        calibration = np.sort(score([chat(r) for r in good[90:180]]))
-        tau = float(calibration[int(np.ceil(91 * 0.95)) - 1])  # conformal, 5 %
+        tau = threshold(score([chat(r) for r in good[90:180]]), 0.05)
         v = self.emotion().at(16)
         edit = v.edit(0.3, when=condition(reader, tau))
         same, fired = [], []

@@ -159,6 +159,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
     ),
+    "surgery.stitching": lambda: pl.surgery.stitching(
+        gpt2(), gpt2(), TEXTS * 4, after=[0], into=[1], kinds=["identity", "ridge"], controls=["permuted"], held_out=40
+    ),
+    "surgery.Stitch.penalty": lambda: pl.surgery.Stitch("ridge", after=0, into=1).fit(gpt2(), gpt2(), TEXTS * 2).penalty(gpt2(), gpt2(), TEXTS),
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),

@@ -28,6 +28,7 @@ FOLDERS = (
     "probing",
     "safety",
     "surgery",
+    "tuning",
 )
 FORBIDDEN = {  # a word found in public signatures before, and the word that stands for it now
     "forced": "decoder",

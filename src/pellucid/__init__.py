@@ -69,6 +69,7 @@ _MODULES = (
     "store",
     "surgery",
     "tasks",
+    "tuning",
     "views",
 )
 __all__ = [*_HOME, *_MODULES]

@@ -234,9 +234,9 @@ def beside(several: Sequence[Inputs], times: Sequence[int], pad_id: int) -> Inpu
         values = [each.tensors[name] for each in several]
         if not isinstance(values[0], Tensor) or not values[0].ndim or len(values[0]) != 1:
             return values[0]
-        if not name.startswith("decoder_"):
-            fill = pad_id if name == "input_ids" else 0
-            values = [nn.functional.pad(v, (0, width - v.shape[1]), value=fill) for v in values]
+        most = max(v.shape[1] for v in values) if name.startswith("decoder_") else width
+        fill = pad_id if name.endswith("input_ids") else 0
+        values = [nn.functional.pad(v, (0, most - v.shape[1]), value=fill) for v in values]
         return torch.cat(values)[rows]
 
     def joined(name: str) -> Stream:

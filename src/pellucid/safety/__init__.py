@@ -4,6 +4,7 @@ from pellucid.safety.abstention import abstain, answered_right
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
 from pellucid.safety.fitting import fit_monitor
+from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.learnt import LearntEdit
@@ -40,7 +41,10 @@ __all__ = [
     "doubt",
     "ema",
     "evaluate",
+    "export_gguf",
     "fit_monitor",
+    "import_vectors",
+    "in_weights",
     "k_of",
     "load_monitor",
     "load_vectors",

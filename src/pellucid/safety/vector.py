@@ -18,6 +18,7 @@ llama.cpp: at every token, the first too), projected out at all tokens but the f
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +32,17 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Clamp, Condition, Edit, ProjectOut, Rotate, Steer, left_aligned
+from pellucid.engine.locate import stack_of
 from pellucid.engine.steps import Step, Watch
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.safety.thresholds import Threshold
 
 Form = Literal["add", "norm_kept", "project", "scale", "clamp", "angular"]
 Pool = Literal["last", "mean"]
 SINK = 0.1  # share of the first token's residual on a direction from which on projecting it out there is warned of
 KEY = "pellucid_vectors"
+_WRITES = re.compile(r"(attn|cross|mixer|mlp)(#\d+)?\.out|resid_post")
 
 
 class Reader(Protocol):
@@ -170,30 +174,37 @@ def _tied(edit: Edit, vectors: Sequence[Vector]) -> Edit:
     return edit
 
 
-def ablate_direction(model: Model, vector: Vector, *, everywhere: bool = False) -> list[Edit]:
-    """Edits that keep a direction out of the whole residual stream: projected out of what enters the first block and of every
-    block's output, which is directional ablation (Arditi et al. 2024), all writers projected.
+def ablate_direction(model: Model, vectors: Vector | Sequence[Vector], *, everywhere: bool = False) -> list[Edit]:
+    """Edits that keep directions out of the whole residual stream: projected out of what enters the first block, of every contribution,
+    and of every block's output, which is directional ablation (Arditi et al. 2024), all writers projected.
 
-    The first token is left alone; `everywhere` takes it too, with a warning where more than a tenth of it lies on the direction.
+    The first token is left alone; `everywhere` takes it too, with a warning where more than a tenth of it lies on a direction.
+
+    >>> model.generate("Hello", edits=ablate_direction(model, contrast.at(14)))                            # doctest: +SKIP
     """
-    vector.check(model)
-    if everywhere and not vector.sink <= SINK:
-        share = "an unknown share" if math.isnan(vector.sink) else f"{vector.sink:.2f}"
-        warnings.warn(
-            f"{share} of the first token's residual lies on this direction; if it is an attention sink, ablating it everywhere destroys "
-            "the sink and with it the model: leave everywhere=True out, or take vector.spared()",
-            stacklevel=2,
-        )
-    site = Site.parse(vector.site)
-    prefix = f"{site.stack}." if site.stack else ""
-    sites = [f"{prefix}embed", *map(str, model.sites(f"{prefix}layers.*.resid_post"))]
-    return [_tied(ProjectOut(each, vector.direction, tokens=":" if everywhere else "1:"), [vector]) for each in sites]
+    given = [vectors] if isinstance(vectors, Vector) else list(vectors)
+    if not given or len({Site.parse(v.site).stack for v in given}) > 1:
+        raise InputError("give one or more vectors of one stack")
+    for vector in given:
+        vector.check(model)
+        if everywhere and not vector.sink <= SINK:
+            share = "an unknown share" if math.isnan(vector.sink) else f"{vector.sink:.2f}"
+            warnings.warn(
+                f"{share} of the first token's residual lies on this direction; if it is an attention sink, ablating it everywhere destroys "
+                "the sink and with it the model: leave everywhere=True out, or take vector.spared()",
+                stacklevel=2,
+            )
+    stack = stack_of(model.anatomy, Site.parse(given[0].site))
+    parts = [f"layers.{b.index}.{part}" for b in stack.blocks for part in b.taps if _WRITES.fullmatch(part)]
+    rows = torch.stack([v.direction for v in given])
+    tokens = ":" if everywhere else "1:"
+    return [_tied(ProjectOut(f"{stack.prefix}{site}", rows, tokens=tokens), given) for site in ("embed", *parts)]
 
 
 # ---- on what condition
 
 
-def condition(reader: Reader, threshold: float, *, pool: Pool = "last") -> Watch:
+def condition(reader: Reader, threshold: float | Threshold, *, pool: Pool = "last") -> Watch:
     """A condition for `when=`: whether a reader's score of the prompt is above a threshold, asked once of each row and kept.
 
     pool: the prompt's "last" token, or the "mean" score of its tokens but the first. The edit must lie behind the reader's site:
@@ -203,12 +214,12 @@ def condition(reader: Reader, threshold: float, *, pool: Pool = "last") -> Watch
     """
     if pool not in get_args(Pool):
         raise InputError(f"pool={pool!r}: expected one of {', '.join(get_args(Pool))}")
-    site = str(reader.site)
+    site, least = str(reader.site), threshold.value if isinstance(threshold, Threshold) else float(threshold)
 
     def fires(step: Step) -> Tensor:
         if "fires" not in step.state:
             score = reader(left_aligned(step.new(site), real := step.real(site))[0]).float().cpu()
-            step.state["fires"] = pooled(score, real.sum(1).cpu(), pool) > threshold
+            step.state["fires"] = pooled(score, real.sum(1).cpu(), pool) > least
         kept: Tensor = step.state["fires"]
         return kept
 

@@ -2,6 +2,22 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.importance import layer_importance
+from pellucid.surgery.remix import Recipe, remix, take
 from pellucid.surgery.splice import splice
+from pellucid.surgery.stitch import Stitch, stitching
 
-__all__ = ["Arranged", "layer_importance", "parallel", "remove", "reorder", "repeat", "splice", "swap"]
+__all__ = [
+    "Arranged",
+    "Recipe",
+    "Stitch",
+    "layer_importance",
+    "parallel",
+    "remix",
+    "remove",
+    "reorder",
+    "repeat",
+    "splice",
+    "stitching",
+    "swap",
+    "take",
+]

@@ -1,0 +1,319 @@
+"""Train a copy of a model on its task and on its reasons; beside it stand plain training and what knows nothing.
+
+    loss = cross-entropy + sum of weight * objective
+
+Arms, each trained on the same batches in the same order, once for every seed:
+
+    plain        the cross-entropy alone: what everything else is compared with
+    objective    with the objectives
+    control      with the same objectives on random tokens, shuffled rationales, another direction: what knows nothing
+    augmented    where objectives are about exchangeable words: these exchanged in the texts, and no penalty (cost 1)
+
+What is read off is behaviour on texts that were not trained on and on `shifts` of them, beside what the explanations say. An
+arm whose loss on its own training texts never left the best constant prediction (95 % of its entropy) is `untrained`, and its
+other numbers are not drawn. A loss or a gradient that is no number stops before the weights are touched; what is kept is good.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.engine.checkpoint import fingerprint
+from pellucid.engine.edits import Edit
+from pellucid.errors import InputError, PellucidError, at_least
+from pellucid.model import Model
+from pellucid.results import Result
+from pellucid.statistics import interval
+from pellucid.technique import technique
+from pellucid.training import Keeper, draws, train
+from pellucid.tuning.data import Batch, Encoded, Rationales
+from pellucid.tuning.measuring import Measures, measured, term_values, verdict
+from pellucid.tuning.objective import Objective, Pass, generator, parts
+from pellucid.tuning.parts import Chosen, choose
+from pellucid.tuning.reasons import Augment
+
+UNTRAINED = 0.95  # of the entropy of the answers
+
+
+class Diverged(PellucidError):
+    """A loss or a gradient is no number; `model` has the weights of the last step for which all were."""
+
+    model: Model
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What a fit gave: the `model` and its `control` (first seed), every arm by name, the `edits` they are run under, the
+    `result`, and the names of tensors outside the choice that changed (`changed`, empty)."""
+
+    model: Model
+    control: Model | None
+    arms: Mapping[str, Model] = field(repr=False)
+    edits: tuple[Edit, ...]
+    result: Result = field(repr=False)
+    changed: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Tuned {self.model.name}: {self.result.title}>"
+
+
+@technique
+def fit(
+    model: Model, data: Rationales, objectives: Any = (), *, test: Rationales | None = None,
+    shifts: Mapping[str, Rationales] | None = None, layers: Any = None, control: bool = True, seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 60, batch: int = 16, accumulate: int = 1, learning_rate: float = 3e-4, head_learning_rate: float | None = None,
+    weight_decay: float = 0.01, warmup: int = 5, clip: float | None = 1.0, truncate: int | None = None,
+    checkpoint: str | Path | None = None,
+) -> Tuned:  # fmt: skip
+    """Train a copy of `model` on `data` with objectives, beside plain training, a control and the same knowledge as augmentation.
+
+    `objectives` are one, a sum or a list; `test` are texts that are not trained on (else the training texts, said so), `shifts`
+    the same texts under another distribution, by name. `layers` says what may change: None for all that is not frozen (of a
+    model with adapters these), layers by number, slice or list with the answer's head, or `Only(...)`. `seeds` draw the order of
+    batches and what objectives draw; `accumulate` splits a batch into as many passes; `checkpoint` is a folder in which
+    every arm is kept, and from which an interrupted fit goes on to the same numbers.
+
+    The result gives `accuracy` [arm, split] with `low` and `high` over seeds (over texts where there is one seed) and
+    `accuracy_by_seed` [arm, seed, split]; over `arm` `loss` (on the training texts), `untrained`, `confidence` (mean |log
+    odds|), `cost` (CPU time of a step over the plain arm's), and for spans that objectives name `swap_effect` (mean change of the log
+    odds, in nats, when the words are exchanged), `gradient_share`, `plausibility` (average precision of gradients, with
+    `plausibility_of_random`), `comprehensiveness` and `sufficiency` with that of random tokens; over `arm` x `term` every
+    objective's own loss `before` and `after`. InputError and Refused as objectives say, before the first step.
+
+    >>> fit(model, data, [Consistency("decoy")], shifts={"reversed": other}).result  # doctest: +SKIP
+    """
+    at_least(1, steps=steps, batch=batch, accumulate=accumulate)
+    if not seeds or batch % accumulate:
+        raise InputError(
+            f"seeds={list(seeds)}, batch={batch}, accumulate={accumulate}: expected a seed, and a batch that splits evenly"
+        )
+    given = parts(objectives)
+    encoded = Encoded(model, data, truncate)
+    splits = {
+        "test" if test is not None else "training texts": Encoded(model, test if test is not None else data, truncate)
+    }
+    splits |= {name: Encoded(model, each, truncate) for name, each in (shifts or {}).items()}
+    for each in given:
+        each.check(model, encoded)
+    arms = _arms(given, control)
+    settings = Settings(
+        model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
+    )
+    before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
+    found: dict[tuple[str, int], Measures] = {}
+    models: dict[str, Model] = {}
+    changed: list[str] = []
+    for seed in seeds:
+        for arm, own in arms.items():
+            fitted = Fit(settings, own, seed)
+            fitted.train(
+                None if checkpoint is None else Path(checkpoint) / f"{arm}-{seed}.safetensors", f"{arm}, seed {seed}"
+            )
+            changed += fitted.chosen.changed(model)
+            models.setdefault(arm, fitted.chosen.model)
+            found[arm, seed] = measured(fitted.chosen.model, encoded, splits, given, own, seed)
+            found[arm, seed].seconds = fitted.seconds
+    result = _result(found, list(arms), list(seeds), list(splits), before, given, encoded)
+    main = "objective" if given else "plain"
+    edits = tuple(e for each in given for e in each.edits(models[main]))
+    return Tuned(models[main], models.get("control"), models, edits, result, tuple(dict.fromkeys(changed)))
+
+
+def _arms(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:
+    arms: dict[str, tuple[Objective, ...]] = {"plain": ()}
+    if given:
+        arms["objective"] = given
+    if control and given:
+        known = [each.control() for each in given]
+        if any(known):
+            arms["control"] = tuple(each for each in known if each is not None)
+        words = {name: getattr(each, "by", "swap") for each in given for name in each.forbidden}
+        if words and not all(isinstance(each, Augment) for each in given):
+            arms["augmented"] = tuple(Augment(where, by=by) for where, by in words.items())
+    return arms
+
+
+# ---- one arm
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    model: Model
+    data: Encoded
+    layers: Any
+    steps: int
+    batch: int
+    accumulate: int
+    learning_rate: float
+    head_learning_rate: float | None
+    weight_decay: float
+    warmup: int
+    clip: float | None
+
+    def of(self) -> dict[str, Any]:
+        told = {k: repr(v) for k, v in vars(self).items() if k not in ("model", "data")}
+        rows = [row.stream("").ids for row in self.data.rows]
+        data = fingerprint(rows, self.data.positions, list(self.data.labels or ()))[:16]
+        return told | {"model": self.model.digest, "data": data}
+
+
+class Fit:
+    """One arm at one seed."""
+
+    def __init__(self, settings: Settings, objectives: Sequence[Objective], seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self.objectives = tuple(objectives)
+        self.chosen: Chosen = choose(settings.model, settings.layers)
+        self.seconds = math.nan  # CPU time of a step
+        self._times: list[float] = []
+
+    def train(self, path: Path | None, what: str) -> list[Any]:
+        s = self.settings
+        epochs = math.ceil(s.steps / math.ceil(len(s.data) / s.batch))
+        rows = draws(len(s.data), s.batch, epochs, self.seed)[: s.steps]
+        keeper = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            keeper = Keeper(path, s.of() | {"objectives": repr(self.objectives), "seed": self.seed})
+        noted = train(
+            self.chosen.parameters,
+            rows,
+            self._step,
+            self._optimizer,
+            schedule=self._schedule,
+            keeper=keeper,
+            seed=self.seed,
+            what=what,
+        )
+        self.seconds = float(np.median(self._times)) if self._times else math.nan
+        return noted
+
+    def _schedule(self, done: float) -> float:
+        w = self.settings.warmup
+        return min(1.0, (done * self.settings.steps + 1) / w) if w else 1.0
+
+    def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
+        for name, p in self.chosen.parameters.items():
+            rate = (
+                s.head_learning_rate
+                if s.head_learning_rate is not None and name in self.chosen.head
+                else s.learning_rate
+            )
+            groups.setdefault((rate, 0.0 if name in self.chosen.masks else s.weight_decay), []).append(p)
+        return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
+
+    def _step(self, rows: Tensor, step: int) -> list[float]:
+        start = time.process_time()
+        s = self.settings
+        size = math.ceil(len(rows) / s.accumulate)
+        noted: dict[str, float] = {}
+        batches = [s.data.batch(part.tolist(), step) for part in rows.split(size)]
+        answers = sum(len(b.answers) for b in batches)
+        for part, own in enumerate(batches):
+            values = terms(self.chosen.model, s.data, own, self.objectives, self.seed, step, part)
+            share = len(own) / len(rows)
+            whole = values.pop("task") * (len(own.answers) / answers)
+            noted["task"] = noted.get("task", 0.0) + float(whole.detach())
+            for each in self.objectives:
+                if each.name in values:
+                    whole = whole + each.weight * values[each.name] * share
+                    noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
+            self._finite(noted, step)
+            whole.backward(inputs=list(self.chosen.parameters.values()))
+        self.chosen.mask()
+        grads = [p.grad for p in self.chosen.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        self._finite({"the gradient": float(norm)}, step)
+        if s.clip is not None and grads:
+            torch.nn.utils.clip_grads_with_norm_(self.chosen.parameters.values(), s.clip, norm)
+        self._times.append(time.process_time() - start)
+        return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
+
+    def _finite(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                error = Diverged(
+                    f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped before the weights were touched; "
+                    "the error's .model has them as they were last good. A lower learning_rate, or a lower weight, may help"
+                )
+                error.model = self.chosen.model
+                raise error
+
+
+def terms(
+    model: Model, data: Encoded, batch: Batch, objectives: Sequence[Objective], seed: int, step: int, part: int = 0
+) -> dict[str, Tensor]:
+    """Every term of the loss of one batch, unweighted: the "task" [mean over answers], and each objective's by its name.
+
+    The one place where objectives meet a model: the loop of `fit` and `transformers.Trainer` both ask here.
+    """
+    active = [each for each in objectives if each.weight > 0]
+    purposes = {each: generator(seed, f"{each.name}/{part}", step) for each in active}
+    for each in active:
+        batch = each.batch(batch, data, purposes[each])
+    seen = Pass(
+        model, batch, data, keep=[site for each in active for site in each.sites(model)],
+        edits=[edit for each in active for edit in each.edits(model)], gradients=any(each.second_order for each in active),
+    )  # fmt: skip
+    found = {"task": seen.task.mean()}
+    for each in active:
+        value = each.loss(seen, purposes[each])
+        if value is not None:
+            if each.name in found:
+                raise InputError(f"two objectives are called {each.name}: add up their weights, or name other spans")
+            found[each.name] = value
+    return found
+
+
+# ---- what came of it
+
+
+def _result(
+    found: Mapping[tuple[str, int], Measures], arms: list[str], seeds: list[int], splits: list[str],
+    before: Mapping[str, float], given: tuple[Objective, ...], encoded: Encoded,
+) -> Result:  # fmt: skip
+    right = {k: m.right for k, m in found.items()}
+    accuracy = np.array([[[right[a, s][name].mean() for name in splits] for s in seeds] for a in arms])
+    loss = np.array([[found[a, s].loss for s in seeds] for a in arms])
+    untrained = (loss >= UNTRAINED * encoded.constant).all(1)
+    low, high = np.full((2, len(arms), len(splits)), np.nan)
+    for i, a in enumerate(arms):
+        for j, name in enumerate(splits):
+            values = accuracy[i, :, j] if len(seeds) > 1 else right[a, seeds[0]][name]
+            low[i, j], high[i, j] = interval(values, 0, within=(0, 1))
+    variables: dict[str, Any] = {
+        "accuracy": (("arm", "split"), accuracy.mean(1)), "low": (("arm", "split"), low), "high": (("arm", "split"), high),
+        "accuracy_by_seed": (("arm", "seed", "split"), accuracy), "loss": ("arm", loss.mean(1)), "untrained": ("arm", untrained),
+    }  # fmt: skip
+    plain = np.array([found["plain", s].seconds for s in seeds])
+    for name in Measures.NUMBERS:
+        values = np.array([[getattr(found[a, s], name) for s in seeds] for a in arms], dtype=float)
+        if not np.isnan(values).all():
+            variables[name] = ("arm", values.mean(1))
+    with np.errstate(invalid="ignore"):
+        variables["cost"] = (
+            "arm",
+            np.array([np.median([found[a, s].seconds / p for s, p in zip(seeds, plain, strict=True)]) for a in arms]),
+        )
+    names = list(before)
+    coords: dict[str, Any] = {"arm": arms, "split": splits, "seed": seeds}
+    if names:
+        coords["term"] = names
+        values = np.array([[[found[a, s].after.get(n, np.nan) for n in names] for s in seeds] for a in arms])
+        variables |= {"before": ("term", [before[n] for n in names]), "after": (("arm", "term"), values.mean(1))}
+    data = xr.Dataset(variables, coords)
+    data.attrs["interval"] = "over seeds" if len(seeds) > 1 else "over texts"
+    told = verdict(data, given, len(seeds) * len(right[arms[0], seeds[0]][splits[0]]))
+    data.attrs |= {"verdict": told, "constant_loss": encoded.constant}
+    return Result(data, kind="tuning", title=told[0])
