@@ -79,6 +79,7 @@ def fit_monitor(
     replies: Sequence[str] | None = None,
     reads: Reads = "answer",
     rule: Rule | str | None = None,
+    then: Any = None,
     name: str = "monitor",
     max_new_tokens: int = 40,
     batch: int = 8,
@@ -87,7 +88,7 @@ def fit_monitor(
     """A monitor without a threshold yet; `labels` [conversation]: does the thing happen there?
 
     The score is the log odds (nats) of a logistic probe at the residual (or other vector) at `site`; `rule` is `ema(.3)` by
-    default. `calibrate` sets its threshold, on conversations that are not among these. InputError for fewer than four
+    default, and `then` what is done. `calibrate` sets its threshold, on conversations that are not among these. InputError for fewer than four
     conversations of either kind, and for one that is in both.
 
     >>> monitor = fit_monitor(model, prompts, labels, site="layers.14.resid_post")  # doctest: +SKIP
@@ -110,4 +111,4 @@ def fit_monitor(
     no, yes = 0, 1  # its classes are in order
     vector, offset = (part[..., yes] - part[..., no] for part in (probe.weight_, probe.bias_))
     direction = Direction(site, vector.float(), float(offset))
-    return Monitor(direction, ema(0.3) if rule is None else rule, reads, name=name, digest=model.digest)
+    return Monitor(direction, ema(0.3) if rule is None else rule, reads, then=then, name=name, digest=model.digest)
