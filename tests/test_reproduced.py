@@ -91,6 +91,7 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
         for name, options in {
@@ -114,6 +115,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution of ids": lambda: A.saliency(gpt2(), gpt2().tokenizer(CLEAN)["input_ids"], 7),
     "attribution in an encoder-decoder": lambda: A.saliency(opened("t5"), CLEAN, decoder="Paris is"),
     "attribution of a class": lambda: A.saliency(opened("bert"), "The city of <mask> is", " Paris"),
+    "attribution.word_importance": lambda: A.word_importance(gpt2(), [*TEXTS, CLEAN, OTHER], batch=4, seed=1),
     "attribution.evaluation.faithfulness": lambda: A.evaluation.faithfulness(
         gpt2(), CLEAN, {"saliency": A.saliency(gpt2(), CLEAN, " Paris")}, " Paris", draws=2
     ),
@@ -168,6 +170,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.removal": lambda: pl.surgery.removal(
+        gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
+    ),
+    "surgery.edit": lambda: pl.surgery.edit(
+        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        search=pl.surgery.Search(steps=2),
+    ).result,
+    "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(

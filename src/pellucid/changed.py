@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.fingerprint import tensor_hash
+from pellucid.anatomy.weights import plain
 from pellucid.errors import InputError, Refused, nearest
 
 Ties = Literal["refuse", "together", "apart"]
@@ -184,7 +185,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 def _again(tensor: Tensor) -> Tensor:
-    if type(tensor) is not nn.Parameter:  # quantised ones have classes of their own
+    if not isinstance(tensor, nn.Parameter) or (type(tensor) is not nn.Parameter and not plain(tensor)):
         return tensor
     made = nn.Parameter(tensor.detach(), tensor.requires_grad)  # the same memory, and the same count of changes
     vars(made).update(vars(tensor))
@@ -266,7 +267,7 @@ def unchangeable(tensor: Tensor) -> str:
     """Why a parameter cannot be changed; "" where it can."""
     if tensor.is_meta:
         return "it is offloaded; load the model without device_map"
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
+    if plain(tensor):
         return ""
     kind = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
     return f"it is quantised, or no weight ({kind}); load the model unquantised, or expanded as .gguf files are"
@@ -274,7 +275,7 @@ def unchangeable(tensor: Tensor) -> str:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one piece of memory."""
-    return a is b or (a.numel() > 0 and not a.is_meta and a.device == b.device and a.data_ptr() == b.data_ptr())
+    return a is b or (a.numel() > 0 and not a.is_meta and a.device == b.device and 0 != a.data_ptr() == b.data_ptr())
 
 
 def _short(value: Any) -> str:

@@ -3,14 +3,17 @@
 from pellucid.safety.abstention import abstain, answered_right
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
+from pellucid.safety.failures import Failure, Mitigation, trace_failure
 from pellucid.safety.fitting import fit_monitor
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
+from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
 from pellucid.safety.semantic import ConfidenceProbe, semantic_entropy
+from pellucid.safety.statements import Statements
 from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
 from pellucid.safety.uncertainty import confidence, doubt
@@ -20,13 +23,17 @@ __all__ = [
     "ABSTAIN",
     "Alarm",
     "Cascade",
+    "ConceptReader",
     "ConfidenceProbe",
     "Contrast",
     "Direction",
+    "Failure",
     "Feature",
     "LearntEdit",
+    "Mitigation",
     "Monitor",
     "Rule",
+    "Statements",
     "Threshold",
     "Vector",
     "Words",
@@ -54,5 +61,6 @@ __all__ = [
     "steer",
     "strengths",
     "threshold",
+    "trace_failure",
     "vector",
 ]

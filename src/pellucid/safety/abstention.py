@@ -35,6 +35,7 @@ from pellucid.safety.thresholds import Promise
 from pellucid.safety.uncertainty import asked
 from pellucid.safety.uncertainty import confidence as surely
 from pellucid.statistics import binomial_bound, interval
+from pellucid.tasks.tokens import answer_ids
 from pellucid.technique import technique
 
 LEVELS = 20  # coverages that are tested together
@@ -46,12 +47,21 @@ def answered_right(
 ) -> np.ndarray:
     """[prompt] whether the model's own first choice is the answer (of a text of several tokens its first)."""
     right = []
+    if model.anatomy.answering.meaning == "tokens" and not isinstance(target, str | int):
+        target = [_first(model, t) if isinstance(t, str) else t for t in target]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of answers of several tokens, whose first is asked
+        warnings.simplefilter("ignore")  # of words without the space before them
         for question, _ in asked(model, several("prompts", prompts), target, decoder, batch):
             best = question.rows(model.run(question.inputs)).argmax(-1).tolist()
             right += [i in answer.ids for i, answer in zip(best, question.answers, strict=True)]
     return np.array(right)
+
+
+def _first(model: Model, text: str) -> int | str:
+    """The first token of an answer that says something of it (some tokenizers begin with a bare space)."""
+    ids = answer_ids(model.tokenizer, text) if model.tokenizer is not None else []
+    told = [i for i in ids if str(model.tokenizer.decode([i])).strip()] or ids
+    return int(told[0]) if len(ids) > 1 else text
 
 
 def set_threshold(scores: np.ndarray, right: np.ndarray, risk: float, promise: Promise, confidence: float) -> float:

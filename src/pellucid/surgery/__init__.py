@@ -1,21 +1,34 @@
-"""Layers as parts: taken out, repeated, swapped; what each of them does, and for what."""
+"""Layers as parts: taken out, repeated, swapped; what each of them does, and for what. Facts, rewritten where they sit."""
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
+from pellucid.surgery.covariance import KeyCovariance
+from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.importance import layer_importance
+from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.removal import removal
+from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
+from pellucid.surgery.values import Search
 
 __all__ = [
     "Arranged",
+    "Edited",
+    "Fact",
+    "KeyCovariance",
     "Recipe",
+    "Search",
     "Stitch",
+    "edit",
     "layer_importance",
     "parallel",
     "remix",
+    "removal",
     "remove",
     "reorder",
     "repeat",
+    "similarity",
     "splice",
     "stitching",
     "swap",

@@ -52,6 +52,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.surgery.aligned import Pair, pairs, residuals, rows, states
+from pellucid.surgery.similarity import longer, unbiased_cka
 from pellucid.technique import technique
 from pellucid.training import draws as drawn
 from pellucid.training import linear, train
@@ -212,7 +213,8 @@ def stitching(
     `error` (the share of the receiver's variance a map leaves); over `control` x `map` x `after` x `into` `control_penalty`, the
     penalty of the same map fitted with what knows nothing; over `after` and `into` `sink`, how many times longer the first
     position's residual is than the others' median; over `map` x `after` x `into` `sink_error`, the squared error at the first
-    position as a share of its squared norm. NaN where a map does not exist (identity across widths, or of permuted states). The title names a control that does as well.
+    position as a share of its squared norm; over `after` x `into` `cka`,
+    the unbiased one of the same states, which sees no difference of basis. NaN where a map does not exist (identity across widths, or of permuted states). The title names a control that does as well.
 
     >>> stitching(model, model, texts, after=[5, 15], into=[5, 15])  # doctest: +SKIP
     """
@@ -243,6 +245,7 @@ def stitching(
                       {"map": kinds, "after": ends[0], "into": ends[1]}, {"unit": "nats", "tokens": int(size), "texts": len(test)})  # fmt: skip
     for dim, lengths in zip(("after", "into"), (main.mine, main.yours), strict=True):
         data[f"sink_{dim}"] = (dim, lengths)
+    data["cka"] = (("after", "into"), main.cka)
     if controls:
         known = [_knowing_nothing(table, name, sender, receiver, seed).values for name in controls]
         data["control_penalty"] = (("control", *dims), (np.stack(known) - plain) @ sizes / size)
@@ -395,6 +398,7 @@ class _Measured:
     sinks: np.ndarray
     mine: np.ndarray  # [after], [into] norm of the first position over the others' median
     yours: np.ndarray
+    cka: np.ndarray  # [after, into]
 
 
 @dataclass
@@ -447,16 +451,9 @@ class _Table:
             values[cell] = row
         if name == "tokens":
             values[:], errors[:] = values[:, :1], errors[:, :1]
-        lengths = [
-            np.array([_longer([m[s] for m in each]) for s in where.values()])
-            for each, where in ((mine, sites), (yours, b))
-        ]
-        return _Measured(values, plain, sizes, errors, sinks, *lengths)
-
-
-def _longer(found: Sequence[Tensor]) -> float:
-    rest = torch.cat([x[1:].norm(dim=1) for x in found]).median()
-    return float(torch.stack([x[0].norm() for x in found]).mean() / rest.clamp_min(1e-12))
+        lengths = [np.array([longer(each, s) for s in where.values()]) for each, where in ((mine, sites), (yours, b))]
+        cka = np.array([[unbiased_cka(*rows(both, mine, yours, s, t)) for t in b.values()] for s in sites.values()])
+        return _Measured(values, plain, sizes, errors, sinks, *lengths, cka)
 
 
 def _measured(
