@@ -168,9 +168,7 @@ def _scores(model: pl.Model, monitor: sf.Monitor, prompt: str, reply: str) -> np
 
 # ---- abstention
 
-RELATIONS = """country_capital_city country_language country_currency country_largest_city city_in_country landmark_in_country
-landmark_on_continent company_hq product_by_company person_plays_pro_sport person_plays_instrument food_from_country
-star_constellation""".split()
+RELATIONS = ["country_capital_city", "country_language", "country_currency", "country_largest_city", "city_in_country", "landmark_in_country", "landmark_on_continent", "company_hq", "product_by_company", "person_plays_pro_sport", "person_plays_instrument", "food_from_country", "star_constellation"]
 
 
 def facts(data: Path, each: int = 30) -> tuple[list[str], list[str], list[str]]:
@@ -203,16 +201,37 @@ def abstention(model: pl.Model, data: Path) -> None:
         line(score, shown(found), "area >= .74" if score == "max_probability" else "")
     for seed in range(3):
         found = sf.abstain(model, stems, objects, score=np.random.default_rng(seed).random(len(stems)), draws=1)
-        line(f"drawn at random, seed {seed} (random aurc {float(found['random_aurc']):.3f}, optimal {float(found['optimal_aurc']):.3f})", shown(found))
+        line(
+            f"drawn at random, seed {seed} (random aurc {float(found['random_aurc']):.3f}, optimal {float(found['optimal_aurc']):.3f})",
+            shown(found),
+        )
     probe = sf.ConfidenceProbe(draws=3).fit(model, stems, right, topics=topics)
     r = probe.result_
-    line("probe of being right, whole relations held out", f"{float(r['area']):.3f} [{float(r['area_low']):.3f} {float(r['area_high']):.3f}]", "<= .60")
-    line("the same, folds that leak relations", f"{float(r['leaking']):.3f} [{float(r['leaking_low']):.3f} {float(r['leaking_high']):.3f}]", ">= .08 above")
+    line(
+        "probe of being right, whole relations held out",
+        f"{float(r['area']):.3f} [{float(r['area_low']):.3f} {float(r['area_high']):.3f}]",
+        "<= .60",
+    )
+    line(
+        "the same, folds that leak relations",
+        f"{float(r['leaking']):.3f} [{float(r['leaking_low']):.3f} {float(r['leaking_high']):.3f}]",
+        ">= .08 above",
+    )
     line("the same, labels dealt anew", f"{float(r['shuffled']):.3f}")
     sure = sf.confidence(model, stems)
-    for risk, promise, named in ((0.1, "average", None), (0.2, "average", None), (0.1, "average", topics), (0.1, "confidence", None), (0.2, "confidence", None)):
+    for risk, promise, named in (
+        (0.1, "average", None),
+        (0.2, "average", None),
+        (0.1, "average", topics),
+        (0.1, "confidence", None),
+        (0.2, "confidence", None),
+    ):
         found = sf.abstain(model, stems, objects, score=sure, risk=risk, promise=promise, topics=named)  # type: ignore[arg-type]
-        line(f"risk {risk:.0%}, {promise}{', relations held out' if named else ''}", f"risk {float(found['held_out_risk']):.3f} at coverage {float(found['held_out_coverage']):.2f}, above in {float(found['above']):.0%} of halves", "mean risk <= .1" if (risk, promise, named) == (0.1, "average", None) else "")
+        line(
+            f"risk {risk:.0%}, {promise}{', relations held out' if named else ''}",
+            f"risk {float(found['held_out_risk']):.3f} at coverage {float(found['held_out_coverage']):.2f}, above in {float(found['above']):.0%} of halves",
+            "mean risk <= .1" if (risk, promise, named) == (0.1, "average", None) else "",
+        )
     some = slice(0, None, 8)
     again = sf.semantic_entropy(model, stems[some], draws=6, max_new_tokens=4)
     found = sf.abstain(model, stems[some], objects[some], score=-again.entropy.values, draws=1)

@@ -42,7 +42,13 @@ def main() -> None:
     site = f"layers.{len(model.anatomy.stacks[-1].blocks) // 2}.resid_post"
     with pl.quiet():
         monitor = sf.fit_monitor(
-            model, code[:8] + talk[:8], [True] * 8 + [False] * 8, site=site, then=pl.Stop(), name="code", max_new_tokens=20
+            model,
+            code[:8] + talk[:8],
+            [True] * 8 + [False] * 8,
+            site=site,
+            then=pl.Stop(),
+            name="code",
+            max_new_tokens=20,
         )
         monitor = sf.calibrate(model, monitor, talk[8:27], alarms=0.05, max_new_tokens=20)
         print(f"fires above {monitor.threshold}")
