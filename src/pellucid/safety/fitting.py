@@ -100,7 +100,7 @@ def fit_monitor(
         raise InputError(
             f"{int(truth.sum())} conversations where it happens and {int((~truth).sum())} others: expected {LEAST} of each"
         )
-    told = list(zip(map(repr, prompts), replies or [None] * len(prompts), strict=True))
+    told = list(zip(map(repr, prompts), replies or [""] * len(prompts), strict=True))
     both = {t for t, y in zip(told, truth, strict=True) if y} & {t for t, y in zip(told, truth, strict=True) if not y}
     if both:
         raise InputError(f"{len(both)} conversations are labelled both ways, as {next(iter(both))[0]:.80}")

@@ -248,7 +248,7 @@ class Monitor(Monitored):
         made = np.full(on.shape, np.nan)
         if not on.any():
             return made
-        found = 0.0
+        found: Any = 0.0
         for reader in self._readers:
             if isinstance(reader, Words):
                 said = reader.function([seen.text(self.reads, int(r), int(p)) for r, p in np.argwhere(on)])

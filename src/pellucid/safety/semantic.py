@@ -195,7 +195,7 @@ class ConfidenceProbe:
             raise InputError(
                 f"{seen} of these {len(prompts)} questions are among those the probe was fitted on: ask others"
             )
-        return self(self._values(model, list(prompts), decoder, batch)).numpy()  # type: ignore[no-any-return]
+        return self(self._values(model, list(prompts), decoder, batch)).numpy()
 
     def save(self, path: str | Path) -> Path:
         """One safetensors file, tied to the weights' digest."""
