@@ -48,14 +48,14 @@ def main() -> None:
             site=site,
             then=pl.Stop(),
             name="code",
-            max_new_tokens=20,
+            max_new_tokens=12,
         )
-        monitor = sf.calibrate(model, monitor, talk[8:27], alarms=0.05, max_new_tokens=20)
+        monitor = sf.calibrate(model, monitor, talk[8:27], alarms=0.05, max_new_tokens=12)
         print(f"fires above {monitor.threshold}")
         for prompt in (*code[8:], *talk[27:]):
-            made = model.generate(prompt, monitors=monitor, max_new_tokens=20)
+            made = model.generate(prompt, monitors=monitor, max_new_tokens=12)
             print(f"{prompt.messages[0]['content']:60} {made.firings.title:32} {made.text!r}")
-        found = sf.evaluate(model, monitor, code[8:] + talk[27:], [True] * 4 + [False] * 3, max_new_tokens=20)
+        found = sf.evaluate(model, monitor, code[8:] + talk[27:], [True] * 4 + [False] * 3, max_new_tokens=12)
     print(found.title)
     file = monitor.save(Path(tempfile.mkdtemp()) / "code.safetensors")
     print(f"saved to {file}, and loaded for this model: {sf.load_monitor(model, file).name}")
