@@ -56,6 +56,7 @@ def test_the_offline_table_is_a_loop_over_tokens_and_layers() -> None:
         assert float(here.agreement) == pytest.approx(np.mean(agrees[name]))
         assert float(here.layer) == pytest.approx(np.mean(depth[name]))
         assert float(here.added) == pytest.approx(np.mean(added[name]), abs=1e-5)
+    assert "cheaper than the full model" in found.title
     never = found.data.sel(policy="never")
     assert float(never.agreement) == 1 and float(never.exited) == 0
     assert float(never.blocks) == pytest.approx(float(found.data.full + never.checks * found.data.unembedding))
