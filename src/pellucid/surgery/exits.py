@@ -306,7 +306,7 @@ def exits(
     Gives over `policy` `agreement` (share of tokens with the full model's first choice; `low`, `high` over rows of text), the
     mean `layer` (blocks run), `exited`, `added` (nats a token), `checks`, and `blocks` with the checks paid; `oracle`, the
     mean number of blocks after which the answer stays, read through its lens at its checks; and `full`, the whole model's blocks.
-    The title says so where no policy is cheaper than the model. Refused for models that do not say the next token in one stack.
+    The title names the policies that are cheaper than the model, or says that none is. Refused for models that do not say the next token in one stack.
 
     >>> exits(model, texts, [Exit("margin", 0.9), Exit("cosine", 0.99)])  # doctest: +SKIP
     """
@@ -339,12 +339,12 @@ def exits(
             found.setdefault(name, []).append(float(value))
     data = xr.Dataset({k: ("policy", v) for k, v in found.items()}, {"policy": list(named)})
     data = data.assign(full=n + unembedding, unembedding=unembedding)
-    cheaper = bool((data.blocks < data.full).any())
-    note = "" if cheaper else "; no policy is cheaper than the full model, checks counted"
+    cheaper = [f"{p} (agrees in {float(g):.0%})" for p, g, b in zip(named, data.agreement.values, data.blocks.values, strict=True) if b < n + unembedding]  # fmt: skip
+    note = f"cheaper than the full model, checks counted: {', '.join(cheaper) or 'none of these policies'}"
     return Result(
         data.assign_attrs(tokens=int(sum(len(r.ids) for r in rows)), layers=every),
         kind="exits",
-        title=f"Early exits of {model.name}{note}",
+        title=f"Early exits: {note}",
     )
 
 
@@ -406,7 +406,7 @@ def calibrate(
     if per_text is not None:
         at_least(1, per_text=per_text)
         passes = [_at(each, rng.permutation(len(each.final))[:per_text]) for each in passes if len(each.final)]
-    grid = thresholds(policy.by, len(layers), getattr(model.module.config.get_text_config(), "vocab_size", 2))
+    grid = thresholds(policy.by, len(layers), _vocabulary(model))
     judged = [_judge(passes, 0, layers, n, float(t)) for t in grid]
     wrong = np.array([(1 - j.agrees).sum() for j in judged])
     cases = len(judged[0].agrees)
@@ -428,6 +428,11 @@ def calibrate(
 def chosen_policy(result: Result, policy: Exit) -> Exit:
     """The policy with the threshold that `calibrate` found."""
     return replace(policy, threshold=float(result.data.chosen))
+
+
+def _vocabulary(model: Model) -> int:
+    config: Any = model.module.config
+    return int(getattr(config.get_text_config(), "vocab_size", 2))
 
 
 def thresholds(by: str, checks: int, tokens: int) -> np.ndarray:
