@@ -28,15 +28,7 @@ def abroad(family: str, layers: int = 2) -> pl.Model:
     return pl.load(moved(module), tokenizer=tokenizer(module))
 
 
-UNLIKE = {  # torch's modes are a thread's own, and prompts in step run in threads: there the stand-in makes tensors at home
-    "attribution.word_importance": "the stand-in's fault: `torch.tensor(..., device=)` in a thread that it does not reach",
-}
-CALLS = [
-    pytest.param(n, marks=pytest.mark.xfail(reason=UNLIKE[n], strict=True)) if n in UNLIKE else n for n in known.CALLS
-]
-
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", known.CALLS)
 def test_a_technique_gives_elsewhere_what_it_gives_at_home(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pl.quiet():
         home = known.CALLS[name]()
