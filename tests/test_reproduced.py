@@ -43,6 +43,13 @@ def pairs(model: pl.Model) -> Any:
     )
 
 
+NEW = pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris")
+
+
+def rewritten() -> Any:
+    return pl.surgery.edit(gpt2(), NEW, covariance="off", layers=0, contexts=0, search=pl.surgery.Search(steps=2))
+
+
 @cache
 def dictionary() -> Any:
     from pellucid.neurons.dictionaries import Dictionary, TopK
@@ -166,8 +173,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.scoreboard": lambda: pl.surgery.scoreboard(rewritten(), TEXTS[:2], controls=("without C",), max_new_tokens=2),
+    "surgery.KeyCovariance.adequacy": lambda: pl.surgery.KeyCovariance(layers=0, ridge=0.1).fit(gpt2(), TEXTS * 4).adequacy(),
+    "surgery.traced_again": lambda: pl.surgery.traced_again(rewritten(), draws=1),
+    "surgery.editing_by_layer": lambda: pl.surgery.editing_by_layer(
+        gpt2(), NEW, covariance="off", search=pl.surgery.Search(steps=2), contexts=0
+    ),
     "surgery.edit": lambda: pl.surgery.edit(
-        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        gpt2(), NEW, covariance="off", layers=0, contexts=1,
         search=pl.surgery.Search(steps=2),
     ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),

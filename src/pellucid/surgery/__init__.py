@@ -6,6 +6,7 @@ from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.scoreboard import editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
@@ -20,15 +21,18 @@ __all__ = [
     "Search",
     "Stitch",
     "edit",
+    "editing_by_layer",
     "layer_importance",
     "parallel",
     "remix",
     "remove",
     "reorder",
     "repeat",
+    "scoreboard",
     "similarity",
     "splice",
     "stitching",
     "swap",
     "take",
+    "traced_again",
 ]
