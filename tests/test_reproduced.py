@@ -98,6 +98,7 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
         for name, options in {
@@ -121,6 +122,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution of ids": lambda: A.saliency(gpt2(), gpt2().tokenizer(CLEAN)["input_ids"], 7),
     "attribution in an encoder-decoder": lambda: A.saliency(opened("t5"), CLEAN, decoder="Paris is"),
     "attribution of a class": lambda: A.saliency(opened("bert"), "The city of <mask> is", " Paris"),
+    "attribution.word_importance": lambda: A.word_importance(gpt2(), [*TEXTS, CLEAN, OTHER], batch=4, seed=1),
     "attribution.evaluation.faithfulness": lambda: A.evaluation.faithfulness(
         gpt2(), CLEAN, {"saliency": A.saliency(gpt2(), CLEAN, " Paris")}, " Paris", draws=2
     ),
@@ -178,6 +180,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.traced_again": lambda: pl.surgery.traced_again(rewritten(), draws=1),
     "surgery.editing_by_layer": lambda: pl.surgery.editing_by_layer(
         gpt2(), NEW, covariance="off", search=pl.surgery.Search(steps=2), contexts=0
+    "surgery.removal": lambda: pl.surgery.removal(
+        gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
     ),
     "surgery.edit": lambda: pl.surgery.edit(
         gpt2(), NEW, covariance="off", layers=0, contexts=1,

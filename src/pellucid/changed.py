@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.fingerprint import tensor_hash
+from pellucid.anatomy.weights import plain
 from pellucid.errors import InputError, Refused, nearest
 
 Ties = Literal["refuse", "together", "apart"]
@@ -184,7 +185,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 def _again(tensor: Tensor) -> Tensor:
-    if type(tensor) is not nn.Parameter:  # quantised ones have classes of their own
+    if not isinstance(tensor, nn.Parameter) or (type(tensor) is not nn.Parameter and not plain(tensor)):
         return tensor
     made = nn.Parameter(tensor.detach(), tensor.requires_grad)  # the same memory, and the same count of changes
     vars(made).update(vars(tensor))
@@ -217,6 +218,20 @@ def change_parameter(tree: nn.Module, name: str, value: Callable[[Tensor], Tenso
         if getattr(owner, key).shape != new.shape:
             raise Refused(f"{name} and {tied[owner, key]} are one tensor in two shapes: change them apart")
         (owner._parameters if key in owner._parameters else owner._buffers)[key] = new
+    if tied and ties == "apart":
+        _untied(tree)
+
+
+def _untied(tree: Any) -> None:
+    """Say so in the config where the embedding is no longer the head: what is saved opens with both."""
+    ends = [getattr(tree, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    config = getattr(tree, "config", None)
+    if None in ends or not hasattr(config, "get_text_config") or not all(hasattr(end, "weight") for end in ends):
+        return
+    if not same(ends[0].weight, ends[1].weight):
+        for each in (config, config.get_text_config()):
+            if getattr(each, "tie_word_embeddings", False):
+                each.tie_word_embeddings = False
 
 
 def weights(tree: nn.Module) -> list[str]:
@@ -266,7 +281,7 @@ def unchangeable(tensor: Tensor) -> str:
     """Why a parameter cannot be changed; "" where it can."""
     if tensor.is_meta:
         return "it is offloaded; load the model without device_map"
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
+    if plain(tensor):
         return ""
     kind = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
     return f"it is quantised, or no weight ({kind}); load the model unquantised, or expanded as .gguf files are"
@@ -274,7 +289,7 @@ def unchangeable(tensor: Tensor) -> str:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one piece of memory."""
-    return a is b or (a.numel() > 0 and not a.is_meta and a.device == b.device and a.data_ptr() == b.data_ptr())
+    return a is b or (a.numel() > 0 and not a.is_meta and a.device == b.device and 0 != a.data_ptr() == b.data_ptr())
 
 
 def _short(value: Any) -> str:

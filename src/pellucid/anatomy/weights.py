@@ -15,6 +15,27 @@ from pellucid.anatomy.fingerprint import state
 ROWS = 256  # of the identity, put in at a time
 
 
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers as they are: what is written to it is read back from it.
+
+    A class of its own (of another device, of a framework) is asked by writing a few numbers to a small tensor of it; one
+    that quantises, keeps its numbers in parts, or cannot be written to, does not give them back.
+
+    >>> plain(torch.zeros(2)), plain(torch.zeros(2, dtype=torch.int8))
+    (True, False)
+    """
+    if type(tensor) in (Tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor.is_floating_point()
+    try:
+        with torch.no_grad():
+            one = tensor.detach()
+            numbers = torch.tensor([0.1, -3.7, 1e-3, 2e2]).to(one.dtype)
+            written = one.new_empty(4).copy_(numbers)
+            return type(written) is type(tensor) and torch.equal(written.cpu(), numbers)
+    except Exception:  # whatever such a class raises where it is not made for this
+        return False
+
+
 def packed(module: nn.Module) -> bool:
     """Whether a module without parts holds weights that are no plain floating-point tensors.
 
@@ -27,7 +48,7 @@ def packed(module: nn.Module) -> bool:
         return False
     own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.ndim]
     return any(t.ndim > 1 and not t.is_floating_point() for t in own) or any(
-        type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values() if p is not None
+        type(p) not in (nn.Parameter, Tensor) and not plain(p) for p in module._parameters.values() if p is not None
     )
 
 
@@ -124,8 +145,8 @@ def linear_map(module: nn.Module, width: int | tuple[int, ...]) -> tuple[Tensor,
     shape = (width,) if isinstance(width, int) else width
     width = math.prod(shape)
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    plain = type(weight) in (Tensor, nn.Parameter) and next(module.children(), None) is None
-    readable = plain and weight is not None and weight.is_floating_point() and not weight.is_meta
+    whole = weight is not None and next(module.children(), None) is None
+    readable = whole and plain(weight) and not weight.is_meta  # type: ignore[arg-type, union-attr]
     if readable and isinstance(module, nn.Conv1d) and module.groups == 1 and module.kernel_size == (1,):
         return module.weight[:, :, 0].T, bias
     if readable and isinstance(weight, Tensor) and weight.ndim == 2:

@@ -20,7 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.attention.patterns import Kind, attended, labelled, single, stacked
-from pellucid.engine.edits import Edit, Place
+from pellucid.engine.edits import Edit, Place, brought
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
 from pellucid.engine.watching import run_until
@@ -37,7 +37,7 @@ class OneEach(Edit):
     keys: Tensor
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        gone = place.positions == self.keys.to(place.positions.device)[:, None]
+        gone = brought(place.positions, x) == self.keys.to(x.device)[:, None]
         return x.masked_fill(gone.reshape(*gone.shape, *[1] * (x.ndim - 2)), 0.0)
 
 

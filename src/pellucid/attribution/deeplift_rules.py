@@ -112,7 +112,7 @@ class Rescaled(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if name == "__get__":  # x.shape, or weight.T
             out = func(*args, **kwargs)
-            return out.detach() if isinstance(out, Tensor) and type(args[0]) is nn.Parameter else out
+            return out.detach() if isinstance(out, Tensor) and isinstance(args[0], nn.Parameter) else out
         args, kwargs = tuple(map(_fixed, args)), {k: _fixed(v) for k, v in kwargs.items()}
         rule = RULES.get(name)
         if rule is not None:
@@ -341,4 +341,4 @@ def _into(func: Function, x: Any, made: Tensor) -> Tensor:
 
 def _fixed(x: Any) -> Any:
     """A parameter as a constant."""
-    return x.detach() if type(x) is nn.Parameter else x
+    return x.detach() if isinstance(x, nn.Parameter) else x

@@ -114,15 +114,15 @@ class Rules(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":  # x.shape, or weight.T
             out = func(*args, **kwargs)
-            return out.detach() if isinstance(out, Tensor) and type(args[0]) is nn.Parameter else out
+            return out.detach() if isinstance(out, Tensor) and isinstance(args[0], nn.Parameter) else out
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         for a in args:
-            if type(a) is nn.Parameter:
+            if isinstance(a, nn.Parameter):
                 args = tuple(map(_fixed, args))
                 break
         for a in kwargs.values():
-            if type(a) is nn.Parameter:
+            if isinstance(a, nn.Parameter):
                 kwargs = {k: _fixed(v) for k, v in kwargs.items()}
                 break
         rule = RULES.get(name)
@@ -409,7 +409,7 @@ def _still(x: Any) -> Any:
 
 def _fixed(x: Any) -> Any:
     """A parameter as a constant."""
-    return x.detach() if type(x) is nn.Parameter else x
+    return x.detach() if isinstance(x, nn.Parameter) else x
 
 
 def opaque(made: Tensor) -> set[str]:

@@ -49,7 +49,7 @@ class Place:
     site: Site
     stream: Stream  # the prompts its positions are counted on
     values: Tensor  # [batch, position, ...] the site's unit at every position
-    real: Tensor  # [batch, position] False on padding
+    real: Tensor  # [batch, position] False on padding; this and the positions are on the host, where indices may be
     positions: Tensor  # [batch, n] the chosen positions, counted from each row's first real token
     generating: bool = False
 
@@ -148,15 +148,15 @@ class Ablate(Edit):
         values, lengths = _reference(
             self.reference, replace(place, site=replace(place.site, at=None)) if self.how == "mean" else place
         )
-        real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+        real = torch.arange(values.shape[1]) < lengths[:, None]
         if self.how == "mean":
-            return values[real].mean(0).expand_as(x)
+            return (values.flatten(0, 1) if bool(real.all()) else values[real]).mean(0).expand_as(x)
         if self.how == "position_mean":
-            weight = real.to(values.dtype).reshape(*real.shape, *[1] * (values.ndim - 2))
+            weight = brought(real, x).to(values.dtype).reshape(*real.shape, *[1] * (values.ndim - 2))
             mean = (values * weight).sum(0) / weight.sum(0).clamp_min(1)
             return _with_keys_of(x, _at(mean[None], lengths.max()[None], place.positions), place)
-        rows = self._draw(len(values), len(x)).to(x.device)
-        return _with_keys_of(x, _at(values[rows], lengths[rows], place.positions), place)
+        rows = self._draw(len(values), len(x))
+        return _with_keys_of(x, _at(values[brought(rows, x)], lengths[rows], place.positions), place)
 
     def _draw(self, pool: int, batch: int) -> Tensor:
         """[batch] rows of the reference; of the batch itself never a prompt's own."""
@@ -195,7 +195,7 @@ class Patch(Edit):
             if not isinstance(self.source_at, int | str):
                 raise InputError(f"source_at={self.source_at!r}: expected a position, such as -1, '1:4' or \"'Paris'\"")
             found = stream.find(self.source_at)
-            positions = place.positions if found is None else (found - stream.starts[:, None]).to(x.device)
+            positions = place.positions if found is None else found - stream.starts[:, None]
             if positions.shape[1] not in (1, x.shape[1]):
                 raise InputError(
                     f"source_at={self.source_at!r} names {positions.shape[1]} positions for the {x.shape[1]} of "
@@ -205,7 +205,7 @@ class Patch(Edit):
         _check_aligned(stream, place)
         inside = place.positions < lengths[:, None]  # padding, and what is generated, has no counterpart
         new = _with_keys_of(x, _at(values, lengths, place.positions.minimum(lengths[:, None] - 1)), place)
-        return torch.where(inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), new, x)
+        return new if bool(inside.all()) else torch.where(like(inside, x), new, x)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -328,6 +328,16 @@ def _written(value: Any) -> str:
 # ---- fitting what comes from elsewhere
 
 
+def brought(index: Tensor, x: Tensor) -> Tensor:
+    """An index or a mask of the host on the device of `x`, without waiting for it."""
+    return index.to(x.device, non_blocking=True)
+
+
+def like(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [batch, n] of the host as one of x [batch, n, ...], on its device."""
+    return brought(mask, x).reshape(*mask.shape, *[1] * (x.ndim - 2))
+
+
 def turned(values: Tensor, by: Tensor, axis: int) -> Tensor:
     """Values [batch, ...] turned by[row] steps towards the front along `axis`; what falls off comes back behind.
 
@@ -338,16 +348,17 @@ def turned(values: Tensor, by: Tensor, axis: int) -> Tensor:
     if not bool(by.any()):
         return values
     n = values.shape[axis]
-    index = (torch.arange(n, device=values.device) + by[:, None]) % n
+    index = brought((torch.arange(n, device=by.device) + by[:, None]) % n, values)
     shape = [1] * values.ndim
     shape[0], shape[axis] = index.shape
     return values.gather(axis, index.reshape(shape).expand_as(values))
 
 
 def left_aligned(values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [batch, position, ...] with each row's first real token in column 0, and the rows' lengths."""
-    lengths = real.long().sum(1)
-    return turned(values, real.long().argmax(1), 1)[:, : int(lengths.max())], lengths
+    """Values [batch, position, ...] with each row's first real token in column 0, and the rows' lengths, on the host."""
+    real = real.long().cpu()
+    lengths = real.sum(1)
+    return turned(values, real.argmax(1), 1)[:, : int(lengths.max())], lengths
 
 
 def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
@@ -356,7 +367,7 @@ def _reference(source: Any, place: Place) -> tuple[Tensor, Tensor]:
         values, real = place.values, place.real
     elif hasattr(source, "everywhere"):
         values, real = source.everywhere(place.site)
-        values, real = values.to(place.values.device, place.values.dtype), real.to(place.values.device)
+        values = values.to(place.values.device, place.values.dtype)
     else:
         raise InputError(
             f"{str(place.site)!r} can be taken from a run, prompts or token ids, not from {type(source).__name__}"
@@ -380,7 +391,7 @@ def _at(values: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
             f"position {int(positions[beyond].max())} is beyond the reference prompt, which has {int(lengths.min())} tokens"
         )
     rows = torch.arange(len(positions), device=values.device)[:, None] if len(values) > 1 else 0
-    return values[rows, positions]
+    return values[rows, brought(positions, values)]
 
 
 def _with_keys_of(x: Tensor, new: Tensor, place: Place) -> Tensor:
@@ -473,7 +484,7 @@ class Swap(Edit):
 
     def new(self, x: Tensor, place: Place) -> Tensor:
         rows = torch.arange(len(x), device=x.device)[:, None] if len(self.values) > 1 else 0
-        new = self.values[rows, place.positions.clamp(max=self.values.shape[1] - 1)].to(x.dtype)
+        new = self.values[rows, brought(place.positions.clamp(max=self.values.shape[1] - 1), x)].to(x.dtype)
         if self.units is None:
             return new
         x = x.clone()

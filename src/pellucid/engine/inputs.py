@@ -38,6 +38,8 @@ class Stream:
     """The tokens one stack sees: ids [batch, length], mask (1 on real tokens, which stand together) and their texts.
 
     `spans` are named [first, last + 1) positions of each row; `maps` say which characters of its text a token stands for.
+    Ids and mask are on the model's device. Where positions are is told on the host, from the mask that is fetched once: what
+    is decided by it, for a variant of a sweep or a generated token, does not wait for the device.
     """
 
     ids: Tensor
@@ -48,21 +50,26 @@ class Stream:
     _found: dict[Position, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def real(self) -> Tensor:
+        """[batch, length] which tokens are real, on the host."""
+        return self.mask.bool().cpu()
+
+    @cached_property
     def starts(self) -> Tensor:
-        """[batch] the column of each row's first real token."""
-        return self.mask.long().argmax(1)
+        """[batch] the column of each row's first real token, on the host."""
+        return self.real.long().argmax(1)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[batch] how many real tokens each row has."""
-        return self.mask.long().sum(1)
+        """[batch] how many real tokens each row has, on the host."""
+        return self.real.long().sum(1)
 
     @cached_property
     def padded(self) -> bool:
-        return not bool(self.mask.all())
+        return not bool(self.real.all())
 
     def find(self, at: Position) -> Tensor | None:
-        """Columns [batch, n] of the positions `at` names in each row; None for every position."""
+        """Columns [batch, n] of the positions `at` names in each row, on the host; None for every position."""
         if at is None or (isinstance(at, str) and at == "*"):
             return None
         if not (isinstance(at, str) and at.strip()) and not is_id(at):
@@ -74,7 +81,7 @@ class Stream:
                     f"'@{at}' names {', '.join(str(len(r)) for r in rows)} positions in the prompts of this batch: "
                     "expected the same number in each; run them one at a time or name single positions"
                 )
-            self._found[at] = torch.tensor(rows).to(self.starts.device) + self.starts[:, None]
+            self._found[at] = torch.tensor(rows) + self.starts[:, None]
         return self._found[at]
 
     def _row(self, at: Position, b: int) -> list[int]:

@@ -71,10 +71,11 @@ class Reader:
 
     def pick(self, hidden: Tensor, start: int, clean: Tensor) -> Tensor:
         """The residuals [batch, n, d] at the positions read, from a variant's columns `start`.. and else the clean run."""
-        columns = self.columns.to(hidden.device)
+        early = bool((self.columns < start).any())  # asked on the host
+        columns = self.columns.to(hidden.device, non_blocking=True)
         rows = torch.arange(len(columns), device=hidden.device)[:, None]
         picked = hidden[rows, (columns - start).clamp_min(0)]
-        if start and bool((columns < start).any()):
+        if early:
             picked = torch.where((columns < start)[..., None], clean[rows, columns], picked)
         return picked
 

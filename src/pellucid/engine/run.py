@@ -77,7 +77,7 @@ class Run:
         return self._select(site, self.gradients)
 
     def everywhere(self, site: Site) -> tuple[Tensor, Tensor]:
-        """The values at a site's unit over all positions, [batch, position, ...], and which of them are real.
+        """The values at a site's unit over all positions, [batch, position, ...], and which are real (on the host).
 
         The keys of scores and patterns, always the last dimension, are those of the real tokens, first one first.
         """
@@ -89,8 +89,8 @@ class Run:
         value = value.movedim(axis, 1)
         if "key" in bare.dims:  # counted as positions are: the first real token's key first
             keys = self.inputs.stream(spot.keys)
-            value = turned(value, keys.starts.to(value.device), value.ndim - 1)[..., : int(keys.lengths.max())]
-        return value, self.inputs.stream(spot.stream).mask.bool()
+            value = turned(value, keys.starts, value.ndim - 1)[..., : int(keys.lengths.max())]
+        return value, self.inputs.stream(spot.stream).real
 
     def stream(self, site: Site) -> Stream:
         return stream_of(self.inputs, site)

@@ -151,9 +151,9 @@ class Plan:
 
     def _execute(self, chunk: list[Variant]) -> None:
         logits = self.logits(chunk) if self._checked else self._run_and_check(chunk)
-        for variant, read in zip(chunk, logits, strict=True):
-            self.values[variant.index] = self.metric(read).to(self.values)
-            self.done[variant.index] = True
+        which = [variant.index for variant in chunk]
+        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(self.values)  # one wait for all
+        self.done[which] = True
 
     def settle(self) -> None:
         """Go on to the next rung until one agrees with a plain run on inputs of this size."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.structure import Tap
-from pellucid.engine.edits import Edit, Place, turned
+from pellucid.engine.edits import Edit, Place, brought, like, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, spots
 from pellucid.errors import InputError, Refused, SiteError
@@ -52,9 +52,9 @@ class Window:
         return (self.keys.starts - dropped).clamp_min(0)
 
     def real(self, n: int) -> Tensor:
-        """[batch, n] whether the columns hold real tokens; generated ones do."""
-        mask = self.stream.mask.bool()
-        columns = torch.arange(self.offset, self.offset + n, device=mask.device)
+        """[batch, n] whether the columns hold real tokens, on the host; generated ones do."""
+        mask = self.stream.real
+        columns = torch.arange(self.offset, self.offset + n)
         return mask[:, columns.clamp(max=mask.shape[1] - 1)] | (columns >= mask.shape[1])
 
     def allowed(self, edit: Edit, n: int) -> Tensor | None:
@@ -82,40 +82,40 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
         raise Refused(
             f"{str(spot.site)!r} has {n} positions for a prompt of {window.stream.ids.shape[1]} tokens: they cannot be told apart"
         )
-    # a model spread over devices has its prompts on the first
-    real, starts = window.real(n).to(x.device), window.stream.starts.to(x.device)
+    real, starts = window.real(n), window.stream.starts
     if columns is None:
-        columns = torch.arange(n, device=x.device).expand(batch, n)
+        columns = torch.arange(n).expand(batch, n)
         chosen = real
     else:
-        columns = columns.to(x.device) - window.offset
+        columns = columns - window.offset
         inside = (columns >= 0) & (columns < n)
         columns = columns.clamp(0, n - 1)
         chosen = inside & real.gather(1, columns)
     positions = (columns + window.offset - starts[:, None]).clamp_min(0)
     if edit.tokens is not None:
-        first, end = (each.to(x.device)[:, None] for each in edit.between(window.stream.lengths))
+        first, end = (each[:, None] for each in edit.between(window.stream.lengths))
         chosen = chosen & (positions >= first) & (positions < end)
     allowed = window.allowed(edit, n)
     if allowed is not None:
-        chosen = chosen & allowed.to(x.device).gather(1, columns)
+        chosen = chosen & allowed.cpu().gather(1, columns)
     if not bool(chosen.any()):
         return x
     keyed = "key" in spot.site.dims
     if keyed:
-        by = window.first_key(n, values.shape[-1]).to(x.device)
+        by = window.first_key(n, values.shape[-1])
         values = turned(values, by, values.ndim - 1)
     rows = torch.arange(batch, device=x.device)[:, None]
-    old = values if everywhere else values[rows, columns]
+    index = brought(columns, x)  # a model spread over devices has its prompts on the first
+    old = values if everywhere else values[rows, index]
     place = Place(spot.site, window.stream, values, real, positions, window.generating)
     new = edit.new(old, place).to(x.dtype)
     if spot.site.part.endswith(".scores"):
         new = torch.where(old < MASKED, old, new)
     if not bool(chosen.all()):
-        new = torch.where(chosen.reshape(*chosen.shape, *[1] * (old.ndim - 2)), new, old)
+        new = torch.where(like(chosen, old), new, old)
     if not everywhere:
         made = values.clone()
-        made[rows, columns] = new
+        made[rows, index] = new
         new = made
     if keyed:
         new = turned(new, -by, new.ndim - 1)

@@ -214,7 +214,7 @@ def columns(stream: Stream, positions: Positions) -> tuple[Tensor, Tensor]:
     found = stream.find(selector(positions))
     if found is not None:
         return found, torch.ones_like(found, dtype=torch.bool)
-    index = torch.arange(int(stream.lengths.max()), device=stream.ids.device)
+    index = torch.arange(int(stream.lengths.max()))
     real = index < stream.lengths[:, None]
     return (stream.starts[:, None] + index).clamp(max=stream.ids.shape[1] - 1), real
 

@@ -212,7 +212,8 @@ def _following(model: Model, stream: Stream, columns: Tensor) -> Tensor:
     after = (columns + 1).clamp(max=stream.ids.shape[1] - 1)
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     inside = (columns + 1 < (stream.starts + stream.lengths)[:, None]) & bool(model.anatomy.stacks[-1].causal)
-    return torch.where(inside, stream.ids[rows, after], -1)
+    following = stream.ids[rows, after]
+    return torch.where(inside.to(following.device), following, -1)
 
 
 def _check(model: Model, run: Run, columns: Tensor, stream: Stream) -> None:

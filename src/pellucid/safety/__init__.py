@@ -8,7 +8,9 @@ from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
+from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
+from pellucid.safety.statements import Statements
 from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
 from pellucid.safety.vector import Vector, ablate_direction, condition, load_vectors, save_vectors, steer
@@ -17,6 +19,7 @@ __all__ = [
     "ABSTAIN",
     "Alarm",
     "Cascade",
+    "ConceptReader",
     "Contrast",
     "Direction",
     "Failure",
@@ -25,6 +28,7 @@ __all__ = [
     "Mitigation",
     "Monitor",
     "Rule",
+    "Statements",
     "Threshold",
     "Vector",
     "Words",

@@ -6,6 +6,7 @@ from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
+from pellucid.surgery.removal import removal
 from pellucid.surgery.scoreboard import editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
@@ -25,6 +26,7 @@ __all__ = [
     "layer_importance",
     "parallel",
     "remix",
+    "removal",
     "remove",
     "reorder",
     "repeat",

@@ -15,6 +15,14 @@ Beside the truth stand the estimates that are read off one plain pass, each with
     relative magnitude   |h_l+1 - h_l| / |h_l|                                        Samragh et al. 2023
     prediction depth     share of tokens whose answer, read by the logit lens, settles with this layer
 
+Which layer does a capability need that text does not? Losses of different kinds have no common unit, so each is put on a scale of
+its own: `needed` is what is lost as a part of the most that is lost without any layer, of "text" and of every capability, and
+
+    specific = z(what the capability loses) - z(what text loses),   z over the layers of a part
+
+with an interval from resampled prompts and rows of text (Student's, with the smaller of the two numbers); `attrs["specific"]`
+names the layers of each capability at which it is above 0 with p < .05 / layers.
+
 None of them sees an attention sink: a layer that makes the first token's residual many times longer changes few angles, and
 everything depends on it. `sink` says how many times longer; those of more than ten times are named in `attrs["sinks"]`.
 """
@@ -27,8 +35,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray as xr
+from scipy.stats import t as student
 from torch import Tensor
 
+from pellucid.anatomy.structure import Stack
 from pellucid.causal.contrast import ask, numbers
 from pellucid.causal.grid import described
 from pellucid.corpus import Corpus, batches, inputs, longest
@@ -41,7 +51,7 @@ from pellucid.lenses import unembed
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.statistics import spearman
+from pellucid.statistics import DRAWS, spearman, weights
 from pellucid.tasks import Prompts
 from pellucid.technique import technique
 
@@ -68,7 +78,7 @@ def layer_importance(
     `texts` are what `pl.Corpus` takes; at most `tokens` tokens, one text a row or cut into rows of `context`, `batch` rows at a time. `capabilities` are
     tasks by name, or pairs (prompts, metric). Gives over `part` x `layer` `loss` (nats a token, with `low`, `high` and `p` over
     rows of text), `divergence` and `kept`; over `capability` x `part` x `layer` `effect` with `effect_low`, `effect_high`,
-    `effect_p`, and `clean`; over `estimate` x `layer` `estimated`, over `estimate` `agreement`; over `layer` `sink`. NaN where a
+    `effect_p`, `clean` and `specific`, over `measure` (text and the capabilities) x `part` x `layer` `needed`; over `estimate` x `layer` `estimated`, over `estimate` `agreement`; over `layer` `sink`. NaN where a
     layer has no such part, Refused where none has. InputError for a model that does not predict the next token, or texts without two tokens.
 
     >>> layer_importance(model, texts, {"capitals": pl.tasks.capitals(model.tokenizer)}, parts=["layer", "mlp"])  # doctest: +SKIP
@@ -77,23 +87,13 @@ def layer_importance(
     at_least(2, context=context)
     if not parts or isinstance(parts, str) or not set(parts) <= {"layer", "attn", "mlp"}:
         raise InputError(f"parts={parts!r}: expected a list of 'layer', 'attn' and 'mlp'")
-    stack = model.anatomy.stacks[-1]
-    if len(model.anatomy.stacks) > 1 or not stack.causal or model.anatomy.answering.meaning != "tokens":
-        raise InputError(f"{model.name} does not predict the next token of a text: there is no loss to compare")
-    n = len(stack.blocks)
-    fitting = min(context, longest(model))
-    corpus = Corpus.of(texts, context=fitting, tokens=tokens, packed=False, long="windows")
+    n = len(predicting(model).blocks)
     found: list[np.ndarray] = []
     seen: list[dict[str, np.ndarray]] = []
-    for rows in batches(progress(list(corpus.rows(model)), "rows of text"), batch):
-        if min(len(row.ids) for row in rows) < 2:
-            continue
-        given = inputs(model, rows)
-        run = _run(model, given)
-        seen.append(_estimates(model, run, n))
-        found.append(_swept(model, given, run, parts, n, _reading(run)))
-    if not found:
-        raise InputError("there is no text of two tokens or more: give some ordinary text")
+    for given in rows_of(model, texts, context, tokens, batch):
+        run = kept_run(model, given)
+        seen.append(estimates(model, run, n))
+        found.append(_swept(model, given, run, parts, n, reading(run)))
     values = np.concatenate(found, 2)  # [part, layer, row, measure]
     columns = described("loss", np.moveaxis(values[..., 0], 2, 0), seed, test=True)
     columns |= {name: values[..., i].mean(2) for i, name in enumerate(MEASURES) if i}
@@ -109,22 +109,79 @@ def layer_importance(
         truth = columns["loss"][list(parts).index("layer")]
         data = data.assign(agreement=("estimate", [spearman(x, truth) for x in estimated]))
     data.attrs["sinks"] = [i for i in range(n) if sink[i] > SINK]
-    for name, value in _capabilities(model, capabilities or {}, parts, n, seed).items():
-        data[name] = value
-    return Result(data, kind="layer importance", title=f"What is lost without each layer of {model.name}")
+    if capabilities:
+        found_too, effects = _capabilities(model, capabilities, parts, n, seed)
+        data = data.assign(found_too)
+        lost = {"text": values[..., 0], **{name: -x for name, x in effects.items()}}
+        most = {name: x.mean(2) for name, x in lost.items()}
+        most = {name: x / np.nanmax(np.abs(x), 1, keepdims=True).clip(1e-12) for name, x in most.items()}
+        data = data.assign(_specific(lost, seed)).assign_coords(capability=list(capabilities), measure=list(most))
+        # what is shown first: all of it on one scale
+        needed = xr.DataArray(np.stack(list(most.values())), dims=("measure", "part", "layer"))
+        data = xr.Dataset({"needed": needed}).assign_attrs(data.attrs).merge(data)
+        data.attrs["specific"] = _named(data)
+    return Result(data, kind="layer importance", title=_title(model, data))
+
+
+def _specific(lost: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """z of each capability's loss minus z of text's, [capability, part, layer], with the deviation over resampled prompts."""
+
+    def z(x: np.ndarray) -> np.ndarray:
+        spread: np.ndarray = np.nanstd(x, -1, keepdims=True)
+        return (x - np.nanmean(x, -1, keepdims=True)) / spread.clip(1e-12)
+
+    def drawn(x: np.ndarray, i: int) -> np.ndarray:  # [draw, part, layer]
+        return z(np.einsum("dr,plr->dpl", weights(x.shape[2], DRAWS, seed + i), np.nan_to_num(x)) / x.shape[2])
+
+    text, *others = lost.values()
+    base, again = z(text.mean(2)), drawn(text, 0)
+    found = np.stack([z(x.mean(2)) - base for x in others])
+    several = np.array([min(x.shape[2], text.shape[2]) for x in others])[:, None, None]  # examples
+    freedom = np.where(several > 1, several - 1, np.nan)
+    error = np.stack([(drawn(x, i) - again).std(0) for i, x in enumerate(others, 1)]) * np.sqrt(several / freedom)
+    p, reach = 2 * student.sf(np.abs(found) / error.clip(1e-12), freedom), student.ppf(0.975, freedom) * error
+    made = {"": found, "_low": found - reach, "_high": found + reach, "_p": p}
+    return {f"specific{name}": (("capability", "part", "layer"), x) for name, x in made.items()}
+
+
+def _named(data: xr.Dataset) -> dict[str, list[int]]:
+    """The layers that a capability needs more than text does, at the level of so many questions."""
+    size, p = (data[name].isel(part=0) for name in ("specific", "specific_p"))
+    found = {}
+    for name in data["capability"].values:
+        own = size.where((size > 0) & (p < 0.05 / data.sizes["layer"])).sel(capability=name).dropna("layer")
+        found[str(name)] = [int(i) for i in own.sortby(own, ascending=False)["layer"].values]
+    return found
+
+
+def _title(model: Model, data: xr.Dataset) -> str:
+    part = str(data["part"].values[0])
+    loss = data["loss"].sel(part=part).dropna("layer")
+    dear = ", ".join(str(int(i)) for i in loss.sortby(loss, ascending=False)["layer"].values[:4])
+    what = "layers" if part == "layer" else f"{part} of layers"
+    said = [f"{model.name}: text needs {what} {dear} most"]
+    said += [f"{name} {', '.join(map(str, i[:3]))}" for name, i in data.attrs.get("specific", {}).items() if i]
+    if data.attrs["sinks"]:
+        said.append(
+            f"layer {', '.join(map(str, data.attrs['sinks']))} makes the attention sink, which no estimate sees"
+        )
+    return "; ".join(said)
 
 
 def _capabilities(
     model: Model, tasks: Mapping[str, Any], parts: Sequence[Part], n: int, seed: int
-) -> dict[str, xr.DataArray]:
+) -> tuple[dict[str, xr.DataArray], dict[str, np.ndarray]]:
+    """What is in the result, and by capability the effects [part, layer, prompt]."""
     made: dict[str, list[Any]] = {}
-    for task in progress(list(tasks.values()), "capabilities"):
+    effects: dict[str, np.ndarray] = {}
+    for name, task in progress(list(tasks.items()), "capabilities"):
         prompts, metric = task if isinstance(task, tuple) else (task, None)
         asked = ask(model, prompts, metric)
-        run = _run(model, asked.inputs)
+        run = kept_run(model, asked.inputs)
         clean = asked.score(model, run)
         values = _swept(model, asked.inputs, run, parts, n, asked.metric)
-        for key, column in described("effect", np.moveaxis(values - clean, 2, 0), seed, "effect_", test=True).items():
+        effects[name] = values - clean
+        for key, column in described("effect", np.moveaxis(effects[name], 2, 0), seed, "effect_", test=True).items():
             made.setdefault(key, []).append(column)
         made.setdefault("clean", []).append(clean.mean())
     coords = {"capability": list(tasks)}
@@ -134,19 +191,39 @@ def _capabilities(
     return {
         name: xr.DataArray(np.stack(columns), coords, ("capability", "part", "layer")[: np.ndim(columns[0]) + 1])
         for name, columns in whole.items()
-    }
+    }, effects
+
+
+# ---- what it is tried on
+
+
+def predicting(model: Model) -> Stack:
+    """The blocks of a model that predicts the next token; InputError for any other."""
+    stack = model.anatomy.stacks[-1]
+    if len(model.anatomy.stacks) > 1 or not stack.causal or model.anatomy.answering.meaning != "tokens":
+        raise InputError(f"{model.name} does not predict the next token of a text: there is no loss to compare")
+    return stack
+
+
+def rows_of(model: Model, texts: Any, context: int, tokens: int, batch: int) -> list[Inputs]:
+    """Rows of text in batches; InputError where none has two tokens."""
+    corpus = Corpus.of(texts, context=min(context, longest(model)), tokens=tokens, packed=False, long="windows")
+    rows = [row for row in corpus.rows(model) if len(row.ids) > 1]
+    if not rows:
+        raise InputError("there is no text of two tokens or more: give some ordinary text")
+    return [inputs(model, each) for each in batches(progress(rows, "rows of text"), batch)]
 
 
 # ---- taking parts out
 
 
-def _run(model: Model, given: Inputs) -> Run:
+def kept_run(model: Model, given: Inputs) -> Run:
     return model.run(given, keep=["layers.*.resid_pre", "layers.*.resid_post"])
 
 
 def _swept(model: Model, given: Inputs, run: Run, parts: Sequence[Part], n: int, metric: BoundMetric) -> np.ndarray:
     """[part, layer, row, ...] the metric without each part; NaN where there is none."""
-    edits = {(p, i): edit for p, part in enumerate(parts) for i in range(n) if (edit := _without(model, run, part, i))}
+    edits = {(p, i): edit for p, part in enumerate(parts) for i in range(n) if (edit := without(model, run, part, i))}
     swept = numbers(model.sweep(given, [[edit] for edit in edits.values()], metric).values)
     values = np.full((len(parts), n, *swept.shape[1:]), np.nan)
     for at, value in zip(edits, swept, strict=True):
@@ -154,7 +231,7 @@ def _swept(model: Model, given: Inputs, run: Run, parts: Sequence[Part], n: int,
     return values
 
 
-def _without(model: Model, run: Run, part: Part, layer: int) -> Edit | None:
+def without(model: Model, run: Run, part: Part, layer: int) -> Edit | None:
     if part == "layer":
         (given,) = model.sites(f"layers.{layer}.resid_pre")
         return Swap(f"layers.{layer}.resid_post", aligned_values(run, given))
@@ -169,7 +246,7 @@ def _without(model: Model, run: Run, part: Part, layer: int) -> Edit | None:
 # ---- what is read
 
 
-def _reading(run: Run) -> BoundMetric:
+def reading(run: Run) -> BoundMetric:
     """loss, divergence and kept [row, measure] against the plain run: means over the tokens that have a next one."""
     stream = run.inputs.stream("")
     ids, mask = stream.ids, stream.mask.bool()
@@ -191,7 +268,7 @@ def _reading(run: Run) -> BoundMetric:
 
 
 @torch.no_grad()
-def _estimates(model: Model, run: Run, n: int) -> dict[str, np.ndarray]:
+def estimates(model: Model, run: Run, n: int) -> dict[str, np.ndarray]:
     """[layer, row] of every estimate, over the real tokens."""
     stream = run.inputs.stream("")
     mask = stream.mask.bool()

@@ -310,7 +310,7 @@ def _family(main: xr.DataArray, along: str, x: Numbers) -> tuple[s.Line, ...]:
     shown = range(n) if n <= LINES else sorted(set(np.linspace(0, n - 1, LINES).round().astype(int).tolist()))
     labels = main[other].values if other in main.coords else np.arange(n)
     values = main.transpose(other, along).values.astype(float)
-    return tuple(s.Line(name=f"{other} {labels[i]}" if labels.dtype.kind in "iuf" else str(labels[i]), x=x, y=Numbers.of(values[i])) for i in shown)  # fmt: skip
+    return tuple(s.Line(name=f"{other} {labels[i]}" if labels.dtype.kind in "iuf" else str(labels[i]), x=x, y=Numbers.of(values[i]), dashed="random" in str(labels[i])) for i in shown)  # fmt: skip
 
 
 def _variables(data: xr.Dataset, main: xr.DataArray, x: Numbers) -> tuple[s.Line, ...]:
@@ -412,7 +412,7 @@ def _dims(result: Result) -> list[str]:
 
 
 def _along(dims: list[str]) -> bool:
-    return bool({"window", "step"} & set(dims))
+    return bool({"window", "step", "removed"} & set(dims))
 
 
 def _same(what: str, values: Mapping[str, Any]) -> None:

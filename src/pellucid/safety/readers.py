@@ -1,0 +1,513 @@
+"""Where in a model can it be read whether a statement holds, and is that more than what knows nothing would read?
+
+One estimator for all of these; with x the values of a statement at one site:
+
+    mean            (mean(x+) - mean(x-)).x                     difference in means (Marks and Tegmark 2023, Li et al. 2023)
+    mass_mean       the same through the inverse of the covariance within classes (pseudo-inverse, not shrunk): their mass-mean probe
+    lda             the same, shrunk by Ledoit and Wolf
+    logistic        L2 by cross-validation
+    pca             first right singular vector of the differences x+ - x- of pairs (RepE, Zou et al. 2023)
+    pca_centred     the same after their mean, the contrast itself, was subtracted
+    ccs, supervised_ccs     `pellucid.safety.ccs`
+    mlp, attention          `pellucid.safety.networks`; attention reads all tokens but the first
+
+All is nested: the site is chosen for each test fold by folds among the others, and log odds are calibrated there (Platt), so that what
+is said about held-out topics rests on nothing of them. Beside it stand, fitted and asked in the same folds:
+
+    text, form      readers of the text alone (groups of characters) and of what it looks like (length, words, capitals, marks)
+    random          directions drawn at the chosen site, each with its better sign
+    shuffled        the same reader with the labels of each pair (else topic) drawn by chance; for ccs the members of other pairs
+    untrained       the same reader on the model with all weights drawn anew
+    planted         for ccs: a speaker drawn for each member and written before it. It is named where it is read instead of the labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pellucid.anatomy.sites import Site
+from pellucid.changed import check_weights
+from pellucid.controls import random_directions, redrawn, shuffled_labels
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
+from pellucid.engine.edits import left_aligned
+from pellucid.engine.pausing import progress
+from pellucid.errors import InputError, PellucidError, at_least, listed
+from pellucid.model import Model
+from pellucid.probing.erasure import Leace
+from pellucid.probing.linear import LogisticProbe
+from pellucid.results import Result
+from pellucid.safety import ccs
+from pellucid.safety.contrast import Seen, direction
+from pellucid.safety.judging import Numbers, as_well, form_scores, in_pairs, judged, platt, text_scores, within
+from pellucid.safety.networks import Learnt, Linear, empty, learn
+from pellucid.safety.statements import Statements, text_of
+from pellucid.safety.vector import Pool
+from pellucid.technique import technique
+
+Kind = Literal[
+    "mean", "mass_mean", "lda", "logistic", "pca", "pca_centred", "ccs", "supervised_ccs", "mlp", "attention"
+]  # fmt: skip
+CONTROLS = ("text", "form", "random", "shuffled", "untrained", "planted")
+DIRECTIONS, KEY = 200, "pellucid_reader"
+Asked = Callable[
+    [np.ndarray, np.ndarray, int], Numbers
+]  # rows to learn from, rows to score, site -> scores [draw, row]
+
+
+@dataclass(eq=False)
+class ConceptReader:
+    """A reader of whether what is said holds: kinds and controls as the module says.
+
+    sites: candidates, by default every block's output of the first stack. pool: the statement's "last" token, or the "mean" of its
+    tokens but the first. folds: of whole topics (pairs, where there are fewer than three). erase: nuisances of the statements that are
+    taken out first (LEACE, fitted on each training part). draws: of shuffled labels. restarts, steps, learning_rate: of the search.
+    After `fit`: `site`, `direction_` [d], `result_`, `layers_`, `trap_` (ccs); called with values [..., d] it gives log odds [...].
+
+    >>> ConceptReader("mean", sites="layers.8:21.resid_post").fit(model, statements).site  # doctest: +SKIP
+    'layers.13.resid_post'
+    """
+
+    kind: Kind = "mean"
+    sites: str | Sequence[str] | None = None
+    pool: Pool = "last"
+    folds: int = 4
+    erase: Sequence[str] = ()
+    controls: Sequence[str] = CONTROLS
+    batch: int = 16
+    draws: int = 5
+    restarts: int = 10
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    seed: int = 0
+    site_: str = field(init=False, repr=False)
+    learnt_: dict[str, Learnt] = field(init=False, repr=False)
+    digest_: str = field(init=False, repr=False)
+    result_: Result = field(init=False, repr=False)
+    layers_: Result = field(init=False, repr=False)
+    trap_: Result | None = field(init=False, repr=False, default=None)
+    refused_: str = field(init=False, repr=False, default="")
+
+    # ---- what it is once fitted
+
+    @property
+    def site(self) -> str:
+        if not hasattr(self, "site_"):
+            raise InputError("this reader is not fitted: call fit(model, statements) or ConceptReader.load(path)")
+        return self.site_
+
+    @property
+    def direction_(self) -> Tensor:
+        """[d] along which log odds rise, by their slope. InputError for a network, which has none."""
+        return self.learnt_[self.site].direction
+
+    def __call__(self, values: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.learnt_[self.site].each(values)
+
+    def at(self, site: str | int) -> ConceptReader:
+        """The same at another of its sites (a layer by its number), which was fitted and calibrated too, but not chosen."""
+        made = replace(self)
+        wanted = [s for s in self.learnt_ if s == str(site) or (isinstance(site, int) and Site.parse(s).layer == site)]
+        if len(wanted) != 1:
+            raise InputError(f"there is no reader at {site!r}: there are {', '.join(list(self.learnt_)[:12])}")
+        made.site_, made.learnt_, made.digest_ = wanted[0], self.learnt_, self.digest_
+        return made
+
+    def scores(self, model: Model, prompts: Sequence[Any]) -> Tensor:
+        """[prompt] log odds that each holds."""
+        self.check(model)
+        x, mask = self._read(model, list(prompts), [self.site])
+        with torch.no_grad():
+            return self.learnt_[self.site](x[0], mask)
+
+    def check(self, model: Model) -> None:
+        """InputError if it is not fitted, or was fitted on other weights."""
+        check_weights(model, self.digest_ if self.site else None, f"the reader at {self.site}")
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file, tied to the weights."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        names = list(self.learnt_)
+        tensors = {f"{i}.{k}": v for i, s in enumerate(names) for k, v in self.learnt_[s].state_dict().items()}
+        about = {"settings": settings, "site": self.site, "sites": names, "digest": self.digest_}
+        return write_tensors(path, KEY, about, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConceptReader:
+        """What `save` wrote, without its results; `check(model)` says whether it belongs to a model."""
+        with reading_tensors(path, KEY, "is no saved ConceptReader") as (about, kept):
+            made = cls(**about["settings"])
+            made.site_, made.digest_ = about["site"], about["digest"]
+            made.learnt_ = {
+                s: empty(
+                    made.kind, {k.partition(".")[2]: v for k, v in kept.items() if k.partition(".")[0] == str(i)}, 1
+                )
+                for i, s in enumerate(about["sites"])
+            }
+        return made
+
+    # ---- fitting
+
+    @technique
+    def fit(
+        self, model: Model, statements: Statements, *, test: Statements | Mapping[str, Statements] | None = None
+    ) -> ConceptReader:
+        """Fit on statements; `test` are further sets that are only asked about (negations, other data), by name.
+
+        `result_` over `set` ("held out" and the tests) and `row` (the reader and its controls): `area` under the ROC curve within folds with
+        its 95 % interval `low` to `high` (of controls that are drawn: the range of draws), `pair_accuracy`, and of log odds `accuracy` and
+        `calibration_error`; over `nuisance` the pair accuracy with which nuisances are read. `layers_` over `site`: how well it does on
+        `validation` folds, the share of pairs or the area, by which the site is chosen. `trap_` over `run`: how ccs reads the labels and a planted speaker, and its loss.
+        InputError for too few statements, one kind only, statements in both parts, kinds that need pairs without them.
+        """
+        self._check(statements)
+        tests = {"test": test} if isinstance(test, Statements) else dict(test or {})
+        for name, each in tests.items():
+            statements.check_apart(each, name)
+        sites = self._sites(model)
+        fold = statements.folds(self.folds, self.seed)
+        everything = [*statements.prompts, *(p for each in tests.values() for p in each.prompts)]
+        x, mask = self._read(model, everything, sites)
+        n, parts = len(statements), np.repeat(np.arange(len(tests) + 1), [len(statements), *map(len, tests.values())])
+        own = x[:, :n], mask[:n]
+        nested = self._nested(own, statements, fold)
+        chosen, slopes, curve, folded = self._chosen(nested, statements, fold)
+        final, at = self._learn(own, statements, np.ones(n, dtype=bool)), int(curve.mean(0).argmax())
+        for s, each in enumerate(final):
+            each.calibrated(*platt(folded[s], statements.labels))
+        self.site_, self.digest_ = sites[at], model.digest
+        self.learnt_ = dict(zip(sites, final, strict=True))
+
+        plan = [(fold != f, np.flatnonzero(fold == f), chosen[f]) for f in range(int(fold.max()) + 1)]
+        plan += [(np.ones(n, dtype=bool), np.flatnonzero(parts == i + 1), at) for i in range(len(tests))]
+        rows = self._rows(model, (x, mask), statements, everything, sites, plan)
+        scores = {name: _by_plan(ask, plan, len(parts)) for name, ask in rows.items()}
+        own_scores = np.full((1, len(parts)), np.nan)
+        for f in range(int(fold.max()) + 1):
+            own_scores[0, np.flatnonzero(fold == f)] = nested[f, f][chosen[f], fold == f] * slopes[f][0] + slopes[f][1]
+        for i in range(len(tests)):
+            own_scores[0, parts == i + 1] = _said(final[at], x[at, parts == i + 1], mask[parts == i + 1])
+        sets = {"held out": statements, **tests}
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        for i, (name, each) in enumerate(sets.items()):
+            strata = fold if i == 0 else np.zeros(len(each), dtype=int)
+            for row, found in {self.kind: own_scores, **scores}.items():
+                table.setdefault(name, {})[row] = judged(
+                    found[:, parts == i], each.labels, strata, each.couples, each.groups, seed=self.seed,
+                    log_odds=row in (self.kind, "text", "form"), either_sign=row == "random",
+                )  # fmt: skip
+        instead = {
+            name: _instead(own_scores[0, :n], _split(statements, v), fold) for name, v in statements.nuisances.items()
+        }
+        self.layers_ = Result(
+            xr.Dataset({"validation": ("site", curve.mean(0)), "low": ("site", curve.min(0)), "high": ("site", curve.max(0))},
+                       {"site": sites, "layer": ("site", [s.layer if s.layer is not None else -1 for s in map(Site.parse, sites)])}),
+            kind="reader layers", title=f"Where {self.kind} reads it, on validation folds (low, high: among test folds)",
+        )  # fmt: skip
+        if (
+            self.kind.endswith("ccs")
+            and "planted" in self.controls
+            and all(isinstance(p, str) for p in statements.prompts)
+        ):
+            self.trap_ = self._trap(model, statements, own, sites)
+        self.result_ = Result(
+            _dataset(table, instead), kind="reader", title=self._title(table["held out"], statements, instead)
+        )
+        return self
+
+    def _check(self, statements: Any) -> None:
+        if not isinstance(statements, Statements):
+            raise InputError(
+                f"statements={statements!r:.60}: expected Statements(prompts, labels) or Statements.paired(...)"
+            )
+        if self.kind not in get_args(Kind) or self.pool not in get_args(Pool):
+            raise InputError(f"kind={self.kind!r}, pool={self.pool!r}: expected {get_args(Kind)} and {get_args(Pool)}")
+        at_least(1, draws=self.draws, batch=self.batch, restarts=self.restarts, steps=self.steps)
+        at_least(3, folds=self.folds)
+        unknown = (
+            [c for c in self.controls if c not in CONTROLS],
+            [e for e in self.erase if e not in statements.nuisances],
+        )
+        if any(unknown):
+            raise InputError(f"controls or nuisances {unknown[0] + unknown[1]} are not known: there are {CONTROLS} and {list(statements.nuisances)}")  # fmt: skip
+        if self.erase and self.kind == "attention":
+            raise InputError(
+                "nothing can be erased for 'attention', which reads many tokens: take a kind that reads one"
+            )
+        if (self.kind.startswith("pca") or self.kind.endswith("ccs")) and 2 * statements.couples.shape[1] < len(
+            statements
+        ):
+            raise InputError(f"{self.kind!r} needs pairs of a true and a false statement: give Statements.paired(...)")
+
+    def _sites(self, model: Model) -> list[str]:
+        given = self.sites if self.sites is not None else f"{model.anatomy.stacks[0].prefix}layers.*.resid_post"
+        patterns = [given] if isinstance(given, str) else listed("sites", given, "names of sites")
+        return [str(site) for pattern in patterns for site in model.sites(pattern)]
+
+    def _read(self, model: Model, prompts: Sequence[Any], sites: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """[site, prompt, vector, d] and which are real [prompt, vector]."""
+        if self.kind == "attention":
+            return vectors(model, prompts, sites, batch=self.batch)
+        found = Seen.of(model, prompts, [Site.parse(s) for s in sites], self.pool, self.batch).values
+        return found[:, :, None], torch.ones(len(prompts), 1, dtype=torch.bool)
+
+    def _learn(
+        self, own: tuple[Tensor, Tensor], data: Statements, rows: np.ndarray, labels: np.ndarray | None = None,
+        seed: int | None = None, repaired: bool = False,
+    ) -> list[Learnt]:  # fmt: skip
+        """A reader for each site [site, prompt, vector, d], learnt from some rows of the data; under other `labels`."""
+        x, mask = own
+        at = np.flatnonzero(rows)
+        x, mask, part = x[:, at], mask[at], data[at]
+        y, seed = part.labels if labels is None else labels[at], self.seed if seed is None else seed
+        erasers = []
+        if self.erase:
+            z = np.concatenate([np.eye(len(u := np.unique(part.nuisances[e])))[np.searchsorted(u, part.nuisances[e])] for e in self.erase], 1)  # fmt: skip
+            erasers = [Leace().fit(each[:, -1], z) for each in x]
+            x = torch.stack([e.transform(each[:, -1])[:, None].float() for e, each in zip(erasers, x, strict=True)])
+        made: list[Learnt] = []
+        if self.kind.endswith("ccs"):
+            made = list(self._searched(x, part, seed, repaired)[0])
+        else:
+            true, false = part.couples
+            if labels is not None:
+                true, false = np.where(y[true], true, false), np.where(y[true], false, true)
+            for each in x:
+                if self.kind in ("mlp", "attention"):
+                    made.append(learn(self.kind, each, mask, torch.as_tensor(y), seed=seed))  # type: ignore[arg-type]
+                    continue
+                v = each[:, -1]
+                plus, minus = (v[true], v[false]) if self.kind.startswith("pca") else (v[y], v[~y])
+                w = _weight(self.kind, plus, minus, np.concatenate([part.groups[y], part.groups[~y]]), seed)
+                made.append(Linear(w, -float((plus.mean(0) + minus.mean(0)) @ w) / 2))
+        for i, e in enumerate(erasers):
+            if isinstance(each := made[i], Linear):
+                made[i] = each.after(e.left_, e.right_, e.mean_)
+        return made
+
+    def _searched(
+        self, x: Tensor, part: Statements, seed: int, repaired: bool = False
+    ) -> tuple[list[Linear], ccs.Found]:
+        true, false = part.couples
+        rng = np.random.default_rng(seed)
+        if repaired:
+            false = rng.permutation(false)
+        holds = rng.integers(0, 2, len(true)).astype(bool)  # which member comes first says nothing
+        first, second = (x[:, np.where(holds == side, true, false), -1] for side in (True, False))
+        found = ccs.search(
+            first, second, torch.as_tensor(holds), supervised=self.kind == "supervised_ccs", restarts=self.restarts,
+            steps=self.steps, learning_rate=self.learning_rate, seed=seed,
+        )  # fmt: skip
+        return [Linear(w, b) for w, b in zip(found.weight, found.bias, strict=True)], found
+
+    def _nested(self, own: tuple[Tensor, Tensor], data: Statements, fold: np.ndarray) -> dict[tuple[int, int], Numbers]:
+        """By two folds that are left out (one twice: the test): scores [site, prompt] of those in either."""
+        k, made = int(fold.max()) + 1, {}
+        both = [(f, g) for f in range(k) for g in range(f, k)]
+        for f, g in progress(both, "folds of readers"):
+            learnt = self._learn(own, data, (fold != f) & (fold != g))
+            asked = (fold == f) | (fold == g)
+            scores = np.full((len(learnt), len(fold)), np.nan)
+            for s, each in enumerate(learnt):
+                scores[s, asked] = _said(each, own[0][s, asked], own[1][asked])
+            made[f, g] = made[g, f] = scores
+        return made
+
+    def _chosen(
+        self, nested: dict[tuple[int, int], Numbers], data: Statements, fold: np.ndarray
+    ) -> tuple[list[int], list[tuple[float, float]], Numbers, Numbers]:
+        """By test fold the site and its slope and offset from the other folds; how well all did there [fold, site]; scores
+        [site, prompt] of readers that did not see the prompt. Pairs are judged as pairs."""
+        k, labels, couples = int(fold.max()) + 1, data.labels, data.couples
+        paired = 2 * couples.shape[1] == len(data)
+        sites, curve, chosen, slopes = len(nested[0, 0]), [], [], []
+        for f in range(k):
+            inner = np.select([fold == g for g in range(k)], [nested[f, g] for g in range(k)])
+            rest = fold != f
+            if paired:
+                well = [in_pairs(each, couples[:, rest[couples[0]]]) for each in inner]
+            else:
+                well = [float(within(inner[s, rest], labels[rest], fold[rest])[0]) for s in range(sites)]
+            chosen.append(int(np.argmax(well)))
+            slopes.append(platt(inner[chosen[-1], rest], labels[rest]))
+            curve.append(well)
+        folded = np.select([fold == g for g in range(k)], [nested[g, g] for g in range(k)])
+        return chosen, slopes, np.array(curve), folded
+
+    # ---- what knows nothing
+
+    def _rows(
+        self, model: Model, read: tuple[Tensor, Tensor], data: Statements, everything: Sequence[Any], sites: Sequence[str],
+        plan: Sequence[tuple[np.ndarray, np.ndarray, int]],
+    ) -> dict[str, Asked]:  # fmt: skip
+        x, mask = read
+        n = len(data)
+        texts = [text_of(p) for p in everything]
+
+        def learnt_on(values: Tensor, train: np.ndarray, ask: np.ndarray, s: int, **how: Any) -> Numbers:
+            made = self._learn((values[s : s + 1, :n], mask[:n]), data, train, **how)[0]
+            return _said(made, values[s, ask], mask[ask])
+
+        def by_text(score: Callable[..., Numbers]) -> Asked:
+            return lambda train, ask, s: score([texts[i] for i in np.flatnonzero(train)], data.labels[train],
+                                               [texts[i] for i in ask])[None]  # fmt: skip
+
+        def random(train: np.ndarray, ask: np.ndarray, s: int) -> Numbers:
+            drawn = random_directions(DIRECTIONS, x.shape[-1], seed=self.seed)
+            centred = x[s, ask][mask[ask]].reshape(-1, x.shape[-1]).mean(0)
+            return (drawn @ ((x[s, ask] - centred) * mask[ask][..., None]).sum(1).T).double().numpy()
+
+        def shuffled(train: np.ndarray, ask: np.ndarray, s: int) -> Numbers:
+            same = data.topics if data.loose else data.pairs
+            drawn = range(self.seed, self.seed + self.draws)
+            if self.kind.endswith("ccs"):
+                return np.stack([learnt_on(x, train, ask, s, seed=i, repaired=True) for i in drawn])
+            made = [shuffled_labels(data.labels, i, within=same.tolist()) for i in drawn]
+            return np.stack([learnt_on(x, train, ask, s, labels=y) for y in made])
+
+        rows: dict[str, Asked] = {
+            "text": by_text(text_scores),
+            "form": by_text(form_scores),
+            "random": random,
+            "shuffled": shuffled,
+        }
+        rows = {name: ask for name, ask in rows.items() if name in self.controls}
+        if "untrained" in self.controls:
+            try:
+                other, _ = self._read(redrawn(model, seed=self.seed), everything, sites)
+                rows["untrained"] = lambda train, ask, s: learnt_on(other, train, ask, s)[None]
+            except PellucidError as why:
+                self.refused_ = str(why)
+        return rows
+
+    def _trap(self, model: Model, data: Statements, own: tuple[Tensor, Tensor], sites: Sequence[str]) -> Result:
+        """The search at all sites on pairs as they are, with a planted speaker, and with the speaker erased, unlabelled and all seen."""
+        planted = data.planted(self.seed)
+        runs = {"plain": own[0], "planted": self._read(model, planted.prompts, sites)[0]}
+        z = planted.nuisances["speaker"]
+        runs["planted, erased"] = torch.stack(
+            [Leace().fit(v[:, -1], z).transform(v[:, -1])[:, None].float() for v in runs["planted"]]
+        )
+        found: dict[str, Any] = {"truth": [], "speaker": [], "loss": [], "repaired_loss": []}
+        for x in runs.values():
+            made, search = self._searched(x, data, self.seed)
+            scores = [_said(each, x[s], own[1]) for s, each in enumerate(made)]
+            for name, couples in (("truth", data.couples), ("speaker", _split(planted, z))):
+                found[name].append([max(a := in_pairs(v, couples), 1 - a) for v in scores])
+            found["loss"].append(search.loss.tolist())
+            found["repaired_loss"].append(self._searched(x, data, self.seed, repaired=True)[1].loss.tolist())
+        made_of = xr.Dataset(
+            {k: (("run", "site"), np.array(v)) for k, v in found.items()}, {"run": list(runs), "site": list(sites)}
+        )
+        at = made_of.sel(site=self.site_)
+        t, q, loss = at.truth.values, at.speaker.values, at.loss.values
+        what = (
+            f"the speaker ({q[1]:.2f}) instead of the labels ({t[1]:.2f})"
+            if q[1] > t[1]
+            else f"the labels ({t[1]:.2f})"
+        )
+        title = f"With a planted speaker it reads {what}, at a loss of {loss[1]:.4f} against {loss[0]:.4f} without; speaker erased: labels {t[2]:.2f}"
+        return Result(made_of, kind="reader trap", title=title)
+
+    def _title(self, rows: Mapping[str, Mapping[str, float]], data: Statements, instead: Mapping[str, float]) -> str:
+        own = rows[self.kind]
+        others = {k: v["high"] if k in ("random", "shuffled") else v["area"] for k, v in rows.items() if k != self.kind}
+        said = (
+            as_well(own["area"], others)
+            + f"{self.kind} at {self.site_}: area {own['area']:.2f} [{own['low']:.2f}, {own['high']:.2f}]"
+        )
+        said, pair = f"{said} on {data.by}s held out", own["pair_accuracy"]
+        said += "".join(f"; it reads {k!r} ({v:.2f} of pairs)" for k, v in instead.items() if not v < pair)
+        said += f"; {self.trap_.title[0].lower()}{self.trap_.title[1:]}" if self.trap_ is not None else ""
+        return said
+
+
+def _weight(kind: str, plus: Tensor, minus: Tensor, groups: np.ndarray, seed: int) -> Tensor:
+    """[d] from values [example, d] of either kind."""
+    if kind == "logistic":
+        fit = LogisticProbe(seed=seed, folds=min(3, len(np.unique(groups))))
+        fit.fit(torch.cat([plus, minus]), [1] * len(plus) + [0] * len(minus), groups)
+        return fit.weight_[:, 1] - fit.weight_[:, 0]
+    if kind == "mass_mean":
+        x = torch.cat([plus - plus.mean(0), minus - minus.mean(0)]).double()
+        inverse = torch.linalg.pinv(x.T @ x / len(x), hermitian=True)
+        return (inverse @ (plus.mean(0) - minus.mean(0)).double()).float()
+    return direction(kind, plus, minus, seed)  # type: ignore[arg-type]
+
+
+def _said(learnt: Learnt, x: Tensor, mask: Tensor) -> Numbers:
+    with torch.no_grad():
+        found: Numbers = learnt(x, mask).double().numpy()
+    return found
+
+
+def _by_plan(ask: Asked, plan: Sequence[tuple[np.ndarray, np.ndarray, int]], n: int) -> Numbers:
+    made: Numbers | None = None
+    for train, rows, site in plan:
+        found = ask(train, rows, site)
+        made = np.full((len(found), n), np.nan) if made is None else made
+        made[:, rows] = found
+    assert made is not None
+    return made
+
+
+def _split(data: Statements, nuisance: np.ndarray) -> np.ndarray:
+    """Couples [2, pair] by the nuisance: its larger value first; pairs that have it alike are left out."""
+    a, b = data.couples
+    differ = nuisance[a] != nuisance[b]
+    a, b = a[differ], b[differ]
+    return np.where(nuisance[a] > nuisance[b], [a, b], [b, a])
+
+
+def _instead(scores: Numbers, couples: np.ndarray, fold: np.ndarray) -> float:
+    """The share of couples told apart, in each fold with the better sign: readers of different folds may have another one."""
+    folds = [couples[:, fold[couples[0]] == f] for f in np.unique(fold)]
+    found = [(max(a := in_pairs(scores, each), 1 - a), each.shape[1]) for each in folds if each.size]
+    return float(np.average([a for a, _ in found], weights=[n for _, n in found])) if found else float("nan")
+
+
+def _dataset(table: Mapping[str, Mapping[str, Mapping[str, float]]], instead: Mapping[str, float]) -> xr.Dataset:
+    rows = list(next(iter(table.values())))
+    measures = list(next(iter(next(iter(table.values())).values())))
+    values = {
+        m: (("set", "row"), np.array([[t[r].get(m, np.nan) for r in rows] for t in table.values()])) for m in measures
+    }
+    made = xr.Dataset(values, {"set": list(table), "row": rows})
+    return (
+        made.assign(instead=("nuisance", list(instead.values()))).assign_coords(nuisance=list(instead))
+        if instead
+        else made
+    )
+
+
+def vectors(
+    model: Model, prompts: Sequence[Any], sites: Sequence[str], last: int | None = None, *, batch: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Values [site, prompt, vector, d] of the `last` tokens of each prompt (all but the first by default), the end of each prompt in
+    the last column, and which of them are real [prompt, vector]; in float32 on the CPU."""
+    found: list[list[Tensor]] = []
+    for start in progress(range(0, len(prompts), batch), "batches of prompts"):
+        run = model.run(model.inputs(list(prompts[start : start + batch])), keep=list(sites), logits=False)
+        rows = [left_aligned(*run.everywhere(Site.parse(s))) for s in sites]
+        if any(x.ndim != 3 for x, _ in rows) or len({x.shape[2] for x, _ in rows}) > 1:
+            raise InputError(
+                "a reader needs sites of one vector of equal width for each token, such as layers.*.resid_post"
+            )
+        lengths = rows[0][1].tolist()
+        stacked = torch.stack([x.detach().float().cpu() for x, _ in rows])
+        for i, n in enumerate(lengths):
+            found.append([stacked[:, i, min(1, n - 1) if last is None else max(0, n - last) : n]])
+    most = max(each[0].shape[1] for each in found)
+    x = found[0][0].new_zeros(len(sites), len(found), most, found[0][0].shape[2])
+    mask = torch.zeros(len(found), most, dtype=torch.bool)
+    for i, (each,) in enumerate(found):
+        x[:, i, most - each.shape[1] :], mask[i, most - each.shape[1] :] = each, True
+    return x, mask
