@@ -180,6 +180,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.traced_again": lambda: pl.surgery.traced_again(rewritten(), draws=1),
     "surgery.editing_by_layer": lambda: pl.surgery.editing_by_layer(
         gpt2(), NEW, covariance="off", search=pl.surgery.Search(steps=2), contexts=0
+    ),
     "surgery.removal": lambda: pl.surgery.removal(
         gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
     ),
@@ -188,6 +189,8 @@ CALLS: dict[str, Callable[[], Any]] = {
         search=pl.surgery.Search(steps=2),
     ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
+    "surgery.exits": lambda: pl.surgery.exits(gpt2(), TEXTS, [pl.surgery.Exit("margin", 0.02, layers=(0,))], context=8),
+    "surgery.calibrate": lambda: pl.surgery.calibrate(gpt2(), TEXTS * 2, pl.surgery.Exit("stable", layers=(0,)), delta=0.5, context=8),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
@@ -295,6 +298,8 @@ def test_every_public_technique_is_tried() -> None:
                         "tests/circuits/test_record.py"),
         **dict.fromkeys(("probing.questions", "probing.structural"), "tests/probing/test_record.py"),
         "attention.adversarial_attention": "tests/attribution/test_record.py",
+        # they measure time
+        **dict.fromkeys(("surgery.generate_early", "surgery.draft_and_verify"), "tests/surgery/test_exits.py"),
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not tried yet: they train, or are told of a second model or of parsed sentences
         **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",
