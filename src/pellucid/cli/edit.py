@@ -55,7 +55,8 @@ def edit(
     made = edited_by(subject, rows, how, covariance=covariance, layers=span, seed=seed)
     made.save(output)
     score = scoreboard(made, None, controls=("without C",), seed=seed)
-    table = score.data["value"].to_pandas().dropna(how="all")
+    table: Any = score.data["value"].to_pandas()
+    table = table.dropna(how="all")
     if as_json:
         wrote = {"file": str(output.absolute()), "layers": made.layers, "title": score.title}
         typer.echo(json.dumps({**wrote, "scores": json.loads(table.to_json(orient="index"))}))
