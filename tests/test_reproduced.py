@@ -169,6 +169,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.compare_stages": lambda: pl.safety.compare_stages(
         gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
     ),
+    "safety.abstain": lambda: pl.safety.abstain(gpt2(), TEXTS, [" Paris", "T", "F", "A"], score="margin", draws=3),
+    "safety.semantic_entropy": lambda: pl.safety.semantic_entropy(gpt2(), TEXTS[:2], draws=3, max_new_tokens=2),
     "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
@@ -310,7 +312,8 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not tried yet: they train, or are told of a second model or of parsed sentences
         **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",
-                         "attention.uniform_attention", "attribution.evaluation.label_randomisation"), ""),
+                         "attention.uniform_attention", "attribution.evaluation.label_randomisation",
+                         "tuning.evasion", "tuning.frontier"), ""),
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")
