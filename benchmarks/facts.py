@@ -175,7 +175,7 @@ class Bench:
         found = scoreboard(
             alone, self.texts()[-6:], controls=("without C", "random keys"), max_new_tokens=0, tokens=400
         )
-        said("ROME, 20 facts, each alone, layer 6: " + found.title, found)
+        said(f"ROME, {len(alone)} facts, each alone, layer {LAYER}: " + found.title, found)
         print(
             found.data.low.sel(model="edited").to_pandas().round(2).to_dict(),
             found.data.high.sel(model="edited").to_pandas().round(2).to_dict(),

@@ -47,6 +47,7 @@ MEASURES = (
     "efficacy", "efficacy exact", "paraphrase", "paraphrase exact", "neighbourhood", "neighbourhood kept", "neighbourhood KL",
     "same subject kept", "same subject KL", "portability exact", "said", "fluency", "text KL", "perplexity", "score",
 )  # fmt: skip
+UNBOUNDED = ("neighbourhood KL", "same subject KL", "fluency", "text KL", "perplexity")
 
 
 @technique
@@ -99,12 +100,14 @@ def scoreboard(
                 over = groups[1] if isinstance(groups, tuple) else None
                 groups = groups[0] if isinstance(groups, tuple) else groups
                 value[row, column] = np.nansum(x) / (np.sum(~np.isnan(x)) if over is None else over.sum())
-                low[row, column], high[row, column] = interval(x, seed, groups=groups, over=over)
+                low[row, column], high[row, column] = interval(
+                    x, seed, groups=groups, over=over, within=(0, np.inf if measure in UNBOUNDED else 1)
+                )
         three = [found[arm][m] for m in ("efficacy", "paraphrase", "neighbourhood") if m in found[arm]]
         if len(three) == 3:
             statistic = _harmonic(three, len(facts))
             value[-1, column] = statistic(np.ones((1, len(facts))))[0]
-            low[-1, column], high[-1, column] = interval(statistic, seed, n=len(facts))
+            low[-1, column], high[-1, column] = interval(statistic, seed, n=len(facts), within=(0, 1))
     row = MEASURES.index("perplexity")
     for table in (value, low, high):
         table[row] = np.exp(table[row])
