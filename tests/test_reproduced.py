@@ -162,6 +162,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.compare_stages": lambda: pl.safety.compare_stages(
         gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
     ),
+    "safety.abstain": lambda: pl.safety.abstain(gpt2(), TEXTS, [" Paris", "T", "F", "A"], score="margin", draws=3),
+    "safety.semantic_entropy": lambda: pl.safety.semantic_entropy(gpt2(), TEXTS[:2], draws=3, max_new_tokens=2),
     "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
