@@ -6,6 +6,7 @@ from pellucid.safety.failures import Failure, Mitigation, trace_failure
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
+from pellucid.safety.honesty import Pressure, honesty
 from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
 from pellucid.safety.readers import ConceptReader
@@ -27,6 +28,7 @@ __all__ = [
     "LearntEdit",
     "Mitigation",
     "Monitor",
+    "Pressure",
     "Rule",
     "Statements",
     "Threshold",
@@ -40,6 +42,7 @@ __all__ = [
     "ema",
     "evaluate",
     "export_gguf",
+    "honesty",
     "import_vectors",
     "in_weights",
     "k_of",
