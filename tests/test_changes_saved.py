@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import pellucid as pl
@@ -182,3 +183,31 @@ def test_what_is_drawn_otherwise_elsewhere_is_noticed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(torch, "randperm", lambda n, **options: randperm(n, **options).flip(0))
     with pytest.raises(InputError, match="make other weights here"):
         base.changed(file)
+
+
+def test_an_opened_tie_and_a_gguf_file_are_saved_as_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.anatomy.test_gguf import logits, written
+
+    monkeypatch.setenv("PELLUCID_CACHE", str(tmp_path / "cache"))
+    base = pl.load(written(tmp_path / "tiny.gguf"))
+    head = tensors(base)["lm_head.weight"]
+    edited = base.changed([low_rank(base, DOWN["llama"]), Replaced("lm_head.weight", head.detach() * 2, ties="apart")])
+    pruned = pl.surgery.remove(edited, 0)
+    mixed = pl.surgery.remix(
+        {"a": base, "b": base.changed(low_rank(base, DOWN["llama"]))}, [("b", 1, 2), ("a", 0, 1), ("b", 0, 2)]
+    )
+    for made in (edited, pruned, mixed):
+        made.module.save_pretrained(tmp_path / "saved")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        torch.testing.assert_close(logits(again), logits(made.module), rtol=0, atol=1e-6)
+    tied = opened("gpt2")
+    bent = tied.changed(Replaced("lm_head.weight", tensors(tied)["lm_head.weight"].detach() * 2, ties="apart"))
+    assert tied.module.config.tie_word_embeddings and not bent.module.config.tie_word_embeddings
+    bent.module.save_pretrained(tmp_path / "bent")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bent")
+    ids = tied.inputs(PROMPTS[0]).tensors
+    with torch.no_grad():
+        assert torch.equal(again(**ids).logits, bent.module(**ids).logits)

@@ -91,6 +91,7 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
         for name, options in {
@@ -114,6 +115,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution of ids": lambda: A.saliency(gpt2(), gpt2().tokenizer(CLEAN)["input_ids"], 7),
     "attribution in an encoder-decoder": lambda: A.saliency(opened("t5"), CLEAN, decoder="Paris is"),
     "attribution of a class": lambda: A.saliency(opened("bert"), "The city of <mask> is", " Paris"),
+    "attribution.word_importance": lambda: A.word_importance(gpt2(), [*TEXTS, CLEAN, OTHER], batch=4, seed=1),
     "attribution.evaluation.faithfulness": lambda: A.evaluation.faithfulness(
         gpt2(), CLEAN, {"saliency": A.saliency(gpt2(), CLEAN, " Paris")}, " Paris", draws=2
     ),
@@ -174,6 +176,8 @@ CALLS: dict[str, Callable[[], Any]] = {
         search=pl.surgery.Search(steps=2),
     ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
+    "surgery.exits": lambda: pl.surgery.exits(gpt2(), TEXTS, [pl.surgery.Exit("margin", 0.02, layers=(0,))], context=8),
+    "surgery.calibrate": lambda: pl.surgery.calibrate(gpt2(), TEXTS * 2, pl.surgery.Exit("stable", layers=(0,)), delta=0.5, context=8),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
@@ -281,6 +285,8 @@ def test_every_public_technique_is_tried() -> None:
                         "tests/circuits/test_record.py"),
         **dict.fromkeys(("probing.questions", "probing.structural"), "tests/probing/test_record.py"),
         "attention.adversarial_attention": "tests/attribution/test_record.py",
+        # they measure time
+        **dict.fromkeys(("surgery.generate_early", "surgery.draft_and_verify"), "tests/surgery/test_exits.py"),
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not tried yet: they train, or are told of a second model or of parsed sentences
         **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",

@@ -218,6 +218,20 @@ def change_parameter(tree: nn.Module, name: str, value: Callable[[Tensor], Tenso
         if getattr(owner, key).shape != new.shape:
             raise Refused(f"{name} and {tied[owner, key]} are one tensor in two shapes: change them apart")
         (owner._parameters if key in owner._parameters else owner._buffers)[key] = new
+    if tied and ties == "apart":
+        _untied(tree)
+
+
+def _untied(tree: Any) -> None:
+    """Say so in the config where the embedding is no longer the head: what is saved opens with both."""
+    ends = [getattr(tree, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    config = getattr(tree, "config", None)
+    if None in ends or not hasattr(config, "get_text_config") or not all(hasattr(end, "weight") for end in ends):
+        return
+    if not same(ends[0].weight, ends[1].weight):
+        for each in (config, config.get_text_config()):
+            if getattr(each, "tie_word_embeddings", False):
+                each.tie_word_embeddings = False
 
 
 def weights(tree: nn.Module) -> list[str]:

@@ -224,3 +224,17 @@ def test_methods_with_rules_name_the_packed_layers_they_have_no_rule_for(checkpo
     for method in (pl.attribution.relevance_propagation, pl.attribution.deeplift):
         with pytest.raises(Refused, match="MatMul8bitLt"):
             method(model, PROMPT, TARGET)
+
+
+def test_a_tensor_is_asked_whether_it_keeps_its_numbers():
+    import bitsandbytes
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    from pellucid.anatomy.weights import plain
+    from tests.elsewhere import Away
+
+    packed = nn.Sequential(nn.Linear(32, 32))
+    quantize_(packed, Int8WeightOnlyConfig())
+    refused = [packed[0].weight, bitsandbytes.nn.Params4bit(torch.randn(4, 4)), torch.ones(3, dtype=torch.int8)]
+    kept = [nn.Parameter(Away(torch.ones(2))), torch.ones(2, dtype=torch.bfloat16), nn.Parameter(torch.ones(2))]
+    assert [plain(t) for t in [*refused, *kept]] == [False] * 3 + [True] * 3

@@ -105,6 +105,10 @@ def test_it_is_saved_and_opened_by_plain_transformers(family: str, tmp_path: Pat
     made.module.save_pretrained(tmp_path)
     again = type(model.module).from_pretrained(tmp_path)
     torch.testing.assert_close(again(**ids(model)).logits, made.run(ids(model)).logits, rtol=1e-5, atol=1e-5)
+    twice = repeat(made, slice(1, 3)).changed(pl.changed.Copied(()))
+    twice.module.save_pretrained(tmp_path)
+    again = type(model.module).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**ids(model)).logits, twice.run(ids(model)).logits, rtol=1e-5, atol=1e-5)
     if family == "gemma3_text":
         kinds = model.module.config.layer_types
         assert made.module.config.layer_types == [kinds[i] for i in (3, 1, 2)]

@@ -114,6 +114,9 @@ def test_the_arms_and_what_is_said_of_them() -> None:
     assert (found["low"] <= found["accuracy"]).all() and (found["accuracy"] <= found["high"]).all()
     assert float(found["cost"].sel(arm="plain")) == 1.0 and "x the cost" in made.result.title
     assert made.control is not None and made.control.digest != made.model.digest
+    names: dict[str, Any] = {"module": opened("bert-class").module, "tokenizer": opened("bert-class").tokenizer}
+    exec(made.result.provenance.code(), names)
+    assert names["result"].result.data["accuracy_by_seed"].equals(found["accuracy_by_seed"])
     assert pl.results.Result.load(made.result.save(Path("/tmp/pellucid-tuning.zip"))) == made.result
 
 

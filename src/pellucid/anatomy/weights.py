@@ -31,7 +31,7 @@ def plain(tensor: Tensor) -> bool:
             one = tensor.detach()
             numbers = torch.tensor([0.1, -3.7, 1e-3, 2e2]).to(one.dtype)
             written = one.new_empty(4).copy_(numbers)
-            return type(written) is type(one) and torch.equal(written.cpu(), numbers)
+            return type(written) is type(tensor) and torch.equal(written.cpu(), numbers)
     except Exception:  # whatever such a class raises where it is not made for this
         return False
 

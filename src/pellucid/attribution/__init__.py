@@ -10,6 +10,7 @@ from pellucid.attribution.integrated_gradients import integrated_gradients
 from pellucid.attribution.lime import lime
 from pellucid.attribution.methods import METHODS
 from pellucid.attribution.occlusion import occlusion
+from pellucid.attribution.over_corpus import word_importance
 from pellucid.attribution.owen import owen, partition
 from pellucid.attribution.relevance import relevance_propagation
 from pellucid.attribution.saliency import gradient_x_input, saliency, smoothgrad
@@ -38,4 +39,5 @@ __all__ = [
     "shapley",
     "similarity",
     "smoothgrad",
+    "word_importance",
 ]

@@ -2,7 +2,9 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.covariance import KeyCovariance
+from pellucid.surgery.early import draft_and_verify, generate_early
 from pellucid.surgery.editing import Edited, edit
+from pellucid.surgery.exits import Exit, ExitHead, calibrate, chosen_policy, exits
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
@@ -15,12 +17,19 @@ from pellucid.surgery.values import Search
 __all__ = [
     "Arranged",
     "Edited",
+    "Exit",
+    "ExitHead",
     "Fact",
     "KeyCovariance",
     "Recipe",
     "Search",
     "Stitch",
+    "calibrate",
+    "chosen_policy",
+    "draft_and_verify",
     "edit",
+    "exits",
+    "generate_early",
     "layer_importance",
     "parallel",
     "remix",

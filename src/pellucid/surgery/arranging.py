@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +81,25 @@ class Arranged(Change):
         tree.get_submodule(parent)._modules[name] = nn.ModuleList(made)
         if any(len(sources) > 1 for sources in several):
             unsavable(tree, "layers side by side cannot be told by a config")
+        elif len(used) < len(made) and "save_pretrained" not in vars(tree) and hasattr(tree, "save_pretrained"):
+            vars(tree)["save_pretrained"] = types.MethodType(_saved, tree)
         numbered = [sources[0] for sources in several] + [s for sources in several for s in sources[1:]]
         for config in _configs(tree, self.blocks):
             shared = config is getattr(tree, "config", None) and getattr(config, "is_encoder_decoder", False)
             side = next((side for side in ("decoder", "encoder") if shared and side in self.blocks), "")
             _rearrange(config, numbered, len(old), side)
+
+
+def _saved(tree: Any, save_directory: Any, **options: Any) -> None:
+    """`save_pretrained` of a model whose repeated blocks share their weights: a checkpoint holds each by itself."""
+    seen: set[int] = set()
+    blocks = {name for name, module in tree.named_modules() if isinstance(module, nn.ModuleList)}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tree.state_dict().items():
+        inside = any(name.startswith(f"{each}.") for each in blocks)
+        kept[name] = tensor.clone() if inside and tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    type(tree).save_pretrained(tree, save_directory, **{"state_dict": kept, **options})
 
 
 class Beside(nn.Module):

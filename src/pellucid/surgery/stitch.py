@@ -250,14 +250,14 @@ def stitching(
         known = [_knowing_nothing(table, name, sender, receiver, seed).values for name in controls]
         data["control_penalty"] = (("control", *dims), (np.stack(known) - plain) @ sizes / size)
         data = data.assign_coords(control=controls)
-    return Result(data, kind="stitching", title=f"{sender.name} into {receiver.name}{_warned(data)}")
+    return Result(data, kind="stitching", title=f"What it costs to go on from another's residual{_warned(data)}")
 
 
 def _warned(data: xr.Dataset) -> str:
     said = ""
     if "control_penalty" in data:
         beaten = (data.control_penalty <= data.penalty + 0.05) & np.isfinite(data.penalty)
-        names = [str(c) for c in data["control"].values if bool(beaten.sel(control=c).any())]
+        names = [f"{c} ({', '.join(data['map'].values[beaten.sel(control=c).any(('after', 'into')).values])})" for c in data["control"].values if bool(beaten.sel(control=c).any())]  # fmt: skip
         said = f"; as well or better in places: {', '.join(names)}" if names else ""
     return said + ("; a trained map is an upper bound, not a likeness" if "trained" in data["map"].values else "")
 

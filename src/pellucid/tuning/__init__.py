@@ -1,21 +1,35 @@
 """Models trained so that their reasons can be read, with the price and the control beside the promise."""
 
+from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.data import Rationales
 from pellucid.tuning.fit import Diverged, Tuned, fit
 from pellucid.tuning.heads import classifier
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.parts import Only
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
+from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
+from pellucid.tuning.trainer import trainer
 
 __all__ = [
+    "Attend",
+    "AttentionEntropy",
     "Augment",
     "Consistency",
     "Diverged",
+    "Largest",
+    "NeuronL1",
     "Objective",
     "Only",
     "Rationales",
     "RightReasons",
+    "Sparse",
+    "SparseAttention",
+    "TopNeurons",
     "Tuned",
     "classifier",
+    "entmax15",
     "fit",
+    "sparsemax",
+    "sparsity",
+    "trainer",
 ]

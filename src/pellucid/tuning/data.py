@@ -265,12 +265,16 @@ class Encoded:
             raise InputError("there is nothing to predict: give texts of two tokens or more, or labels")
         return torch.tensor(owners), torch.tensor(places), torch.tensor(answers)
 
+    def answers(self, row: int) -> list[int]:
+        """What is answered in one row."""
+        return [int(y) for y in self._answers([row], self.rows[row])[2]]
+
     @cached_property
     def constant(self) -> float:
         """Mean cross-entropy of the best prediction that is the same for all: that of the answers' frequencies, in nats."""
         counts: dict[int, int] = {}
-        for i, row in enumerate(self.rows):
-            for y in self._answers([i], row)[2].tolist():
+        for i in range(len(self)):
+            for y in self.answers(i):
                 counts[y] = counts.get(y, 0) + 1
         p = np.array(list(counts.values())) / sum(counts.values())
         return float(-(p * np.log(p)).sum())

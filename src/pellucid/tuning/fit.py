@@ -43,6 +43,7 @@ from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
 
 UNTRAINED = 0.95  # of the entropy of the answers
+TURNS = 5
 
 
 class Diverged(PellucidError):
@@ -122,11 +123,30 @@ def fit(
             changed += fitted.chosen.changed(model)
             models.setdefault(arm, fitted.chosen.model)
             found[arm, seed] = measured(fitted.chosen.model, encoded, splits, given, own, seed)
-            found[arm, seed].seconds = fitted.seconds
-    result = _result(found, list(arms), list(seeds), list(splits), before, given, encoded)
+    cost = _cost(settings, arms, seeds[0])
+    result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
     main = "objective" if given else "plain"
     edits = tuple(e for each in given for e in each.edits(models[main]))
     return Tuned(models[main], models.get("control"), models, edits, result, tuple(dict.fromkeys(changed)))
+
+
+def _cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
+    """CPU time of a step of each arm over that of the plain one: all arms in turn, medians over `TURNS` turns."""
+    fits = {arm: Fit(settings, own, seed) for arm, own in arms.items()}
+    rows = torch.arange(min(settings.batch, len(settings.data)))
+    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    with torch.random.fork_rng(), torch.enable_grad():
+        for each in fits.values():
+            for p in each.chosen.parameters.values():
+                p.requires_grad_(True)
+        for turn in range(TURNS + 1):  # the first one warms up
+            for arm, each in fits.items():
+                start = time.process_time()
+                each.step(rows, turn)
+                took[arm] += [time.process_time() - start] * (turn > 0)
+                for p in each.chosen.parameters.values():
+                    p.grad = None
+    return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
 
 
 def _arms(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:
@@ -174,8 +194,6 @@ class Fit:
         self.settings, self.seed = settings, seed
         self.objectives = tuple(objectives)
         self.chosen: Chosen = choose(settings.model, settings.layers)
-        self.seconds = math.nan  # CPU time of a step
-        self._times: list[float] = []
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -188,14 +206,13 @@ class Fit:
         noted = train(
             self.chosen.parameters,
             rows,
-            self._step,
+            self.step,
             self._optimizer,
             schedule=self._schedule,
             keeper=keeper,
             seed=self.seed,
             what=what,
         )
-        self.seconds = float(np.median(self._times)) if self._times else math.nan
         return noted
 
     def _schedule(self, done: float) -> float:
@@ -213,8 +230,7 @@ class Fit:
             groups.setdefault((rate, 0.0 if name in self.chosen.masks else s.weight_decay), []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
 
-    def _step(self, rows: Tensor, step: int) -> list[float]:
-        start = time.process_time()
+    def step(self, rows: Tensor, step: int) -> list[float]:
         s = self.settings
         size = math.ceil(len(rows) / s.accumulate)
         noted: dict[str, float] = {}
@@ -229,26 +245,27 @@ class Fit:
                 if each.name in values:
                     whole = whole + each.weight * values[each.name] * share
                     noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
-            self._finite(noted, step)
+            check_finite(noted, step, self.chosen.model)
             whole.backward(inputs=list(self.chosen.parameters.values()))
         self.chosen.mask()
         grads = [p.grad for p in self.chosen.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        self._finite({"the gradient": float(norm)}, step)
+        check_finite({"the gradient": float(norm)}, step, self.chosen.model)
         if s.clip is not None and grads:
             torch.nn.utils.clip_grads_with_norm_(self.chosen.parameters.values(), s.clip, norm)
-        self._times.append(time.process_time() - start)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
 
-    def _finite(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                error = Diverged(
-                    f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped before the weights were touched; "
-                    "the error's .model has them as they were last good. A lower learning_rate, or a lower weight, may help"
-                )
-                error.model = self.chosen.model
-                raise error
+
+def check_finite(values: Mapping[str, float], step: int, model: Model) -> None:
+    """Diverged where a term of the loss, or a gradient, is no number."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            error = Diverged(
+                f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped before the weights were "
+                "touched; the error's .model has them as they were last good. A lower learning_rate, or a lower weight, may help"
+            )
+            error.model = model
+            raise error
 
 
 def terms(
@@ -281,7 +298,7 @@ def terms(
 
 def _result(
     found: Mapping[tuple[str, int], Measures], arms: list[str], seeds: list[int], splits: list[str],
-    before: Mapping[str, float], given: tuple[Objective, ...], encoded: Encoded,
+    before: Mapping[str, float], cost: Mapping[str, float], given: tuple[Objective, ...], encoded: Encoded,
 ) -> Result:  # fmt: skip
     right = {k: m.right for k, m in found.items()}
     accuracy = np.array([[[right[a, s][name].mean() for name in splits] for s in seeds] for a in arms])
@@ -296,16 +313,11 @@ def _result(
         "accuracy": (("arm", "split"), accuracy.mean(1)), "low": (("arm", "split"), low), "high": (("arm", "split"), high),
         "accuracy_by_seed": (("arm", "seed", "split"), accuracy), "loss": ("arm", loss.mean(1)), "untrained": ("arm", untrained),
     }  # fmt: skip
-    plain = np.array([found["plain", s].seconds for s in seeds])
     for name in Measures.NUMBERS:
         values = np.array([[getattr(found[a, s], name) for s in seeds] for a in arms], dtype=float)
         if not np.isnan(values).all():
             variables[name] = ("arm", values.mean(1))
-    with np.errstate(invalid="ignore"):
-        variables["cost"] = (
-            "arm",
-            np.array([np.median([found[a, s].seconds / p for s, p in zip(seeds, plain, strict=True)]) for a in arms]),
-        )
+    variables["cost"] = "arm", np.array([cost[a] for a in arms])
     names = list(before)
     coords: dict[str, Any] = {"arm": arms, "split": splits, "seed": seeds}
     if names:

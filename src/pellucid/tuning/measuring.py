@@ -43,7 +43,6 @@ class Measures:
     )  # fmt: skip
     right: dict[str, np.ndarray] = field(default_factory=dict)
     loss: float = math.nan
-    seconds: float = math.nan
     after: dict[str, float] = field(default_factory=dict)
     confidence: float = math.nan
     swap_effect: float = math.nan
@@ -142,10 +141,10 @@ def _explained(
                 found["swap_effect"] = _where((seen.log_odds - other.log_odds).abs().detach().cpu(), mask.any(1))
     if reasons:
         mask = torch.stack([batch.masks[name] for name in reasons]).any(0)
-        scores = torch.rand(sizes.shape, generator=drawn)
+        chance_scores = torch.rand(sizes.shape, generator=drawn)
         found["plausibility"] = [average_precision(s[c], m[c]) for s, m, c in zip(sizes, mask, content, strict=True)]
         found["plausibility_of_random"] = [
-            average_precision(s[c], m[c]) for s, m, c in zip(scores, mask, content, strict=True)
+            average_precision(s[c], m[c]) for s, m, c in zip(chance_scores, mask, content, strict=True)
         ]
     for each in given:
         scores = each.attributed(seen)

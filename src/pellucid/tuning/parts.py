@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,9 +205,9 @@ def owned(model: Model, part: str, stack: str, layer: int, units: Sequence[int])
                 met = model.run(given, keep=[site], grad=True).tensor(site)
                 ins = torch.autograd.grad((met * shaped * weights).sum(), list(named.values()), allow_unused=True)
                 drawn = torch.randn(met.shape, generator=noise).to(met) * shaped
-                out = model.run(
-                    given, keep=[after], edits=[Replace(site, lambda x, drawn=drawn: drawn)], grad=True
-                ).tensor(after)
+                out = model.run(given, keep=[after], edits=[Replace(site, partial(_instead, drawn))], grad=True).tensor(
+                    after
+                )
                 outs = torch.autograd.grad(
                     (out * torch.randn(out.shape, generator=noise).to(out)).sum(),
                     list(named.values()),
@@ -221,6 +222,10 @@ def owned(model: Model, part: str, stack: str, layer: int, units: Sequence[int])
         if own is not None and bool((alone := own & ~rest if rest is not None else own).any()):
             found[name] = alone
     return found
+
+
+def _instead(drawn: Tensor, x: Tensor) -> Tensor:
+    return drawn
 
 
 def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:

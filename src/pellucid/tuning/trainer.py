@@ -1,0 +1,144 @@
+"""Objectives in `transformers.Trainer`: its accelerate, schedules, logs, evaluation, checkpoints and resuming, our loss.
+
+The loss is the one of `tuning.fit` (`fit.terms`), with three conventions kept that go wrong without a word elsewhere:
+
+accumulation    a loss of one's own that is a mean is multiplied by the number of accumulated batches for most heads, because the
+                Trainer asks the forward's signature, not the loss, whether it was scaled. Here it is said
+                (`loss_is_scaled_for_ga = False`), and the cross-entropy is divided by all answers of the accumulated batches
+columns         rows travel as their numbers, so none is dropped as unused
+no number       with `logging_nan_inf_filter` the log says 0 while every weight becomes NaN: here the run stops before the backward pass,
+                or before the step for a gradient
+
+Runs are in evaluation mode, without dropout. One process; with several, gradients would have to be shared in the wrapper's forward.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pellucid.errors import InputError, Refused
+from pellucid.model import Model
+from pellucid.tuning.data import Encoded, Rationales
+from pellucid.tuning.fit import check_finite, terms
+from pellucid.tuning.objective import parts
+from pellucid.tuning.parts import choose
+
+
+def trainer(
+    model: Model, data: Rationales, objectives: Any, args: Any, *, test: Rationales | None = None, layers: Any = None,
+    truncate: int | None = None, base: Any = None, **options: Any,
+) -> Any:  # fmt: skip
+    """A `transformers.Trainer` that trains a copy of `model` with objectives: `.train()`, `.evaluate()` and the rest are its own.
+
+    `args` are TrainingArguments, `layers` and `truncate` as in `fit`, `base` a subclass of Trainer to build on, `options` what its
+    constructor takes besides (callbacks, optimizers). The tuned model is `.tuned`. InputError without accelerate;
+    Refused in several processes, and as objectives say.
+
+    >>> trainer(model, data, Consistency("decoy"), TrainingArguments("out")).train()  # doctest: +SKIP
+    """
+    try:
+        import transformers
+
+        base = base or transformers.Trainer
+    except ImportError as error:
+        raise InputError(f"transformers' Trainer needs accelerate: pip install accelerate ({error})") from None
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise Refused("tuning.trainer runs in one process on one device: start it with one, or use tuning.fit")
+    given = parts(objectives)
+    encoded = Encoded(model, data, truncate)
+    for each in given:
+        each.check(model, encoded)
+    chosen = choose(model, layers)
+    held_out = None if test is None else Encoded(model, test, truncate)
+    for each_p in chosen.model.module.parameters():
+        each_p.requires_grad_(False)
+    for name, p in chosen.parameters.items():
+        p.requires_grad_(True)
+        if name in chosen.masks:
+            p.register_hook(partial(_masked, chosen.masks[name]))
+
+    class Tuning(base):
+        loss_is_scaled_for_ga = False
+        tuned = chosen.model
+        _at, _part = -1, 0
+        _terms: Mapping[str, float] = MappingProxyType({})
+
+        def get_decay_parameter_names(self, module: Any) -> list[str]:
+            return [name for name in super().get_decay_parameter_names(module) if name not in chosen.masks]
+
+        def compute_loss(
+            self, module: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+        ) -> Any:
+            step = int(self.state.global_step)
+            self._part = self._part + 1 if self._at == step else 0
+            self._at = step
+            batch = encoded.batch(inputs["row"].tolist(), step)
+            with self.accelerator.autocast():
+                found = terms(
+                    chosen.model, encoded, batch, given, int(self.args.data_seed or self.args.seed), step, self._part
+                )
+            task = found.pop("task")
+            check_finite(
+                {"task": float(task.detach())} | {k: float(v.detach()) for k, v in found.items()}, step, chosen.model
+            )
+            self._terms = {"task": float(task.detach())} | {k: float(v.detach()) for k, v in found.items()}
+            if num_items_in_batch is not None:
+                task = task * (
+                    len(batch.answers) / float(num_items_in_batch) * self.current_gradient_accumulation_steps
+                )
+            loss: Tensor = task + sum(each.weight * found[each.name] for each in given if each.name in found)
+            return (loss, None) if return_outputs else loss
+
+        def log(self, logs: dict[str, float], *more: Any, **kwargs: Any) -> None:
+            super().log(logs | (dict(self._terms) if "loss" in logs else {}), *more, **kwargs)
+
+        def prediction_step(self, module: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+            source = held_out if held_out is not None else encoded
+            batch = source.batch(inputs["row"].tolist())
+            edits = [edit for each in given for edit in each.edits(chosen.model)]
+            with torch.no_grad(), self.accelerator.autocast():
+                z = batch.read(chosen.model.run(batch.inputs, edits=edits).logits)
+            loss = torch.nn.functional.cross_entropy(z, batch.answers.to(z.device))
+            whole = prediction_loss_only or batch.places is not None
+            return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
+
+    class Finite(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            grads = [p.grad for p in chosen.parameters.values() if p.grad is not None]
+            check_finite(
+                {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
+            )
+
+    def rows(source: Encoded) -> list[dict[str, int]]:
+        return [{"row": i} for i in range(len(source))]
+
+    def collate(items: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+        numbers = [item["row"] for item in items]
+        counts = [len(encoded.answers(i)) for i in numbers] if max(numbers) < len(encoded) else [1] * len(numbers)
+        labels = torch.full(
+            (len(numbers), max(counts) + 1), -100
+        )  # one more: the Trainer does not count the first of a row
+        for b, n in enumerate(counts):
+            labels[b, 1 : n + 1] = 1
+        return {"row": torch.tensor(numbers), "labels": labels}
+
+    args = copy.copy(args)
+    args.remove_unused_columns, args.label_names = False, ["labels"]
+    made = Tuning(
+        model=chosen.model.module, args=args, train_dataset=rows(encoded),
+        eval_dataset=rows(held_out) if held_out is not None else None, data_collator=collate, **options,
+    )  # fmt: skip
+    made.model_accepts_loss_kwargs = True  # so that it counts the answers of the accumulated batches
+    made.add_callback(Finite())
+    return made
+
+
+def _masked(mask: Tensor, g: Tensor) -> Tensor:
+    return g * mask.to(g)

@@ -1,0 +1,192 @@
+"""Exits are a slow loop over tokens and layers; thresholds keep their promise; caches are the full model's; drafts are greedy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pellucid as pl
+from pellucid.errors import InputError, Refused
+from pellucid.surgery import Exit, ExitHead, calibrate, chosen_policy, draft_and_verify, exits, generate_early
+from pellucid.surgery.early import _begun, _greedy
+from pellucid.surgery.exits import _judge, _Pass, _Read, thresholds
+from tests.surgery.test_arranging import opened
+from tests.surgery.test_stitch import TEXTS
+
+FAMILIES = ["llama", "gpt2", "gemma3_text", "mixtral", "falcon", "gptj", "qwen3"]
+PROMPT = "The capital of France is in the"
+
+
+def test_the_offline_table_is_a_loop_over_tokens_and_layers() -> None:
+    model = opened("llama")
+    policies = {"margin": Exit("margin", 0.02, layers=(1, 2)), "p": Exit("probability", 0.03, layers=(0, 2)), "h": Exit("entropy", -4.2, layers=(1,)),
+                "cosine": Exit("cosine", 0.9, layers=(0, 1, 2)), "stable": Exit("stable", 2, layers=(0, 1, 2)), "never": Exit("margin", math.inf)}  # fmt: skip
+    found = exits(model, pl.Corpus(TEXTS[:3], packed=False), policies)
+    names = [f"layers.{i}.resid_post" for i in range(4)]
+    agrees: dict[str, list[bool]] = {name: [] for name in policies}
+    depth: dict[str, list[int]] = {name: [] for name in policies}
+    added: dict[str, list[float]] = {name: [] for name in policies}
+    for text in TEXTS[:3]:
+        run = model.run(text, keep=names)
+        ids = run.inputs.stream("").ids[0]
+        for t in range(len(ids) - 1):
+            states = [run.tensor(n)[0, t] for n in names]
+            z = [pl.lenses.unembed(model, h[None, None])[0, 0] for h in states]
+            best = [int(x.argmax()) for x in z]
+            p = [x.softmax(-1).sort(descending=True).values for x in z]
+            for name, policy in policies.items():
+                at, before, same, last = 3, None, 0, None
+                for i in policy.layers or ():
+                    same = same + 1 if best[i] == last else 1
+                    last = best[i]
+                    sure = {"margin": p[i][0] - p[i][1], "probability": p[i][0], "entropy": (p[i] * p[i].log()).sum(),
+                            "cosine": -1 if before is None else torch.cosine_similarity(states[i], states[before], dim=0), "stable": same}[policy.by]  # fmt: skip
+                    before = i
+                    if float(sure) >= policy.threshold:
+                        at = i
+                        break
+                agrees[name].append(best[at] == best[3])
+                depth[name].append(at + 1)
+                added[name].append(float(z[3].log_softmax(-1)[ids[t + 1]] - z[at].log_softmax(-1)[ids[t + 1]]))
+    for name in policies:
+        here = found.data.sel(policy=name)
+        assert float(here.agreement) == pytest.approx(np.mean(agrees[name]))
+        assert float(here.layer) == pytest.approx(np.mean(depth[name]))
+        assert float(here.added) == pytest.approx(np.mean(added[name]), abs=1e-5)
+    never = found.data.sel(policy="never")
+    assert float(never.agreement) == 1 and float(never.exited) == 0
+    assert float(never.blocks) == pytest.approx(float(found.data.full + never.checks * found.data.unembedding))
+    assert "<" in found._repr_html_()
+
+
+def test_a_calibrated_threshold_breaks_its_promise_no_more_often_than_it_says() -> None:
+    rng = np.random.default_rng(0)
+    broken, chosen = 0, 0
+    grid = thresholds("margin", 1, 10)
+    from pellucid.statistics import binomial_p, fixed_sequence
+
+    def drawn(n: int) -> _Pass:  # an early answer is right with a chance of its confidence
+        sure = torch.tensor(rng.beta(3, 1, n))
+        right = torch.tensor(rng.random(n)) < 0.3 + 0.7 * sure
+        final = torch.ones(n, dtype=torch.long)
+        zero = torch.zeros(n)
+        return _Pass(final, zero, [_Read(right.long()[None], zero[None], sure[None])], {})
+
+    truth = [1 - float(_judge([drawn(30_000)], 0, [0], 2, t).agrees.mean()) for t in grid]
+    for _ in range(100):
+        wrong = [(1 - _judge([case], 0, [0], 2, t).agrees).sum() for case in [drawn(150)] for t in grid]
+        kept = fixed_sequence(binomial_p(wrong, 150, 0.1), 0.1)
+        chosen += kept > 0
+        broken += kept > 0 and truth[kept - 1] > 0.1
+    assert broken / 100 <= 0.1 + 0.06 and chosen > 60
+
+
+def test_calibration_on_a_model_and_what_its_policy_does() -> None:
+    model = opened("gpt2")
+    policy = Exit("stable", layers=(0, 1, 2))
+    found = calibrate(model, pl.Corpus(TEXTS, packed=False), policy, delta=0.5, epsilon=0.2)
+    assert int(found.data.cases) == len(TEXTS) and found.data.kept.dims == ("threshold",)
+    never = calibrate(model, pl.Corpus(TEXTS[:3], packed=False), policy, delta=0.01)
+    assert math.isinf(chosen_policy(never, policy).threshold) and "no threshold" in never.title
+    assert "no guarantee" in calibrate(model, pl.Corpus(TEXTS[:3], packed=False), policy, per_text=None).title
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_keys_and_values_are_the_full_models(family: str) -> None:
+    model = opened(family)
+    walk = _begun(model, PROMPT, Exit("margin", 0.01, layers=(0, 1, 2)), "recompute")
+    said = walk.begin()
+    seen = set()
+    for _ in range(10):
+        walk.ids.append(int(said.argmax()) if len(walk.ids) % 3 else 9)
+        walk.policy = Exit("margin", 0.0 if len(walk.ids) % 4 else math.inf, layers=(len(walk.ids) % 3,))
+        walk.checked = walk.policy.checked(model)
+        walk.sites = {i: f"layers.{i}.resid_post" for i in walk.checked}
+        said = walk.step()
+        seen.add(walk.exited)
+        if walk.exited is None:
+            full = model.run([walk.ids]).logits[0, -1]
+            torch.testing.assert_close(said[0], full, atol=1e-4, rtol=1e-4)
+        else:
+            state = model.run([walk.ids], keep=[f"layers.{walk.exited}.resid_post"]).tensor(
+                f"layers.{walk.exited}.resid_post"
+            )
+            torch.testing.assert_close(said[0], pl.lenses.unembed(model, state)[0, -1], atol=1e-4, rtol=1e-4)
+    assert None in seen and len(seen) > 2
+    if walk.whole < len(walk.ids):
+        walk.catch_up(False)
+    with torch.no_grad():
+        made = model.module(input_ids=torch.tensor([walk.ids]), use_cache=True)
+    made = made.cache if hasattr(made, "cache") else made.past_key_values
+    for mine, theirs in zip(walk.cache.layers, made.layers, strict=True):
+        n = theirs.keys.shape[2]  # a sliding layer keeps its window
+        torch.testing.assert_close(mine.keys[:, :, -n:], theirs.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(mine.values[:, :, -n:], theirs.values, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("states", ["recompute", "propagate"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
+def test_generating_early_says_where_each_token_was_chosen_and_what_it_cost(family: str, states: str) -> None:
+    model = opened(family)
+    never = generate_early(model, PROMPT, Exit("margin", math.inf), states=states, max_new_tokens=6)  # type: ignore[arg-type]
+    assert (
+        never.data.id.values.tolist() == model.generate(PROMPT, max_new_tokens=6, min_new_tokens=6).ids()
+        or never.data.sizes["position"] < 6
+    )
+    assert bool(never.data.agrees.all()) and (never.data.layer == 4).all()
+    some = generate_early(model, PROMPT, Exit("margin", 0.0, layers=(1,)), states=states, max_new_tokens=6)  # type: ignore[arg-type]
+    assert (some.data.layer[1:] == 2).all() and int(some.data.layer[0]) == 4 and float(some.data.time) > 0
+    assert (some.data.blocks[1:] > 2).all() and "<" in some._repr_html_()
+    if states == "propagate":  # a block's keys and values are those of the exit's state
+        walk = _begun(model, PROMPT, Exit("margin", 0.0, layers=(1,)), "propagate")
+        walk.begin()
+        walk.ids.append(7)
+        walk.step()
+        n = len(walk.ids)
+        assert [layer.keys.shape[2] for layer in walk.cache.layers] == [n] * 4
+        state = model.run([walk.ids], keep=["layers.1.resid_post"]).tensor("layers.1.resid_post")
+        put = model.run([walk.ids], edits=[pl.Patch("layers.2.resid_post@-1", state[:, -1:])], keep=["layers.*.attn.v"])
+        value, kept = put.tensor("layers.3.attn.v")[0, -1], walk.cache.layers[3].values[0, :, -1]
+        if value.shape == kept.shape:  # one row for each kept head; not where the map repeats them
+            torch.testing.assert_close(kept, value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draft_and_verify_is_greedy_token_for_token(family: str) -> None:
+    model = opened(family)
+    for number, text in enumerate(TEXTS[:3]):
+        found = draft_and_verify(model, text, layers=1 + number, ahead=2 + number, max_new_tokens=9)
+        ids = [int(i) for i in model.inputs(text).stream("").ids[0]]
+        assert found.data.id.values.tolist() == _greedy(model, ids, 9, {2})[0]
+        assert 0 <= float(found.data.accepted) <= 1
+
+
+def test_a_trained_head_separates_what_stays() -> None:
+    model = opened("gpt2")
+    head = ExitHead(layers=(1, 2), tokens=400).fit(model, TEXTS * 2)
+    found = exits(model, TEXTS[:6], [Exit("head", 0.5, layers=(1, 2), head=head), Exit("margin", 0.0, layers=(1,))])
+    assert float(found.data.checks[0]) >= 1 and float(found.data.agreement[0]) >= float(found.data.agreement[1]) - 0.05
+    with pytest.raises(InputError, match="exit head belongs to other weights"):
+        exits(opened("llama"), TEXTS[:3], Exit("head", head=head))
+
+
+def test_what_cannot_exit_is_refused_by_name() -> None:
+    model = opened("llama")
+    for family in ("bert", "t5"):
+        with pytest.raises(Refused, match="no early exit"):
+            exits(opened(family), [("the", "of")] if family == "t5" else TEXTS[:2], Exit())
+        with pytest.raises(Refused, match="no early exit"):
+            generate_early(opened(family), "The city", Exit())
+    with pytest.raises(InputError, match="one at a time"):
+        generate_early(model, ["The", "the city"], Exit())
+    with pytest.raises(InputError, match="by='size'"):
+        Exit("size")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="go together"):
+        Exit("head")
+    with pytest.raises(InputError, match="states="):
+        generate_early(model, "The", Exit(), states="none")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected fewer"):
+        draft_and_verify(model, "The", layers=4)

@@ -1,0 +1,92 @@
+"""In `transformers.Trainer` the same loss, the same gradients under accumulation, and the same numbers after resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pellucid import tuning as tu
+from tests.tuning.test_fit import KINDS, data, equal, opened, weights
+
+OBJECTIVES = [tu.Consistency("rationale", by="random", weight=3.0), tu.RightReasons("decoy", weight=1.0)]
+
+
+class Norms(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.found.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        )
+
+
+def arguments(path: Path, batch: int, times: int, **more: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        str(path), per_device_train_batch_size=batch, gradient_accumulation_steps=times, max_grad_norm=0.0, use_cpu=True, report_to=[],
+        disable_tqdm=True, logging_steps=1, **{"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-2} | more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["bert-class", "gpt2", "t5"])
+def test_four_times_four_is_one_of_sixteen(family: str, tmp_path: Path) -> None:
+    """Without drawing: what an objective draws belongs to its pass."""
+    objective = tu.Consistency("rationale", by="Rome", weight=3.0)
+    found = []
+    for batch, times in ((16, 1), (4, 4)):
+        norms = Norms()
+        tu.trainer(
+            opened(family),
+            data(KINDS[family], n=16),
+            [objective, OBJECTIVES[1]],
+            arguments(tmp_path, batch, times),
+            callbacks=[norms],
+        ).train()
+        found.append(norms.found[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-6 if family != "t5" else 1e-5)
+
+
+def test_it_resumes_to_the_same_numbers_and_evaluates(tmp_path: Path) -> None:
+    given = data(n=8)
+    whole = tu.trainer(opened("bert-class"), given, OBJECTIVES, arguments(tmp_path / "a", 4, 1, max_steps=4))
+    before = weights(opened("bert-class"))
+    whole.train()
+    assert equal(before, weights(opened("bert-class"))) and not equal(before, weights(whole.tuned))
+    part = tu.trainer(
+        opened("bert-class"),
+        given,
+        OBJECTIVES,
+        arguments(tmp_path / "b", 4, 1, max_steps=4, save_strategy="steps", save_steps=2),
+    )
+    part.train()
+    again = tu.trainer(
+        opened("bert-class"), given, OBJECTIVES, arguments(tmp_path / "b", 4, 1, max_steps=4), test=given
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert equal(weights(whole.tuned), weights(again.tuned))
+    assert again.evaluate()["eval_loss"] > 0 and {"task", "Consistency(rationale)"} <= set(whole.state.log_history[0])
+
+
+def test_no_number_stops_it_and_heads_alone_are_trained(tmp_path: Path) -> None:
+    class Broken(tu.Objective):
+        def loss(self, seen: Any, generator: Any) -> Any:
+            return seen.logits.sum() * float("nan" if seen.batch.step == 1 else 1)
+
+    with pytest.raises(tu.Diverged, match="Broken is nan at step 1"):
+        tu.trainer(opened("bert-class"), data(), Broken(), arguments(tmp_path, 4, 1, max_steps=3)).train()
+    made = tu.trainer(
+        opened("bert-class"),
+        data(),
+        OBJECTIVES,
+        arguments(tmp_path, 4, 1, weight_decay=0.5),
+        layers=tu.Only(heads={0: [1]}, head=False),
+    )
+    made.train()
+    moved = {k: v != weights(made.tuned)[k] for k, v in weights(opened("bert-class")).items()}
+    moved = {k: v for k, v in moved.items() if v.any()}
+    assert moved and all("layer.0.attention" in k for k in moved)
+    assert not moved["bert.encoder.layer.0.attention.self.value.weight"][: 32 // 4].any()
