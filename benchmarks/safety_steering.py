@@ -252,9 +252,13 @@ class Bench:
         bar("fires on harmful requests (n 30)", fired[1], ">= .75", fired[1] >= 0.75, f"on harmless {fired[0]:.3f}")
 
     def failure(self) -> None:
-        held_out = "country_language landmark_in_country star_constellation product_by_company".split()
+        held_out = ["country_language", "landmark_in_country", "star_constellation", "product_by_company"]
         names = [
-            *"country_capital_city country_largest_city food_from_country country_currency city_in_country".split(),
+            "country_capital_city",
+            "country_largest_city",
+            "food_from_country",
+            "country_currency",
+            "city_in_country",
             *held_out,
         ]
         rng, rows = random.Random(0), []

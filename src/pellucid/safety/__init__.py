@@ -7,6 +7,8 @@ from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
 from pellucid.safety.honesty import Pressure, honesty
+from pellucid.safety.improving import Improved, improve
+from pellucid.safety.inspect import inspect_model, inspect_solver
 from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
 from pellucid.safety.readers import ConceptReader
@@ -25,6 +27,7 @@ __all__ = [
     "Direction",
     "Failure",
     "Feature",
+    "Improved",
     "LearntEdit",
     "Mitigation",
     "Monitor",
@@ -44,7 +47,10 @@ __all__ = [
     "export_gguf",
     "honesty",
     "import_vectors",
+    "improve",
     "in_weights",
+    "inspect_model",
+    "inspect_solver",
     "k_of",
     "load_monitor",
     "load_vectors",

@@ -44,13 +44,13 @@ from pellucid.metrics import Metric, logit_difference
 from pellucid.model import Model
 from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.roc import area
-from pellucid.question import Question
 from pellucid.results import Result
 from pellucid.safety.contrast import Seen
 from pellucid.safety.formats import in_weights
 from pellucid.safety.price import Meter
 from pellucid.safety.vector import Vector
 from pellucid.statistics import interval, spearman
+from pellucid.tasks.tokens import answer_ids
 from pellucid.technique import technique
 from pellucid.training import draws as batches_of
 from pellucid.training import linear, train
@@ -259,14 +259,20 @@ def _cases(model: Model, failing: Any, passing: Any, target: Any, against: Any, 
         or not model.anatomy.stacks[-1].causal
     ):
         raise Refused(f"{model.name} does not predict the next token of a prompt: a failure is traced in those that do")
-    question = Question.of(model, sides[0], right, against=wrong)
-    ids = [[a.ids[0] for a in answers] for answers in (question.answers, question.against)]
+    ids = [[_first(model, answer) for answer in side] for side in (right, wrong)]
     same = next((i for i, (a, b) in enumerate(zip(*ids, strict=True)) if a == b), None)
     if same is not None:
         raise InputError(
             f"the answers of pair {same}, {right[same]!r} and {wrong[same]!r}, begin with the same token: leave it out"
         )
     return Cases(model, *sides, *ids, np.asarray(groups if groups is not None else range(len(right))))
+
+
+def _first(model: Model, answer: Any) -> int:
+    """The first token of an answer."""
+    if isinstance(answer, str) and model.tokenizer is None:
+        raise InputError("this model was opened without a tokenizer: give answers as token ids")
+    return answer_ids(model.tokenizer, answer)[0] if isinstance(answer, str) else int(answer)
 
 
 def _parted(cases: Cases, rng: np.random.Generator, held_out: Sequence[Any] | None) -> tuple[Cases, Cases]:
