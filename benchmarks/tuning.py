@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import difflib
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,21 @@ def chosen_parts(two: Setting) -> None:
 
 
 def probe(two: Setting) -> None:
-    """Filled in by tuning.ProbePenalty: see docs/tuning.md."""
+    """Whether a review talks of watching, read at the first layer: the reader penalised, and read anew."""
+    words = re.compile(r"\b(watch|watched|watching|see|seen|saw|recommend|rent|rented)\b", re.I)
+    train, test = rationales(two.train, ABSENT), rationales(two.test, ABSENT)
+    holds, held = ([bool(words.search(t)) for t in d.texts] for d in (train, test))
+    reader = tuning.direction(two.model, train, holds, "layers.0.resid_post")
+    made = two.clean(tuning.ProbePenalty(reader, weight=1.0), steps=40)
+    table("A reader in the objective", made, "confidence")
+    for arm in ("plain", "objective", "control"):
+        found = tuning.evasion(two.model, made.arms[arm], test, held, reader)
+        told = found.data["auc"].sel(when="after").mean("layer")
+        print(
+            f"{arm:10} {found.title}; "
+            + ", ".join(f"{k} {float(told.sel(kind=k)):.3f}" for k in told["kind"].values.tolist()),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def steering() -> Any:
     return pl.safety.Contrast(sites="layers.1.resid_post").fit(gpt2(), TEXTS, [f"{t} a" for t in TEXTS])
 
 
+def halves() -> dict[str, pl.Model]:
+    bias = "transformer.h.0.mlp.c_proj.bias"
+    return {str(i): gpt2().changed(pl.changed.Replaced(bias, i * torch.ones(32))) for i in (1, 2)}
+
+
 @cache
 def tuned() -> Any:
     return L.TunedLens(tokens=60, context=8).fit(gpt2(), TEXTS * 4)
@@ -162,6 +167,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.compare_stages": lambda: pl.safety.compare_stages(
         gpt2(), pl.safety.Cascade(monitor(), monitor()), TEXTS, [True, False] * 2, max_new_tokens=3
     ),
+    "safety.abstain": lambda: pl.safety.abstain(gpt2(), TEXTS, [" Paris", "T", "F", "A"], score="margin", draws=3),
+    "safety.semantic_entropy": lambda: pl.safety.semantic_entropy(gpt2(), TEXTS[:2], draws=3, max_new_tokens=2),
     "firings of a monitor": lambda: gpt2().generate(CLEAN, max_new_tokens=3, monitors=monitor()).firings,
     "surgery.layer_importance": lambda: pl.surgery.layer_importance(
         gpt2(), TEXTS[:3], {"seven": (TEXTS[:2], pl.metrics.logit(7))}, parts=["layer", "mlp"], seed=1
@@ -183,6 +190,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
     "surgery.exits": lambda: pl.surgery.exits(gpt2(), TEXTS, [pl.surgery.Exit("margin", 0.02, layers=(0,))], context=8),
     "surgery.calibrate": lambda: pl.surgery.calibrate(gpt2(), TEXTS * 2, pl.surgery.Exit("stable", layers=(0,)), delta=0.5, context=8),
+    "surgery.ensemble": lambda: pl.surgery.ensemble(gpt2(), halves(), TEXTS, layers=0, context=8, draws=1),
+    "surgery.chosen_variants": lambda: pl.surgery.chosen_variants(gpt2(), halves(), CLEAN, layers=0, route="random", seed=1),
     "surgery.splice": lambda: pl.surgery.splice(gpt2(), CLEAN, CLEAN.replace("Paris", "Rome"), metric=DIFFERENCE),
     "causal.patching": lambda: C.patching(gpt2(), pairs(gpt2())),
     "causal.patching with several metrics": lambda: C.patching(
@@ -295,7 +304,8 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not tried yet: they train, or are told of a second model or of parsed sentences
         **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",
-                         "attention.uniform_attention", "attribution.evaluation.label_randomisation"), ""),
+                         "attention.uniform_attention", "attribution.evaluation.label_randomisation",
+                         "tuning.evasion", "tuning.frontier"), ""),
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

@@ -33,8 +33,13 @@ if TYPE_CHECKING:
     from pellucid.engine.steps import Say as Say
     from pellucid.engine.steps import Stop as Stop
     from pellucid.engine.steps import Watch as Watch
+    from pellucid.engine.sweep import on as on
     from pellucid.model import Model as Model
     from pellucid.model import load as load
+    from pellucid.workers import Devices as Devices
+    from pellucid.workers import Here as Here
+    from pellucid.workers import Processes as Processes
+    from pellucid.workers import Ray as Ray
 
 _HOME = {
     "load": "model",
@@ -48,6 +53,7 @@ _HOME = {
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Clamp", "Patch", "ProjectOut", "Replace", "Rotate", "Scale", "Steer"), "engine.edits"),
     **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
+    **dict.fromkeys(("Devices", "Here", "Processes", "Ray", "on"), "workers"),
 }
 _MODULES = (
     "anatomy",

@@ -147,6 +147,17 @@ class Corpus:
             )
         return self.context
 
+    def read(self) -> Iterator[str]:
+        """The texts themselves, for what reads them by its own tokenizer. InputError for token ids, which have none."""
+        for number, given in enumerate(self._texts()):
+            if isinstance(given, Mapping) and isinstance(self.column, str):
+                given = given.get(self.column)
+            if not isinstance(given, str):
+                raise InputError(
+                    f"text {number} of the corpus is no text: two tokenizers read strings, not {given!r:.60}"
+                )
+            yield given
+
     def _texts(self) -> Iterator[Any]:
         if isinstance(self.texts, Path):
             with self.texts.open(encoding="utf-8") as file:

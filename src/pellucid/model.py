@@ -30,7 +30,7 @@ from pellucid.engine.run import Run, execute
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.saved import load_changes, save_changes
 from pellucid.engine.steps import Monitored, Watch, guards_of, watchers
-from pellucid.engine.sweep import Plan, Sweep, plan_sweep
+from pellucid.engine.sweep import Plan, Sweep, Where, plan_sweep
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
@@ -51,6 +51,7 @@ def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None 
     if tokenizer is not None:
         words.insert(1, f"tokenizer={tokenizer!r}" if isinstance(tokenizer, str) else "tokenizer=tokenizer")
     model.opened = f"pl.load({', '.join(words)})"
+    model.source = {"source": source, "tokenizer": tokenizer, "probe": probe, **options}
     return model
 
 
@@ -72,6 +73,7 @@ class Model:
         self.module, self.tokenizer = loaded.module, loaded.tokenizer
         self.name = loaded.name + (f" + {told(loaded.changes)}" if loaded.changes else "")
         self.opened = "pl.load(module, tokenizer=tokenizer)"  # the expression that opens it, which `load` knows better
+        self.source: dict[str, Any] = {}  # what `load` was called with
         self.base: Model | None = None  # the model that `loaded.changes` are made on
         self._steps: tuple[int, ...] = ()  # how many changes were made at a time
         self._open(probe, known)
@@ -406,7 +408,7 @@ class Model:
         ready = iter(self.resolved([e for v in flat for e in v]))
         variants = [[next(ready) for _ in v] for v in flat]
         return plan_sweep(
-            self.anatomy, inputs, variants, self.bind(metric, len(inputs), inputs), memory, checkpoint, executor
+            self.anatomy, inputs, variants, self.bind(metric, len(inputs), inputs), memory, checkpoint, executor, self
         )
 
     def sweep(
@@ -414,13 +416,16 @@ class Model:
         prompt: Any,
         variants: Sequence[Edit | Sequence[Edit]],
         metric: Metric | Any,
+        *,
+        on: Where | None = None,
         **options: Any,
     ) -> Sweep:
         """Score the prompts under each of many sets of edits: `.values` [variant, batch], `.clean` [batch].
 
-        Gives the numbers of running them one by one, for a fraction of the cost; options are those of `plan`.
+        Gives the numbers of running them one by one, for a fraction of the cost; options are those of `plan`, and `on`: where
+        it is run (`pl.Processes(2)`, `pl.Ray()`; see `pellucid.workers`).
         """
-        return self.plan(prompt, variants, metric, **options).run()
+        return self.plan(prompt, variants, metric, **options).run(on)
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""

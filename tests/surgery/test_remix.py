@@ -149,3 +149,27 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             remix({"a": a, "b": a}, recipe)
     with pytest.raises(Refused, match="does not run with its layers as"):
         remix({"j": opened("jamba")}, [("j", 0, 1), ("j", 2, 4)])
+
+
+def test_packed_weights_are_not_taken_from_another_model() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    packed = []
+    for seed in (0, 1):
+        module = build("llama", layers=2, seed=seed)
+        quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+        packed.append(pl.load(module, tokenizer=tokenizer(module)))
+    with pytest.raises(Refused, match="q_proj.weight cannot be taken from another model: it is quantised"):
+        take(*packed, 1)
+
+
+def test_both_sides_of_an_encoder_decoder_are_mixed_by_themselves() -> None:
+    a = opened("t5")
+    b = snapshot(a)
+    for stack in ("encoder", "decoder"):
+        made = take(a, b, slice(1, 4), stack=stack)
+        own = {n for n, t in made.module.state_dict().items() if not torch.equal(t, a.module.state_dict()[n])}
+        assert own and all(n.startswith(f"{stack}.block.") and not n.startswith(f"{stack}.block.0.") for n in own)
+        assert torch.equal(
+            remix({"a": a}, [("a", 0, 4)], stack=stack).run("he is", decoder="he").logits,
+            a.run("he is", decoder="he").logits,
+        )

@@ -116,7 +116,7 @@ def test_the_arms_and_what_is_said_of_them() -> None:
     assert made.control is not None and made.control.digest != made.model.digest
     names: dict[str, Any] = {"module": opened("bert-class").module, "tokenizer": opened("bert-class").tokenizer}
     exec(made.result.provenance.code(), names)
-    assert names["result"].result.data["accuracy_by_seed"].equals(found["accuracy_by_seed"])
+    assert names["result"].data["accuracy_by_seed"].equals(found["accuracy_by_seed"])
     assert pl.results.Result.load(made.result.save(Path("/tmp/pellucid-tuning.zip"))) == made.result
 
 

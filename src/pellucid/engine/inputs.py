@@ -304,7 +304,7 @@ def read_inputs(
         bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and "decoder_input_ids" in accepted
     )
     _check(module, ids, mask, "encoder" if paired else "", known="input_ids" in tensors)
-    first = _stream(tokenizer, ids, mask, maps, spans)
+    first = labelled(tokenizer, ids, mask, maps, spans)
     streams = {"": first}
     if paired:
         if "input_ids" in tensors and reads_both_ends(module):
@@ -325,7 +325,7 @@ def read_inputs(
         tensors["decoder_input_ids"] = given
         if not bool(given_mask.all()):
             tensors["decoder_attention_mask"] = given_mask
-        second = _stream(tokenizer, given, given_mask, maps)
+        second = labelled(tokenizer, given, given_mask, maps)
         streams = {"encoder": first, "decoder": second, "": second}
     elif decoder is not None:
         raise InputError("only encoder-decoder models take decoder=; append the text to the prompt instead")
@@ -539,8 +539,8 @@ def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> T
     return whole
 
 
-def _stream(
-    tokenizer: Any, ids: Tensor, mask: Tensor, maps: Sequence[TextMap] | None, spans: Spans | None = None
+def labelled(
+    tokenizer: Any, ids: Tensor, mask: Tensor, maps: Sequence[TextMap] | None = None, spans: Spans | None = None
 ) -> Stream:
     """The stream of a batch; of ids without text, the text is what they say."""
     if maps is None:

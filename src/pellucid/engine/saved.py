@@ -45,8 +45,9 @@ def save_edits(edits: Edit | Sequence[Edit], path: str | Path, *, model: Weighte
 
 
 def packed(edits: Sequence[Edit], tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """Edits as JSON; their tensors go to `tensors`."""
+    """Edits as JSON; their tensors go to `tensors`, one that is met again once."""
     kept: list[dict[str, Any]] = []
+    met: dict[int, str] = {}
     for edit in edits:
         if not isinstance(edit, Edit):
             raise InputError(f"{edit!r} is no edit: expected some, such as [pl.Ablate('layers.0.mlp.out')]")
@@ -54,7 +55,7 @@ def packed(edits: Sequence[Edit], tensors: dict[str, Tensor]) -> list[dict[str, 
         for each in fields(edit):
             value = getattr(edit, each.name)
             if each.init and each.name != "site" and value is not None:
-                values[each.name] = _plain(edit, each.name, value, tensors)
+                values[each.name] = _plain(edit, each.name, value, tensors, met)
         kept.append({"kind": _kind(edit), "site": str(edit.site), "values": values})
     return kept
 
@@ -147,18 +148,23 @@ def _changed(kept: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
     return made
 
 
-def _plain(edit: Edit | Change, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A field's value as JSON; tensors go to `tensors` under a number."""
+def _plain(
+    edit: Edit | Change, name: str, value: Any, tensors: dict[str, Tensor], met: dict[int, str] | None = None
+) -> Any:
+    """A field's value as JSON; tensors go to `tensors` under a number, which `met` knows for those that are there."""
     if isinstance(value, (Tensor, np.ndarray)):
-        key = str(len(tensors))
-        tensors[key] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+        key = (met or {}).get(id(value), str(len(tensors)))
+        if key not in tensors:
+            tensors[key] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+        if met is not None:
+            met[id(value)] = key
         return {"tensor": key}
     if hasattr(value, "everywhere") and not getattr(value, "edits", True) and len(value.inputs.streams) == 1:
         stream = value.inputs.stream("")  # a run of plain prompts
         rows = [ids[mask.bool()].tolist() for ids, mask in zip(stream.ids, stream.mask, strict=True)]
         return {"ids": rows if len(rows) > 1 else rows[0]}
     if isinstance(value, (list, tuple)):
-        return [_plain(edit, name, each, tensors) for each in value]
+        return [_plain(edit, name, each, tensors, met) for each in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
     expected = "prompts, or runs of prompts without edits" if isinstance(edit, Edit) else "or lists of them"

@@ -8,8 +8,11 @@ it does not agree with a plain run after all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +58,28 @@ class Sweep:
         return f"<Sweep of {len(self.values)} variants, {int(self.done.sum())} done; {self.plan.rung.name}>"
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
     """A rung does not give what a plain run gives."""
+
+
+class Where(Protocol):
+    """Where the batches of a sweep are run: see `pellucid.workers`."""
+
+    def run(self, plan: Plan, variants: Sequence[Variant]) -> Iterator[tuple[list[Variant], list[Tensor]]]:
+        """Batches of these variants as they are done, with what the metric reads of each; Wrong where the rung is."""
+
+
+_where: ContextVar[Where | None] = ContextVar("where", default=None)
+
+
+@contextmanager
+def on(where: Where | None) -> Iterator[None]:
+    """Every sweep inside is run there: on `pl.Processes(4)`, say. None: here."""
+    token = _where.set(where)
+    try:
+        yield
+    finally:
+        _where.reset(token)
 
 
 @dataclass(eq=False)
@@ -68,6 +91,7 @@ class Plan:
     candidates: Sequence[Rung]  # cheapest first
     memory: int
     checkpoint: Checkpoint | None = None
+    model: Any = None  # the model it is a sweep of, which other places must open
     values: Tensor = field(init=False)
     done: Tensor = field(init=False)
     rung: Rung = field(init=False)
@@ -125,42 +149,46 @@ class Plan:
 
     # ---- doing it
 
-    def run(self) -> Sweep:
-        """Execute what is not done yet. Interrupting (Ctrl-C) keeps finished batches on the plan and in the checkpoint."""
+    def run(self, on: Where | None = None) -> Sweep:
+        """Execute what is not done yet, here or `on` workers. Interrupting (Ctrl-C) keeps finished batches on the plan and in
+        the checkpoint."""
+        where = on or _where.get()
         with running(self.job.anatomy.module), progress[None](what="runs", total=len(self.variants)) as bar:
             clean = self.metric(self.rung.clean(self.job))
             self._resume(clean)
             bar.step(int(self.done.sum()))
             while not bool(self.done.all()):
                 try:
-                    for chunk in self.chunks([v for v in self.variants if not self.done[v.index]]):
-                        self._execute(chunk)
+                    todo = [v for v in self.variants if not self.done[v.index]]
+                    for chunk, logits in self.here(todo) if where is None else where.run(self, todo):
+                        which = [variant.index for variant in chunk]
+                        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(self.values)  # one wait
+                        self.done[which] = True
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)
                         bar.step(len(chunk))
-                except _Wrong as error:
+                except Wrong as error:
                     self.reasons[self.rung.name] = str(error)
                     self._choose()
         self.job.forget()
         return Sweep(self.values, clean.cpu(), self)  # where the values are
+
+    def here(self, variants: Sequence[Variant]) -> Iterator[tuple[list[Variant], list[Tensor]]]:
+        """Batches of variants, each with what the metric reads."""
+        for chunk in self.chunks(variants):
+            yield chunk, self.logits(chunk) if self._checked else self._run_and_check(chunk)
 
     def _resume(self, clean: Tensor) -> None:
         saved = self.checkpoint.load(clean) if self.checkpoint is not None else None
         if saved is not None:
             self.values, self.done = saved
 
-    def _execute(self, chunk: list[Variant]) -> None:
-        logits = self.logits(chunk) if self._checked else self._run_and_check(chunk)
-        which = [variant.index for variant in chunk]
-        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(self.values)  # one wait for all
-        self.done[which] = True
-
     def settle(self) -> None:
         """Go on to the next rung until one agrees with a plain run on inputs of this size."""
         while not self._checked:
             try:
                 self._run_and_check(next(self.chunks(self.variants))[:1])
-            except _Wrong as error:
+            except Wrong as error:
                 self.reasons[self.rung.name] = str(error)
                 self._choose()
 
@@ -180,7 +208,7 @@ class Plan:
             wrong = f"failed on inputs of this size ({told(error)})"
         certified(self.job.anatomy).settle(self.rung, self.job.inputs, wrong)
         if wrong:
-            raise _Wrong(wrong)
+            raise Wrong(wrong)
         return logits
 
     @property
@@ -200,6 +228,7 @@ def plan_sweep(
     memory: int | None = None,
     checkpoint: str | Path | None = None,
     rung: str | None = None,
+    model: Any = None,
 ) -> Plan:
     """Choose the cheapest way that is known to be right for this model, these edits and this metric."""
     if not len(variants):
@@ -214,4 +243,4 @@ def plan_sweep(
         ids = [(s.ids, s.mask) for s in inputs.streams.values()]
         kept = Checkpoint(Path(checkpoint), fingerprint(edits, ids, metric))
     job = Job(anatomy, inputs, metric, lambda: certified(anatomy).shapes)
-    return Plan(job, prepared, ladder, memory or default_memory(anatomy), kept)
+    return Plan(job, prepared, ladder, memory or default_memory(anatomy), kept, model)

@@ -1,8 +1,10 @@
 """What a model believes, monitors and gates while it speaks, steering with its price, abstention, auditors, the loop that mends."""
 
+from pellucid.safety.abstention import abstain, answered_right
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
 from pellucid.safety.failures import Failure, Mitigation, trace_failure
+from pellucid.safety.fitting import fit_monitor
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
@@ -13,9 +15,11 @@ from pellucid.safety.learnt import LearntEdit
 from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
 from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
+from pellucid.safety.semantic import ConfidenceProbe, semantic_entropy
 from pellucid.safety.statements import Statements
 from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
+from pellucid.safety.uncertainty import confidence, doubt
 from pellucid.safety.vector import Vector, ablate_direction, condition, load_vectors, save_vectors, steer
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "Alarm",
     "Cascade",
     "ConceptReader",
+    "ConfidenceProbe",
     "Contrast",
     "Direction",
     "Failure",
@@ -38,13 +43,18 @@ __all__ = [
     "Vector",
     "Words",
     "ablate_direction",
+    "abstain",
+    "answered_right",
     "calibrate",
     "compare_stages",
     "condition",
+    "confidence",
     "conversation_scores",
+    "doubt",
     "ema",
     "evaluate",
     "export_gguf",
+    "fit_monitor",
     "honesty",
     "import_vectors",
     "improve",
@@ -56,6 +66,7 @@ __all__ = [
     "load_vectors",
     "needed",
     "save_vectors",
+    "semantic_entropy",
     "steer",
     "strengths",
     "threshold",

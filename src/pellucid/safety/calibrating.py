@@ -49,13 +49,12 @@ def conversation_scores(
 
 def traces(
     model: Model, monitor: Any, prompts: Any, replies: Any = None, max_new_tokens: int = 40, batch: int = 8,
-    asked: list[np.ndarray] | None = None,
+    states: list[dict[str, Any]] | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """The statistic at the tokens of each conversation, where there is one; `asked` gets [row] tokens that a cascade's second
-    stage read."""
+    """The statistic at the tokens of each conversation, where there is one; `states` gets what the monitor kept of each batch."""
     at_least(1, batch=batch, max_new_tokens=max_new_tokens)
-    prompts = _several("prompts", prompts)
-    replies = None if replies is None else _several("replies", replies)
+    prompts = several("prompts", prompts)
+    replies = None if replies is None else several("replies", replies)
     if replies is not None and len(replies) != len(prompts):
         raise InputError(f"{len(replies)} replies for {len(prompts)} prompts: give one for each")
     monitor.check(model)
@@ -71,8 +70,8 @@ def traces(
             state = {}
             said = None if replies is None else replies[start : start + batch]
             found = monitor.follow(state, _read(model, monitor, some, said))[1]
-        if asked is not None:
-            asked += list(state.get("asked", np.zeros(len(some))))
+        if states is not None:
+            states.append(state)
         yield from (row[~np.isnan(row)] for row in found)
 
 
@@ -83,7 +82,7 @@ class _Given:
         self.begin = lambda model: guard
 
 
-def _several(name: str, given: Any) -> list[Any]:
+def several(name: str, given: Any) -> list[Any]:
     if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
         raise InputError(f"{name}={given!r:.60}: expected a list with one for each conversation")
     return list(given)
@@ -158,7 +157,7 @@ def calibrate(
 
     >>> monitor = calibrate(model, monitor, benign, alarms=0.05)  # doctest: +SKIP
     """
-    prompts = _several("prompts", prompts)
+    prompts = several("prompts", prompts)
     threshold(
         [0.0] * (len(prompts) if groups is None else len(set(groups))), alarms, promise=promise, confidence=confidence
     )
@@ -190,7 +189,7 @@ def evaluate(
     if monitor.threshold is None:
         raise InputError(f"{monitor.name!r} has no threshold: safety.calibrate sets one from benign conversations")
     truth = np.asarray(labels).astype(bool)
-    prompts = _several("prompts", prompts)
+    prompts = several("prompts", prompts)
     named = ["all"] * len(prompts) if sources is None else [str(s) for s in sources]
     if not len(truth) == len(prompts) == len(named):
         raise InputError(

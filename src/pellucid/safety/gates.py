@@ -22,7 +22,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.safety.calibrating import _several, judged, traces
+from pellucid.safety.calibrating import judged, several, traces
 from pellucid.safety.guarding import Seen
 from pellucid.safety.monitors import Monitor, Monitored, kept_action, made_action, made_threshold
 from pellucid.safety.thresholds import Threshold
@@ -109,7 +109,7 @@ def compare_stages(
 
     >>> compare_stages(model, Cascade(cheap, dear), prompts, labels)  # doctest: +SKIP
     """
-    truth, prompts = np.asarray(labels).astype(bool), _several("prompts", prompts)
+    truth, prompts = np.asarray(labels).astype(bool), several("prompts", prompts)
     if len(truth) != len(prompts):
         raise InputError(f"{len(prompts)} prompts and {len(truth)} labels: give one for each")
     second = replace(
@@ -120,11 +120,13 @@ def compare_stages(
     if second.threshold is None:
         raise InputError(f"{cascade.name!r} has no threshold: safety.calibrate sets one from benign conversations")
     for name, each in (("first", cascade.first), ("second", second), ("cascade", cascade)):
-        asked: list[Any] = []
-        found = list(traces(model, each, prompts, replies, max_new_tokens, batch, asked))
+        states: list[dict[str, Any]] = []
+        found = list(traces(model, each, prompts, replies, max_new_tokens, batch, states))
         scores = np.array([float(t.max(initial=-np.inf)) for t in found])
         read[name] = (
-            np.array(asked, dtype=float) if name == "cascade" else np.array([len(t) for t in found], dtype=float)
+            np.concatenate([state["asked"] for state in states])
+            if name == "cascade"
+            else np.array([len(t) for t in found], dtype=float)
         )
         rows.append(judged(each, scores, truth, ["all"] * len(truth), seed, name).data.isel(source=0))
     names = ("alarms", "alarms_low", "alarms_high", "recall", "recall_low", "recall_high", "area")

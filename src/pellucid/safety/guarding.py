@@ -20,7 +20,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated
-from pellucid.engine.steps import Action, Redirect, Say, Step, Watch
+from pellucid.engine.steps import Action, Redirect, Say, Step, Stop, Watch
 from pellucid.errors import InputError, PellucidError
 from pellucid.results import Result
 from pellucid.technique import of_generation
@@ -129,7 +129,7 @@ class Guard:
                 )
         if then is not None:
             reason = f"{monitor.name}: {value:.3g} above {monitor.level:.3g}"
-            actions[row] = then if isinstance(then, Redirect) or then.reason else replace(then, reason=reason)
+            actions[row] = replace(then, reason=reason) if isinstance(then, Stop | Say) and not then.reason else then
         instead = then.text if isinstance(then, Say) and then.then == "end" and isinstance(then.text, str) else None
         done = type(then).__name__.lower() if then is not None else "recorded"
         self.acted[row] = step.index, value, done, instead

@@ -50,7 +50,7 @@ class Direction:
     """Reads `values @ vector + offset` at a site."""
 
     site: str
-    vector: Tensor
+    vector: Tensor = field(repr=False)
     offset: float = 0.0
 
     def __call__(self, values: Tensor) -> Tensor:
@@ -100,12 +100,12 @@ def _reader(given: Any, site: str | None) -> Any:
         return _At(str(given))
     if isinstance(given, Words):
         return given
-    own = getattr(given, "site", None) if site is None else site
+    own = site or getattr(given, "site", None) or getattr(given, "site_", None)
     if not callable(given) or own is None:
         raise InputError(
             f"{given!r} is no reader: expected a site and a call, as Direction(site, vector), or a function with site="
         )
-    return given if site is None else _At(str(site), given)
+    return given if own == getattr(given, "site", None) else _At(str(own), given)
 
 
 # ---- monitors
@@ -248,7 +248,7 @@ class Monitor(Monitored):
         made = np.full(on.shape, np.nan)
         if not on.any():
             return made
-        found = 0.0
+        found: Any = 0.0
         for reader in self._readers:
             if isinstance(reader, Words):
                 said = reader.function([seen.text(self.reads, int(r), int(p)) for r, p in np.argwhere(on)])

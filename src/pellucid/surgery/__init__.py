@@ -13,6 +13,7 @@ from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
 from pellucid.surgery.values import Search
+from pellucid.surgery.variants import Gate, chosen_variants, ensemble
 
 __all__ = [
     "Arranged",
@@ -20,14 +21,17 @@ __all__ = [
     "Exit",
     "ExitHead",
     "Fact",
+    "Gate",
     "KeyCovariance",
     "Recipe",
     "Search",
     "Stitch",
     "calibrate",
     "chosen_policy",
+    "chosen_variants",
     "draft_and_verify",
     "edit",
+    "ensemble",
     "exits",
     "generate_early",
     "layer_importance",

@@ -406,7 +406,7 @@ def calibrate(
     if per_text is not None:
         at_least(1, per_text=per_text)
         passes = [_at(each, rng.permutation(len(each.final))[:per_text]) for each in passes if len(each.final)]
-    grid = thresholds(policy.by, len(layers), getattr(model.module.config.get_text_config(), "vocab_size", 2))
+    grid = thresholds(policy.by, len(layers), _vocabulary(model))
     judged = [_judge(passes, 0, layers, n, float(t)) for t in grid]
     wrong = np.array([(1 - j.agrees).sum() for j in judged])
     cases = len(judged[0].agrees)
@@ -428,6 +428,11 @@ def calibrate(
 def chosen_policy(result: Result, policy: Exit) -> Exit:
     """The policy with the threshold that `calibrate` found."""
     return replace(policy, threshold=float(result.data.chosen))
+
+
+def _vocabulary(model: Model) -> int:
+    config: Any = model.module.config
+    return int(getattr(config.get_text_config(), "vocab_size", 2))
 
 
 def thresholds(by: str, checks: int, tokens: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from pellucid.changed import Change, Replaced, same
+from pellucid.changed import Change, Replaced, same, unchangeable
 from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
 from pellucid.surgery.arranging import Layers, _list, _numbers, _stack, reorder
@@ -164,6 +164,10 @@ def _differing(first: Model, other: Model, module: str, place: str, ties: Any) -
     ours, theirs = (dict(m.module.get_submodule(module).state_dict(keep_vars=True)) for m in (first, other))
     for name, tensor in theirs.items():
         own = ours[name]
+        if why := unchangeable(own):
+            if same(own, tensor):
+                continue
+            raise Refused(f"{module}.{name} cannot be taken from another model: {why}")
         if (ties == "together" and shared is not None and same(own, shared)) or torch.equal(own, tensor.to(own.device)):
             continue
         yield Replaced(f"{place}.{name}", tensor.detach(), ties=ties)

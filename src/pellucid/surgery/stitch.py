@@ -229,7 +229,7 @@ def stitching(
         _ends(sender, receiver, i, ends[1][0])
     found = pairs(sender, receiver, texts, tokens + held_out, context)
     fitted, test = _split(found, held_out)
-    table = _Table(kinds, *ends, fitted, test, rank, ridge, steps, seed)
+    table = _Table(kinds, ends[0], ends[1], fitted, test, rank, ridge, steps, seed)
     main = table.of(sender, receiver)
     plain, sizes = main.plain, main.sizes
     shape = (len(kinds), len(ends[0]), len(ends[1]))
@@ -453,7 +453,7 @@ class _Table:
             values[:], errors[:] = values[:, :1], errors[:, :1]
         lengths = [np.array([longer(each, s) for s in where.values()]) for each, where in ((mine, sites), (yours, b))]
         cka = np.array([[unbiased_cka(*rows(both, mine, yours, s, t)) for t in b.values()] for s in sites.values()])
-        return _Measured(values, plain, sizes, errors, sinks, *lengths, cka)
+        return _Measured(values, plain, sizes, errors, sinks, lengths[0], lengths[1], cka)
 
 
 def _measured(

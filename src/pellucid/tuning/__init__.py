@@ -3,7 +3,9 @@
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.data import Rationales
 from pellucid.tuning.fit import Diverged, Tuned, fit
+from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
+from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.parts import Only
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
@@ -15,11 +17,13 @@ __all__ = [
     "AttentionEntropy",
     "Augment",
     "Consistency",
+    "Direction",
     "Diverged",
     "Largest",
     "NeuronL1",
     "Objective",
     "Only",
+    "ProbePenalty",
     "Rationales",
     "RightReasons",
     "Sparse",
@@ -27,8 +31,11 @@ __all__ = [
     "TopNeurons",
     "Tuned",
     "classifier",
+    "direction",
     "entmax15",
+    "evasion",
     "fit",
+    "frontier",
     "sparsemax",
     "sparsity",
     "trainer",

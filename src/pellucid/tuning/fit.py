@@ -106,11 +106,24 @@ def fit(
     splits |= {name: Encoded(model, each, truncate) for name, each in (shifts or {}).items()}
     for each in given:
         each.check(model, encoded)
-    arms = _arms(given, control)
+    arms = arms_of(given, control)
     settings = Settings(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
     before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
+    found, models, changed = run_arms(settings, arms, splits, given, seeds, checkpoint)
+    cost = step_cost(settings, arms, seeds[0])
+    result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
+    main = "objective" if given else "plain"
+    edits = tuple(e for each in given for e in each.edits(models[main]))
+    return Tuned(models[main], models.get("control"), models, edits, result, changed)
+
+
+def run_arms(
+    settings: Settings, arms: Mapping[str, tuple[Objective, ...]], splits: Mapping[str, Encoded], given: Sequence[Objective],
+    seeds: Sequence[int], checkpoint: str | Path | None = None,
+) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...]]:  # fmt: skip
+    """Every arm trained at every seed: measures, the first seed's models, and what changed outside the choice."""
     found: dict[tuple[str, int], Measures] = {}
     models: dict[str, Model] = {}
     changed: list[str] = []
@@ -120,17 +133,13 @@ def fit(
             fitted.train(
                 None if checkpoint is None else Path(checkpoint) / f"{arm}-{seed}.safetensors", f"{arm}, seed {seed}"
             )
-            changed += fitted.chosen.changed(model)
+            changed += fitted.chosen.changed(settings.model)
             models.setdefault(arm, fitted.chosen.model)
-            found[arm, seed] = measured(fitted.chosen.model, encoded, splits, given, own, seed)
-    cost = _cost(settings, arms, seeds[0])
-    result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
-    main = "objective" if given else "plain"
-    edits = tuple(e for each in given for e in each.edits(models[main]))
-    return Tuned(models[main], models.get("control"), models, edits, result, tuple(dict.fromkeys(changed)))
+            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, own, seed)
+    return found, models, tuple(dict.fromkeys(changed))
 
 
-def _cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
+def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
     """CPU time of a step of each arm over that of the plain one: all arms in turn, medians over `TURNS` turns."""
     fits = {arm: Fit(settings, own, seed) for arm, own in arms.items()}
     rows = torch.arange(min(settings.batch, len(settings.data)))
@@ -149,7 +158,7 @@ def _cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int
     return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
 
 
-def _arms(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:
+def arms_of(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:
     arms: dict[str, tuple[Objective, ...]] = {"plain": ()}
     if given:
         arms["objective"] = given
@@ -168,6 +177,8 @@ def _arms(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Object
 
 @dataclass(frozen=True, eq=False)
 class Settings:
+    """What all arms share."""
+
     model: Model
     data: Encoded
     layers: Any

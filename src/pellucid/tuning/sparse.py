@@ -207,13 +207,15 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
             quiet[i] += [float((x == 0).sum()), float(x.numel())]
         z = batch.read(run.logits)
         right.append((batch.by_row((z.argmax(-1) != batch.answers.to(z.device)).float()) == 0).cpu().numpy())
-    zeros, pairs, spread, on_marks, queries = sums.T
+    zeros, visible, spread, on_marks, rows = sums.T
     variables: dict[str, Any] = {
-        "zeros": ("layer", zeros / pairs), "support": ("layer", (pairs - zeros) / queries), "entropy": ("layer", spread / queries),
-        "marks": ("layer", on_marks / queries), "right": ("text", np.concatenate(right).astype(float)),
+        "zeros": ("layer", zeros / visible), "support": ("layer", (visible - zeros) / rows), "entropy": ("layer", spread / rows),
+        "marks": ("layer", on_marks / rows), "right": ("text", np.concatenate(right).astype(float)),
     }  # fmt: skip
     if len(neurons) == len(patterns):
         variables["neuron_zeros"] = "layer", quiet[:, 0] / quiet[:, 1]
     found = xr.Dataset(variables, {"layer": [site.layer for site in patterns]})
     found["accuracy"] = found["right"].mean()
-    return Result(found, kind="sparsity", title=f"{float(zeros.sum() / pairs.sum()):.2f} of all attention is exactly 0")
+    return Result(
+        found, kind="sparsity", title=f"{float(zeros.sum() / visible.sum()):.2f} of all attention is exactly 0"
+    )
