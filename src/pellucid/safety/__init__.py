@@ -1,6 +1,7 @@
 """What a model believes, monitors and gates while it speaks, steering with its price, abstention, auditors, the loop that mends."""
 
 from pellucid.safety.abstention import abstain, answered_right
+from pellucid.safety.auditors import audit
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
 from pellucid.safety.failures import Failure, Mitigation, trace_failure
@@ -45,6 +46,7 @@ __all__ = [
     "ablate_direction",
     "abstain",
     "answered_right",
+    "audit",
     "calibrate",
     "compare_stages",
     "condition",
