@@ -163,6 +163,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
     ),
+    "safety.honesty": lambda: pl.safety.honesty(
+        gpt2(),
+        [(FACT, " Paris", " Rome"), ("she is in", " Rome", " France"), ("Mary and", " John", " Paris"), ("he is", " in", " a")],
+        pl.safety.Vector("layers.1.resid_post", torch.linspace(-1, 1, 32)), pressures=[],
+    ),
+    "safety.audit": lambda: pl.safety.audit(
+        gpt2(), [f"{a} is in {b}" for a in ("Paris", "Rome", "Mary", "John", "he", "she", "the dog", "the cat") for b in ("France", "Italy")],
+        [True, False] * 8, draws=2, split=2, tokens=1,
+    ),
     "safety.evaluate": lambda: pl.safety.evaluate(
         gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
     ),
