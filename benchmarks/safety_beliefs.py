@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import pellucid as pl
-from pellucid.safety import ConceptReader, Statements
+from pellucid.safety import ConceptReader, Statements, audit, honesty
 from pellucid.safety.ccs import search
 from pellucid.safety.contrast import Seen
 from scripts.demo_model import smollm2
@@ -104,10 +104,14 @@ def speed(model: pl.Model, data: Path) -> None:
     x = Seen.of(model, pairs.prompts, [pl.Site.parse(f"layers.{i}.resid_post") for i in range(30)]).values
     first, second, holds = x[:, true], x[:, false], torch.ones(len(true), dtype=torch.bool)
 
+    starts = (torch.rand(x.shape[-1] + 1, 10, generator=torch.Generator().manual_seed(0)) * 2 - 1) / x.shape[-1] ** 0.5
+
     def alone(a: torch.Tensor, b: torch.Tensor, seed: int, steps: int) -> float:
         """The search as the paper's code has it: one network, one site, one restart."""
-        torch.manual_seed(seed)
         net = torch.nn.Sequential(torch.nn.Linear(a.shape[1], 1), torch.nn.Sigmoid())
+        with torch.no_grad():  # from the same starts
+            net[0].weight.copy_(starts[None, :-1, seed])
+            net[0].bias.copy_(starts[-1:, seed])
         rule, last = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01), 0.0
         for _ in range(steps):
             p, q = net(a), net(b)
@@ -122,7 +126,7 @@ def speed(model: pl.Model, data: Path) -> None:
     search(first, second, holds, steps=100)
     batched = time.process_time() - start
     a, b = (v[12] - v[12].mean(0) for v in (first, second))
-    scale = torch.cat([a, b]).square().mean().sqrt()
+    scale = torch.cat([a, b]).square().mean(0).median().sqrt()
     start = time.process_time()
     for seed in range(6):
         alone(a / scale, b / scale, seed, 100)
@@ -138,7 +142,42 @@ def speed(model: pl.Model, data: Path) -> None:
     )
 
 
-PARTS: dict[str, Callable[[pl.Model, Path], Any]] = {"truth": truth, "trap": trap, "speed": speed, "kinds": kinds}
+def honest(model: pl.Model, data: Path) -> None:
+    """Bar 4: friend claims the false: said <= .40, reader <= .45, claims the true >= .98: "reads the claim"; told to lie: no difference."""
+    pairs, given = statements(data), facts(data)
+    reader = ConceptReader("logistic", sites="layers.11:18.resid_post", controls=()).fit(model, pairs)
+    questions, topics = [(s, f" {t}", f" {f}") for s, t, f, _ in given], [t for *_, t in given]
+    found = honesty(model, questions, reader, topics=topics, ending=".")
+    print(f"\n## bar 4, reader at {reader.site}\n{found.title}")
+    one = [v for v in found.data.data_vars if found.data[v].dims == ("pressure",)]
+    print(found.data[one].to_dataframe().round(2).T.to_string())
+    print(
+        found.data.reader.to_pandas().round(2).dropna(axis=1).to_string(),
+        "\n",
+        found.data.lens.to_pandas().round(2).iloc[:, ::3].to_string(),
+        flush=True,
+    )
+
+
+def auditor(model: pl.Model, data: Path) -> None:
+    """Of 4.9 the question at hand here: will it complete a fact rightly? Topics held out, before the first word."""
+    given = facts(data)
+    prompts, topics = [s for s, *_ in given], [t for *_, t in given]
+    made = model.generate(prompts, max_new_tokens=8)
+    labels = [t.lower() in text.lower() for (_, t, _, _), text in zip(given, made.texts, strict=True)]
+    print(f"\nright {np.mean(labels):.2f}")
+    for kind in ("linear", "attention", "transformer"):
+        shown(f"auditor, {kind}", audit(model, prompts, labels, kind=kind, topics=topics, answers=made))
+
+
+PARTS: dict[str, Callable[[pl.Model, Path], Any]] = {
+    "truth": truth,
+    "trap": trap,
+    "speed": speed,
+    "kinds": kinds,
+    "honest": honest,
+    "auditor": auditor,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -72,7 +72,7 @@ def test_the_search_is_the_search_of_the_paper_one_by_one() -> None:
     start = (torch.rand(7, 3, generator=g) * 2 - 1) / 6**0.5
     for site in range(2):
         a, b = (each[site] - each[site].mean(0) for each in x)
-        scale = torch.cat([a, b]).square().mean().sqrt()
+        scale = torch.cat([a, b]).square().mean(0).median().sqrt()
         for r in range(3):
             w, c = start[:6, r].clone().requires_grad_(), start[6, r].clone().requires_grad_()
             rule = torch.optim.AdamW([w, c], 0.01)
@@ -300,3 +300,20 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence() -> None:
         ConceptReader().check(model)
     with pytest.raises(InputError, match="expected Statements"):
         ConceptReader().fit(model, TRUE)  # type: ignore[arg-type]
+
+
+def test_the_planted_speaker_is_drawn_apart_from_which_member_comes_first() -> None:
+    """Were both drawn alike, each set would have one speaker, and the sets' means would take it out: no trap to fall into."""
+    reader, data = ConceptReader("ccs", steps=1, restarts=1), pairs().planted(0)
+    seen: list[Tensor] = []
+    x = torch.as_tensor(data.nuisances["speaker"])[None, :, None, None].float()
+
+    def search(first: Tensor, second: Tensor, *_: Any, **__: Any) -> Any:
+        seen.append(first)
+        raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pellucid.safety.ccs.search", search)
+        with pytest.raises(InterruptedError):
+            reader._searched(x, data, 0)
+    assert 0 < float(seen[0].mean()) < 1

@@ -18,6 +18,7 @@ and its lead: how many tokens of the answer a reader of prompt and answer must s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -123,10 +124,7 @@ def audit(
     if kind != "spoken":
         drawn = [shuffled_labels(y, seed + i, within=data.topics.tolist()) for i in range(draws)]
         rows["shuffled"] = np.concatenate(
-            [
-                over(lambda train, ask, z=z: _foretold(kind, x, mask, z, train, ask, seed))
-                for z in progress(drawn, "shuffled labels")
-            ]  # type: ignore[misc]
+            [over(partial(_foretold, kind, x, mask, z, seed=seed)) for z in progress(drawn, "shuffled labels")]
         )
     table = {k: judged(v, y, strata, no_couples, data.groups, seed=seed) for k, v in rows.items()}
     if len(set(data.topics)) > 1:

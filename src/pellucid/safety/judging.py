@@ -63,9 +63,10 @@ def judged(
 
     `either_sign` takes the better of a score and its negative: what luck alone gives a direction. NaN scores are left out.
     """
-    here = ~np.isnan(scores).any(0)
+    here = np.asarray(~np.isnan(scores).any(0))
+    both = np.asarray(here[couples].all(0))
     place = np.cumsum(here) - 1
-    kept = place[couples[:, here[couples].all(0)]] if couples.size else couples
+    kept = place[couples[:, both]] if couples.size else couples
     scores, labels, strata, groups = scores[:, here], labels[here], strata[here], groups[here]
     found = np.array([float(within(s, labels, strata)[0]) for s in scores])
     pair = np.array([in_pairs(s, kept) for s in scores])

@@ -13,6 +13,7 @@ and weight decay for a fixed number of epochs: nothing is chosen on what they ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,8 @@ class Learnt(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slope, self.offset = nn.Buffer(torch.ones(())), nn.Buffer(torch.zeros(()))
+        self.slope: Tensor = nn.Buffer(torch.ones(()))
+        self.offset: Tensor = nn.Buffer(torch.zeros(()))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.slope * self.of_all(x, mask) + self.offset
@@ -76,7 +78,8 @@ class Standardised(Learnt):
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.mean, self.scale = nn.Buffer(torch.zeros(d)), nn.Buffer(torch.ones(d))
+        self.mean: Tensor = nn.Buffer(torch.zeros(d))
+        self.scale: Tensor = nn.Buffer(torch.ones(d))
 
     def seen(self, x: Tensor, mask: Tensor) -> None:
         real = x[mask]
@@ -134,7 +137,7 @@ class Transformer(Standardised):
         return found
 
 
-KINDS: dict[str, type[Standardised]] = {"mlp": Mlp, "attention": Attention, "transformer": Transformer}
+KINDS: dict[str, Callable[[int, int], Standardised]] = {"mlp": Mlp, "attention": Attention, "transformer": Transformer}
 
 
 def empty(kind: str, tensors: dict[str, Tensor], vectors: int) -> Learnt:

@@ -181,8 +181,8 @@ class ConceptReader:
         nested = self._nested(own, statements, fold)
         chosen, slopes, curve, folded = self._chosen(nested, statements, fold)
         final, at = self._learn(own, statements, np.ones(n, dtype=bool)), int(curve.mean(0).argmax())
-        for s, each in enumerate(final):
-            each.calibrated(*platt(folded[s], statements.labels))
+        for s, one in enumerate(final):
+            one.calibrated(*platt(folded[s], statements.labels))
         self.site_, self.digest_ = sites[at], model.digest
         self.learnt_ = dict(zip(sites, final, strict=True))
 
@@ -282,7 +282,7 @@ class ConceptReader:
                 true, false = np.where(y[true], true, false), np.where(y[true], false, true)
             for each in x:
                 if self.kind in ("mlp", "attention"):
-                    made.append(learn(self.kind, each, mask, torch.as_tensor(y), seed=seed))  # type: ignore[arg-type]
+                    made.append(learn(self.kind, each, mask, torch.as_tensor(y), seed=seed))
                     continue
                 v = each[:, -1]
                 plus, minus = (v[true], v[false]) if self.kind.startswith("pca") else (v[y], v[~y])
@@ -297,7 +297,9 @@ class ConceptReader:
         self, x: Tensor, part: Statements, seed: int, repaired: bool = False
     ) -> tuple[list[Linear], ccs.Found]:
         true, false = part.couples
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(
+            (seed, 1)
+        )  # not the stream of `planted`: alike, the sets' means would take the speaker out
         if repaired:
             false = rng.permutation(false)
         holds = rng.integers(0, 2, len(true)).astype(bool)  # which member comes first says nothing

@@ -49,8 +49,8 @@ class Statements:
             if int((labels == side).sum()) == 0:
                 raise InputError(f"all {n} statements are {not side}: a reader needs both kinds")
         object.__setattr__(self, "prompts", tuple(map(_plain, given)))
-        for key, rows in (("labels", labels), ("topics", topics), ("pairs", pairs), ("nuisances", nuisances)):
-            object.__setattr__(self, key, rows)
+        for key, value in (("labels", labels), ("topics", topics), ("pairs", pairs), ("nuisances", nuisances)):
+            object.__setattr__(self, key, value)
         home: dict[str, tuple[Any, ...]] = {}
         for i, text in enumerate(map(repr, self.prompts)):
             here = (bool(labels[i]), str(topics[i]), -1 if self.loose else int(pairs[i]))
