@@ -43,6 +43,13 @@ def pairs(model: pl.Model) -> Any:
     )
 
 
+NEW = pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris")
+
+
+def rewritten() -> Any:
+    return pl.surgery.edit(gpt2(), NEW, covariance="off", layers=0, contexts=0, search=pl.surgery.Search(steps=2))
+
+
 @cache
 def dictionary() -> Any:
     from pellucid.neurons.dictionaries import Dictionary, TopK
@@ -156,6 +163,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
     ),
+    "safety.honesty": lambda: pl.safety.honesty(
+        gpt2(),
+        [(FACT, " Paris", " Rome"), ("she is in", " Rome", " France"), ("Mary and", " John", " Paris"), ("he is", " in", " a")],
+        pl.safety.Vector("layers.1.resid_post", torch.linspace(-1, 1, 32)), pressures=[],
+    ),
+    "safety.audit": lambda: pl.safety.audit(
+        gpt2(), [f"{a} is in {b}" for a in ("Paris", "Rome", "Mary", "John", "he", "she", "the dog", "the cat") for b in ("France", "Italy")],
+        [True, False] * 8, draws=2, split=2, tokens=1,
+    ),
     "safety.evaluate": lambda: pl.safety.evaluate(
         gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
     ),
@@ -175,11 +191,17 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.scoreboard": lambda: pl.surgery.scoreboard(rewritten(), TEXTS[:2], controls=("without C",), max_new_tokens=2),
+    "surgery.KeyCovariance.adequacy": lambda: pl.surgery.KeyCovariance(layers=0, ridge=0.1).fit(gpt2(), TEXTS * 4).adequacy(),
+    "surgery.traced_again": lambda: pl.surgery.traced_again(rewritten(), draws=1),
+    "surgery.editing_by_layer": lambda: pl.surgery.editing_by_layer(
+        gpt2(), NEW, covariance="off", search=pl.surgery.Search(steps=2), contexts=0
+    ),
     "surgery.removal": lambda: pl.surgery.removal(
         gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
     ),
     "surgery.edit": lambda: pl.surgery.edit(
-        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        gpt2(), NEW, covariance="off", layers=0, contexts=1,
         search=pl.surgery.Search(steps=2),
     ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
