@@ -224,8 +224,8 @@ def change_parameter(tree: nn.Module, name: str, value: Callable[[Tensor], Tenso
 
 def _untied(tree: Any) -> None:
     """Say so in the config where the embedding is no longer the head: what is saved opens with both."""
-    ends = [getattr(tree, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    config = getattr(tree, "config", None)
+    ends: list[Any] = [getattr(tree, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    config: Any = getattr(tree, "config", None)
     if None in ends or not hasattr(config, "get_text_config") or not all(hasattr(end, "weight") for end in ends):
         return
     if not same(ends[0].weight, ends[1].weight):
