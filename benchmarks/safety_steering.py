@@ -1,6 +1,6 @@
 """The bars of steering and of mending a failure, each beside its control, on SmolLM2-135M-Instruct.
 
-    python benchmarks/safety_steering.py --data DIR [part ...]        parts: unit words text sink condition failure; all by default
+    python benchmarks/safety_steering.py --data DIR [part ...]        parts: unit words text sink condition failure inspect; all by default
 
 DIR holds repe_facts, ud_ewt, refusal_alpaca and relations_lre as their repositories lay them out. The text judge is VADER
 (`pip install vaderSentiment`), a lexicon that saw nothing of the fitting; without it that part is skipped. One thread, fixed seeds.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -319,6 +320,41 @@ class Bench:
         gain, kept = float(d.preferred.sel(mitigation=steered)) - before, float(d.passing.sel(mitigation=steered))
         bar(f"{steered}, gain", gain, ">= .10", gain >= 0.1, f"no claim {kept:.3f} (>= .95)")
 
+    def inspect(self) -> None:
+        try:
+            from inspect_ai import Task, eval
+            from inspect_ai.dataset import Sample
+            from inspect_ai.model import GenerateConfig
+            from inspect_ai.scorer import includes
+        except ImportError:
+            print("skipped  inspect: inspect_ai is not installed")
+            return
+        questions = [f"Write about {a}." for a in ABOUT[:5]]
+        task = Task(
+            [Sample(input=q, target="the") for q in questions], scorer=includes(), config=GenerateConfig(max_tokens=12)
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            (log,) = eval(task, model=pl.safety.inspect_model(self.model), log_dir=folder, display="none")
+        same = 0
+        for question, sample in zip(questions, log.samples or [], strict=True):
+            ids = self.model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            made = self.model.module.generate(**ids, max_new_tokens=12, do_sample=False)[
+                0, ids["input_ids"].shape[1] :
+            ].tolist()
+            same += made == sample.store["pellucid"][0]["tokens"]
+        bar(
+            "Inspect's answers equal to plain transformers', token by token",
+            same / len(questions),
+            "1",
+            same == len(questions),
+            f"{len(questions)} samples, 12 tokens",
+        )
+
 
 class FirstRank:
     """1 where the answer is the first choice, -1 elsewhere: the share above 0 is the accuracy."""
@@ -354,7 +390,9 @@ class Odds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("parts", nargs="*", default=["unit", "words", "text", "sink", "condition", "failure"])
+    parser.add_argument(
+        "parts", nargs="*", default=["unit", "words", "text", "sink", "condition", "failure", "inspect"]
+    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(asked.data)

@@ -75,7 +75,8 @@ def handed(model: pl.Model) -> tuple[torch.Tensor, dict[str, Any]]:
     hook.remove()
     args, given = kept[0]
     x = args[0] if args else given["hidden_states"]
-    return x, {k: v for k, v in given.items() if k != "hidden_states"} | {"past_key_values": None, "use_cache": False}
+    kept_out = {k: None if isinstance(v, transformers.Cache) else v for k, v in given.items() if k != "hidden_states"}
+    return x, kept_out | {"use_cache": False}
 
 
 # ---- bars 4, 5, 6

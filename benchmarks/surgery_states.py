@@ -107,8 +107,9 @@ def stitch(model: pl.Model, path: str) -> None:
 
 def self_stitch(model: pl.Model, path: str) -> None:
     """Bar 13, second half: one model's own depths; the penalty grows with the distance."""
-    found = pl.surgery.stitching(model, model, reviews(path, 160), after=[3, 9, 15, 21, 27], into=[3, 9, 15, 21, 27], tokens=4096,
-                                 held_out=384, kinds=["identity", "orthogonal", "affine"], controls=["tokens"])  # fmt: skip
+    layers = [3, 9, 15, 21, 27]
+    found = pl.surgery.stitching(model, model, reviews(path, 100), after=layers, into=layers, tokens=2560, held_out=128,
+                                 kinds=["identity", "affine"], controls=["tokens"])  # fmt: skip
     for name in found.data["map"].values:
         print(name, "rows after, columns into\n", found.data.penalty.sel(map=name).values.round(2))
     print("tokens alone, affine\n", found.data.control_penalty.sel(map="affine").values[0].round(2))

@@ -92,7 +92,7 @@ class Contrast:
             found = {
                 "cosine": float(cosine_similarity(u, mean, 0)), "size": float(mean.norm() / seen.unit[i]),
                 "shuffled": _by_chance(a, b, rng) / float(seen.unit[i]), "agreement": agree,
-                "halves": float(cosine_similarity(*halves, 0)), "unit": float(seen.unit[i]),
+                "halves": float(cosine_similarity(halves[0], halves[1], 0)), "unit": float(seen.unit[i]),
                 "unit_with_first": float(seen.with_first[i]), "sink": v.sink,
             }  # fmt: skip
             for key, value in found.items():

@@ -92,8 +92,10 @@ class Cases:
     groups: np.ndarray
 
     def take(self, rows: Sequence[int]) -> Cases:
-        parts = ([side[i] for i in rows] for side in (self.failing, self.passing, self.right, self.wrong))
-        return Cases(self.model, *parts, self.groups[list(rows)])  # type: ignore[arg-type]
+        failing, passing, right, wrong = (
+            [side[i] for i in rows] for side in (self.failing, self.passing, self.right, self.wrong)
+        )
+        return Cases(self.model, failing, passing, right, wrong, self.groups[list(rows)])
 
     @property
     def metric(self) -> Metric:
@@ -265,7 +267,8 @@ def _cases(model: Model, failing: Any, passing: Any, target: Any, against: Any, 
         raise InputError(
             f"the answers of pair {same}, {right[same]!r} and {wrong[same]!r}, begin with the same token: leave it out"
         )
-    return Cases(model, *sides, *ids, np.asarray(groups if groups is not None else range(len(right))))
+    own = np.asarray(groups if groups is not None else range(len(right)))
+    return Cases(model, sides[0], sides[1], ids[0], ids[1], own)
 
 
 def _first(model: Model, answer: Any) -> int:

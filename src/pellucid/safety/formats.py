@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pellucid.anatomy.frozen import affine
 from pellucid.anatomy.sites import Site
+from pellucid.anatomy.structure import Attention, Mlp
 from pellucid.changed import Change, Replaced
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused
@@ -197,7 +198,8 @@ def _projected(model: Model, u: Tensor) -> list[Change]:
     """(I - u u^T) on every weight that writes to the stream, u [d, k] orthonormal; which ones are found on the map."""
     stack, changes = model.anatomy.stacks[-1], []
     for i, block in enumerate(stack.blocks):
-        for part in (*block.attentions.values(), *block.mlps.values()):
+        parts: list[Attention | Mlp] = [*block.attentions.values(), *block.mlps.values()]
+        for part in parts:
             experts = getattr(part, "experts", None)
             if experts is not None:
                 module = model.module.get_submodule(experts.module)

@@ -44,7 +44,7 @@ def inspect_model(
     api = _installed()
     answering = _Answering(model, {"monitors": monitors, "edits": edits, "keep": keep, "when": when}, folder)
 
-    class Pellucid(api.ModelAPI):  # type: ignore[misc, name-defined]
+    class Pellucid(api.ModelAPI):  # type: ignore[name-defined]
         async def generate(self, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:
             if tools:
                 raise Refused(
@@ -121,7 +121,7 @@ class _Answering:
         if (config.num_choices or 1) > 1:
             raise Refused(f"num_choices={config.num_choices}: one answer is written for each sample; use epochs")
         prompt = self.prompt(messages)
-        asked = {
+        asked: dict[str, Any] = {
             "max_new_tokens": config.max_tokens or MAX_TOKENS,
             "seed": config.seed or 0,
             "stop": config.stop_seqs or (),

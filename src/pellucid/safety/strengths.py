@@ -120,7 +120,7 @@ def strengths(
     what = getattr(judge, "name", getattr(judge, "__name__", "the judge"))
     title = f"Nothing moves {what} {aim} further than {draws} random vectors do, at {budget:g} times the perplexity"
     if allowed.any():
-        i, j, k = np.unravel_index(int(np.where(allowed, gain[..., :2], -np.inf).argmax()), allowed.shape)
+        i, j, k = map(int, np.unravel_index(int(np.where(allowed, gain[..., :2], -np.inf).argmax()), allowed.shape))
         vector, c = given[i], float(strengths[j])
         made, other = _tested(test, _beside(vector, draws, seed), c, form, seed)
         columns |= made | {"chosen_site": vector.site, "chosen_strength": c, "chosen_direction": names[k]}

@@ -145,25 +145,25 @@ def steer(
     _check_order(list(sites), when)
     made = []
     for site, mine in sites.items():
-        rows, c = torch.stack([v.direction for v, _ in mine]), [c for _, c in mine]
+        rows, each = torch.stack([v.direction for v, _ in mine]), [c for _, c in mine]
         sizes = torch.tensor([c * v.unit for v, c in mine])
         where: dict[str, Any] = {"tokens": tokens, "when": when}
-        if (form == "angular" and len(c) > 1) or (form == "scale" and len(set(c)) > 1):
+        if (form == "angular" and len(each) > 1) or (form == "scale" and len(set(each)) > 1):
             raise InputError(
-                f"{len(c)} vectors at {site!r} cannot be steered by {form!r} together: give one, or another form"
+                f"{len(each)} vectors at {site!r} cannot be steered by {form!r} together: give one, or another form"
             )
         edit: Edit
         if form in ("add", "norm_kept"):
-            alone = len(c) == 1
+            alone = len(each) == 1
             edit = Steer(
                 site, rows[0] if alone else sizes @ rows, float(sizes[0]) if alone else 1.0, form != "add", **where
             )
         elif form == "clamp":
             edit = Clamp(site, rows, sizes, **where)
         elif form == "angular":
-            edit = Rotate(site, rows[0], math.degrees(math.atan(c[0])), **where)
+            edit = Rotate(site, rows[0], math.degrees(math.atan(each[0])), **where)
         else:
-            edit = ProjectOut(site, rows, c[0] if form == "scale" else 0.0, **where)
+            edit = ProjectOut(site, rows, each[0] if form == "scale" else 0.0, **where)
         made.append(_tied(edit, [v for v, _ in mine]))
     return made
 

@@ -306,7 +306,7 @@ def exits(
     Gives over `policy` `agreement` (share of tokens with the full model's first choice; `low`, `high` over rows of text), the
     mean `layer` (blocks run), `exited`, `added` (nats a token), `checks`, and `blocks` with the checks paid; `oracle`, the
     mean number of blocks after which the answer stays, read through its lens at its checks; and `full`, the whole model's blocks.
-    The title says so where no policy is cheaper than the model. Refused for models that do not say the next token in one stack.
+    The title names the policies that are cheaper than the model, or says that none is. Refused for models that do not say the next token in one stack.
 
     >>> exits(model, texts, [Exit("margin", 0.9), Exit("cosine", 0.99)])  # doctest: +SKIP
     """
@@ -339,12 +339,12 @@ def exits(
             found.setdefault(name, []).append(float(value))
     data = xr.Dataset({k: ("policy", v) for k, v in found.items()}, {"policy": list(named)})
     data = data.assign(full=n + unembedding, unembedding=unembedding)
-    cheaper = bool((data.blocks < data.full).any())
-    note = "" if cheaper else "; no policy is cheaper than the full model, checks counted"
+    cheaper = [f"{p} (agrees in {float(g):.0%})" for p, g, b in zip(named, data.agreement.values, data.blocks.values, strict=True) if b < n + unembedding]  # fmt: skip
+    note = f"cheaper than the full model, checks counted: {', '.join(cheaper) or 'none of these policies'}"
     return Result(
         data.assign_attrs(tokens=int(sum(len(r.ids) for r in rows)), layers=every),
         kind="exits",
-        title=f"Early exits of {model.name}{note}",
+        title=f"Early exits: {note}",
     )
 
 
