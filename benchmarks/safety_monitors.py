@@ -130,7 +130,9 @@ def answers(model: pl.Model, data: Path) -> None:
                 f"{rate(np.array(alarms))[0]:.3f}",
                 ">= .08",
             )
-            dear = sf.Monitor(own.reader, own.rule, name="dear")
+            dear = sf.calibrate(
+                model, sf.Monitor(own.reader, own.rule, name="dear"), benign, replies=benign_said, alarms=0.05
+            )
             cheap = sf.calibrate(
                 model, sf.Monitor(sf.Words(_bad_words), name="words"), benign, replies=benign_said, alarms=0.3
             )
