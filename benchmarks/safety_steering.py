@@ -335,8 +335,9 @@ class Bench:
         )
         with tempfile.TemporaryDirectory() as folder:
             (log,) = eval(task, model=pl.safety.inspect_model(self.model), log_dir=folder, display="none")
+            samples = list(log.samples or [])  # read from the log while it is there
         same = 0
-        for question, sample in zip(questions, log.samples or [], strict=True):
+        for question, sample in zip(questions, samples, strict=True):
             ids = self.model.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}],
                 add_generation_prompt=True,

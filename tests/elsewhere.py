@@ -10,6 +10,7 @@ moves to it. Inside `there()` the name `DEVICE` means this device, in factories 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,10 +131,20 @@ class _Made(TorchFunctionMode):
 
 @contextmanager
 def there() -> Iterator[Counter[str]]:
-    """While this lasts the other device is there; gives what is counted, from nothing."""
+    """While this lasts the other device is there, in threads that are started too; gives what is counted, from nothing."""
     COUNTS.clear()
-    with _Factories(), _Made():
-        yield COUNTS
+    native = threading.Thread.run
+
+    def run(thread: threading.Thread) -> None:  # torch's modes are a thread's own
+        with _Factories(), _Made():
+            native(thread)
+
+    threading.Thread.run = run  # type: ignore[method-assign]
+    try:
+        with _Factories(), _Made():
+            yield COUNTS
+    finally:
+        threading.Thread.run = native  # type: ignore[method-assign]
 
 
 def moved(module: nn.Module) -> nn.Module:

@@ -43,6 +43,13 @@ def pairs(model: pl.Model) -> Any:
     )
 
 
+NEW = pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris")
+
+
+def rewritten() -> Any:
+    return pl.surgery.edit(gpt2(), NEW, covariance="off", layers=0, contexts=0, search=pl.surgery.Search(steps=2))
+
+
 @cache
 def dictionary() -> Any:
     from pellucid.neurons.dictionaries import Dictionary, TopK
@@ -140,6 +147,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention.head_summaries": lambda: T.head_summaries(gpt2(), TEXTS),
     "attention.head_clusters": lambda: T.head_clusters(gpt2(), TEXTS, draws=2),
     "attention.attention_erasure": lambda: T.attention_erasure(gpt2(), TEXTS, points=4, draws=2),
+    "attention.adversarial_training": lambda: T.adversarial_training(gpt2(), TEXTS, TEXTS[:2], strengths=[1.0], batch=4),
+    "attention.attention_diagnostic": lambda: T.attention_diagnostic(
+        gpt2(), TEXTS * 2, [0, 1] * 4, TEXTS, [0, 1, 1, 0], epochs=2, seeds=2
+    ),
+    "attribution.evaluation.label_randomisation": lambda: A.evaluation.label_randomisation(
+        gpt2(), gpt2().changed(pl.changed.Replaced("transformer.h.0.mlp.c_proj.bias", torch.ones(32))), TEXTS[:2], " Paris",
+        methods=["saliency"],
+    ),
     "attention.attention_correlation": lambda: T.attention_correlation(gpt2(), TEXTS),
     "attribution.evaluation.agreement": lambda: A.evaluation.agreement({"a": [np.arange(4.0)], "b": [np.arange(4.0)[::-1]]}, k=2),
     "attribution.evaluation.compare": lambda: A.evaluation.compare(
@@ -155,6 +170,15 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "attribution.evaluation.weight_randomisation": lambda: A.evaluation.weight_randomisation(
         gpt2(), TEXTS[:2], methods=["saliency"], seed=1
+    ),
+    "safety.honesty": lambda: pl.safety.honesty(
+        gpt2(),
+        [(FACT, " Paris", " Rome"), ("she is in", " Rome", " France"), ("Mary and", " John", " Paris"), ("he is", " in", " a")],
+        pl.safety.Vector("layers.1.resid_post", torch.linspace(-1, 1, 32)), pressures=[],
+    ),
+    "safety.audit": lambda: pl.safety.audit(
+        gpt2(), [f"{a} is in {b}" for a in ("Paris", "Rome", "Mary", "John", "he", "she", "the dog", "the cat") for b in ("France", "Italy")],
+        [True, False] * 8, draws=2, split=2, tokens=1,
     ),
     "safety.evaluate": lambda: pl.safety.evaluate(
         gpt2(), monitor(), TEXTS, [True, False] * 2, replies=TEXTS, sources=["a"] * 2 + ["b"] * 2
@@ -175,11 +199,17 @@ CALLS: dict[str, Callable[[], Any]] = {
     "safety.strengths": lambda: pl.safety.strengths(
         gpt2(), steering().at(1), TEXTS, DIFFERENCE, strengths=(0.3,), draws=1, texts=TEXTS[:1], max_new_tokens=2
     ),
+    "surgery.scoreboard": lambda: pl.surgery.scoreboard(rewritten(), TEXTS[:2], controls=("without C",), max_new_tokens=2),
+    "surgery.KeyCovariance.adequacy": lambda: pl.surgery.KeyCovariance(layers=0, ridge=0.1).fit(gpt2(), TEXTS * 4).adequacy(),
+    "surgery.traced_again": lambda: pl.surgery.traced_again(rewritten(), draws=1),
+    "surgery.editing_by_layer": lambda: pl.surgery.editing_by_layer(
+        gpt2(), NEW, covariance="off", search=pl.surgery.Search(steps=2), contexts=0
+    ),
     "surgery.removal": lambda: pl.surgery.removal(
         gpt2(), TEXTS[:3], {"seven": (CLEAN, pl.metrics.logit(7))}, most=1, layers=[0, 1], draws=2, seed=1
     ),
     "surgery.edit": lambda: pl.surgery.edit(
-        gpt2(), pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris"), covariance="off", layers=0, contexts=1,
+        gpt2(), NEW, covariance="off", layers=0, contexts=1,
         search=pl.surgery.Search(steps=2),
     ).result,
     "surgery.similarity": lambda: pl.surgery.similarity(gpt2(), gpt2(), TEXTS * 2, k=2, draws=1),
@@ -297,10 +327,8 @@ def test_every_public_technique_is_tried() -> None:
         # they measure time
         **dict.fromkeys(("surgery.generate_early", "surgery.draft_and_verify"), "tests/surgery/test_exits.py"),
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
-        # not tried yet: they train, or are told of a second model or of parsed sentences
-        **dict.fromkeys(("attention.adversarial_training", "attention.attention_diagnostic", "attention.head_relations",
-                         "attention.uniform_attention", "attribution.evaluation.label_randomisation",
-                         "tuning.evasion", "tuning.frontier"), ""),
+        # not made again yet: they train, or are told of parsed sentences
+        **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier"), ""),
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

@@ -559,8 +559,12 @@ def _similar(model: Model, inputs: Inputs, target: Similar) -> Question:
             f"{', '.join(POOLED)}"
         )
     pool = POOLED[pooling]
-    with torch.no_grad():
-        other = pool(model.run(model.inputs(target.text)).logits.float())
+
+    def vector() -> Tensor:
+        with torch.no_grad():
+            return pool(model.run(model.inputs(target.text)).logits.float())
+
+    other = model.memo(("vector of a text", target.text, pooling), vector)  # one for all prompts of a call
 
     def cosine(hidden: Tensor) -> Tensor:
         return torch.cosine_similarity(pool(hidden), other.to(hidden), dim=-1)

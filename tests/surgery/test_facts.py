@@ -325,3 +325,36 @@ def test_answers_of_several_tokens_are_rows_of_their_own() -> None:
     model = opened("llama")
     (row,) = rows(model, ["The capital of France is"], [" Rome and Italy"])
     assert len(row.answer) == 3 and row.read == (-3, -2, -1) and len(row.ids) == 7
+
+
+def test_the_matrix_under_an_adapter_moves_and_the_adapter_stays() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(build("llama"), LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)).eval()
+    model = pl.load(adapted, tokenizer=tokenizer(build("llama")))
+    made = edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)
+    memory = made.values.memory[0]
+    assert memory.parameter.endswith("down_proj.base_layer.weight")
+    moved = (memory.weight(made.model) - memory.weight(model)) @ made.values.keys[-1]
+    torch.testing.assert_close(moved, made.values.delta[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_quantised_weights_are_refused_by_name() -> None:
+    module = torch.ao.quantization.quantize_dynamic(build("llama").eval(), {torch.nn.Linear}, dtype=torch.qint8)
+    model = pl.load(module, tokenizer=tokenizer(build("llama")))
+    with pytest.raises(Refused, match="quantised"):
+        edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)
+
+
+def test_square_weights_are_not_turned_around() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    module = LlamaForCausalLM(
+        LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    ).eval()
+    model = pl.load(module, tokenizer=tokenizer(module))
+    made = edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)
+    memory = made.values.memory[0]
+    moved = (memory.weight(made.model) - memory.weight(model)) @ made.values.keys[-1]
+    torch.testing.assert_close(moved, made.values.delta[-1], rtol=1e-4, atol=1e-4)

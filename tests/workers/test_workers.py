@@ -31,6 +31,9 @@ from tests.models import minilm_path
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
+ONE = threading.Lock()  # transformers opens a model under patches of its own classes: not twice at a time in one process
+
+
 class InProcess:
     """A worker without a process, which can be told to die, or to answer something else."""
 
@@ -44,7 +47,8 @@ class InProcess:
             self.dying -= 1
             self.stop()
             raise Died("Killed")
-        about, tensors = self.worker.answer({**request, "folder": str(folder)})
+        with ONE:
+            about, tensors = self.worker.answer({**request, "folder": str(folder)})
         return {**about, **self.says}, tensors
 
     def stop(self) -> None:

@@ -104,7 +104,7 @@ def _read(model: Model, text: str, measure: str) -> tuple[Tensor, np.ndarray]:
     with torch.no_grad():
         x = model.module.get_input_embeddings()(inputs.stream("").ids)[0]  # type: ignore[operator]
     w = token_scores(model, inputs, [measure])[measure][usable]
-    return x[torch.as_tensor(usable)].detach().float(), w / max(float(w.sum()), 1e-30)
+    return x[torch.as_tensor(usable)].detach().float().cpu(), w / max(float(w.sum()), 1e-30)
 
 
 def _padded(x: Sequence[Tensor], w: Sequence[Any] | None) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -92,7 +92,7 @@ def _units(model: Model, kind: Kind, over: str | Site) -> list[tuple[int, int | 
             f"over={str(over)!r}: expected patterns, 'layers.*.attn.pattern' or 'layers.*.attn.heads.*.pattern'"
         )
     found = model.sites(replace(asked, stack=kind.stack))
-    return [(kind.layers.index(site.layer), site.unit) for site in found]
+    return [(kind.layers.index(s.layer), s.unit) for s in found]  # type: ignore[misc]
 
 
 def shuffle(pattern: Tensor, seen: Tensor, generator: torch.Generator) -> Tensor:

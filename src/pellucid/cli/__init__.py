@@ -14,6 +14,7 @@ import typer
 
 from pellucid.cli.anatomy import anatomy
 from pellucid.cli.benchmark import benchmark
+from pellucid.cli.edit import edit
 from pellucid.cli.monitor import monitor
 from pellucid.cli.report import report
 from pellucid.cli.workbench import workbench
@@ -22,6 +23,7 @@ from pellucid.errors import PellucidError
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 app.command()(anatomy)
 app.command()(benchmark)
+app.command()(edit)
 app.add_typer(monitor, name="monitor")
 app.command()(report)
 app.command()(workbench)

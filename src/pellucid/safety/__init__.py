@@ -1,6 +1,7 @@
 """What a model believes, monitors and gates while it speaks, steering with its price, abstention, auditors, the loop that mends."""
 
 from pellucid.safety.abstention import abstain, answered_right
+from pellucid.safety.auditors import audit
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
 from pellucid.safety.failures import Failure, Mitigation, trace_failure
@@ -8,6 +9,7 @@ from pellucid.safety.fitting import fit_monitor
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
 from pellucid.safety.guarding import Alarm
+from pellucid.safety.honesty import Pressure, honesty
 from pellucid.safety.improving import Improved, improve
 from pellucid.safety.inspect import inspect_model, inspect_solver
 from pellucid.safety.learnt import LearntEdit
@@ -35,6 +37,7 @@ __all__ = [
     "LearntEdit",
     "Mitigation",
     "Monitor",
+    "Pressure",
     "Rule",
     "Statements",
     "Threshold",
@@ -43,6 +46,7 @@ __all__ = [
     "ablate_direction",
     "abstain",
     "answered_right",
+    "audit",
     "calibrate",
     "compare_stages",
     "condition",
@@ -53,6 +57,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "fit_monitor",
+    "honesty",
     "import_vectors",
     "improve",
     "in_weights",

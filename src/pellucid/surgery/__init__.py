@@ -9,6 +9,7 @@ from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
 from pellucid.surgery.removal import removal
+from pellucid.surgery.scoreboard import editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch, stitching
@@ -31,6 +32,7 @@ __all__ = [
     "chosen_variants",
     "draft_and_verify",
     "edit",
+    "editing_by_layer",
     "ensemble",
     "exits",
     "generate_early",
@@ -41,9 +43,11 @@ __all__ = [
     "remove",
     "reorder",
     "repeat",
+    "scoreboard",
     "similarity",
     "splice",
     "stitching",
     "swap",
     "take",
+    "traced_again",
 ]

@@ -32,12 +32,17 @@ def measured(model: Model, pairs: Sequence[tuple[Text, Text | None]], keep: bool
     given = rows(model, [p for p, _ in pairs], [a for _, a in pairs]) if pairs else []
     probability, exact = np.full(len(given), np.nan), np.zeros(len(given))
     first: list[Tensor] = [torch.zeros(0)] * len(given)
-    for numbers, inputs in batched(model, given):
+    same: dict[tuple[object, ...], list[int]] = {}  # answers of one token to one prompt are one run
+    for i, row in enumerate(given):
+        same.setdefault((row.ids, row.decoder, row.read), []).append(i)
+    alike = list(same.values())
+    for which, inputs in batched(model, [given[group[0]] for group in alike]):
+        numbers = [alike[w][0] for w in which]
         stream = inputs.stream("")
         at = torch.stack([stream.starts + (p if p >= 0 else stream.lengths + p) for p in given[numbers[0]].read], 1)
         logits = model.run(inputs).logits
         z = logits[torch.arange(len(numbers))[:, None], at.to(logits.device)].float().log_softmax(-1).cpu()
-        for row, i in zip(z, numbers, strict=True):
+        for row, i in [(row, i) for row, w in zip(z, which, strict=True) for i in alike[w]]:
             tokens = torch.tensor(given[i].answer, dtype=torch.long)
             if len(tokens):
                 probability[i] = float(row.gather(1, tokens[:, None]).mean().exp())

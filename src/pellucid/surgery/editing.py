@@ -77,6 +77,11 @@ class Edited:
         """The changes as one safetensors file, tied to the weights of the model they began with."""
         return self.model.save_changes(path)
 
+    def alone(self) -> list[Edited]:
+        """Each fact edited by itself on the model before, with the values that were found."""
+        settings = self.settings
+        return [edit(self.before, [f], values=self.values.one(i), **settings) for i, f in enumerate(self.facts)]
+
     def _repr_html_(self) -> str:
         return self.result._repr_html_()
 
@@ -147,7 +152,7 @@ def edit(
     )
     settings = {
         "how": how, "layers": chosen, "contexts": list(contexts), "essence": essence, "hold": list(hold), "search": search,
-        "share": share, "penalty": penalty, "null_space": null_space, "seed": seed, "covariance": covariance,
+        "share": share, "penalty": penalty, "null_space": null_space, "seed": seed, "covariance": covariance, "after": after,
     }  # fmt: skip
     return Edited(
         made,
@@ -434,4 +439,4 @@ def wrong_layer(model: Model, layers: Sequence[int]) -> list[int]:
 def again(edited: Edited, **changed: Any) -> Edited:
     """The same facts edited with other settings, from the same model."""
     settings = {**edited.settings, **changed}
-    return edit(edited.before, edited.facts, after=edited.previous, **settings)
+    return edit(edited.before, edited.facts, **settings)

@@ -76,6 +76,13 @@ class Values:
     history: Tensor
     routed: Tensor = field(repr=False)  # [row]
 
+    def one(self, fact: int) -> Values:
+        """Those of one fact."""
+        which = slice(fact, fact + 1)
+        return Values(
+            self.memory[which], [], self.keys[which], self.delta[which], self.h[which], self.history[:, which], self.routed[:0]
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class Moved(Edit):

@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -86,7 +86,8 @@ class Pool:
         self, threads: ThreadPoolExecutor, task: _Task, batches: list[Batch]
     ) -> Iterator[tuple[Batch, list[Tensor]]]:
         free, tries = list(range(len(self.lanes))), dict.fromkeys(range(len(batches)), 0)
-        open_, left = {}, list(tries)
+        open_: dict[Future[list[Tensor]], tuple[int, int]] = {}
+        left = list(tries)
         try:
             while left or open_:
                 while left and free:

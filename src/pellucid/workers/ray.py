@@ -67,7 +67,8 @@ class ActorLane:
     """One actor. Files go through the object store, once for each folder."""
 
     def __init__(self, resources: dict[str, Any]) -> None:
-        self.at, self.resources, self.actor = "", resources, None
+        self.at, self.resources = "", resources
+        self.actor: Any = None
         self._sent: tuple[str, dict[str, Any]] = ("", {})
 
     def ask(self, request: dict[str, Any], folder: Path) -> Reply:
@@ -77,7 +78,7 @@ class ActorLane:
         if self._sent[0] != str(folder):
             self._sent = str(folder), {f.name: ray.put(f.read_bytes()) for f in sorted(folder.iterdir())}
         try:
-            found: Reply = ray.get(self.actor.answer.remote(request, list(self._sent[1]), *self._sent[1].values()))
+            found: Any = ray.get(self.actor.answer.remote(request, list(self._sent[1]), *self._sent[1].values()))
         except (
             ray.exceptions.RayActorError,
             ray.exceptions.WorkerCrashedError,
@@ -85,7 +86,8 @@ class ActorLane:
         ) as error:
             self.stop()
             raise Died(" ".join(str(error).split())[:200]) from error
-        return found
+        about, tensors = found
+        return about, tensors
 
     def stop(self) -> None:
         import ray

@@ -1,0 +1,72 @@
+"""Gradients of gradients are those of explicit attention, kernels are put back, and Ross et al.'s penalty is what its algebra says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import pellucid as pl
+from pellucid import tuning as tu
+from pellucid.errors import Refused
+from pellucid.tuning.data import Encoded
+from pellucid.tuning.objective import Pass
+from tests.tuning.test_fit import data, opened
+from tests.zoo import tokenizer
+
+
+def gradients(model: pl.Model, objective: tu.RightReasons) -> tuple[float, dict[str, torch.Tensor]]:
+    encoded = Encoded(model, data(n=4))
+    parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        seen = Pass(model, encoded.batch(range(4)), encoded, gradients=True)
+        loss = objective.loss(seen, torch.Generator().manual_seed(0))
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return float(loss.detach()), {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def copy(attn: str, dtype: torch.dtype = torch.float32) -> pl.Model:
+    module = transformers.BertForSequenceClassification(opened("bert-class").module.config).eval()
+    module.load_state_dict(opened("bert-class").module.state_dict())
+    module.to(dtype).set_attn_implementation(attn)
+    return pl.load(module, tokenizer=tokenizer(None))
+
+
+def test_sdpa_gives_what_explicit_attention_gives_and_has_its_kernels_back() -> None:
+    flags = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math")]
+    (_, eager), (_, sdpa) = (gradients(copy(kind), tu.RightReasons("decoy")) for kind in ("eager", "sdpa"))
+    for name, g in eager.items():
+        assert (g - sdpa[name]).norm() <= 1e-5 * max(float(g.norm()), 1e-3), name
+    assert [
+        getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math")
+    ] == flags
+
+
+def test_a_flash_kernel_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy("sdpa")
+    encoded = Encoded(model, data(n=4))
+    monkeypatch.setattr(
+        "pellucid.tuning.kernels.implementation", lambda model: "flash_attention_2"
+    )  # no such package here
+    with pytest.raises(Refused, match="flash_attention_2 has none: .*Consistency"):
+        tu.RightReasons("decoy").check(model, encoded)
+
+
+def test_the_published_penalty_is_that_of_the_log_odds_times_tanh_squared_and_a_share_has_no_scale() -> None:
+    model = copy("eager", torch.float64)
+    encoded = Encoded(model, data(n=4))
+    for row in range(4):
+        with torch.enable_grad():
+            seen = Pass(model, encoded.batch([row]), encoded, gradients=True)
+            ross, plain = (
+                float(tu.RightReasons("decoy", form="absolute", of=of).loss(seen, torch.Generator()).detach())
+                for of in ("log_probability_sum", "log_odds")
+            )
+        factor = float(torch.tanh(seen.log_odds.detach() / 2).square())
+        assert ross == pytest.approx(factor * plain, rel=1e-9)
+    before = [gradients(model, tu.RightReasons("decoy", form=form))[0] for form in ("share", "absolute")]
+    with torch.no_grad():
+        for p in model.module.classifier.parameters():
+            p.mul_(10)
+    after = [gradients(model, tu.RightReasons("decoy", form=form))[0] for form in ("share", "absolute")]
+    assert after[0] == pytest.approx(before[0], rel=1e-9) and after[1] == pytest.approx(100 * before[1], rel=1e-9)
