@@ -119,6 +119,10 @@ def compare_stages(
     rows, read = [], {}
     if second.threshold is None:
         raise InputError(f"{cascade.name!r} has no threshold: safety.calibrate sets one from benign conversations")
+    if not np.isfinite(second.level):
+        raise InputError(
+            "whoever meets the second stage sets this cascade off, so it has no threshold to be compared alone: calibrate it by itself"
+        )
     for name, each in (("first", cascade.first), ("second", second), ("cascade", cascade)):
         states: list[dict[str, Any]] = []
         found = list(traces(model, each, prompts, replies, max_new_tokens, batch, states))
