@@ -41,5 +41,6 @@ def _pages_open_the_packaged_model(request: pytest.FixtureRequest, monkeypatch: 
         from pellucid.model import load
 
         monkeypatch.setattr(
-            "pellucid.model.load", lambda source, **options: model if isinstance(source, str) else load(source, **options)
+            "pellucid.model.load",
+            lambda source, **options: model if isinstance(source, str) else load(source, **options),
         )

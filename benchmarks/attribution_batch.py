@@ -17,9 +17,31 @@ import pellucid as pl
 from benchmarks.measuring import cpu
 from tests.models import minilm_path
 
-WORDS = (
-    ["a", "man", "is", "eating", "food", "in", "the", "park", "while", "two", "dogs", "run", "after", "an", "old", "red", "ball", "that", "nobody", "threw", "and", "it", "rains"]
-)
+WORDS = [
+    "a",
+    "man",
+    "is",
+    "eating",
+    "food",
+    "in",
+    "the",
+    "park",
+    "while",
+    "two",
+    "dogs",
+    "run",
+    "after",
+    "an",
+    "old",
+    "red",
+    "ball",
+    "that",
+    "nobody",
+    "threw",
+    "and",
+    "it",
+    "rains",
+]
 LENGTHS = [3, 5, 4, 8, 6, 12, 5, 22, 7, 4, 9, 15, 6, 5, 11, 18] * 2
 SENTENCES = [" ".join(WORDS[(3 * i) % 11 :][:n] or WORDS[:n]).capitalize() + "." for i, n in enumerate(LENGTHS)]
 TARGET = "Someone is having a meal outdoors."

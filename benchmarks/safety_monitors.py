@@ -172,7 +172,21 @@ def _scores(model: pl.Model, monitor: sf.Monitor, prompt: str, reply: str) -> np
 
 # ---- abstention
 
-RELATIONS = ["country_capital_city", "country_language", "country_currency", "country_largest_city", "city_in_country", "landmark_in_country", "landmark_on_continent", "company_hq", "product_by_company", "person_plays_pro_sport", "person_plays_instrument", "food_from_country", "star_constellation"]
+RELATIONS = [
+    "country_capital_city",
+    "country_language",
+    "country_currency",
+    "country_largest_city",
+    "city_in_country",
+    "landmark_in_country",
+    "landmark_on_continent",
+    "company_hq",
+    "product_by_company",
+    "person_plays_pro_sport",
+    "person_plays_instrument",
+    "food_from_country",
+    "star_constellation",
+]
 
 
 def facts(data: Path, each: int = 30) -> tuple[list[str], list[str], list[str]]:

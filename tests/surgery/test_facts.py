@@ -330,7 +330,9 @@ def test_answers_of_several_tokens_are_rows_of_their_own() -> None:
 def test_the_matrix_under_an_adapter_moves_and_the_adapter_stays() -> None:
     from peft import LoraConfig, get_peft_model
 
-    adapted = get_peft_model(build("llama"), LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        build("llama"), LoraConfig(target_modules=["down_proj"], r=2, init_lora_weights=False)
+    ).eval()
     model = pl.load(adapted, tokenizer=tokenizer(build("llama")))
     made = edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)
     memory = made.values.memory[0]
@@ -351,7 +353,14 @@ def test_square_weights_are_not_turned_around() -> None:
 
     torch.manual_seed(0)
     module = LlamaForCausalLM(
-        LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+        )
     ).eval()
     model = pl.load(module, tokenizer=tokenizer(module))
     made = edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)

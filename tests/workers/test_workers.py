@@ -31,7 +31,9 @@ from tests.models import minilm_path
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-ONE = threading.Lock()  # transformers opens a model under patches of its own classes: not twice at a time in one process
+ONE = (
+    threading.Lock()
+)  # transformers opens a model under patches of its own classes: not twice at a time in one process
 
 
 class InProcess:

@@ -162,7 +162,9 @@ class Plan:
                     todo = [v for v in self.variants if not self.done[v.index]]
                     for chunk, logits in self.here(todo) if where is None else where.run(self, todo):
                         which = [variant.index for variant in chunk]
-                        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(self.values)  # one wait
+                        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(
+                            self.values
+                        )  # one wait
                         self.done[which] = True
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)

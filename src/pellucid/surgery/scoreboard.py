@@ -291,8 +291,9 @@ def _random_keys(edited: Edited, seed: int) -> list[Added]:
         factor = change.left.T if rows_in[change.parameter] else change.right
         noise = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
         noise *= (factor.norm(dim=1) / noise.norm(dim=1))[:, None]
-        by = {"left": noise.T.contiguous()} if rows_in[change.parameter] else {"right": noise}
-        made.append(replace(change, **by))
+        made.append(
+            replace(change, left=noise.T.contiguous()) if rows_in[change.parameter] else replace(change, right=noise)
+        )
     return made
 
 

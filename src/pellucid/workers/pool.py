@@ -79,7 +79,9 @@ class Pool:
             job.write(plan, folder / "job.safetensors")
             task = _Task(self, plan, recipe, folder)
             with ThreadPoolExecutor(len(self.lanes)) as threads:
-                dearest = sorted(plan.chunks(variants), key=lambda batch: -sum(plan.rung.cost(plan.job, v) for v in batch))
+                dearest = sorted(
+                    plan.chunks(variants), key=lambda batch: -sum(plan.rung.cost(plan.job, v) for v in batch)
+                )
                 yield from self._spread(threads, task, dearest)
 
     def _spread(
