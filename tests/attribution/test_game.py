@@ -123,7 +123,7 @@ def test_an_interrupted_game_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
         if ran:
             raise KeyboardInterrupt
         ran.append(len(chunk))
-        original(self, chunk)
+        return original(self, chunk)
 
     monkeypatch.setattr(Plan, "_execute", stops)
     monkeypatch.setattr(Plan, "chunks", lambda self, variants: iter([variants[:4], variants[4:]]))
@@ -136,7 +136,7 @@ def test_an_interrupted_game_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
     def counts(self, chunk):
         seen.extend(v.index for v in chunk)
-        original(self, chunk)
+        return original(self, chunk)
 
     monkeypatch.setattr(Plan, "_execute", counts)
     resumed = shapley(model, PROMPT, " Paris", draws=4, seed=3, checkpoint=file)

@@ -71,11 +71,11 @@ def test_an_interrupted_method_goes_on_from_its_file(
     def one_by_one(self: Plan, variants: Any) -> Any:
         return ([v] for chunk in chunks(self, variants) for v in chunk)
 
-    def interrupted(self: Plan, chunk: list[Any]) -> None:
+    def interrupted(self: Plan, chunk: list[Any]) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        execute(self, chunk)
+        return execute(self, chunk)
 
     monkeypatch.setattr(Plan, "chunks", one_by_one)
     monkeypatch.setattr(Plan, "_execute", interrupted)

@@ -84,7 +84,9 @@ def held(make: Callable[[], Any]) -> int:
 
 
 def _storages() -> dict[int, int]:
-    found = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+    found = [
+        x for x in gc.get_objects() if type(x) in (Tensor, torch.nn.Parameter)
+    ]  # not those that others pretend with
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found if x.layout == torch.strided}
 
 

@@ -178,7 +178,10 @@ class Plan:
     def here(self, variants: Sequence[Variant]) -> Iterator[tuple[list[Variant], list[Tensor]]]:
         """Batches of variants, each with what the metric reads."""
         for chunk in self.chunks(variants):
-            yield chunk, self.logits(chunk) if self._checked else self._run_and_check(chunk)
+            yield chunk, self._execute(chunk)
+
+    def _execute(self, chunk: list[Variant]) -> list[Tensor]:
+        return self.logits(chunk) if self._checked else self._run_and_check(chunk)
 
     def _resume(self, clean: Tensor) -> None:
         saved = self.checkpoint.load(clean) if self.checkpoint is not None else None

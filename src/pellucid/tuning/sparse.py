@@ -189,7 +189,7 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
     for start in range(0, len(encoded), 32):
         batch = encoded.batch(range(start, min(start + 32, len(encoded))))
         run = model.run(batch.inputs, keep=[*patterns, *neurons], edits=made)
-        real = batch.inputs.streams.get("encoder", batch.inputs.stream("")).mask.bool()
+        real = batch.inputs.streams.get("encoder", batch.inputs.stream("")).mask.bool().cpu()
         seen = real[:, None, :] & real[:, :, None]
         seen = seen.tril() if causal else seen
         marks = (~batch.content & real)[:, None, None, :]
