@@ -5,13 +5,13 @@ The probe of induction heads (Olsson et al. 2022): an ordinary text can be conti
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def repeated_tokens(
@@ -25,6 +25,8 @@ def repeated_tokens(
     >>> repeated_tokens(None, 1, length=2, vocabulary=9).shape
     torch.Size([1, 4])
     """
+    import torch  # slow, and tasks need it nowhere else
+
     if tokenizer is None and vocabulary is None:
         raise InputError("without a tokenizer the size of the vocabulary must be said: give vocabulary=")
     size = len(tokenizer) if vocabulary is None else vocabulary
