@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import json
 import textwrap
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +59,10 @@ _HEADS = {
     ),
     "base": ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
 }
+
+# transformers opens a model under patches of its own classes: a second thread would leave them there, and every model opened
+# after that would be another (a tied head without its weight).
+_opening = threading.RLock()
 
 # What no connection raises: its class is that of the HTTP client huggingface_hub was built on.
 _TRANSPORT: tuple[type[Exception], ...] = (OSError, *hub_errors.HfHubHTTPError.__bases__)
@@ -162,7 +167,12 @@ def read(
     if files.gguf:
         files = _expanded(files)
         options = files.options | {"trust_remote_code": trust_remote_code}
-    with _one_line_errors(files.name), _quiet(), gguf.parsed_once() if files.gguf else contextlib.nullcontext():
+    with (
+        _opening,
+        _one_line_errors(files.name),
+        _quiet(),
+        gguf.parsed_once() if files.gguf else contextlib.nullcontext(),
+    ):
         config = transformers.AutoConfig.from_pretrained(files.where, **options)
         if tokenizer is None:
             tokenizer = _tokenizer(files.where, files.name, **options)
@@ -312,7 +322,7 @@ def _gguf(name: str, where: str, file: str, revision: str | None = None) -> _Fil
 
 def _expanded(files: _Files) -> _Files:
     """The kept copy of a GGUF file, made now where there is none yet; the file itself where none can be kept."""
-    with _one_line_errors(files.name), _quiet():
+    with _opening, _one_line_errors(files.name), _quiet():
         path = Path(files.where) / str(files.gguf)
         if not path.exists():
             path = Path(huggingface_hub.hf_hub_download(files.where, str(files.gguf), revision=files.revision))

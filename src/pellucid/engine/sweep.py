@@ -94,6 +94,7 @@ class Plan:
     model: Any = None  # the model it is a sweep of, which other places must open
     values: Tensor = field(init=False)
     done: Tensor = field(init=False)
+    read: Tensor = field(init=False)  # what the metric reads of the run without edits
     rung: Rung = field(init=False)
     reasons: dict[str, str] = field(default_factory=dict)  # a rung's name -> why it cannot be used; "" if it can
 
@@ -154,7 +155,8 @@ class Plan:
         the checkpoint."""
         where = on or _where.get()
         with running(self.job.anatomy.module), progress[None](what="runs", total=len(self.variants)) as bar:
-            clean = self.metric(self.rung.clean(self.job))
+            self.read = self.rung.clean(self.job)
+            clean = self.metric(self.read)
             self._resume(clean)
             bar.step(int(self.done.sum()))
             while not bool(self.done.all()):

@@ -123,7 +123,7 @@ class _Task:
     def __init__(self, pool: Pool, plan: Plan, recipe: dict[str, Any], folder: Path) -> None:
         self.pool, self.plan, self.recipe, self.folder = pool, plan, recipe, folder
         self.name = uuid4().hex
-        self.clean = plan.rung.clean(plan.job).detach().cpu()
+        self.clean = plan.read.detach().cpu()
 
     def run(self, number: int, batch: Batch) -> list[Tensor]:
         """What a worker reads of the variants of one batch."""
