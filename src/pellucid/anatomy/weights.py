@@ -135,6 +135,11 @@ def _by_identity(module: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Ten
         return torch.cat(made, 1)[0], zero[0, 0]
 
 
+def inputs_first(module: nn.Module, shape: int | tuple[int, ...]) -> bool:
+    """Whether a linear-like module keeps its weight as [in, out] (GPT-2's Conv1D), not as [out, in]."""
+    return linear_map(module, shape)[0].stride() == module.get_parameter("weight").stride()
+
+
 def linear_map(module: nn.Module, width: int | tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """The map x -> x @ W + b of a linear-like module for inputs of size `width`: W [in, out] and b [out] or
     None.

@@ -82,15 +82,24 @@ class Job:
     @cached_property
     def shares(self) -> tuple[float, float]:
         """The shares of the unembedding and of the blocks in one forward pass, by parameters."""
-        module = self.anatomy.module
-        body = sum(p.numel() for b in self.stack.blocks for p in module.get_submodule(b.module).parameters())
-        name = self.anatomy.head.unembed if self.anatomy.head is not None else None
-        head = sum(p.numel() for p in module.get_submodule(name).parameters()) if name else 0
+        head, blocks = weights(self.anatomy)
+        body = sum(blocks)
         return head / max(1, head + body), body / max(1, head + body)
 
     def plain(self, variant: Variant) -> Tensor:
         """What the metric reads of the whole forward pass of one variant: the truth that rungs are held against."""
         return self.reader.read(run_rows(self.anatomy, self.inputs, [variant], None)[0])
+
+
+def weights(anatomy: Anatomy) -> tuple[int, list[int]]:
+    """How many parameters the unembedding has, and each block of the last stack."""
+
+    def size(name: str | None) -> int:
+        return sum(p.numel() for p in anatomy.module.get_submodule(name).parameters()) if name else 0
+
+    return size(anatomy.head.unembed if anatomy.head is not None else None), [
+        size(block.module) for block in anatomy.stacks[-1].blocks
+    ]
 
 
 class Rung:

@@ -7,11 +7,11 @@ or whose attention does not go through the interface. A skipped block returns wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.opening import main_output
@@ -23,7 +23,7 @@ from pellucid.engine.recording import Recording
 from pellucid.engine.writing import Window, Written
 from pellucid.errors import Refused, SiteError
 
-_lock = threading.Lock()  # stubbing changes a module's forward for a moment: one sweep at a time
+_lock = threading.Lock()  # this changes a module's forward for a moment: one sweep, or one generation, at a time
 
 
 def grow(tree: Any, n: int, rows: int) -> Any:
@@ -54,10 +54,17 @@ def skipping(anatomy: Anatomy, recording: Recording | None, before: int, n: int,
 
         return forward
 
+    with stubs(dict.fromkeys(modules, stub)):
+        yield
+
+
+@contextmanager
+def stubs(made: Mapping[nn.Module, Callable[[Callable[..., Any]], Callable[..., Any]]]) -> Iterator[None]:
+    """Modules with the forwards that are made of their own, which they have again afterwards."""
     with _lock:
-        own = {m: m.__dict__.get("forward") for m in modules}
+        own = {m: m.__dict__.get("forward") for m in made}
         try:
-            for module in modules:
+            for module, stub in made.items():
                 module.forward = stub(module.forward)
             yield
         finally:

@@ -25,12 +25,14 @@ from torch import Tensor
 from pellucid.anatomy.frozen import affine
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Attention, Mlp
+from pellucid.anatomy.weights import inputs_first, is_packed
 from pellucid.changed import Change, Replaced
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.safety.vector import Vector, ablate_direction, load_vectors, steer
 
+_UNPLAIN = "{} is no plain weight of the stream (quantised, or inside an adapter): open it unquantised, adapters merged"
 CLOSE = 1e-4  # of the largest logit
 
 
@@ -218,9 +220,9 @@ def _projected(model: Model, u: Tensor) -> list[Change]:
                 raise Refused(
                     f"a norm or gate stands behind {name}, so a projection of its weights is none of the stream: ablate while it runs"
                 )
-            changes += _off(
-                model, f"{name}.weight", u, 1 if type(module).__name__ == "Conv1D" else 0
-            )  # [in, out] there
+            if is_packed(module) or "weight" not in module._parameters:
+                raise Refused(_UNPLAIN.format(f"{name}.weight"))
+            changes += _off(model, f"{name}.weight", u, int(inputs_first(module, part.linear.shape)))
             changes += _off(model, f"{name}.bias", u, 0) if getattr(module, "bias", None) is not None else []
     for tap in stack.embeds.values():
         changes += _off(model, f"{tap.module}.weight", u, 1, ties="apart")
@@ -232,8 +234,6 @@ def _off(model: Model, name: str, u: Tensor, axis: int, ties: Any = "refuse") ->
     module, _, own = name.rpartition(".")
     weight = model.module.get_submodule(module)._parameters.get(own)
     if weight is None or not weight.is_floating_point() or weight.ndim <= axis or weight.shape[axis] != len(u):
-        raise Refused(
-            f"{name} is no plain weight of the stream (quantised, or inside an adapter): open it unquantised, adapters merged"
-        )
+        raise Refused(_UNPLAIN.format(name))
     w = weight.detach().double().cpu().movedim(axis, -1)
     return [Replaced(name, (w - (w @ u) @ u.T).movedim(-1, axis).to(weight), ties=ties)]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -32,17 +33,19 @@ from transformers import DynamicCache
 
 from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.opening import main_output
+from pellucid.anatomy.structure import Block
 from pellucid.anatomy.trace import put, take
 from pellucid.engine.pausing import progress
+from pellucid.engine.rungs import weights
+from pellucid.engine.stubbed import stubs
 from pellucid.errors import InputError, Refused, at_least
 from pellucid.lenses.lens import logits
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.surgery.exits import Exit, _costs, _lens_cost, confidence
+from pellucid.surgery.exits import Exit, confidence, costs, lens_cost
 from pellucid.technique import technique
 
 States = Literal["recompute", "propagate"]
-_lock = threading.Lock()  # passing blocks by changes their forward for a moment: one generation at a time
 
 
 class _Kept(BaseException):
@@ -76,9 +79,9 @@ class _Walk:
         self.checked = self.policy.checked(self.model)
         self.found = self.model.anatomy.stacks[-1].blocks
         self.sites = {i: str(self.model.sites(f"layers.{i}.resid_post")[0]) for i in self.checked}
-        self.unembedding, self.n = _costs(self.model)
-        self.lens = _lens_cost(self.model, self.policy.lens)
-        self.projections = [_projections(self.model, i) for i in range(self.n)]
+        self.unembedding, self.n = costs(self.model)
+        self.lens = lens_cost(self.model, self.policy.lens)
+        self.projections = _projections(self.model)
 
     # ---- passes
 
@@ -159,18 +162,8 @@ class _Walk:
 
             return forward
 
-        with _lock:
-            own = {m: m.__dict__.get("forward") for m in modules}
-            try:
-                for i, module in enumerate(modules):
-                    module.forward = stub(i, module.forward)
-                yield
-            finally:
-                for module, old in own.items():
-                    if old is None:
-                        del module.__dict__["forward"]
-                    else:
-                        module.forward = old
+        with stubs({module: partial(stub, i) for i, module in enumerate(modules)}):
+            yield
 
     def _asked(self, i: int, output: Any) -> Any:
         """The block's output; translated where the policy ends the pass here."""
@@ -210,13 +203,16 @@ class _Walk:
             del self.cache.update
 
 
-def _projections(model: Model, i: int) -> float:
-    """Queries, keys and values as a share of a block, by weights."""
-    block = model.anatomy.stacks[-1].blocks[i]
-    body = sum(p.numel() for p in model.module.get_submodule(block.module).parameters())
-    found = [a for a in block.attentions.values() if a.part.startswith("attn")]
-    wide = sum((a.heads + a.kv_heads) * a.d_head + a.kv_heads * a.d_value for a in found)
-    return float(min(1.0, wide * model.anatomy.stacks[-1].d_model / max(1, body)))
+def _projections(model: Model) -> list[float]:
+    """Queries, keys and values of each block as a share of it, by weights."""
+    stack = model.anatomy.stacks[-1]
+
+    def wide(block: Block) -> int:
+        found = [a for a in block.attentions.values() if a.part.startswith("attn")]
+        return sum((a.heads + a.kv_heads) * a.d_head + a.kv_heads * a.d_value for a in found)
+
+    sizes = weights(model.anatomy)[1]
+    return [min(1.0, wide(b) * stack.d_model / max(1, size)) for b, size in zip(stack.blocks, sizes, strict=True)]
 
 
 def _begun(model: Model, prompt: Any, policy: Exit, states: States) -> _Walk:

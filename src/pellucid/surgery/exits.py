@@ -34,6 +34,7 @@ from torch import Tensor
 from pellucid.changed import check_weights
 from pellucid.corpus import Row, inputs
 from pellucid.engine.pausing import progress
+from pellucid.engine.rungs import weights
 from pellucid.errors import InputError, Refused, at_least, nearest
 from pellucid.lenses.lens import Lens, layer_numbers, logits
 from pellucid.lenses.tuned_lens import corpus_rows
@@ -244,22 +245,16 @@ def _passed(model: Model, row: Row, policies: Sequence[Exit], states: bool = Fal
     return found
 
 
-def _costs(model: Model) -> tuple[float, int]:
+def costs(model: Model) -> tuple[float, int]:
     """One unembedding in blocks, by weights; and how many blocks there are."""
-    stack, head = model.anatomy.stacks[-1], model.anatomy.head
-    body = sum(p.numel() for b in stack.blocks for p in model.module.get_submodule(b.module).parameters())
-    last = (
-        sum(p.numel() for p in model.module.get_submodule(head.unembed).parameters())
-        if head is not None and head.unembed
-        else 0
-    )
-    return last / max(1, body / len(stack.blocks)), len(stack.blocks)
+    head, blocks = weights(model.anatomy)
+    return head / max(1, sum(blocks) / len(blocks)), len(blocks)
 
 
-def _lens_cost(model: Model, lens: Lens | None) -> float:
+def lens_cost(model: Model, lens: Lens | None) -> float:
+    """One translation in blocks, by weights."""
     sizes = [w.numel() for w in getattr(lens, "weights_", {}).values()]
-    body = sum(p.numel() for p in model.module.get_submodule(model.anatomy.stacks[-1].blocks[0].module).parameters())
-    return max(sizes, default=0) / max(1, body)
+    return max(sizes, default=0) / max(1, weights(model.anatomy)[1][0])
 
 
 @dataclass
@@ -316,13 +311,13 @@ def exits(
         policy.check(model)
     every = sorted({i for p in named.values() for i in p.checked(model)})
     rows = corpus_rows(model, texts, tokens, context)
-    unembedding, n = _costs(model)
+    unembedding, n = costs(model)
     passes = [_passed(model, row, [*named.values()]) for row in progress(rows, "exits")]
     found: dict[str, list[float]] = {}
     for number, policy in enumerate(named.values()):
         layers = policy.checked(model)
         judged = _judge(passes, number, layers, n, policy.threshold)
-        check = unembedding + _lens_cost(model, policy.lens) if policy.reads else 0.0
+        check = unembedding + lens_cost(model, policy.lens) if policy.reads else 0.0
         end = (
             (1 - judged.exited) * unembedding if policy.reads else unembedding
         )  # the check's own logits are the answer
@@ -399,7 +394,7 @@ def calibrate(
     if not (0 < delta < 1 and 0 < epsilon < 1):
         raise InputError(f"delta={delta!r}, epsilon={epsilon!r}: expected numbers between 0 and 1")
     policy.check(model)
-    layers, n = policy.checked(model), _costs(model)[1]
+    layers, n = policy.checked(model), costs(model)[1]
     rows = corpus_rows(model, texts, tokens, context)
     passes = [_passed(model, row, [policy]) for row in progress(rows, "calibration")]
     rng = np.random.default_rng(seed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site, choose
 from pellucid.anatomy.structure import Block
-from pellucid.anatomy.weights import is_packed, linear_map
+from pellucid.anatomy.weights import inputs_first, is_packed
 from pellucid.anatomy.writers import Writer
 from pellucid.changed import Added
 from pellucid.engine.inputs import Inputs
@@ -279,8 +279,8 @@ class Memory:
             raise Refused(
                 f"{what}: its down projection is a {type(kept).__name__}, whose weight is no matrix that can be written to"
             )
-        matrix, _ = linear_map(kept, mlp.linear.shape)
-        return cls(layer, None, stack.prefix, name, matrix.stride() == weight.stride(), mlp.linear.width, block)
+        rows_in = inputs_first(kept, mlp.linear.shape)
+        return cls(layer, None, stack.prefix, name, rows_in, mlp.linear.width, block)
 
     @property
     def name(self) -> str:
