@@ -12,6 +12,7 @@ from torch import Tensor
 from pellucid import tuning as tu
 from pellucid.errors import PellucidError
 from pellucid.tuning.data import Encoded
+from pellucid.tuning.measuring import precision
 from pellucid.tuning.objective import Pass
 from tests.tuning.test_fit import KINDS, QUICK, data, opened
 
@@ -103,3 +104,16 @@ def test_heads_that_are_not_there_are_an_error() -> None:
     for heads in ("layers.0.attn.heads.99", "layers.9.attn.heads.0", "layers.0.mlp.out"):
         with pytest.raises(PellucidError):
             tu.fit(opened("bert-class"), data(), tu.Attend("rationale", heads=heads), **QUICK)
+
+
+def test_average_precision_is_the_librarys_where_scores_are_equal_too() -> None:
+    """Sparse attention gives many zeros: the order they stand in must not count."""
+    from sklearn.metrics import average_precision_score
+
+    drawn = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.randint(4, (12,), generator=drawn).float()
+        positive = torch.rand(12, generator=drawn) < 0.4
+        if 0 < int(positive.sum()) < 12:
+            assert precision(scores, positive) == pytest.approx(average_precision_score(positive, scores))
+    assert math.isnan(precision(torch.ones(3), torch.zeros(3, dtype=torch.bool)))

@@ -125,13 +125,19 @@ def abstain(
     return _result(model, named, right, sure, groups, risk, promise, confidence, draws, seed)
 
 
-def curve(sure: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """[draw, coverage] the share of wrong among the surest, where question i counts `weights` [draw, i] times; of questions that
-    are equally sure each has the error of all of them."""
+def _tied(sure: np.ndarray, right: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The surest first: weights [draw, question], where each group of equally sure ones starts, and over these groups
+    [draw, group] their weight and that of the wrong among them."""
     order = np.argsort(-sure, kind="stable")
     starts = np.flatnonzero(np.append(True, np.diff(sure[order]) != 0))
     w = weights[:, order]
-    sums, wrong = (np.add.reduceat(x, starts, axis=1) for x in (w, w * ~right[order]))
+    return w, starts, *(np.add.reduceat(x, starts, axis=1) for x in (w, w * ~right[order]))
+
+
+def curve(sure: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[draw, coverage] the share of wrong among the surest, where question i counts `weights` [draw, i] times; of questions that
+    are equally sure each has the error of all of them."""
+    w, _, sums, wrong = _tied(sure, right, weights)
     n, total = np.cumsum(sums, 1), np.cumsum(wrong, 1)
     made = np.empty((len(w), len(POINTS)))
     for d in range(len(w)):
@@ -142,12 +148,9 @@ def curve(sure: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarra
 
 def aurc(sure: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[draw] the mean risk over all coverages; equal scores in the middle of their orders."""
-    order = np.argsort(-sure, kind="stable")
-    starts = np.flatnonzero(np.append(True, np.diff(sure[order]) != 0))
-    w = weights[:, order]
-    sums, wrong = (np.add.reduceat(x, starts, axis=1) for x in (w, w * ~right[order]))
+    w, starts, sums, wrong = _tied(sure, right, weights)
     share = np.divide(wrong, sums, out=np.zeros_like(wrong, dtype=float), where=sums > 0)
-    each = np.repeat(share, np.diff(np.append(starts, len(order))), axis=1)
+    each = np.repeat(share, np.diff(np.append(starts, len(sure))), axis=1)
     n = np.cumsum(w, 1)
     risk = np.divide(np.cumsum(w * each, 1), n, out=np.zeros_like(n, dtype=float), where=n > 0)
     return np.asarray((risk * w).sum(1) / w.sum(1))

@@ -37,7 +37,7 @@ from pellucid.statistics import interval
 from pellucid.technique import technique
 from pellucid.training import Keeper, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
-from pellucid.tuning.measuring import Measures, measured, term_values, verdict
+from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
 from pellucid.tuning.objective import Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
@@ -324,7 +324,7 @@ def _result(
         "accuracy": (("arm", "split"), accuracy.mean(1)), "low": (("arm", "split"), low), "high": (("arm", "split"), high),
         "accuracy_by_seed": (("arm", "seed", "split"), accuracy), "loss": ("arm", loss.mean(1)), "untrained": ("arm", untrained),
     }  # fmt: skip
-    for name in Measures.NUMBERS:
+    for name in NUMBERS:
         values = np.array([[getattr(found[a, s], name) for s in seeds] for a in arms], dtype=float)
         if not np.isnan(values).all():
             variables[name] = ("arm", values.mean(1))

@@ -21,7 +21,7 @@ from pellucid.statistics import interval
 from pellucid.technique import technique
 from pellucid.tuning.data import Encoded, Rationales
 from pellucid.tuning.fit import UNTRAINED, Settings, arms_of, run_arms, step_cost
-from pellucid.tuning.measuring import Measures
+from pellucid.tuning.measuring import NUMBERS
 from pellucid.tuning.objective import Objective
 
 LOWER = ("swap_effect", "gradient_share", "sufficiency")  # where less is better
@@ -53,8 +53,8 @@ def frontier(
         if objective.reasons
         else "swap_effect"
     )
-    if wanted not in Measures.NUMBERS:
-        raise InputError(f"measure={measure!r}: expected one of {', '.join(Measures.NUMBERS)}")
+    if wanted not in NUMBERS:
+        raise InputError(f"measure={measure!r}: expected one of {', '.join(NUMBERS)}")
     encoded = Encoded(model, data, truncate)
     objective.check(model, encoded)
     splits = {"test": Encoded(model, test if test is not None else data, truncate)}

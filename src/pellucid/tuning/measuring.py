@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.attribution.evaluation.data import average_precision
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.objective import Objective, Pass, generator, log_odds
@@ -37,10 +38,6 @@ TOP = 0.2  # of the tokens
 class Measures:
     """Of one arm at one seed."""
 
-    NUMBERS: ClassVar[tuple[str, ...]] = (
-        "confidence", "swap_effect", "gradient_share", "plausibility", "plausibility_of_random", "attention_plausibility",
-        "comprehensiveness", "comprehensiveness_of_random", "sufficiency", "sufficiency_of_random",
-    )  # fmt: skip
     right: dict[str, np.ndarray] = field(default_factory=dict)
     loss: float = math.nan
     after: dict[str, float] = field(default_factory=dict)
@@ -54,6 +51,9 @@ class Measures:
     comprehensiveness_of_random: float = math.nan
     sufficiency: float = math.nan
     sufficiency_of_random: float = math.nan
+
+
+NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "loss", "after"))
 
 
 def measured(
@@ -142,9 +142,9 @@ def _explained(
     if reasons:
         mask = torch.stack([batch.masks[name] for name in reasons]).any(0)
         chance_scores = torch.rand(sizes.shape, generator=drawn)
-        found["plausibility"] = [average_precision(s[c], m[c]) for s, m, c in zip(sizes, mask, content, strict=True)]
+        found["plausibility"] = [precision(s[c], m[c]) for s, m, c in zip(sizes, mask, content, strict=True)]
         found["plausibility_of_random"] = [
-            average_precision(s[c], m[c]) for s, m, c in zip(chance_scores, mask, content, strict=True)
+            precision(s[c], m[c]) for s, m, c in zip(chance_scores, mask, content, strict=True)
         ]
     for each in given:
         scores = each.attributed(seen)
@@ -152,7 +152,7 @@ def _explained(
             mask = torch.stack([batch.masks[name] for name in each.reasons]).any(0)
             kept = scores.detach().float().cpu()
             found["attention_plausibility"] = [
-                average_precision(s[c], m[c]) for s, m, c in zip(kept, mask, content, strict=True)
+                precision(s[c], m[c]) for s, m, c in zip(kept, mask, content, strict=True)
             ]
     fill = next(
         (
@@ -183,16 +183,15 @@ def _where(values: Tensor, some: Tensor) -> list[float]:
     return torch.where(some, values, torch.nan).tolist()
 
 
-def average_precision(scores: Tensor, positive: Tensor) -> float:
-    """Mean over the positive ones of the share of positives among what scores at least as high; NaN where none or all are.
+def precision(scores: Tensor, positive: Tensor) -> float:
+    """Average precision (equal scores together); NaN where none or all are positive.
 
-    >>> average_precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
+    >>> precision(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([True, False, True]))
     0.8333333333333333
     """
     if not bool(positive.any()) or bool(positive.all()):
         return math.nan
-    hits = positive[scores.argsort(descending=True, stable=True)].double()
-    return float((hits.cumsum(0) / torch.arange(1, len(hits) + 1))[hits.bool()].mean())
+    return average_precision(scores.double().numpy(), positive.numpy())
 
 
 def verdict(data: xr.Dataset, given: Sequence[Objective], texts: int) -> list[str]:

@@ -21,7 +21,7 @@ where the model has made itself flat at two points and keeps the step between th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -103,11 +103,11 @@ class Exchange(Where):
         donors = [i for i, p in enumerate(data.positions[self.where]) if p]
         words: list[int] = []
         if self.by == "random":
-            words = ordinary_ids(self._tokenizer(batch), batch.model.module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+            words = ordinary_ids(batch.model.tokenizer, batch.model.vocabulary)
         elif self.by == "mask":
-            words = [self._tokenizer(batch).mask_token_id]
+            words = [batch.model.tokenizer.mask_token_id]
         elif self.by != "swap":
-            words = self._tokenizer(batch)(self.by, add_special_tokens=False)["input_ids"]
+            words = batch.model.tokenizer(self.by, add_special_tokens=False)["input_ids"]
         for b in range(len(batch)):
             places = mask[b].nonzero()[:, 0].tolist()
             if not places:
@@ -133,10 +133,6 @@ class Exchange(Where):
         else:
             own = [span[k % len(span)] for k in range(len(places))]
         return [int(given[k]) for k in own]
-
-    @staticmethod
-    def _tokenizer(batch: Batch) -> Any:
-        return batch.model.tokenizer
 
 
 @dataclass(frozen=True)

@@ -84,11 +84,9 @@ def trainer(
                 found = terms(
                     chosen.model, encoded, batch, given, int(self.args.data_seed or self.args.seed), step, self._part
                 )
-            task = found.pop("task")
-            check_finite(
-                {"task": float(task.detach())} | {k: float(v.detach()) for k, v in found.items()}, step, chosen.model
-            )
-            self._terms = {"task": float(task.detach())} | {k: float(v.detach()) for k, v in found.items()}
+            self._terms = {name: float(value.detach()) for name, value in found.items()}
+            check_finite(self._terms, step, chosen.model)
+            task = found["task"]
             if num_items_in_batch is not None:
                 task = task * (
                     len(batch.answers) / float(num_items_in_batch) * self.current_gradient_accumulation_steps
