@@ -21,7 +21,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import Change, applied, check_weights, differences, told
 from pellucid.engine.components import Layers
 from pellucid.engine.edits import Edit, moving, resolved
-from pellucid.engine.generation import Generated, generate
+from pellucid.engine.generation import Generated, generate, loop_of
 from pellucid.engine.given import Truncate
 from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs, vocabulary
 from pellucid.engine.locate import expand
@@ -344,6 +344,7 @@ class Model:
         beams = told.get("num_beams", 1) != 1
         if num_return_sequences > 1 and not told["do_sample"] and not beams:
             raise InputError("num_return_sequences above 1 needs sampling, else all are the same: give a temperature")
+        loop_of(self.module)  # whether it generates comes before how its prompts are padded
         with running(self.module):
             inputs = read_inputs(self.module, self.tokenizer, prompt, decoder=decoder)
             inputs = self._padding.fit(left_padded(inputs), generating=True)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertForSequenceClassification
 
 from pellucid import Ablate, Patch, ProjectOut, Replace, Scale, Steer
 from pellucid.engine.edits import Edit, Step
 from pellucid.errors import InputError
-from pellucid.model import Model
+from pellucid.model import Model, load
 from tests.engine.hand import PROMPTS, opened
+from tests.zoo import build, tokenizer
 
 FAMILIES = ["llama", "gpt2", "gptj", "gemma2", "mixtral", "falcon", "bloom", "opt", "mistral", "t5", "bart"]
 NOISE = torch.randn(48, generator=torch.Generator().manual_seed(2))
@@ -168,6 +170,10 @@ def test_sampling_follows_the_models_distribution() -> None:
 def test_a_model_that_cannot_generate_says_so() -> None:
     with pytest.raises(InputError, match="BertForMaskedLM does not generate text"):
         opened("bert").generate(PROMPTS[0])
+    torch.manual_seed(0)
+    classifier = load(BertForSequenceClassification(build("bert").config).eval(), tokenizer=tokenizer())
+    with pytest.raises(InputError, match="BertForSequenceClassification does not generate text"):
+        classifier.generate([PROMPTS[0], "Mary"])  # whatever padding on the left would do to it
 
 
 def test_a_long_generation_under_a_condition_that_never_holds_is_the_plain_one() -> None:

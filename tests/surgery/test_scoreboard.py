@@ -16,6 +16,8 @@ from pellucid.errors import InputError
 from pellucid.surgery import Fact, editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.answers import measured
 from pellucid.surgery.scoreboard import ngram_entropy
+from pellucid.views.kinds import view
+from pellucid.views.schema import Table
 from tests.surgery.test_facts import QUICK, edited, facts, moments, opened, texts
 
 RICH = [
@@ -55,6 +57,8 @@ def test_the_scoreboard_counts_by_hand() -> None:
     made = edited("llama", facts=RICH)
     found = scoreboard(made, texts(4), max_new_tokens=4)
     assert list(found.data.model.values) == ["before", "edited", "without C", "random keys"]
+    shown = view(found)  # shares and perplexities have no colours in common
+    assert isinstance(shown, Table) and [c.name for c in shown.columns][:3] == ["measure", "before", "edited"]
     assert "wrong layer" in found.data.attrs["left_out"]  # a model of two layers has none that reaches the answer
     at = found.data.value.sel(model="edited")
     p = measured(made.model, [(f.asked, a) for f in RICH for a in (f.new, f.true)]).probability.reshape(2, 2)

@@ -146,5 +146,5 @@ def _title(data: xr.Dataset, texts: int, method: str) -> str:
     apart = (data.difference_low > 0) | (data.difference_high < 0)
     if not bool(apart.any()):
         return f"No word's {about} differs from its control, the answer of other texts"
-    top = data.word.values[np.where(apart, np.abs(data.difference), -1).argmax()]
+    top = str(data.word.values[np.where(apart, np.abs(data.difference), -1).argmax()])
     return f"{int(apart.sum())} of {data.sizes['word']} words differ from their control, most {top!r}: {about}"

@@ -37,7 +37,7 @@ from pellucid.results import Result
 from pellucid.statistics import interval, spearman
 from pellucid.surgery.answers import Measured, divergence, measured
 from pellucid.surgery.covariance import KeyCovariance
-from pellucid.surgery.editing import Edited, How, _layers, again, edit, wrong_layer
+from pellucid.surgery.editing import Edited, How, again, edit, layers_for, wrong_layer
 from pellucid.surgery.keys import Fact, Memory, Text, facts_of
 from pellucid.surgery.values import Search
 from pellucid.technique import technique
@@ -112,7 +112,7 @@ def scoreboard(
     for table in (value, low, high):
         table[row] = np.exp(table[row])
     data = xr.Dataset(
-        {"value": (("measure", "model"), value), "low": (("measure", "model"), low), "high": (("measure", "model"), high)},
+        {"value": (("measure", "model"), value, {"rows": "unlike"}), "low": (("measure", "model"), low), "high": (("measure", "model"), high)},
         {"measure": list(MEASURES), "model": list(arms)},
         {"broken": broken, "left_out": notes},
     )  # fmt: skip
@@ -319,7 +319,7 @@ def editing_by_layer(
     rank correlation of `new` and `traced`. Layers where nothing reaches the answer have `new` as it was before.
     """
     known = facts_of(facts)
-    trace, (best,) = _layers(model, known, "rome", None, seed)
+    trace, (best,) = layers_for(model, known, "rome", None, seed)
     assert trace is not None
     effect = trace.data["effect"].values.reshape(-1)
     chosen = list(range(len(effect))) if layers is None else list(layers)

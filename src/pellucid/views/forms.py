@@ -166,9 +166,10 @@ def plain_contributions(data: s.Contributions) -> Cells:
 
 
 def is_grid(result: Result) -> bool:
-    """Numbers over two dimensions, or three with few labels in one; along a window or steps they are curves."""
+    """Numbers over two dimensions, or three with few labels in one; along a window or steps they are curves, and rows of
+    different units (`attrs["rows"]` is "unlike") have no colours in common."""
     dims, sizes = _dims(result), result.main.sizes
-    if not _numeric(result) or "prompt" in dims or is_selective(result):
+    if not _numeric(result) or "prompt" in dims or is_selective(result) or _unlike(result):
         return False
     return (len(dims) == 2 and not _along(dims)) or (len(dims) == 3 and min(sizes[d] for d in dims) <= PLANES)
 
@@ -365,6 +366,10 @@ def table(result: Result, rows: int = LISTED) -> s.Table:
     """The cells of the main variable with all that is known of each; the largest first where they are too many."""
     if is_selective(result):
         return selective(result)
+    if _unlike(result):
+        wide_frame: Any = result.main.to_pandas()
+        frame = wide_frame.dropna(how="all").reset_index()
+        return s.Table(columns=tuple(column(str(n), frame[n].to_numpy()) for n in frame.columns), rows=len(frame))
     wide = [n for n, v in result.data.data_vars.items() if set(v.dims) <= set(result.main.dims)]
     frame = result.top(rows) if result.main.size > rows else Result(result.data[wide], kind=result.kind).to_frame()
     components: tuple[str, ...] = ()
@@ -409,6 +414,10 @@ def _numeric(result: Result) -> bool:
 def _dims(result: Result) -> list[str]:
     """The dimensions that are shown: a single prompt is none."""
     return [str(d) for d in result.main.dims if d != "prompt" or result.main.sizes[d] > 1]
+
+
+def _unlike(result: Result) -> bool:
+    return result.main.ndim == 2 and result.main.attrs.get("rows") == "unlike"
 
 
 def _along(dims: list[str]) -> bool:
