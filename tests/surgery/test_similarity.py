@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
+import pellucid as pl
 from pellucid.errors import InputError
 from pellucid.surgery import similarity
 from pellucid.surgery.similarity import MEASURES, _measures, _Seen, cka, unbiased_cka
 from tests.surgery.test_arranging import opened
 from tests.surgery.test_stitch import TEXTS, llama, rotated
+from tests.zoo import tokenizer
 
 
 def by_grams(x: np.ndarray, y: np.ndarray, unbiased: bool) -> float:
@@ -92,3 +95,13 @@ def test_too_little_text_is_an_error() -> None:
         similarity(model, model, ["the of is"], k=10)
     with pytest.raises(InputError, match="variance"):
         similarity(model, model, TEXTS, variance=0.0)
+
+
+def test_layers_are_those_of_the_stack_that_reads_the_text() -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=3, num_decoder_layers=1, num_heads=2,
+                      decoder_start_token_id=0)  # fmt: skip
+    model = pl.load(T5ForConditionalGeneration(config).eval(), tokenizer=tokenizer(None))
+    found = similarity(model, model, TEXTS, layers=[-1], other_layers=[2], k=2, draws=1)
+    assert found["layer"].values.tolist() == [2]
+    assert found.similarity.sel(measure="cka").item() == pytest.approx(1)

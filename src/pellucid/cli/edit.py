@@ -42,7 +42,7 @@ def edit(
     subject = opened(model)
     from pellucid.surgery import KeyCovariance, scoreboard
     from pellucid.surgery import edit as edited_by
-    from pellucid.surgery.editing import _layers as found
+    from pellucid.surgery.editing import layers_for as found
     from pellucid.surgery.keys import facts_of
 
     if span is None:

@@ -181,9 +181,9 @@ def layer_coords(sites: Sequence[str]) -> dict[str, Any]:
     return {"layer": [EMBED if n is None else n for n in layers], "site": ("layer", list(sites))}
 
 
-def layer_numbers(model: Model, layers: Layers) -> list[int]:
-    """The layers of the last stack that a number, slice or list names, all for None. InputError for others."""
-    count = len(model.anatomy.stacks[-1].blocks)
+def layer_numbers(model: Model, layers: Layers, stack: int = -1) -> list[int]:
+    """The layers of a stack (the last one) that a number, slice or list names, all for None. InputError for others."""
+    count = len(model.anatomy.stacks[stack].blocks)
     if layers is None or isinstance(layers, slice):
         return list(range(count)[slice(None) if layers is None else layers])
     layers = getattr(layers, "tolist", lambda: layers)()  # numpy, torch

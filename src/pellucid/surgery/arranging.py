@@ -179,7 +179,7 @@ def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = 
 
     >>> reorder(model, [0, 2, 1, 3])  # doctest: +SKIP
     """
-    found = _stack(model, stack)
+    found = stack_named(model, stack)
     n = len(found.blocks)
     try:
         wanted = tuple(
@@ -196,7 +196,7 @@ def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = 
         tuple(i % n for i in each) if isinstance(each, tuple) and len(each) > 1 else _each(each)[0] % n
         for each in wanted
     )
-    arranged = Arranged(_list(found), wanted)
+    arranged = Arranged(block_list(found), wanted)
     try:
         made = model.changed(arranged)
         _check(model, made, found, wanted)
@@ -213,16 +213,16 @@ def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = 
 
 def remove(model: Model, layers: Layers, *, stack: str = "") -> Model:
     """The model without some layers: a number, a slice or a list. Raises as `reorder` does."""
-    gone = _numbers(_stack(model, stack), layers)
-    return reorder(model, [i for i in range(len(_stack(model, stack).blocks)) if i not in gone], stack=stack)
+    gone = layer_set(stack_named(model, stack), layers)
+    return reorder(model, [i for i in range(len(stack_named(model, stack).blocks)) if i not in gone], stack=stack)
 
 
 def repeat(model: Model, layers: Layers, *, times: int = 2, stack: str = "") -> Model:
     """The model in which a span of layers is passed `times` over, one after the other. Raises as `reorder` does."""
     if times < 1:
         raise InputError(f"times={times!r}: expected at least 1")
-    span = _span(_stack(model, stack), layers)
-    n = len(_stack(model, stack).blocks)
+    span = _span(stack_named(model, stack), layers)
+    n = len(stack_named(model, stack).blocks)
     return reorder(model, [*range(span[0]), *(span * times), *range(span[-1] + 1, n)], stack=stack)
 
 
@@ -232,19 +232,19 @@ def parallel(model: Model, layers: Layers, *, stack: str = "") -> Model:
 
     >>> parallel(model, slice(10, 14))  # doctest: +SKIP
     """
-    span = _span(_stack(model, stack), layers)
-    n = len(_stack(model, stack).blocks)
+    span = _span(stack_named(model, stack), layers)
+    n = len(stack_named(model, stack).blocks)
     return reorder(model, [*range(span[0]), span, *range(span[-1] + 1, n)], stack=stack)
 
 
 def swap(model: Model, one: int, other: int, *, stack: str = "") -> Model:
     """The model with two layers in each other's place. Raises as `reorder` does."""
-    n = len(_stack(model, stack).blocks)
-    (a,), (b,) = (_numbers(_stack(model, stack), i) for i in (one, other))
+    n = len(stack_named(model, stack).blocks)
+    (a,), (b,) = (layer_set(stack_named(model, stack), i) for i in (one, other))
     return reorder(model, [b if i == a else a if i == b else i for i in range(n)], stack=stack)
 
 
-def _stack(model: Model, name: str) -> Stack:
+def stack_named(model: Model, name: str) -> Stack:
     found = [s for s in model.anatomy.stacks if s.name == name] or (model.anatomy.stacks if not name else [])
     if len(found) != 1:
         names = ", ".join(repr(s.name) for s in model.anatomy.stacks)
@@ -252,7 +252,7 @@ def _stack(model: Model, name: str) -> Stack:
     return found[0]
 
 
-def _numbers(stack: Stack, layers: Layers) -> list[int]:
+def layer_set(stack: Stack, layers: Layers) -> list[int]:
     n = len(stack.blocks)
     every = list(range(n))
     if isinstance(layers, slice):
@@ -272,7 +272,7 @@ def _numbers(stack: Stack, layers: Layers) -> list[int]:
 
 
 def _span(stack: Stack, layers: Layers) -> list[int]:
-    span = _numbers(stack, layers)
+    span = layer_set(stack, layers)
     if span != list(range(span[0], span[-1] + 1)):
         raise InputError(f"layers {span} are no span: name neighbours, or write the whole order, reorder(model, [...])")
     return span
@@ -282,7 +282,7 @@ def _each(place: Place) -> tuple[int, ...]:
     return place if isinstance(place, tuple) else (place,)
 
 
-def _list(stack: Stack) -> str:
+def block_list(stack: Stack) -> str:
     """The module list that holds the blocks; Refused where they are not one list in order."""
     names = [block.module for block in stack.blocks]
     owner = names[0].rpartition(".")[0]

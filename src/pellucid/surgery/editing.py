@@ -130,7 +130,7 @@ def edit(
     model = _going_on(model, after)
     _check_covariance(model, covariance, after)
     rows, contexts = _prompts(model, known, contexts, seed)
-    trace, chosen = _layers(model, known, how, layers, seed)
+    trace, chosen = layers_for(model, known, how, layers, seed)
     others = [about(model, f, i, t) for t in _essence(model, essence) for i, f in enumerate(known)]
     held = [about(model, f, i, t) for t in hold for i, f in enumerate(known)]
     memory = memories(model, chosen[-1], rows)
@@ -237,7 +237,9 @@ def _essence(model: Model, templates: Sequence[str] | None) -> Sequence[str]:
     return (f"{{}} is a {model.tokenizer.mask_token}" if masked else "{} is a",)
 
 
-def _layers(model: Model, facts: Sequence[Fact], how: str, layers: Any, seed: int) -> tuple[Result | None, list[int]]:
+def layers_for(
+    model: Model, facts: Sequence[Fact], how: str, layers: Any, seed: int
+) -> tuple[Result | None, list[int]]:
     n = len(model.anatomy.stacks[0].blocks)
     several = how in ("memit", "alphaedit")
     if layers is not None:

@@ -25,7 +25,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from pellucid.changed import Change, Replaced, same, unchangeable
 from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
-from pellucid.surgery.arranging import Layers, _list, _numbers, _stack, reorder
+from pellucid.surgery.arranging import Layers, block_list, layer_set, reorder, stack_named
 
 SAYS_NOTHING = re.compile(
     r"_.*|transformers_version|(torch_)?dtype|architectures|.*_token_id|use_cache|id2label|label2id"
@@ -129,9 +129,9 @@ def remix(
         _check_alike(first, models[each], each)
     order = [i for _, i in recipe.layers]
     arranged: tuple[Change, ...] = ()
-    if order != list(range(len(_stack(first, stack).blocks))):
+    if order != list(range(len(stack_named(first, stack).blocks))):
         arranged = reorder(first, order, stack=stack).loaded.changes[len(first.loaded.changes) :]
-    blocks = _list(_stack(first, stack))
+    blocks = block_list(stack_named(first, stack))
     others: list[Change] = []
     for place, (name, i) in enumerate(recipe.layers):
         others += _differing(first, models[name], f"{blocks}.{i}", f"{blocks}.{place}", "apart")
@@ -146,11 +146,11 @@ def take(model: Model, other: Model, layers: Layers, *, stack: str = "") -> Mode
 
     >>> take(base, tuned, slice(8, 14))  # doctest: +SKIP
     """
-    found = _stack(model, stack)
-    chosen = _numbers(found, layers)
+    found = stack_named(model, stack)
+    chosen = layer_set(found, layers)
     n = len(found.blocks)
     _check_alike(model, other, "the other")
-    blocks = _list(found)
+    blocks = block_list(found)
     return model.changed([c for i in range(n) if i in chosen for c in _differing(model, other, f"{blocks}.{i}", f"{blocks}.{i}", "apart")])  # fmt: skip
 
 

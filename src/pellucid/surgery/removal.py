@@ -39,7 +39,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.surgery import importance
-from pellucid.surgery.arranging import Arranged, Layers, _list, _numbers, remove
+from pellucid.surgery.arranging import Arranged, Layers, block_list, layer_set, remove
 from pellucid.technique import technique
 
 CHOICES = ("greedy", "contiguous", "single loss", *importance.ESTIMATES)
@@ -78,13 +78,13 @@ def removal(
         raise InputError(f"by={by!r}: expected a list of {', '.join(map(repr, CHOICES))}")
     stack = importance.predicting(model)
     n = len(stack.blocks)
-    able = list(range(1, n - 1)) if layers is None else _numbers(stack, layers)
+    able = list(range(1, n - 1)) if layers is None else layer_set(stack, layers)
     if most >= n or most > len(able):
         raise InputError(
             f"most={most}: of {len(able)} layers that may go (of {n}) no {most} can be taken, one must stay"
         )
     given = importance.rows_of(model, texts, context, tokens, batch)
-    path, cost = _list(stack), dict[str, float]()
+    path, cost = block_list(stack), dict[str, float]()
     sets = _chosen(model, given, by, able, most, cost)
     rng = np.random.default_rng(seed)
     drawn = [rng.permutation(able).tolist() for _ in range(draws)]

@@ -65,7 +65,7 @@ def similarity(
     if not 0 < variance <= 1:
         raise InputError(f"variance={variance!r}: expected a share above 0, at most 1")
     found = pairs(model, other, texts, tokens, context)
-    a, b = (residuals(m, _numbers(m, which)) for m, which in ((model, layers), (other, other_layers)))
+    a, b = (residuals(m, layer_numbers(m, which, 0)) for m, which in ((model, layers), (other, other_layers)))
     mine, yours = (
         states(model, [p.sender for p in found], [*a.values()], "first"),
         states(other, [p.receiver for p in found], [*b.values()], "second"),
@@ -92,11 +92,6 @@ def similarity(
     high = [m for m, v, c in zip(MEASURES, values, control, strict=True) if c.mean() > 0.5 * v.mean()]
     note = f"; mostly what unrelated rows give: {', '.join(high)}" if high else ""
     return Result(data, kind="similarity", title=f"{model.name} and {other.name}, layer by layer{note}")
-
-
-def _numbers(model: Model, layers: Layers) -> list[int]:
-    n = len(model.anatomy.stacks[0].blocks)
-    return list(range(n)) if layers is None else layer_numbers(model, layers)
 
 
 def longer(found: Sequence[dict[str, Tensor]], site: str) -> float:
