@@ -13,7 +13,7 @@ from typing import Any
 
 from pellucid.errors import InputError
 from pellucid.results import Result
-from pellucid.views import forms, looking, maps, monitors, pages, plots
+from pellucid.views import drawing, forms, looking, maps, monitors, pages
 from pellucid.views import schema as s
 from pellucid.views.cells import Cells
 
@@ -44,17 +44,19 @@ class Kind:
 
 # Results are shown by the first row they fit; every result fits the last.
 KINDS = [
-    Kind(s.Neuron, pages.plain_neuron, plots.neuron, pages.is_neuron, pages.neuron),
-    Kind(s.Lens, forms.plain_lens, plots.lens, forms.is_lens, forms.lens, forms.lenses),
-    Kind(s.Contributions, forms.plain_contributions, plots.contributions, forms.is_contributions, forms.contributions),
-    Kind(s.Traces, monitors.plain_traces, plots.traces, monitors.is_traces, monitors.traces),
-    Kind(s.Attention, looking.plain_attention, plots.attention, looking.is_attention, looking.attention),
-    Kind(s.Tokens, forms.plain_tokens, plots.tokens, forms.is_tokens, forms.token_view, forms.tokens),
-    Kind(s.Curves, forms.plain_curves, plots.curves, forms.is_curves, forms.curves, forms.charts),
-    Kind(s.Grid, forms.plain_grid, plots.grid, forms.is_grid, forms.grid, forms.grids),
-    Kind(s.Circuit, maps.plain_circuit, plots.circuit),
-    Kind(s.Anatomy, maps.plain_anatomy, plots.anatomy),
-    Kind(s.Table, forms.plain_table, plots.table, lambda result: True, forms.table),
+    Kind(s.Neuron, pages.plain_neuron, drawing.neuron, pages.is_neuron, pages.neuron),
+    Kind(s.Lens, forms.plain_lens, drawing.lens, forms.is_lens, forms.lens, forms.lenses),
+    Kind(
+        s.Contributions, forms.plain_contributions, drawing.contributions, forms.is_contributions, forms.contributions
+    ),
+    Kind(s.Traces, monitors.plain_traces, drawing.traces, monitors.is_traces, monitors.traces),
+    Kind(s.Attention, looking.plain_attention, drawing.attention, looking.is_attention, looking.attention),
+    Kind(s.Tokens, forms.plain_tokens, drawing.tokens, forms.is_tokens, forms.token_view, forms.tokens),
+    Kind(s.Curves, forms.plain_curves, drawing.curves, forms.is_curves, forms.curves, forms.charts),
+    Kind(s.Grid, forms.plain_grid, drawing.grid, forms.is_grid, forms.grid, forms.grids),
+    Kind(s.Circuit, maps.plain_circuit, drawing.circuit),
+    Kind(s.Anatomy, maps.plain_anatomy, drawing.anatomy),
+    Kind(s.Table, forms.plain_table, drawing.table, lambda result: True, forms.table),
 ]
 
 
