@@ -37,7 +37,19 @@ PROMPTS = ["The capital of France is", "Mary went to the store and gave John a d
 PROMPTS = [f"{p} {'the ' * (i // 4)}city" for i, p in enumerate(PROMPTS)]
 LABELS = [i % 2 == 0 for i in range(16)]
 ASKED = [(p, " Paris", " Rome") for p in PROMPTS[:5]]
-COLUMNS = ("Llama", "Gemma 3", "Mixtral", "GPT-2", "T5", "BERT", "bfloat16", "frozen", "LoRA", "bitsandbytes 8 bit", "torchao int8")
+COLUMNS = (
+    "Llama",
+    "Gemma 3",
+    "Mixtral",
+    "GPT-2",
+    "T5",
+    "BERT",
+    "bfloat16",
+    "frozen",
+    "LoRA",
+    "bitsandbytes 8 bit",
+    "torchao int8",
+)
 FAMILIES = dict(zip(COLUMNS, ("llama", "gemma3_text", "mixtral", "gpt2", "t5", "bert"), strict=False))
 Made = Any  # numbers, alike however the prompts were put together
 
@@ -45,7 +57,9 @@ Made = Any  # numbers, alike however the prompts were put together
 @cache
 def opened(column: str) -> pl.Model:
     family = FAMILIES.get(column, "llama")
-    wide: dict[str, Any] = {} if column in FAMILIES else {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    wide: dict[str, Any] = {"n_positions": 256} if family == "gpt2" else {}
+    if column not in FAMILIES:
+        wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # what eight bits can be packed into
     module = build(family, layers=3, **wide)
     own = tokenizer(module)
     if column == "bfloat16":
@@ -55,7 +69,9 @@ def opened(column: str) -> pl.Model:
     elif column == "LoRA":
         import peft
 
-        module = peft.get_peft_model(module, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+        module = peft.get_peft_model(
+            module, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        )
     elif column not in FAMILIES:
         from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -102,7 +118,9 @@ def by_reader(kind: Any) -> Callable[[pl.Model, bool], Made]:
             kind, sites=f"{stack}layers.1:3.resid_post", controls=("random", "text"), folds=3, draws=2, restarts=2,
             steps=30, batch=1 if one else 16,
         ).fit(model, sf.Statements.paired(TRUE, FALSE, TOPICS))  # fmt: skip
-        return reader.result_["pair_accuracy"].values, *((reader.direction_.numpy(),) if kind in ("mean", "lda") else ())
+        return reader.result_["pair_accuracy"].values, *(
+            (reader.direction_.numpy(),) if kind in ("mean", "lda") else ()
+        )
 
     return ask
 
@@ -202,7 +220,10 @@ def masked(model: pl.Model) -> list[str]:
 
 def generated(model: pl.Model, one: bool) -> Made:
     monitor = sf.doubt(model, threshold=0.0)
-    found = [model.generate(p, max_new_tokens=2, monitors=monitor) for p in ([[p] for p in PROMPTS[:3]] if one else [PROMPTS[:3]])]
+    found = [
+        model.generate(p, max_new_tokens=2, monitors=monitor)
+        for p in ([[p] for p in PROMPTS[:3]] if one else [PROMPTS[:3]])
+    ]
     return np.array([float(row[~np.isnan(row)][0]) for f in found for row in f.firings.score.values[:, 0]])
 
 
@@ -250,7 +271,7 @@ TECHNIQUES: dict[str, Callable[[pl.Model, bool], Made]] = {
 
 
 def cell(name: str, column: str) -> str:
-    """"right", how far off, or the refusal in its own words."""
+    """ "right", how far off, or the refusal in its own words."""
     model = opened(column)
     wide = 1e-3 if column in FAMILIES or column in ("frozen", "LoRA") else 0.05
     try:
@@ -296,10 +317,10 @@ def main() -> None:
         for column in options.only:
             said = row[column]
             if said != "right" and "WRONG" not in said and "RAW" not in said:
-                key = plain(said).replace(opened(column).name, "the model")
+                key = plain(said).replace(opened(column).name, "the model").replace("a the model", "the model")
                 said = f"no ({notes.setdefault(key, len(notes) + 1)})"
             cells.append(said)
-        lines.append(f"| `{name}` | {' | '.join(cells)} |" if "of" not in name.split() else f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", *(f"{i}. {key}" for key, i in notes.items())]
     table = "\n".join(lines)
     if not options.write:

@@ -246,17 +246,29 @@ def test_shifts_are_further_sources_of_the_same_conversations() -> None:
     found = sf.evaluate(model, ready, asked, labels, sources=["a"] * 3 + ["b"] * 3, shifts=shifts)
     assert found.source.values.tolist() == ["all", "a", "b", "upper case", "turned", "by hand"]
     assert found.shift.values.tolist() == ["upper case", "turned", "by hand"]
-    for name, said in (("upper case", [p.upper() for p in asked]), ("turned", [p[::-1] for p in asked]), ("by hand", other)):
+    for name, said in (
+        ("upper case", [p.upper() for p in asked]),
+        ("turned", [p[::-1] for p in asked]),
+        ("by hand", other),
+    ):
         alone = sf.evaluate(model, ready, said, labels)
         at = found.data.sel(source=name)
         assert np.allclose(found.shifted_score.sel(shift=name), alone.score, atol=1e-5)
         assert float(at.alarms) == float(alone.alarms[0]) and float(at.recall_low) == float(alone.recall_low[0])
-    assert np.allclose(found.score, sf.conversation_scores(model, ready, asked), atol=1e-5) and int(found.alarms_n[0]) == 3
+    assert (
+        np.allclose(found.score, sf.conversation_scores(model, ready, asked), atol=1e-5) and int(found.alarms_n[0]) == 3
+    )
     for shift in sf.SHIFTS:
         said = shifted(model, ["he went to Rome"], shift)[0]
-        chat = shifted(model, [[{"role": "system", "content": "s"}, {"role": "user", "content": "he went to Rome"}]], shift)[0]
-        assert said != "he went to Rome" and chat[0] == {"role": "system", "content": "s"} and chat[-1]["role"] == "user"
-        assert chat[-1]["content"] == (said if shift != "after another turn" else "he went to Rome") and len(chat) == 2 + 2 * (shift == "after another turn")
+        chat = shifted(
+            model, [[{"role": "system", "content": "s"}, {"role": "user", "content": "he went to Rome"}]], shift
+        )[0]
+        assert (
+            said != "he went to Rome" and chat[0] == {"role": "system", "content": "s"} and chat[-1]["role"] == "user"
+        )
+        assert chat[-1]["content"] == (said if shift != "after another turn" else "he went to Rome") and len(
+            chat
+        ) == 2 + 2 * (shift == "after another turn")
     for wrong, what in (
         ("shouted", "there is no shift 'shouted'"), ({"x": asked[:2]}, "gives 2 prompts for 6"), ({"a": "rot13"}, "one name"),
     ):  # fmt: skip

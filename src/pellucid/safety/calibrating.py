@@ -61,6 +61,9 @@ def traces(
         raise InputError(f"{len(replies)} replies for {len(prompts)} prompts: give one for each")
     monitor.check(model)
     alone = getattr(monitor, "reads", "") == "prompt"
+    encoder = len(model.anatomy.stacks) == 1 and not model.anatomy.stacks[0].causal
+    if encoder and replies is not None and getattr(monitor, "reads", "prompt") != "prompt":
+        raise InputError(f"{model.name} writes no answer: let the monitor read the prompt (reads='prompt')")
     for start in progress(range(0, len(prompts), batch), "conversations read"):
         some = prompts[start : start + batch]
         if replies is None and not alone:
