@@ -286,6 +286,8 @@ class Bench:
         first = [[[tokenizer(f" {r[k]}", add_special_tokens=False)["input_ids"][0]] for r in rows] for k in (2, 3)]
         known = self.model.score(self.model.run(inputs), pl.metrics.logit_difference(*first)) > 0
         rows = [r for r, ok in zip(rows, known.tolist(), strict=True) if ok]
+        each = {n: 15 if n in held_out else 12 for n in names}  # 60 to fit and 60 held out, as the evidence had
+        rows = [r for n in names for r in [r for r in rows if r[0] == n][: each[n]]]
         print(
             f"  {len(rows)} of {len(known)} facts are preferred without a claim; relations: {sorted({r[0] for r in rows})}"
         )
