@@ -293,6 +293,20 @@ def plain(said: str) -> str:
     return said.replace("|", "\\|").replace("\n", " ")
 
 
+def earlier(table: str) -> dict[str, dict[str, str]]:
+    """What a written table says, refusals in their words."""
+    notes = dict(line.split(". ", 1) for line in table.splitlines() if line[:1].isdigit())
+    head, _, *rows = [
+        [p.strip(" `") for p in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")
+    ] or [[], []]
+    return {
+        row[0]: {
+            c: notes[said[4:-1]] if said.startswith("no (") else said for c, said in zip(head[1:], row[1:], strict=True)
+        }
+        for row in rows
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
@@ -310,11 +324,17 @@ def main() -> None:
                     found[name][column] = f"RAW {type(why).__name__}: {why}"
                 if found[name][column] != "right":
                     print(f"{column:20} {name:28} {found[name][column]:.220}", flush=True)
+    page = Path(__file__).parents[1] / "docs/safety.md"
+    before, _, rest = page.read_text().partition("<!-- families -->\n")
+    written, _, after = rest.partition("<!-- /families -->")
+    for name, row in earlier(written).items():  # columns that were not asked for stand as they are
+        found.setdefault(name, {}).update({c: said for c, said in row.items() if c not in options.only})
+    columns = [c for c in COLUMNS if all(c in row for row in found.values())]
     notes: dict[str, int] = {}
-    lines = [f"| | {' | '.join(options.only)} |", f"|---|{'---|' * len(options.only)}"]
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for name, row in found.items():
         cells = []
-        for column in options.only:
+        for column in columns:
             said = row[column]
             if said != "right" and "WRONG" not in said and "RAW" not in said:
                 key = plain(said).replace(opened(column).name, "the model").replace("a the model", "the model")
@@ -326,9 +346,6 @@ def main() -> None:
     if not options.write:
         print(table)
         return
-    page = Path(__file__).parents[1] / "docs/safety.md"
-    before, _, rest = page.read_text().partition("<!-- families -->\n")
-    after = rest.partition("<!-- /families -->")[2]
     page.write_text(f"{before}<!-- families -->\n{table}\n<!-- /families -->{after}")
 
 

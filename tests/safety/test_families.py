@@ -15,12 +15,20 @@ TABLE = [
     for line in (Path(__file__).parents[2] / "docs/safety.md").read_text().partition("<!-- families -->")[2].partition("<!-- /families -->")[0].splitlines()
     if line.startswith("|")
 ]  # fmt: skip
+DEAR = (
+    "ConceptReader('logistic')",
+    "ConceptReader('ccs')",
+    "ConceptReader('attention')",
+    "audit('transformer')",
+    "trace_failure",
+    "abstain",
+)
 SOME = [
-    *((name, "bitsandbytes 8 bit") for name in TECHNIQUES if name not in ("ConceptReader('attention')", "audit('transformer')")),
-    *((name, "torchao int8") for name in ("Contrast", "fit_monitor", "monitor while generating", "Vector.edit", "in_weights")),
-    *((name, "bfloat16") for name in ("ConceptReader('ccs')", "condition", "abstain", "in_weights")),
-    *((name, "BERT") for name in ("honesty", "LearntEdit", "monitor of an answer", "export_gguf, import_vectors", "abstain")),
-    *((name, "T5") for name in ("doubt", "strengths", "ConfidenceProbe")),
+    *((name, "bitsandbytes 8 bit") for name in TECHNIQUES if name not in DEAR),
+    *((name, "torchao int8") for name in ("fit_monitor", "monitor while generating", "Vector.edit", "in_weights")),
+    *((name, "bfloat16") for name in ("condition", "in_weights", "confidence by layers")),
+    *((name, "BERT") for name in ("honesty", "LearntEdit", "monitor of an answer", "export_gguf, import_vectors", "confidence")),
+    *((name, "T5") for name in ("doubt", "strengths")),
 ]  # fmt: skip
 
 
