@@ -293,7 +293,7 @@ class AnswerMetric:
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
         size = 1 + max(int(each.max()) for each in numbers)
-        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes, size=size)
+        return BoundMetric(self.name, positions, tokens, partial(apply_formula, self.formula, sets), self.classes, size=size)
 
     def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
         """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""
@@ -307,7 +307,7 @@ class AnswerMetric:
         return [list(dict.fromkeys(map(find, each))) for each in entries]
 
 
-def _apply(formula: Callable[..., Tensor], sets: list[TokenSets], logits: Tensor) -> Tensor:
+def apply_formula(formula: Callable[..., Tensor], sets: list[TokenSets], logits: Tensor) -> Tensor:
     z = logits if logits.ndim == 2 else logits[:, 0]
     return formula(z, *(each.like(z) for each in sets))
 

@@ -27,6 +27,7 @@ from transformers import (
 import pellucid as pl
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.workers import Pool
+from pellucid.workers.job import FILE, read
 from pellucid.workers.lanes import HOME, Died, ProcessLane, Reply
 from pellucid.workers.worker import Worker
 from tests.models import minilm_path
@@ -150,7 +151,7 @@ def test_what_a_dead_worker_had_is_done_by_its_successor_once(model: pl.Model) -
     plan = model.plan(ids, variants, metric, memory=200_000)
     there = plan.run(two)
     assert torch.equal(there.values, model.sweep(ids, variants, metric, memory=200_000).values)
-    runs = [r["variants"] for lane in two.lanes for r in lane.asked if r["do"] == "run"]  # type: ignore[attr-defined]
+    runs = [r["piece"] for lane in two.lanes for r in lane.asked if r["do"] == "run"]  # type: ignore[attr-defined]
     assert sum(map(len, runs)) - len(variants) == max(map(len, (r for r in runs if runs.count(r) > 1)))
 
 
@@ -225,9 +226,7 @@ def test_a_rung_that_is_wrong_there_is_not_used(model: pl.Model) -> None:
 
     class Wrong(InProcess):
         def ask(self, request: dict[str, Any], folder: Path) -> Reply:
-            if request["do"] == "begin":
-                self.rung = request["rung"]
-            if request["do"] == "run" and "packed" in self.rung:
+            if request["do"] == "run" and "packed" in read(folder / FILE)[1]["rung"]:
                 return {"wrong": "differs from plain runs by 1.0e+00"}, {}
             return super().ask(request, folder)
 
