@@ -293,7 +293,9 @@ class AnswerMetric:
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
         size = 1 + max(int(each.max()) for each in numbers)
-        return BoundMetric(self.name, positions, tokens, partial(apply_formula, self.formula, sets), self.classes, size=size)
+        return BoundMetric(
+            self.name, positions, tokens, partial(apply_formula, self.formula, sets), self.classes, size=size
+        )
 
     def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
         """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""

@@ -28,48 +28,9 @@ import pellucid as pl
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.workers import Pool
 from pellucid.workers.job import FILE, read
-from pellucid.workers.lanes import HOME, Died, ProcessLane, Reply
-from pellucid.workers.worker import Worker
+from pellucid.workers.lanes import HOME, ProcessLane, Reply
 from tests.models import minilm_path
-
-TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-class InProcess:
-    """A worker without a process, which can be told to die, or to answer something else."""
-
-    def __init__(self) -> None:
-        self.at, self.worker, self.asked, self.dying = "", Worker(), [], 0
-        self.says: dict[str, Any] = {}
-
-    def ask(self, request: dict[str, Any], folder: Path) -> Reply:
-        self.asked.append(request)
-        if request["do"] == "run" and self.dying:
-            self.dying -= 1
-            self.stop()
-            raise Died("Killed")
-        about, tensors = self.worker.answer({**request, "folder": str(folder)})
-        return {**about, **self.says}, tensors
-
-    def stop(self) -> None:
-        self.at, self.worker = "", Worker()
-
-
-def pool(n: int = 2) -> Pool:
-    return Pool([InProcess() for _ in range(n)], [None] * n, 1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)).save_pretrained(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> pl.Model:
-    return pl.load(folder, tokenizer=False)
+from tests.workers.lanes import TINY, InProcess, pool
 
 
 def question(model: pl.Model, n: int = 9) -> tuple[torch.Tensor, list[Any], Any]:

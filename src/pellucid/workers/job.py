@@ -169,7 +169,12 @@ def put_metric(metric: BoundMetric, tensors: dict[str, Tensor]) -> dict[str, Any
             "use one of pl.metrics, such as pl.metrics.logit_difference"
         )
     sets = [[_put(each.ids, tensors), _put(each.real, tensors)] for each in inner[1]]
-    return put_reads(metric, tensors) | {"name": metric.name, "formula": formula.__name__, "sets": sets, "size": metric.size}
+    return put_reads(metric, tensors) | {
+        "name": metric.name,
+        "formula": formula.__name__,
+        "sets": sets,
+        "size": metric.size,
+    }
 
 
 def get_metric(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BoundMetric:

@@ -53,7 +53,10 @@ class Worker:
                 raise
             doing = {"open": "the model", "begin": "a run without edits", "run": "a piece of this work"}[request["do"]]
             where = f" on {request['device']}" if request.get("device") else ""
-            return {"error": f"there is no memory{where} for {doing} ({str(error).splitlines()[0][:120]})", "kind": "PellucidError"}, {}
+            return {
+                "error": f"there is no memory{where} for {doing} ({str(error).splitlines()[0][:120]})",
+                "kind": "PellucidError",
+            }, {}
 
     def open(self, request: dict[str, Any]) -> Reply:
         """Open the model, if it is not the one that is open."""
