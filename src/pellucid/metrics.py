@@ -93,6 +93,10 @@ class BoundMetric:
 
         attention_mask [batch, position] is 1 on real tokens, on whichever side they are padded; default: all.
         """
+        return self(self.read(logits, attention_mask))
+
+    def read(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The logits it reads, of the complete ones."""
         if self.positions is not None and logits.ndim == 3:
             mask = torch.ones(logits.shape[:2]) if attention_mask is None else attention_mask
             real = [row.nonzero().flatten() for row in mask.to(logits.device)]
@@ -104,7 +108,29 @@ class BoundMetric:
         if self.tokens is not None:
             rows = self.tokens.to(logits.device)[:, None]
             logits = logits.gather(2, rows.expand(*logits.shape[:2], -1))
-        return self(logits)
+        return logits
+
+    @property
+    def sets(self) -> tuple[Callable[..., Tensor], list[TokenSets]] | None:
+        """The formula and the answers of a metric of this file that is values alone; None for any other function."""
+        function = self.function
+        if not (isinstance(function, partial) and function.func is apply_formula and not function.keywords):
+            return None
+        formula, sets = function.args
+        return (formula, sets) if formula.__module__ == __name__ else None
+
+    def rows(self, index: Sequence[int]) -> BoundMetric | None:
+        """The same for some of the prompts; None where it is a function that may know them all."""
+        if self.sets is None:
+            return None
+        formula, sets = self.sets
+
+        def cut(x: Tensor) -> Tensor:
+            return x if len(x) == 1 else x[list(index)]
+
+        own = [TokenSets(cut(each.ids), cut(each.real)) for each in sets]
+        tokens = None if self.tokens is None else cut(self.tokens)
+        return replace(self, tokens=tokens, function=partial(apply_formula, formula, own))
 
 
 @runtime_checkable

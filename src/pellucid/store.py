@@ -257,8 +257,18 @@ def store_activations(
     about: dict[str, Any] = {"context": given.context, "packed": given.packed, "long": given.long, "batch": batch}
     about |= {"shard_rows": shard_rows} | ({} if sample is None else {"sample": sample, "seed": seed})
     index = _continue(folder, Index(names, model.digest, str(dtype).removeprefix("torch."), about))
-    errand = Errand(model, "store:Shards", {"sites": names, "dtype": index.dtype, "path": str(folder.resolve()),
-        "compute": None if compute is None else str(compute).removeprefix("torch."), "sample": sample, "seed": seed})  # fmt: skip
+    told: dict[str, Any] = {
+        "sites": names,
+        "dtype": index.dtype,
+        "path": str(folder.resolve()),
+        "sample": sample,
+        "seed": seed,
+    }
+    told |= {
+        "compute": None if compute is None else str(compute).removeprefix("torch."),
+        "mark": f"writing-{uuid4().hex}",
+    }
+    errand = Errand(model, "store:Shards", lambda: (told, {}))
     waiting: list[
         tuple[int, int, Place]
     ] = []  # of pieces that are out: rows of the corpus, its last row, how far it was read
@@ -273,7 +283,7 @@ def store_activations(
                 "batches": [[[r.number, list(r.ids), r.decoder] for r in group] for group in groups],
             }
 
-    with _marked(folder, errand), progress[None](what="prompts stored") as bar, full_disk(folder):
+    with _marked(folder, told["mark"]), progress[None](what="prompts stored") as bar, full_disk(folder):
         for piece, found in done(errand, pieces(), on):
             count, last, place = waiting.pop(0)
             file = _file(piece["number"])
@@ -439,10 +449,9 @@ def _continue(folder: Path, new: Index) -> Index:
 
 
 @contextmanager
-def _marked(folder: Path, errand: Errand) -> Iterator[None]:
+def _marked(folder: Path, name: str) -> Iterator[None]:
     """A file by which a writer knows that the folder it sees is this one."""
-    mark = folder / f"writing-{uuid4().hex}"
-    errand.about["mark"] = mark.name  # type: ignore[index]
+    mark = folder / name
     for left in folder.glob("writing-*"):
         left.unlink(missing_ok=True)
     mark.touch()

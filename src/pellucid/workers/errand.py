@@ -1,6 +1,6 @@
 """Work on a model that is begun once and done in pieces, here or by workers: a sweep's batches, a corpus's shards, circuits.
 
-    errand = Errand(model, "store:Shards", about, tensors)
+    errand = Errand(model, "store:Shards", lambda: (about, tensors))
     for piece, found in done(errand, pieces):        # in the order of the pieces, wherever they are done
         ...
 
@@ -11,8 +11,8 @@ on nothing but the errand and the piece, so that numbers do not depend on how ma
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,18 +40,21 @@ class Work:
         raise NotImplementedError
 
 
+Values = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
 class Errand:
     """Work as values: the model, the name of a `Work` in pellucid, and what it is begun from (JSON and tensors)."""
 
     model: Model
     work: str
-    about: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Callable[[], Values]  # asked where it travels; Refused for what cannot
+    local: Work | None = None  # what does it here, where that is begun already
     expected: Tensors | None = None  # what `first` gives here, where that is known
 
     def begin(self) -> Work:
-        return begin(self.work, self.model, self.about, self.tensors)
+        return self.local or begin(self.work, self.model, *self.values())
 
     @property
     def here(self) -> Tensors:

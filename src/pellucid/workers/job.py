@@ -41,8 +41,13 @@ class Read:
     name: str = "read"
     outputs: int | None = None
 
+    size: int = 0
+
     def __call__(self, logits: Tensor) -> Tensor:
         return logits
+
+    def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return BoundMetric.read(self, logits, attention_mask)  # type: ignore[arg-type]
 
 
 # ---- the model
@@ -88,7 +93,8 @@ def opened(recipe: Mapping[str, Any], folder: Path, device: str | None) -> Model
 
 
 def write(errand: Errand, path: Path) -> None:
-    write_tensors(path, KEY, {"work": errand.work, "about": dict(errand.about)}, errand.tensors)
+    about, tensors = errand.values()
+    write_tensors(path, KEY, {"work": errand.work, "about": dict(about)}, tensors)
 
 
 def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -119,7 +125,8 @@ def sweep(plan: Plan) -> Errand:
         "inputs": put_inputs(plan.job.inputs, tensors),
         "reads": put_reads(plan.metric, tensors),
     }
-    return Errand(plan.model, "workers.job:Variants", about, tensors, {"clean": plan.read.detach().cpu()})
+    expected = {"clean": plan.read.detach().cpu()}
+    return Errand(plan.model, "workers.job:Variants", lambda: (about, tensors), expected=expected)
 
 
 class Variants(Work):
@@ -160,15 +167,13 @@ def get_reads(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Read:
 
 def put_metric(metric: BoundMetric, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """A metric of `pl.metrics`, which workers differentiate. Refused for a function of yours."""
-    function = metric.function
-    inner = function.args if isinstance(function, partial) else ()
-    formula = inner[0] if inner else None
-    if len(inner) != 2 or function.func is not apply_formula or getattr(formula, "__module__", "") != metrics.__name__:
+    if metric.sets is None:
         raise Refused(
             f"the metric {metric.name!r} is a function of this process, and workers that take its gradient need it as a value: "
             "use one of pl.metrics, such as pl.metrics.logit_difference"
         )
-    sets = [[_put(each.ids, tensors), _put(each.real, tensors)] for each in inner[1]]
+    formula, held = metric.sets
+    sets = [[_put(each.ids, tensors), _put(each.real, tensors)] for each in held]
     return put_reads(metric, tensors) | {
         "name": metric.name,
         "formula": formula.__name__,
