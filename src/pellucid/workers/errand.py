@@ -11,13 +11,17 @@ on nothing but the errand and the piece, so that numbers do not depend on how ma
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from pellucid.anatomy.modes import running
+from pellucid.engine.inputs import read_inputs
+from pellucid.engine.run import execute
 from pellucid.engine.sweep import Where, current
 from pellucid.model import Model
 
@@ -29,12 +33,16 @@ class Work:
 
     errand: ClassVar[str]  # what it is called in errors
 
+    model: Model
+
     def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         raise NotImplementedError
 
     def first(self) -> Tensors:
-        """A run that is made here and by every worker before its first piece, and compared."""
-        raise NotImplementedError
+        """A run that is made here and by every worker before its first piece, and compared: by default the probe's logits."""
+        anatomy = self.model.anatomy
+        with torch.no_grad():
+            return {"clean": execute(anatomy, read_inputs(anatomy.module, None, anatomy.inputs)).logits}
 
     def __call__(self, piece: Any) -> Tensors:
         raise NotImplementedError
@@ -72,6 +80,27 @@ def begin(name: str, model: Model, about: Mapping[str, Any], tensors: Mapping[st
     if not (isinstance(found, type) and issubclass(found, Work)):
         raise TypeError(name)
     return found(model, about, tensors)
+
+
+def told(value: Any) -> Tensor:
+    """JSON as a tensor of bytes, for work that finds more than numbers.
+
+    >>> heard(told({"a": [1, None]}))
+    {'a': [1, None]}
+    """
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def heard(value: Tensor) -> Any:
+    return json.loads(value.numpy().tobytes())
+
+
+def plain(*values: Any) -> bool:
+    """Whether these are values that JSON gives back as they were."""
+    try:
+        return bool(json.loads(json.dumps(values)) == list(values))
+    except (TypeError, ValueError):
+        return False
 
 
 def done(errand: Errand, pieces: Iterable[Any], on: Where | None = None) -> Iterator[tuple[Any, Tensors]]:
