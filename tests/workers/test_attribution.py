@@ -56,3 +56,13 @@ def test_perturbations_are_run_on_workers(classifier: pl.Model) -> None:
         there = pl.attribution.occlusion(classifier, "a fine film", 1)
     assert any(r["do"] == "run" for lane in two.lanes for r in lane.asked)  # type: ignore[attr-defined]
     np.testing.assert_allclose(there.attribution, here.attribution, atol=1e-6)
+
+
+def test_knowledge_is_attributed_on_workers_as_here(model: pl.Model) -> None:
+    prompts = torch.randint(97, (2, 6), generator=torch.Generator().manual_seed(3)).tolist()
+    found = []
+    for on in (None, pool()):
+        with pl.on(on):
+            found.append(pl.neurons.knowledge_attribution(model, prompts, [5, 7], steps=4).data)
+    assert found[0].equals(found[1])
+    assert float(abs(found[0].attribution).max()) > 0
