@@ -157,7 +157,7 @@ class ActivationStore:
         >>> for x in store.shuffled("layers.3.resid_post", 1024, seed=1): ...  # doctest: +SKIP
         """
         several = not isinstance(sites, str | Site)
-        names = [self._name(s) for s in (sites if several else [sites])]  # type: ignore[list-item, union-attr]
+        names = [self._name(sites)] if isinstance(sites, str | Site) else [self._name(site) for site in sites]
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.index.shards), generator=generator).tolist()
         rest: list[Tensor] | None = None

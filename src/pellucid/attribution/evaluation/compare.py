@@ -126,8 +126,8 @@ def compare(
             METHODS.get(name) is method for name, method in chosen.items()
         )  # what is no value stays here, and its sweeps travel
         errand = Errand(model, "attribution.evaluation.compare:_Job", lambda: (settings, {}), job)
-        for _, found in done(errand, pieces, None if travels else Here()):
-            for row in heard(found["rows"]):
+        for _, made in done(errand, pieces, None if travels else Here()):
+            for row in heard(made["rows"]):
                 keep(row)
     found = _summary(model, names, rows, seed, read)
     if len(read) < FEWEST:
