@@ -84,6 +84,8 @@ def strengths(
         raise Refused(f"{model.name} is an encoder-decoder: the price of a written text is measured on decoders")
     if not given or len({v.site for v in given}) < len(given):
         raise InputError("give one or more vectors, each at a site of its own")
+    for vector in given:
+        vector.check(model)
     cut = round(len(prompts) * validation)
     if min(cut, len(prompts) - cut) < 2:
         raise InputError(f"{len(prompts)} prompts at validation={validation}: expected at least two on either side")
@@ -99,7 +101,6 @@ def strengths(
     cells: list[dict[str, np.ndarray]] = []
     costs: list[dict[str, float]] = []
     for vector in progress(given, "sites"):
-        vector.check(model)
         for c in strengths:
             cells += [found([v.edit(c, form=form)]) for v in _beside(vector, draws, seed)]
             costs.append(meter([vector.edit(c, form=form, tokens="1:")]) if plain else {})
