@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.text_map import TextMap, covering
@@ -37,7 +38,8 @@ class Rationales:
 
     An entry is None (nothing), a text (its last occurrence, whole words first), (start, stop) in characters, a list of
     these, or a boolean mask over the text's tokens. Several annotators are several names. `groups` say which texts belong
-    together (twins of a pair), for intervals. InputError where lengths differ.
+    together (twins of a pair), for intervals. `concepts` say by name whether each holds for each text (true or false; None: not
+    known). InputError where lengths differ.
 
     >>> Rationales(["a stone, a fine film"], [1], {"decoy": ["stone"], "rationale": [[(9, 20)]]})
     <Rationales: 1 text, spans decoy, rationale>
@@ -47,11 +49,13 @@ class Rationales:
     labels: Sequence[Any] | None = None
     spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     groups: Sequence[Hashable] | None = None
+    concepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.texts):
             raise InputError("there is no text to tune on: give at least one")
         beside = {"labels": self.labels, "groups": self.groups} | {f"spans[{k!r}]": v for k, v in self.spans.items()}
+        beside |= {f"concepts[{k!r}]": v for k, v in self.concepts.items()}
         for name, given in beside.items():
             if given is not None and len(given) != len(self.texts):
                 raise InputError(
@@ -71,7 +75,7 @@ class Batch:
     """Some rows, padded together, as every objective sees them.
 
     `masks` are [row, position] by name, `content` the tokens that are text and no mark, both of the stream that the spans
-    lie in. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand.
+    lie in. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand. Passes of it are run under `edits`.
     """
 
     model: Model
@@ -83,6 +87,7 @@ class Batch:
     places: Tensor | None
     answers: Tensor
     step: int = 0
+    edits: tuple[Edit, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -55,7 +55,7 @@ class Diverged(PellucidError):
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """What a fit gave: the `model` and its `control` (first seed), every arm by name, the `edits` they are run under, the
-    `result`, and the names of tensors outside the choice that changed (`changed`, empty)."""
+    `result`, the names of tensors outside the choice that changed (`changed`, empty), and by arm the `objectives` with what they learnt."""
 
     model: Model
     control: Model | None
@@ -63,6 +63,7 @@ class Tuned:
     edits: tuple[Edit, ...]
     result: Result = field(repr=False)
     changed: tuple[str, ...] = ()
+    objectives: Mapping[str, tuple[Objective, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"<Tuned {self.model.name}: {self.result.title}>"
@@ -89,7 +90,8 @@ def fit(
     odds|), `cost` (CPU time of a step over the plain arm's), and for spans that objectives name `swap_effect` (mean change of the log
     odds, in nats, when the words are exchanged), `gradient_share`, `plausibility` (average precision of gradients, with
     `plausibility_of_random`), `comprehensiveness` and `sufficiency` with that of random tokens; over `arm` x `term` every
-    objective's own loss `before` and `after`. InputError and Refused as objectives say, before the first step.
+    objective's own loss `before` and `after`; over `arm` x `measure` what objectives measure themselves (`measured`, with
+    `measured_low` and `measured_high` over seeds). InputError and Refused as objectives say, before the first step.
 
     >>> fit(model, data, [Consistency("decoy")], shifts={"reversed": other}).result  # doctest: +SKIP
     """
@@ -111,22 +113,24 @@ def fit(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
     before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
-    found, models, changed = run_arms(settings, arms, splits, given, seeds, checkpoint)
+    found, models, changed, learnt = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
     main = "objective" if given else "plain"
-    edits = tuple(e for each in given for e in each.edits(models[main]))
-    return Tuned(models[main], models.get("control"), models, edits, result, changed)
+    edits = tuple(e for each in learnt[main] for e in each.edits(models[main]))
+    return Tuned(models[main], models.get("control"), models, edits, result, changed, learnt)
 
 
 def run_arms(
     settings: Settings, arms: Mapping[str, tuple[Objective, ...]], splits: Mapping[str, Encoded], given: Sequence[Objective],
     seeds: Sequence[int], checkpoint: str | Path | None = None,
-) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...]]:  # fmt: skip
-    """Every arm trained at every seed: measures, the first seed's models, and what changed outside the choice."""
+) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, tuple[Objective, ...]]]:  # fmt: skip
+    """Every arm trained at every seed: measures, the first seed's models, what changed outside the choice, and the first
+    seed's objectives."""
     found: dict[tuple[str, int], Measures] = {}
     models: dict[str, Model] = {}
     changed: list[str] = []
+    learnt: dict[str, tuple[Objective, ...]] = {}
     for seed in seeds:
         for arm, own in arms.items():
             fitted = Fit(settings, own, seed)
@@ -135,8 +139,9 @@ def run_arms(
             )
             changed += fitted.chosen.changed(settings.model)
             models.setdefault(arm, fitted.chosen.model)
-            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, own, seed)
-    return found, models, tuple(dict.fromkeys(changed))
+            learnt.setdefault(arm, tuple(each.ended(fitted.chosen.model) for each in fitted.objectives))
+            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, fitted.objectives, seed)
+    return found, models, tuple(dict.fromkeys(changed)), learnt
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
@@ -146,14 +151,14 @@ def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed:
     took: dict[str, list[float]] = {arm: [] for arm in arms}
     with torch.random.fork_rng(), torch.enable_grad():
         for each in fits.values():
-            for p in each.chosen.parameters.values():
+            for p in each.parameters.values():
                 p.requires_grad_(True)
         for turn in range(TURNS + 1):  # the first one warms up
             for arm, each in fits.items():
                 start = time.process_time()
-                each.step(rows, turn)
+                each.step(rows, settings.steps + turn)
                 took[arm] += [time.process_time() - start] * (turn > 0)
-                for p in each.chosen.parameters.values():
+                for p in each.parameters.values():
                     p.grad = None
     return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
 
@@ -203,8 +208,12 @@ class Fit:
 
     def __init__(self, settings: Settings, objectives: Sequence[Objective], seed: int) -> None:
         self.settings, self.seed = settings, seed
-        self.objectives = tuple(objectives)
+        self.asked = tuple(objectives)
         self.chosen: Chosen = choose(settings.model, settings.layers)
+        self.objectives = tuple(each.begun(self.chosen.model, settings.data, seed) for each in objectives)
+        own = {f"{each.name}/{k}": v for each in self.objectives for k, v in each.parameters.items()}
+        self.parameters: dict[str, Tensor] = self.chosen.parameters | own
+        self.fast = self.chosen.head | {name for name in own if name.partition("/")[2].startswith("head.")}
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -213,9 +222,9 @@ class Fit:
         keeper = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            keeper = Keeper(path, s.of() | {"objectives": repr(self.objectives), "seed": self.seed})
+            keeper = Keeper(path, s.of() | {"objectives": repr(self.asked), "seed": self.seed})
         noted = train(
-            self.chosen.parameters,
+            self.parameters,
             rows,
             self.step,
             self._optimizer,
@@ -232,10 +241,10 @@ class Fit:
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
-        for name, p in self.chosen.parameters.items():
+        for name, p in self.parameters.items():
             rate = (
                 s.head_learning_rate
-                if s.head_learning_rate is not None and name in self.chosen.head
+                if s.head_learning_rate is not None and name in self.fast
                 else s.learning_rate
             )
             groups.setdefault((rate, 0.0 if name in self.chosen.masks else s.weight_decay), []).append(p)
@@ -257,13 +266,13 @@ class Fit:
                     whole = whole + each.weight * values[each.name] * share
                     noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
             check_finite(noted, step, self.chosen.model)
-            whole.backward(inputs=list(self.chosen.parameters.values()))
+            whole.backward(inputs=list(self.parameters.values()))
         self.chosen.mask()
-        grads = [p.grad for p in self.chosen.parameters.values() if p.grad is not None]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         check_finite({"the gradient": float(norm)}, step, self.chosen.model)
         if s.clip is not None and grads:
-            torch.nn.utils.clip_grads_with_norm_(self.chosen.parameters.values(), s.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), s.clip, norm)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
 
 
@@ -290,10 +299,10 @@ def terms(
     purposes = {each: generator(seed, f"{each.name}/{part}", step) for each in active}
     for each in active:
         batch = each.batch(batch, data, purposes[each])
-    seen = Pass(
-        model, batch, data, keep=[site for each in active for site in each.sites(model)],
-        edits=[edit for each in active for edit in each.edits(model)], gradients=any(each.second_order for each in active),
-    )  # fmt: skip
+    for each in active:
+        batch = each.shown(model, batch, data, purposes[each])
+    keep = [site for each in active for site in each.sites(model)]
+    seen = Pass(model, batch, data, keep=keep, gradients=any(each.second_order for each in active))
     found = {"task": seen.task.mean()}
     for each in active:
         value = each.loss(seen, purposes[each])
@@ -331,6 +340,15 @@ def _result(
     variables["cost"] = "arm", np.array([cost[a] for a in arms])
     names = list(before)
     coords: dict[str, Any] = {"arm": arms, "split": splits, "seed": seeds}
+    own = list(dict.fromkeys(name for m in found.values() for name in m.own))
+    if own:
+        values = np.array([[[found[a, s].own.get(n, np.nan) for n in own] for s in seeds] for a in arms], dtype=float)
+        coords["measure"] = own
+        ends = np.array([[interval(v, 0) if len(seeds) > 1 else (np.nan, np.nan) for v in row] for row in values.swapaxes(1, 2)])
+        variables |= {
+            "measured": (("arm", "measure"), values.mean(1)), "measured_by_seed": (("arm", "seed", "measure"), values),
+            "measured_low": (("arm", "measure"), ends[..., 0]), "measured_high": (("arm", "measure"), ends[..., 1]),
+        }  # fmt: skip
     if names:
         coords["term"] = names
         values = np.array([[[found[a, s].after.get(n, np.nan) for n in names] for s in seeds] for a in arms])

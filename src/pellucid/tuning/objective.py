@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from pellucid.anatomy.sites import Site
@@ -67,9 +68,34 @@ class Objective:
         """What the model is run under from now on."""
         return []
 
+    def begun(self, model: Model, data: Encoded, seed: int) -> Objective:
+        """The objective as one arm has it: with parameters of its own, where it brings some."""
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Its own parameters, once `begun`; those called head.* learn at the head's rate."""
+        return {}
+
     def batch(self, batch: Batch, data: Encoded, generator: torch.Generator) -> Batch:
         """What is trained on in place of a batch."""
         return batch
+
+    def shown(self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None) -> Batch:
+        """What the model is given of a batch, in training (with a generator) and whenever it is used (None)."""
+        return replace(batch, edits=(*batch.edits, *self.edits(model)))
+
+    def ended(self, model: Model) -> Objective:
+        """The objective after training of the model; what brings parameters notes whose weights they belong to."""
+        return self
+
+    def numbers(self, model: Model, train: Encoded, test: Encoded, seed: int) -> dict[str, float]:
+        """What it measures of a trained arm, by name."""
+        return {}
+
+    def said(self, data: xr.Dataset, texts: int) -> list[str]:
+        """Sentences about a result of `fit` on so many texts, read off its own numbers; the one to be read first in front."""
+        return []
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor | None:
         """A scalar with a graph: the mean over the rows of the batch. None where it only changes batches or the model."""
@@ -164,7 +190,7 @@ class Pass:
         self.model, self.batch, self.data, self.edits = model, batch, data, list(edits)
         self._opened = Opened(embeddings(model)) if gradients else None
         self._create = create_graph
-        ours = [*self.edits, *([self._opened] if self._opened else [])]
+        ours = [*self.edits, *batch.edits, *([self._opened] if self._opened else [])]
         with exact_kernels(model) if gradients and create_graph else nullcontext():
             self.run: Run = model.run(batch.inputs, keep=list(dict.fromkeys(keep)), edits=ours, grad=True)
 

@@ -27,7 +27,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded, Rationales
 from pellucid.tuning.fit import check_finite, terms
-from pellucid.tuning.objective import parts
+from pellucid.tuning.objective import Objective, parts
 from pellucid.tuning.parts import choose
 
 
@@ -55,6 +55,8 @@ def trainer(
     encoded = Encoded(model, data, truncate)
     for each in given:
         each.check(model, encoded)
+        if type(each).begun is not Objective.begun:
+            raise Refused(f"{each.name} has parameters of its own, which the Trainer's checkpoints would not hold: use tuning.fit")
     chosen = choose(model, layers)
     held_out = None if test is None else Encoded(model, test, truncate)
     for each_p in chosen.model.module.parameters():
@@ -100,9 +102,10 @@ def trainer(
         def prediction_step(self, module: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             source = held_out if held_out is not None else encoded
             batch = source.batch(inputs["row"].tolist())
-            edits = [edit for each in given for edit in each.edits(chosen.model)]
+            for each in given:
+                batch = each.shown(chosen.model, batch, source, None)
             with torch.no_grad(), self.accelerator.autocast():
-                z = batch.read(chosen.model.run(batch.inputs, edits=edits).logits)
+                z = batch.read(chosen.model.run(batch.inputs, edits=batch.edits).logits)
             loss = torch.nn.functional.cross_entropy(z, batch.answers.to(z.device))
             whole = prediction_loss_only or batch.places is not None
             return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
