@@ -369,7 +369,7 @@ def largest(scores: Tensor, free: Tensor, share: float) -> Tensor:
     >>> largest(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), torch.tensor([[True, True, True, False]]), 0.5)
     tensor([[False,  True,  True, False]])
     """
-    order = scores.masked_fill(~free, -torch.inf).sort(1, descending=True, stable=True).indices
+    order = scores.masked_fill(~free, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     made = torch.zeros_like(free)
     return made.scatter(1, order, torch.arange(free.shape[1]) < counts(free, share)[:, None]) & free
 
