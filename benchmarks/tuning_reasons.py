@@ -33,7 +33,9 @@ CONCEPTS = {
 
 def with_concepts(data: tuning.Rationales) -> tuning.Rationales:
     words = [set(re.findall(r"[a-z'-]+", text.lower())) for text in data.texts]
-    return replace(data, concepts={name: [bool(w & set(listed.split())) for w in words] for name, listed in CONCEPTS.items()})
+    return replace(
+        data, properties={name: [bool(w & set(listed.split())) for w in words] for name, listed in CONCEPTS.items()}
+    )
 
 
 def numbers(made: tuning.Tuned, title: str) -> None:
@@ -42,12 +44,16 @@ def numbers(made: tuning.Tuned, title: str) -> None:
     for arm in data["arm"].values.tolist():
         own = data.sel(arm=arm)
         first = own.isel(split=0)
-        print(f"{arm}: accuracy {float(first.accuracy):.3f} [{float(first.low):.3f}, {float(first.high):.3f}], cost {float(own.cost):.2f}")
+        print(
+            f"{arm}: accuracy {float(first.accuracy):.3f} [{float(first.low):.3f}, {float(first.high):.3f}], cost {float(own.cost):.2f}"
+        )
         for name in data["measure"].values.tolist() if arm != "plain" else []:
             m = own.sel(measure=name)
             if m.measured.notnull():
                 each = ", ".join(f"{v:.3f}" for v in m.measured_by_seed.values)
-                print(f"  {name:20} {float(m.measured):.3f} [{float(m.measured_low):.3f}, {float(m.measured_high):.3f}]  ({each})")
+                print(
+                    f"  {name:20} {float(m.measured):.3f} [{float(m.measured_low):.3f}, {float(m.measured_high):.3f}]  ({each})"
+                )
     print("nothing changed outside the choice:", not made.changed, flush=True)
 
 
@@ -55,7 +61,7 @@ def main(path: Path, parts: set[str]) -> None:
     two = Setting(path)
     train, test = (with_concepts(rationales(rows, ABSENT)) for rows in (two.train, two.test))
     for name in CONCEPTS:
-        print(f"{name}: in {sum(train.concepts[name]) / len(train):.2f} of the texts")
+        print(f"{name}: in {sum(train.properties[name]) / len(train):.2f} of the texts")
 
     def fit(objective: Any, **more: Any) -> tuning.Tuned:
         options = {"layers": slice(None), "head_learning_rate": 1e-2, "test": test, "seeds": (0, 1, 2)} | more
@@ -69,7 +75,9 @@ def main(path: Path, parts: set[str]) -> None:
             found = tuning.interventions(made.model, test, made, **options)
             print(f"{label}: {found.title}")
             for source in found.data["source"].values.tolist():
-                print(f"  {source}: {[round(float(v), 3) for v in found.data['accuracy'].sel(source=source)]}", flush=True)
+                print(
+                    f"  {source}: {[round(float(v), 3) for v in found.data['accuracy'].sel(source=source)]}", flush=True
+                )
     if "residual" in parts:
         numbers(fit(tuning.Bottleneck(kind="joint", residual=8)), "Hard concepts beside a residual of 8")
     if "leak" in parts:

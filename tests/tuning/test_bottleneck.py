@@ -24,7 +24,7 @@ def told(family: str, n: int = 8) -> tu.Rationales:
     """The first concept is the label; the second is length."""
     given = data("text" if family == "gpt2" else KINDS[family], n=n)
     he, long = [t.startswith("he") for t in given.texts], [" and " in t for t in given.texts]
-    return dataclasses.replace(given, concepts={"he": he, "long": long})
+    return dataclasses.replace(given, properties={"he": he, "long": long})
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -80,7 +80,6 @@ def test_the_edit_is_its_formula_under_padding_on_either_side() -> None:
     assert torch.allclose(torch.stack(alone), together, atol=1e-4)
 
 
-
 @cache
 def fitted() -> tu.Tuned:
     return tu.fit(opened("bert-class"), told("bert-class", 16), tu.Bottleneck(kind="joint", residual=2), control=False,
@@ -121,7 +120,10 @@ def test_unused_concepts_and_leaks_are_said_first() -> None:
     assert said[0].startswith("the concepts are not used: shuffled concepts do as well (0.75 against 0.73)")
     said = tu.Bottleneck().said(frame(accuracy=(0.785, 0.5), concepts_at_mean=(0.5, 0.5), with_true=(0.38, 0.5), with_another_texts=(0.45, 0.5),
                                       concept_auc=(0.42, 0.5), ceiling=(0.69, 0.69)), 1200)  # fmt: skip
-    assert said[0].startswith("it leaks: told the true concepts, accuracy falls from 0.79 to 0.38") and "more than true" in said[1]
+    assert (
+        said[0].startswith("it leaks: told the true concepts, accuracy falls from 0.79 to 0.38")
+        and "more than true" in said[1]
+    )
 
 
 def test_interventions_and_their_control() -> None:
@@ -139,12 +141,17 @@ def test_interventions_and_their_control() -> None:
 
 def test_bad_input_of_bottlenecks() -> None:
     model, given = opened("bert-class"), told("bert-class")
-    same = dataclasses.replace(given, concepts={"he": [True] * 8})
+    same = dataclasses.replace(given, properties={"he": [True] * 8})
     for error, match, objective, texts in [
         (InputError, "names no concepts", tu.Bottleneck(), data()),
         (InputError, "no concept 'hee'", tu.Bottleneck(["hee"]), given),
         (InputError, "alike in all texts", tu.Bottleneck(), same),
-        (InputError, "besides true and false", tu.Bottleneck(), dataclasses.replace(given, concepts={"he": [2, 0] * 4})),
+        (
+            InputError,
+            "besides true and false",
+            tu.Bottleneck(),
+            dataclasses.replace(given, properties={"he": [2, 0] * 4}),
+        ),
         (pl.errors.SiteError, "layers", tu.Bottleneck(layer=9), given),
         (Refused, "task='classification'", tu.Bottleneck(), None),
     ]:
@@ -161,7 +168,7 @@ def test_bad_input_of_bottlenecks() -> None:
 def test_bfloat16_unknown_concepts_and_an_interrupted_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = pl.load(build("gpt2", dtype=torch.bfloat16), tokenizer=tokenizer(None))
     given = told("gpt2")
-    given = dataclasses.replace(given, concepts=given.concepts | {"long": [None, *given.concepts["long"][1:]]})
+    given = dataclasses.replace(given, properties=given.properties | {"long": [None, *given.properties["long"][1:]]})
     made = tu.fit(half, given, tu.Bottleneck(residual=2), control=False, **QUICK)
     assert np.isfinite(float(made.result.data["measured"].sel(arm="objective", measure="concept_auc")))
     whole = tu.fit(opened("bert-class"), told("bert-class"), tu.Bottleneck(), control=False, **QUICK)
@@ -178,7 +185,9 @@ def test_bfloat16_unknown_concepts_and_an_interrupted_fit(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         tu.fit(opened("bert-class"), told("bert-class"), tu.Bottleneck(), control=False, checkpoint=tmp_path, **QUICK)
     monkeypatch.undo()
-    again = tu.fit(opened("bert-class"), told("bert-class"), tu.Bottleneck(), control=False, checkpoint=tmp_path, **QUICK)
+    again = tu.fit(
+        opened("bert-class"), told("bert-class"), tu.Bottleneck(), control=False, checkpoint=tmp_path, **QUICK
+    )
     assert equal(weights(whole.model), weights(again.model))
     a, b = (dict(each.objectives["objective"][0].parameters) for each in (whole, again))
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -31,7 +31,9 @@ class _Enough(BaseException):
     """Everything wanted has been met; it never leaves this file. No Exception: a family's own code must not catch it."""
 
 
-def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = (), grad: bool = False) -> Run:
+def run_until(
+    anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = (), grad: bool = False
+) -> Run:
     """A run (without gradients unless asked) that kept some sites, made its edits, and stopped there; it has no logits."""
     check_unconditional(edits)
     session = Session(anatomy, inputs, keep, edits)
@@ -62,7 +64,12 @@ def pass_until(
         return handle
 
     wrapped = {tap: heard(tap, handler) for tap, handler in handlers.items()}
-    with running(anatomy.module), torch.set_grad_enabled(grad), Wiretap(anatomy.module, wrapped, len(inputs)), suppress(_Enough):
+    with (
+        running(anatomy.module),
+        torch.set_grad_enabled(grad),
+        Wiretap(anatomy.module, wrapped, len(inputs)),
+        suppress(_Enough),
+    ):
         anatomy.module(**inputs.tensors)
     return met
 

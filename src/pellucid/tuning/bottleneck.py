@@ -27,7 +27,7 @@ The control is the same bottleneck on concepts shuffled between texts. Where it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -52,7 +52,7 @@ from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.fit import Tuned
 from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import plain, shown
-from pellucid.tuning.objective import Objective, Pass
+from pellucid.tuning.objective import NONE, Objective, Pass
 
 Kind = Literal["independent", "sequential", "joint"]
 
@@ -92,7 +92,7 @@ class Narrow(Edit):
 
 @dataclass(frozen=True)
 class Bottleneck(Learnt):
-    """The answer passes through `concepts` (names of the data's; None: all of them) at `layer` (see the module).
+    """The answer passes through `concepts` (names of properties of the texts; None: all of them) at `layer` (see the module).
 
     `hard` concepts are 0 or 1; `residual` is the width of the channel beside them. An objective of `tuning.fit`; what was learnt is
     `tuned.objectives["objective"][0]`, which `save` writes, and the tuned model runs under `tuned.edits`. `stack` names one of an
@@ -197,12 +197,14 @@ class Bottleneck(Learnt):
             object.__setattr__(made, "_digest", digest)
         return made
 
-    def edits(self, model: Model) -> list[Edit]:
+    def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:
         return [self.narrow(model)]
 
     # ---- training
 
-    def shown(self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None) -> Batch:
+    def shown(
+        self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None, own: Mapping[str, Tensor] = NONE
+    ) -> Batch:  # fmt: skip
         known = None
         if generator is not None and (self.kind == "independent" or self.mix):
             known = self._truth(data)[list(batch.rows)]
@@ -239,16 +241,18 @@ class Bottleneck(Learnt):
 
 def truth_of(data: Rationales, concepts: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
     """The names and [text, concept] 1, 0 or NaN. InputError for an unknown one, and one that holds always or never."""
-    names = list(data.concepts) if concepts is None else list(concepts)
+    names = list(data.properties) if concepts is None else list(concepts)
     if not names:
-        raise InputError("the data names no concepts: Rationales(..., concepts={'praise': [True, False, ...]})")
+        raise InputError("the data names no concepts: Rationales(..., properties={'praise': [True, False, ...]})")
     for name in names:
-        if name not in data.concepts:
-            raise InputError(f"the data has no concept {name!r}{nearest(name, data.concepts)}")
+        if name not in data.properties:
+            raise InputError(f"the data has no concept {name!r}{nearest(name, data.properties)}")
     try:
-        found = np.array([[np.nan if v is None else float(v) for v in data.concepts[name]] for name in names]).T
+        found = np.array([[np.nan if v is None else float(v) for v in data.properties[name]] for name in names]).T
     except (TypeError, ValueError):
-        raise InputError("concepts hold (True) or do not (False), or are not known (None): found something else") from None
+        raise InputError(
+            "concepts hold (True) or do not (False), or are not known (None): found something else"
+        ) from None
     for name, values in zip(names, found.T, strict=True):
         known = values[~np.isnan(values)]
         if not np.isin(known, (0, 1)).all():
@@ -301,12 +305,21 @@ def measures(model: Model, bottleneck: Bottleneck, train: Encoded, test: Encoded
     found["concepts_at_mean"] = float(_right(model, bottleneck, test, mean).mean())
     if bottleneck.residual:
         found["residual_at_mean"] = float(_right(model, bottleneck, test, None, taught["rest"].mean(0)).mean())
-    labels = [None if each.labels is None else np.unique(np.asarray(each.labels).astype(str), return_inverse=True) for each in (train, test)]
+    labels = [
+        None if each.labels is None else np.unique(np.asarray(each.labels).astype(str), return_inverse=True)
+        for each in (train, test)
+    ]
     sides = [None if each is None else each[1] for each in labels]
-    if all(name in test.data.concepts for name in bottleneck.names):
-        truth = np.array([[np.nan if v is None else float(v) for v in test.data.concepts[n]] for n in bottleneck.names]).T
+    if all(name in test.data.properties for name in bottleneck.names):
+        truth = np.array(
+            [[np.nan if v is None else float(v) for v in test.data.properties[n]] for n in bottleneck.names]
+        ).T
         known = [~np.isnan(t) for t in truth.T]
-        aucs = [roc_auc_score(t[k], s[k]) for t, s, k in zip(truth.T, own["logits"].T, known, strict=True) if len(set(t[k])) > 1]
+        aucs = [
+            roc_auc_score(t[k], s[k])
+            for t, s, k in zip(truth.T, own["logits"].T, known, strict=True)
+            if len(set(t[k])) > 1
+        ]
         found["concept_auc"] = float(np.mean(aucs)) if aucs else np.nan
         found["concept_accuracy"] = float(((own["logits"] > 0) == truth)[~np.isnan(truth)].mean())
         found["with_true"] = float(_right(model, bottleneck, test, truth).mean())
@@ -351,7 +364,9 @@ def _verdict(data: xr.Dataset, bottleneck: Bottleneck, error: float) -> list[str
     said = []
     alone = of("objective", "concepts_at_mean")
     if alone >= own - error and own > of("objective", "residual_at_mean"):
-        beside = f"shuffled concepts do as well ({control:.2f} against {own:.2f}), and " if control >= own - error else ""
+        beside = (
+            f"shuffled concepts do as well ({control:.2f} against {own:.2f}), and " if control >= own - error else ""
+        )
         said.append(
             f"the concepts are not used: {beside}with them at their mean it answers {alone:.2f}, so the residual of {bottleneck.residual} is the "
             f"model (without it {of('objective', 'residual_at_mean'):.2f})"
@@ -382,7 +397,9 @@ def interventions(
     >>> interventions(tuned.model, data, tuned)  # doctest: +SKIP
     """
     if isinstance(bottleneck, Tuned):
-        learnt = [e for each in bottleneck.objectives.values() for e in each if isinstance(e, Bottleneck) and not e.shuffled]
+        learnt = [
+            e for each in bottleneck.objectives.values() for e in each if isinstance(e, Bottleneck) and not e.shuffled
+        ]
         if not learnt:
             raise InputError("this model was not tuned with a Bottleneck among the objectives")
         bottleneck = learnt[0]
@@ -417,11 +434,17 @@ def interventions(
     low, high = interval(np.moveaxis(right, -1, 0), seed, groups=data.groups, within=(0, 1))
     mean = right.mean(-1)
     frame = xr.Dataset(
-        {"accuracy": (("source", "known"), mean), "low": (("source", "known"), low), "high": (("source", "known"), high)},
+        {
+            "accuracy": (("source", "known"), mean),
+            "low": (("source", "known"), low),
+            "high": (("source", "known"), high),
+        },
         {"source": list(sources), "known": np.arange(len(wanted) + 1)},
     )
     gain, control = mean[:, -1] - mean[:, 0]
     title = f"The truth of {len(wanted)} concepts takes accuracy from {mean[0, 0]:.2f} to {mean[0, -1]:.2f}, another text's to {mean[1, -1]:.2f}"
     if gain <= max(control, 0):
-        title = f"Interventions gain nothing ({gain:+.2f}, another text's {control:+.2f}): {title[0].lower()}{title[1:]}"
+        title = (
+            f"Interventions gain nothing ({gain:+.2f}, another text's {control:+.2f}): {title[0].lower()}{title[1:]}"
+        )
     return Result(frame, kind="interventions", title=title)

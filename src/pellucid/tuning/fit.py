@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,13 @@ from pellucid.technique import technique
 from pellucid.training import Keeper, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
-from pellucid.tuning.objective import Objective, Pass, generator, parts
+from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
 
 UNTRAINED = 0.95  # of the entropy of the answers
 TURNS = 5
+COPIED = "/copied."  # in the name of a tensor beside the model that is a copy of one in it, and learns at the same rate
 
 
 class Diverged(PellucidError):
@@ -55,7 +57,8 @@ class Diverged(PellucidError):
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """What a fit gave: the `model` and its `control` (first seed), every arm by name, the `edits` they are run under, the
-    `result`, the names of tensors outside the choice that changed (`changed`, empty), and by arm the `objectives` with what they learnt."""
+    `result`, the names of tensors outside the choice that changed (`changed`, empty), and by arm and objective the tensors that
+    were trained `beside` the model; by arm the `objectives` with what they learnt."""
 
     model: Model
     control: Model | None
@@ -63,6 +66,7 @@ class Tuned:
     edits: tuple[Edit, ...]
     result: Result = field(repr=False)
     changed: tuple[str, ...] = ()
+    beside: Mapping[str, Beside] = field(default_factory=dict, repr=False)
     objectives: Mapping[str, tuple[Objective, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
@@ -113,24 +117,26 @@ def fit(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
     before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
-    found, models, changed, learnt = run_arms(settings, arms, splits, given, seeds, checkpoint)
+    found, models, changed, beside, learnt = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
     main = "objective" if given else "plain"
-    edits = tuple(e for each in learnt[main] for e in each.edits(models[main]))
-    return Tuned(models[main], models.get("control"), models, edits, result, changed, learnt)
+    active = [each for each in learnt[main] if each.weight > 0]
+    edits = tuple(e for each in active for e in each.edits(models[main], beside[main].get(each.name, NONE)))
+    return Tuned(models[main], models.get("control"), models, edits, result, changed, beside, learnt)
 
 
 def run_arms(
     settings: Settings, arms: Mapping[str, tuple[Objective, ...]], splits: Mapping[str, Encoded], given: Sequence[Objective],
     seeds: Sequence[int], checkpoint: str | Path | None = None,
-) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, tuple[Objective, ...]]]:  # fmt: skip
+) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, Beside], dict[str, tuple[Objective, ...]]]:  # fmt: skip
     """Every arm trained at every seed: measures, the first seed's models, what changed outside the choice, and the first
-    seed's objectives."""
+    seed's tensors beside them and objectives."""
     found: dict[tuple[str, int], Measures] = {}
     models: dict[str, Model] = {}
-    changed: list[str] = []
+    beside: dict[str, Beside] = {}
     learnt: dict[str, tuple[Objective, ...]] = {}
+    changed: list[str] = []
     for seed in seeds:
         for arm, own in arms.items():
             fitted = Fit(settings, own, seed)
@@ -139,9 +145,12 @@ def run_arms(
             )
             changed += fitted.chosen.changed(settings.model)
             models.setdefault(arm, fitted.chosen.model)
+            beside.setdefault(arm, fitted.beside)
             learnt.setdefault(arm, tuple(each.ended(fitted.chosen.model) for each in fitted.objectives))
-            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, fitted.objectives, seed)
-    return found, models, tuple(dict.fromkeys(changed)), learnt
+            found[arm, seed] = measured(
+                fitted.chosen.model, settings.data, splits, given, fitted.objectives, seed, fitted.beside
+            )
+    return found, models, tuple(dict.fromkeys(changed)), beside, learnt
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
@@ -210,10 +219,14 @@ class Fit:
         self.settings, self.seed = settings, seed
         self.asked = tuple(objectives)
         self.chosen: Chosen = choose(settings.model, settings.layers)
-        self.objectives = tuple(each.begun(self.chosen.model, settings.data, seed) for each in objectives)
-        own = {f"{each.name}/{k}": v for each in self.objectives for k, v in each.parameters.items()}
+        self.objectives = tuple(
+            each.begun(self.chosen.model, settings.data, seed) if each.weight > 0 else each for each in objectives
+        )
+        self.beside = drawn_beside(self.chosen.model, settings.data, self.objectives, seed)
+        own = {f"{name}/{k}": t for name, each in self.beside.items() for k, t in each.items()}
         self.parameters: dict[str, Tensor] = self.chosen.parameters | own
-        self.fast = self.chosen.head | {name for name in own if name.partition("/")[2].startswith("head.")}
+        kept = [name for each in self.objectives if each.weight > 0 for name in each.undecayed(self.chosen.model)]
+        self.undecayed = frozenset([*self.chosen.masks, *kept])
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -229,11 +242,17 @@ class Fit:
             self.step,
             self._optimizer,
             schedule=self._schedule,
+            after=self._after,
             keeper=keeper,
             seed=self.seed,
             what=what,
         )
         return noted
+
+    def _after(self, step: int) -> None:
+        for each in self.objectives:
+            if each.weight > 0:
+                each.after(self.chosen.parameters, self.chosen.model, (step + 1) / self.settings.steps, self.seed)
 
     def _schedule(self, done: float) -> float:
         w = self.settings.warmup
@@ -242,12 +261,9 @@ class Fit:
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
         for name, p in self.parameters.items():
-            rate = (
-                s.head_learning_rate
-                if s.head_learning_rate is not None and name in self.fast
-                else s.learning_rate
-            )
-            groups.setdefault((rate, 0.0 if name in self.chosen.masks else s.weight_decay), []).append(p)
+            fresh = name in self.chosen.head or (name not in self.chosen.parameters and COPIED not in name)
+            rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
+            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
 
     def step(self, rows: Tensor, step: int) -> list[float]:
@@ -257,7 +273,7 @@ class Fit:
         batches = [s.data.batch(part.tolist(), step) for part in rows.split(size)]
         answers = sum(len(b.answers) for b in batches)
         for part, own in enumerate(batches):
-            values = terms(self.chosen.model, s.data, own, self.objectives, self.seed, step, part)
+            values = terms(self.chosen.model, s.data, own, self.objectives, self.seed, step, part, self.beside)
             share = len(own) / len(rows)
             whole = values.pop("task") * (len(own.answers) / answers)
             noted["task"] = noted.get("task", 0.0) + float(whole.detach())
@@ -288,9 +304,18 @@ def check_finite(values: Mapping[str, float], step: int, model: Model) -> None:
             raise error
 
 
+def drawn_beside(
+    model: Model, data: Encoded, objectives: Sequence[Objective], seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """What objectives train beside the model, fresh; of those that have something."""
+    found = {each.name: each.beside(model, data, seed) for each in objectives if each.weight > 0}
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
 def terms(
-    model: Model, data: Encoded, batch: Batch, objectives: Sequence[Objective], seed: int, step: int, part: int = 0
-) -> dict[str, Tensor]:
+    model: Model, data: Encoded, batch: Batch, objectives: Sequence[Objective], seed: int, step: int, part: int = 0,
+    beside: Beside = MappingProxyType({}),
+) -> dict[str, Tensor]:  # fmt: skip
     """Every term of the loss of one batch, unweighted: the "task" [mean over answers], and each objective's by its name.
 
     The one place where objectives meet a model: the loop of `fit` and `transformers.Trainer` both ask here.
@@ -300,9 +325,9 @@ def terms(
     for each in active:
         batch = each.batch(batch, data, purposes[each])
     for each in active:
-        batch = each.shown(model, batch, data, purposes[each])
+        batch = each.shown(model, batch, data, purposes[each], beside.get(each.name, NONE))
     keep = [site for each in active for site in each.sites(model)]
-    seen = Pass(model, batch, data, keep=keep, gradients=any(each.second_order for each in active))
+    seen = Pass(model, batch, data, keep=keep, gradients=any(each.second_order for each in active), beside=beside)
     found = {"task": seen.task.mean()}
     for each in active:
         value = each.loss(seen, purposes[each])
@@ -344,7 +369,9 @@ def _result(
     if own:
         values = np.array([[[found[a, s].own.get(n, np.nan) for n in own] for s in seeds] for a in arms], dtype=float)
         coords["measure"] = own
-        ends = np.array([[interval(v, 0) if len(seeds) > 1 else (np.nan, np.nan) for v in row] for row in values.swapaxes(1, 2)])
+        ends = np.array(
+            [[interval(v, 0) if len(seeds) > 1 else (np.nan, np.nan) for v in row] for row in values.swapaxes(1, 2)]
+        )
         variables |= {
             "measured": (("arm", "measure"), values.mean(1)), "measured_by_seed": (("arm", "seed", "measure"), values),
             "measured_low": (("arm", "measure"), ends[..., 0]), "measured_high": (("arm", "measure"), ends[..., 1]),

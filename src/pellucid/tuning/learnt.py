@@ -12,6 +12,7 @@ from pellucid.changed import check_weights
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.tuning.data import Encoded
 from pellucid.tuning.objective import Objective
 
 L = TypeVar("L", bound="Learnt")
@@ -19,7 +20,7 @@ L = TypeVar("L", bound="Learnt")
 
 @dataclass(frozen=True)
 class Learnt(Objective):
-    """Base of these: what was learnt is in `state_` ("tensors", "digest", plain values), empty in the value that is passed to `fit`."""
+    """Base of these: a value that `fit` is given, and once begun what an arm learns with it. What was learnt is in `state_` ("tensors", "digest", plain values), empty in the value that is passed to `fit`."""
 
     state_: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -29,6 +30,9 @@ class Learnt(Objective):
     @property
     def parameters(self) -> dict[str, Tensor]:
         return dict(self.state_.get("tensors", {}))
+
+    def beside(self, model: Model, data: Encoded, seed: int) -> dict[str, Tensor]:
+        return self.parameters
 
     def ended(self: L, model: Model) -> L:
         self.state_.update(digest=model.digest)
@@ -45,10 +49,14 @@ class Learnt(Objective):
     def save(self, path: str | Path) -> Path:
         """One safetensors file: settings, parameters, and the digest of the weights it belongs to."""
         if "digest" not in self.state_:
-            raise InputError(f"this {type(self).__name__} was not fitted: take the one in tuned.objectives['objective']")
+            raise InputError(
+                f"this {type(self).__name__} was not fitted: take the one in tuned.objectives['objective']"
+            )
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         plain = {k: v for k, v in self.state_.items() if k != "tensors" and not k.startswith("_")}
-        return write_tensors(path, f"pellucid_{type(self).__name__.lower()}", {"settings": settings, "state": plain}, self.parameters)
+        return write_tensors(
+            path, f"pellucid_{type(self).__name__.lower()}", {"settings": settings, "state": plain}, self.parameters
+        )
 
     @classmethod
     def load(cls: type[L], path: str | Path) -> L:

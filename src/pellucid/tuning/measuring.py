@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 from pellucid.attribution.evaluation.data import average_precision
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
-from pellucid.tuning.objective import Objective, Pass, generator, log_odds
+from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, log_odds
 from pellucid.tuning.reasons import Augment, Consistency, random_mask
 
 BATCH = 32
@@ -58,20 +59,23 @@ NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "los
 
 
 def measured(
-    model: Model, train: Encoded, splits: Mapping[str, Encoded], given: Sequence[Objective], own: Sequence[Objective], seed: int
+    model: Model, train: Encoded, splits: Mapping[str, Encoded], given: Sequence[Objective], own: Sequence[Objective], seed: int,
+    beside: Beside = MappingProxyType({}),
 ) -> Measures:  # fmt: skip
-    """Everything about one arm; `own` are the objectives it was trained with, which say what it is given and runs under."""
+    """Everything about one arm; `own` are the objectives it was trained with, which say what it is given and runs under,
+    `beside` what was trained with it."""
+    own = [each for each in own if each.weight > 0]
     made = Measures()
     with torch.random.fork_rng():
-        made.loss = float(np.mean([x for b in shown(model, train, own) for x in plain(model, b)[0]]))
+        made.loss = float(np.mean([x for b in shown(model, train, own, beside) for x in plain(model, b)[0]]))
         for name, split in splits.items():
-            made.right[name] = np.concatenate([plain(model, b)[1] for b in shown(model, split, own)])
+            made.right[name] = np.concatenate([plain(model, b)[1] for b in shown(model, split, own, beside)])
         first = next(iter(splits.values()))
-        made.after = term_values(model, first, given, own, seed)
+        made.after = term_values(model, first, given, own, seed, beside)
         for each in own:
             made.own |= each.numbers(model, train, first, seed)
         found: dict[str, list[float]] = {}
-        for batch in shown(model, first, own):
+        for batch in shown(model, first, own, beside):
             for key, values in _explained(model, batch, first, given, seed).items():
                 found.setdefault(key, []).extend(values)
     for key, values in found.items():
@@ -80,14 +84,21 @@ def measured(
 
 
 def term_values(
-    model: Model, data: Encoded, given: Sequence[Objective], own: Sequence[Objective], seed: int
-) -> dict[str, float]:
-    """Each objective's own loss on some texts, unweighted; those whose spans the texts have not are left out."""
+    model: Model, data: Encoded, given: Sequence[Objective], own: Sequence[Objective], seed: int,
+    beside: Beside = MappingProxyType({}),
+) -> dict[str, float]:  # fmt: skip
+    """Each objective's own loss on some texts, unweighted; those whose spans or properties the texts have not, or whose tensors
+    were not trained with this model, are left out."""
     found: dict[str, list[tuple[float, int]]] = {}
     for each in given:
-        if any(name not in data.positions for name in each.spans) or type(each).begun is not Objective.begun:
-            continue  # what brings parameters of its own measures itself
-        for k, batch in enumerate(shown(model, data, own)):
+        known = all(name in data.positions for name in each.spans)
+        if not known or any(name not in data.data.properties for name in each.properties):
+            continue
+        if type(each).begun is not Objective.begun:  # it measures itself
+            continue
+        if each.name not in beside and each.beside(model, data, seed):
+            continue
+        for k, batch in enumerate(shown(model, data, own, beside)):
             with torch.enable_grad():
                 seen = Pass(
                     model,
@@ -96,6 +107,7 @@ def term_values(
                     keep=each.sites(model),
                     gradients=each.second_order,
                     create_graph=False,
+                    beside=beside,
                 )
                 value = each.loss(seen, generator(seed, each.name, k))
             if value is not None:
@@ -107,12 +119,14 @@ def _batches(data: Encoded) -> list[Batch]:
     return [data.batch(range(a, min(a + BATCH, len(data)))) for a in range(0, len(data), BATCH)]
 
 
-def shown(model: Model, data: Encoded, own: Sequence[Objective] = ()) -> Iterator[Batch]:
+def shown(
+    model: Model, data: Encoded, own: Sequence[Objective] = (), beside: Beside = MappingProxyType({})
+) -> Iterator[Batch]:
     """The rows in batches, as a model trained with these objectives is given them."""
     for batch in _batches(data):
         for each in own:
             with torch.no_grad():
-                batch = each.shown(model, batch, data, None)
+                batch = each.shown(model, batch, data, None, beside.get(each.name, NONE))
         yield batch
 
 
@@ -216,7 +230,7 @@ def verdict(data: xr.Dataset, given: Sequence[Objective], texts: int) -> list[st
     error = math.sqrt(max(at["objective"] * (1 - at["objective"]), 0.04) / texts)
     cost = {a: float(data["cost"].sel(arm=a)) for a in at}
     dead = [a for a in at if bool(data["untrained"].sel(arm=a))]
-    own = [s for each in given for s in each.said(data, texts)]
+    own = [s for each in given if each.weight > 0 for s in each.said(data, texts)]
     beside = f", control {at['control']:.2f}" if "control" in at else ""
     main = f"{far}: {at['plain']:.2f} -> {at['objective']:.2f}{beside}, at {cost['objective']:.1f} x the cost of plain training"
     said: list[str] = own

@@ -28,7 +28,7 @@ is a predictor trained on as many random tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -49,7 +49,7 @@ from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import plain, shown
-from pellucid.tuning.objective import Objective, Pass, embeddings
+from pellucid.tuning.objective import NONE, Objective, Pass, embeddings
 from pellucid.tuning.objective import generator as drawing
 from pellucid.tuning.sparse import entmax15
 
@@ -130,7 +130,9 @@ class Select(Learnt):
         free = self.candidates(model, batch, data)
         mask = self._drawn(free, torch.Generator().manual_seed(0))
         words = torch.tensor(ordinary_ids(model.tokenizer, model.vocabulary))
-        other = words[torch.randint(len(words), batch.ids.shape, generator=torch.Generator().manual_seed(1))].to(batch.ids)
+        other = words[torch.randint(len(words), batch.ids.shape, generator=torch.Generator().manual_seed(1))].to(
+            batch.ids
+        )
         gone = (free & ~mask).to(batch.ids.device)
         for hide in (False, True):
             with torch.no_grad():
@@ -154,22 +156,27 @@ class Select(Learnt):
         drawn = torch.Generator().manual_seed(seed)
         blocks = tuple(f"{b.module}." for b in model.anatomy.stacks[0].blocks[: self.blocks])
         names = [
-            n for n, p in model.module.named_parameters() if n.startswith(blocks) and p.is_floating_point() and not unchangeable(p)
+            n
+            for n, p in model.module.named_parameters()
+            if n.startswith(blocks) and p.is_floating_point() and not unchangeable(p)
         ]
         selector = model.changed(Copied(tuple(names)))
         own = dict(selector.module.named_parameters())
         device = next(model.module.parameters()).device
-        tensors = {"head.score": (0.02 * torch.randn(2, d, generator=drawn)).to(device), "head.bias": torch.zeros(2, device=device)}
+        tensors = {
+            "head.score": (0.02 * torch.randn(2, d, generator=drawn)).to(device),
+            "head.bias": torch.zeros(2, device=device),
+        }
         if self.mask == "hard_kuma":
             tensors["head.multiplier"] = torch.zeros((), device=device)
-        made.state_.update(tensors=tensors | {f"block/{n}": own[n] for n in names}, seed=seed, _selector=selector)
+        made.state_.update(tensors=tensors | {f"copied.{n}": own[n] for n in names}, seed=seed, _selector=selector)
         return made
 
     def selector(self, model: Model) -> Model:
         """The model whose first blocks score tokens."""
         if "_selector" not in self.state_:
             self.belongs(model)
-            blocks = {k.removeprefix("block/"): v for k, v in self.parameters.items() if k.startswith("block/")}
+            blocks = {k.removeprefix("copied."): v for k, v in self.parameters.items() if k.startswith("copied.")}
             self.state_["_selector"] = model.changed([Replaced(name, v, ties="together") for name, v in blocks.items()])
         found: Model = self.state_["_selector"]
         return found
@@ -229,7 +236,9 @@ class Select(Learnt):
 
     # ---- what the predictor is given
 
-    def shown(self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None) -> Batch:
+    def shown(
+        self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None, own: Mapping[str, Tensor] = NONE
+    ) -> Batch:  # fmt: skip
         if generator is None:
             return self.with_only(model, batch, data, self.shown_tokens(model, batch, data), self.hide)
         if batch.step < self.warm:
@@ -247,7 +256,12 @@ class Select(Learnt):
 
     def _masked(self, model: Model, batch: Batch, free: Tensor, mask: Tensor, hide: bool) -> Batch:
         fill = next(
-            (i for role in ("mask", "unk", "pad", "eos") if (i := getattr(model.tokenizer, f"{role}_token_id", None)) is not None), 0
+            (
+                i
+                for role in ("mask", "unk", "pad", "eos")
+                if (i := getattr(model.tokenizer, f"{role}_token_id", None)) is not None
+            ),
+            0,
         )
         site = embeddings(model)
         with torch.no_grad():
@@ -334,7 +348,10 @@ class Select(Learnt):
         if len(set(y[0])) < 2:
             return {}
         score = LogisticRegression(max_iter=1000).fit(x[0], y[0]).score(x[1], y[1])
-        return {"positions_only": float(score), "chance": float(np.unique(y[1], return_counts=True)[1].max() / len(y[1]))}
+        return {
+            "positions_only": float(score),
+            "chance": float(np.unique(y[1], return_counts=True)[1].max() / len(y[1])),
+        }
 
     def said(self, data: xr.Dataset, texts: int) -> list[str]:
         def of(measure: str, arm: str = "objective") -> float:
@@ -344,12 +361,20 @@ class Select(Learnt):
         error, said = 2 * (0.25 / texts) ** 0.5, []
         own = of("accuracy")
         if of("full_text") <= of("chance") + error:
-            said.append(f"the predictor never learnt the full text ({of('full_text'):.2f}), so nothing follows: raise warm, or steps")
+            said.append(
+                f"the predictor never learnt the full text ({of('full_text'):.2f}), so nothing follows: raise warm, or steps"
+            )
         elif of("random_tokens") >= own - error:
-            said.append(f"as many random tokens do as well ({of('random_tokens'):.2f} against {own:.2f}): the selection is no reason")
+            said.append(
+                f"as many random tokens do as well ({of('random_tokens'):.2f} against {own:.2f}): the selection is no reason"
+            )
         if of("positions_only") > of("chance") + error:
             said.append(f"the places alone tell the label ({of('positions_only'):.2f}): the selection may be a code")
-        plausible = f"; token F1 {of('token_f1'):.2f} (random {of('token_f1_of_random'):.2f})" if "token_f1" in data["measure"] else ""
+        plausible = (
+            f"; token F1 {of('token_f1'):.2f} (random {of('token_f1_of_random'):.2f})"
+            if "token_f1" in data["measure"]
+            else ""
+        )
         said.append(
             f"on {of('share'):.2f} of the tokens it answers {own:.2f} (full text {of('full_text'):.2f}, as many random tokens {of('random_tokens'):.2f}, "
             f"a predictor trained on such {of('accuracy', 'control'):.2f}, what was left out {of('complement'):.2f}){plausible}"
@@ -410,5 +435,3 @@ def _present(scores: Tensor) -> Tensor:
     """P(m > 0) = (1 - x^a)^b, x where the stretched variable is 0."""
     a, b = _shape(scores)
     return (1 - (-LOW / (HIGH - LOW)) ** a) ** b
-
-
