@@ -359,6 +359,14 @@ def answer_text(model: Model, kind: Kind, number: int) -> str:
     return str(model.tokenizer.decode([number], clean_up_tokenization_spaces=False))
 
 
+def spelled(model: Model, target: Any) -> str:
+    """Answers as a title says them: in quotes, a number as the token or class that it stands for."""
+    kind: Kind = "next token" if model.anatomy.answering.meaning == "tokens" else "class"
+    each = target if isinstance(target, list | tuple) else [target]
+    texts = [a if isinstance(a, str) else answer_text(model, kind, int(a)) for a in each]
+    return ", ".join(dict.fromkeys(map(repr, texts)))
+
+
 # ---- answers of each kind
 
 

@@ -358,6 +358,10 @@ class Result:
         """
         return Path(_views().save_html(path, self, *more, title=title))
 
+    def plot(self, ax: Any = None, *, choice: str | None = None) -> Any:
+        """Draw the view of this result on matplotlib axes (`ax`, or new ones) and return them; see `pellucid.views.plot`."""
+        return _views().plot(self, ax, choice=choice)
+
     # -- keeping ---------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:

@@ -37,7 +37,7 @@ from pellucid.engine.run import Run
 from pellucid.errors import InputError, at_least, listed
 from pellucid.metrics import Answers, BoundMetric, Metric, placed, probability
 from pellucid.model import Model
-from pellucid.question import Question
+from pellucid.question import Question, spelled
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.tasks import Prompts
@@ -93,7 +93,7 @@ def tracing(
         where = ["subject" if span[0] <= i < span[1] else "" for i in range(len(labels))]
         coords |= {"position": range(len(labels)), "token": ("position", labels), "in_subject": ("position", where)}
         dim, drawn = "position", np.moveaxis(effects[0], -1, 0)
-        title = f"What brings back {questions[0].target!r}"
+        title = f"What brings back {spelled(model, questions[0].target)}"
     else:
         coords["role"] = list(ROLES)
         dim, title = "role", f"What brings back {len(found)} facts"

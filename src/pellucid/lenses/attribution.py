@@ -39,6 +39,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
+from pellucid.question import spelled
 from pellucid.results import Result
 from pellucid.technique import settle, technique
 
@@ -312,7 +313,7 @@ class Shares:
             attrs={"attributed": "logit before the soft cap" if self.capped else "logit", "by": self.by},
         )
         data = data.isel(prompt=0) if len(self.inputs) == 1 else data
-        return Result(data, kind="direct logit attribution", title=f"What wrote {target!r}")
+        return Result(data, kind="direct logit attribution", title=f"What wrote {spelled(self.model, target)}")
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class Rationales:
 
     An entry is None (nothing), a text (its last occurrence, whole words first), (start, stop) in characters, a list of
     these, or a boolean mask over the text's tokens. Several annotators are several names. `groups` say which texts belong
-    together (twins of a pair), for intervals. InputError where lengths differ.
+    together (twins of a pair), for intervals; `properties` what else is known of each text, by name (a topic, whether a
+    concept holds). InputError where lengths differ.
 
     >>> Rationales(["a stone, a fine film"], [1], {"decoy": ["stone"], "rationale": [[(9, 20)]]})
     <Rationales: 1 text, spans decoy, rationale>
@@ -47,11 +48,13 @@ class Rationales:
     labels: Sequence[Any] | None = None
     spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     groups: Sequence[Hashable] | None = None
+    properties: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not len(self.texts):
             raise InputError("there is no text to tune on: give at least one")
         beside = {"labels": self.labels, "groups": self.groups} | {f"spans[{k!r}]": v for k, v in self.spans.items()}
+        beside |= {f"properties[{k!r}]": v for k, v in self.properties.items()}
         for name, given in beside.items():
             if given is not None and len(given) != len(self.texts):
                 raise InputError(
@@ -71,7 +74,7 @@ class Batch:
     """Some rows, padded together, as every objective sees them.
 
     `masks` are [row, position] by name, `content` the tokens that are text and no mark, both of the stream that the spans
-    lie in. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand.
+    lie in, `properties` what is known of each row by name. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand.
     """
 
     model: Model
@@ -83,6 +86,7 @@ class Batch:
     places: Tensor | None
     answers: Tensor
     step: int = 0
+    properties: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -233,6 +237,15 @@ class Encoded:
                     f"{who} asks for the spans {name!r}, and no text of the data has one: there is nothing to learn from"
                 )
 
+    def check_properties(self, names: Sequence[str], who: str) -> None:
+        """InputError where data lacks a property that an objective names."""
+        for name in names:
+            if name not in self.data.properties:
+                raise InputError(
+                    f"{who} asks for the property {name!r}, and the data has none of that name{nearest(name, self.data.properties)}: "
+                    "give Rationales(properties={name: a value for each text})"
+                )
+
     def batch(self, rows: Sequence[int], step: int = 0) -> Batch:
         """Rows padded together."""
         rows = tuple(int(i) for i in rows)
@@ -247,7 +260,8 @@ class Encoded:
 
         masks = {name: mask(found) for name, found in self.positions.items()}
         owners, places, answers = self._answers(rows, inputs)
-        return Batch(self.model, inputs, rows, masks, mask(self.content), owners, places, answers, step)
+        known = {name: [_plain(values[i]) for i in rows] for name, values in self.data.properties.items()}
+        return Batch(self.model, inputs, rows, masks, mask(self.content), owners, places, answers, step, known)
 
     def _answers(self, rows: Sequence[int], inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.classes:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from pellucid.technique import technique
 from pellucid.training import Keeper, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
-from pellucid.tuning.objective import Objective, Pass, generator, parts
+from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
 
@@ -55,7 +56,8 @@ class Diverged(PellucidError):
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """What a fit gave: the `model` and its `control` (first seed), every arm by name, the `edits` they are run under, the
-    `result`, and the names of tensors outside the choice that changed (`changed`, empty)."""
+    `result`, the names of tensors outside the choice that changed (`changed`, empty), and by arm and objective the tensors that
+    were trained `beside` the model."""
 
     model: Model
     control: Model | None
@@ -63,6 +65,7 @@ class Tuned:
     edits: tuple[Edit, ...]
     result: Result = field(repr=False)
     changed: tuple[str, ...] = ()
+    beside: Mapping[str, Beside] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"<Tuned {self.model.name}: {self.result.title}>"
@@ -111,21 +114,23 @@ def fit(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
     before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
-    found, models, changed = run_arms(settings, arms, splits, given, seeds, checkpoint)
+    found, models, changed, beside = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
     main = "objective" if given else "plain"
-    edits = tuple(e for each in given for e in each.edits(models[main]))
-    return Tuned(models[main], models.get("control"), models, edits, result, changed)
+    edits = tuple(e for each in given for e in each.edits(models[main], beside[main].get(each.name, NONE)))
+    return Tuned(models[main], models.get("control"), models, edits, result, changed, beside)
 
 
 def run_arms(
     settings: Settings, arms: Mapping[str, tuple[Objective, ...]], splits: Mapping[str, Encoded], given: Sequence[Objective],
     seeds: Sequence[int], checkpoint: str | Path | None = None,
-) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...]]:  # fmt: skip
-    """Every arm trained at every seed: measures, the first seed's models, and what changed outside the choice."""
+) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, Beside]]:  # fmt: skip
+    """Every arm trained at every seed: measures, the first seed's models and tensors beside them, and what changed outside
+    the choice."""
     found: dict[tuple[str, int], Measures] = {}
     models: dict[str, Model] = {}
+    beside: dict[str, Beside] = {}
     changed: list[str] = []
     for seed in seeds:
         for arm, own in arms.items():
@@ -135,8 +140,9 @@ def run_arms(
             )
             changed += fitted.chosen.changed(settings.model)
             models.setdefault(arm, fitted.chosen.model)
-            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, own, seed)
-    return found, models, tuple(dict.fromkeys(changed))
+            beside.setdefault(arm, fitted.beside)
+            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, own, seed, fitted.beside)
+    return found, models, tuple(dict.fromkeys(changed)), beside
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
@@ -146,14 +152,14 @@ def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed:
     took: dict[str, list[float]] = {arm: [] for arm in arms}
     with torch.random.fork_rng(), torch.enable_grad():
         for each in fits.values():
-            for p in each.chosen.parameters.values():
+            for p in each.parameters.values():
                 p.requires_grad_(True)
         for turn in range(TURNS + 1):  # the first one warms up
             for arm, each in fits.items():
                 start = time.process_time()
                 each.step(rows, turn)
                 took[arm] += [time.process_time() - start] * (turn > 0)
-                for p in each.chosen.parameters.values():
+                for p in each.parameters.values():
                     p.grad = None
     return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
 
@@ -205,6 +211,11 @@ class Fit:
         self.settings, self.seed = settings, seed
         self.objectives = tuple(objectives)
         self.chosen: Chosen = choose(settings.model, settings.layers)
+        self.beside = drawn_beside(self.chosen.model, settings.data, self.objectives, seed)
+        own = {f"{name}/{k}": t for name, each in self.beside.items() for k, t in each.items()}
+        self.parameters: dict[str, Tensor] = self.chosen.parameters | own
+        kept = [name for each in self.objectives if each.weight > 0 for name in each.undecayed(self.chosen.model)]
+        self.undecayed = frozenset([*self.chosen.masks, *kept])
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -215,16 +226,22 @@ class Fit:
             path.parent.mkdir(parents=True, exist_ok=True)
             keeper = Keeper(path, s.of() | {"objectives": repr(self.objectives), "seed": self.seed})
         noted = train(
-            self.chosen.parameters,
+            self.parameters,
             rows,
             self.step,
             self._optimizer,
             schedule=self._schedule,
+            after=self._after,
             keeper=keeper,
             seed=self.seed,
             what=what,
         )
         return noted
+
+    def _after(self, step: int) -> None:
+        for each in self.objectives:
+            if each.weight > 0:
+                each.after(self.chosen.parameters, self.chosen.model, (step + 1) / self.settings.steps, self.seed)
 
     def _schedule(self, done: float) -> float:
         w = self.settings.warmup
@@ -232,13 +249,10 @@ class Fit:
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
-        for name, p in self.chosen.parameters.items():
-            rate = (
-                s.head_learning_rate
-                if s.head_learning_rate is not None and name in self.chosen.head
-                else s.learning_rate
-            )
-            groups.setdefault((rate, 0.0 if name in self.chosen.masks else s.weight_decay), []).append(p)
+        for name, p in self.parameters.items():
+            fresh = name in self.chosen.head or name not in self.chosen.parameters
+            rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
+            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
 
     def step(self, rows: Tensor, step: int) -> list[float]:
@@ -248,7 +262,7 @@ class Fit:
         batches = [s.data.batch(part.tolist(), step) for part in rows.split(size)]
         answers = sum(len(b.answers) for b in batches)
         for part, own in enumerate(batches):
-            values = terms(self.chosen.model, s.data, own, self.objectives, self.seed, step, part)
+            values = terms(self.chosen.model, s.data, own, self.objectives, self.seed, step, part, self.beside)
             share = len(own) / len(rows)
             whole = values.pop("task") * (len(own.answers) / answers)
             noted["task"] = noted.get("task", 0.0) + float(whole.detach())
@@ -257,13 +271,13 @@ class Fit:
                     whole = whole + each.weight * values[each.name] * share
                     noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
             check_finite(noted, step, self.chosen.model)
-            whole.backward(inputs=list(self.chosen.parameters.values()))
+            whole.backward(inputs=list(self.parameters.values()))
         self.chosen.mask()
-        grads = [p.grad for p in self.chosen.parameters.values() if p.grad is not None]
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         check_finite({"the gradient": float(norm)}, step, self.chosen.model)
         if s.clip is not None and grads:
-            torch.nn.utils.clip_grads_with_norm_(self.chosen.parameters.values(), s.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), s.clip, norm)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
 
 
@@ -279,9 +293,18 @@ def check_finite(values: Mapping[str, float], step: int, model: Model) -> None:
             raise error
 
 
+def drawn_beside(
+    model: Model, data: Encoded, objectives: Sequence[Objective], seed: int
+) -> dict[str, dict[str, Tensor]]:
+    """What objectives train beside the model, fresh; of those that have something."""
+    found = {each.name: each.beside(model, data, seed) for each in objectives if each.weight > 0}
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
 def terms(
-    model: Model, data: Encoded, batch: Batch, objectives: Sequence[Objective], seed: int, step: int, part: int = 0
-) -> dict[str, Tensor]:
+    model: Model, data: Encoded, batch: Batch, objectives: Sequence[Objective], seed: int, step: int, part: int = 0,
+    beside: Beside = MappingProxyType({}),
+) -> dict[str, Tensor]:  # fmt: skip
     """Every term of the loss of one batch, unweighted: the "task" [mean over answers], and each objective's by its name.
 
     The one place where objectives meet a model: the loop of `fit` and `transformers.Trainer` both ask here.
@@ -292,7 +315,8 @@ def terms(
         batch = each.batch(batch, data, purposes[each])
     seen = Pass(
         model, batch, data, keep=[site for each in active for site in each.sites(model)],
-        edits=[edit for each in active for edit in each.edits(model)], gradients=any(each.second_order for each in active),
+        edits=[edit for each in active for edit in each.edits(model, beside.get(each.name, NONE))],
+        gradients=any(each.second_order for each in active), beside=beside,
     )  # fmt: skip
     found = {"task": seen.task.mean()}
     for each in active:

@@ -66,7 +66,7 @@ def frontier(
     arms: dict[str, tuple[Objective, ...]] = {"plain": ()}
     arms |= {f"weight {w:g}": (replace(objective, weight=float(w)),) for w in weights if w > 0}
     arms |= {name: own for name, own in known.items() if name in ("control", "augmented")}
-    found, _, _ = run_arms(settings, arms, splits, (objective,), seeds)
+    found, *_ = run_arms(settings, arms, splits, (objective,), seeds)
     cost = step_cost(settings, arms, seeds[0])
     accuracy = np.array([[[found[a, s].right[n].mean() for n in splits] for s in seeds] for a in arms])
     ends = [

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 from pellucid.attribution.evaluation.data import average_precision
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
-from pellucid.tuning.objective import Objective, Pass, generator, log_odds
+from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, log_odds
 from pellucid.tuning.reasons import Augment, Consistency, random_mask
 
 BATCH = 32
@@ -57,17 +58,19 @@ NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "los
 
 
 def measured(
-    model: Model, train: Encoded, splits: Mapping[str, Encoded], given: Sequence[Objective], own: Sequence[Objective], seed: int
+    model: Model, train: Encoded, splits: Mapping[str, Encoded], given: Sequence[Objective], own: Sequence[Objective], seed: int,
+    beside: Beside = MappingProxyType({}),
 ) -> Measures:  # fmt: skip
-    """Everything about one arm; `own` are the objectives it was trained with, whose edits it runs under."""
-    edits = [edit for each in own for edit in each.edits(model)]
+    """Everything about one arm; `own` are the objectives it was trained with, whose edits it runs under, `beside` what was
+    trained with it."""
+    edits = [edit for each in own for edit in each.edits(model, beside.get(each.name, NONE))]
     made = Measures()
     with torch.random.fork_rng():
         made.loss = float(np.mean([x for b in _batches(train) for x in _plain(model, b, train, edits)[0]]))
         for name, split in splits.items():
             made.right[name] = np.concatenate([_plain(model, b, split, edits)[1] for b in _batches(split)])
         first = next(iter(splits.values()))
-        made.after = term_values(model, first, given, edits, seed)
+        made.after = term_values(model, first, given, edits, seed, beside)
         found: dict[str, list[float]] = {}
         for batch in _batches(first):
             for key, values in _explained(model, batch, first, given, edits, seed).items():
@@ -78,12 +81,17 @@ def measured(
 
 
 def term_values(
-    model: Model, data: Encoded, given: Sequence[Objective], edits: Sequence[Any], seed: int
-) -> dict[str, float]:
-    """Each objective's own loss on some texts, unweighted; those whose spans the texts have not are left out."""
+    model: Model, data: Encoded, given: Sequence[Objective], edits: Sequence[Any], seed: int,
+    beside: Beside = MappingProxyType({}),
+) -> dict[str, float]:  # fmt: skip
+    """Each objective's own loss on some texts, unweighted; those whose spans or properties the texts have not, or whose tensors
+    were not trained with this model, are left out."""
     found: dict[str, list[tuple[float, int]]] = {}
     for each in given:
-        if any(name not in data.positions for name in each.spans):
+        known = all(name in data.positions for name in each.spans)
+        if not known or any(name not in data.data.properties for name in each.properties):
+            continue
+        if each.name not in beside and each.beside(model, data, seed):
             continue
         for k, batch in enumerate(_batches(data)):
             with torch.enable_grad():
@@ -95,6 +103,7 @@ def term_values(
                     edits=edits,
                     gradients=each.second_order,
                     create_graph=False,
+                    beside=beside,
                 )
                 value = each.loss(seen, generator(seed, each.name, k))
             if value is not None:

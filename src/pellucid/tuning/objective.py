@@ -11,10 +11,11 @@ is left out: what remains is plain training, bit for bit.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.kernels import exact_kernels
+
+NONE: Mapping[str, Tensor] = MappingProxyType({})
+Beside = Mapping[str, Mapping[str, Tensor]]  # tensors that objectives train beside the model, by their names
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Objective:
     @property
     def spans(self) -> tuple[str, ...]:
         """Names of the spans it reads."""
+        return ()
+
+    @property
+    def properties(self) -> tuple[str, ...]:
+        """Names of properties of texts that it reads."""
         return ()
 
     @property
@@ -63,13 +72,25 @@ class Objective:
         """What a pass must keep for it."""
         return []
 
-    def edits(self, model: Model) -> list[Edit]:
-        """What the model is run under from now on."""
+    def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:
+        """What the model is run under from now on; `own` are its tensors beside the model, where it has some."""
         return []
+
+    def beside(self, model: Model, data: Encoded, seed: int) -> dict[str, Tensor]:
+        """Tensors of its own that are trained with the model (a reader, concepts), by name; drawn by `seed`. `loss` finds
+        them as `seen.beside[self.name]`."""
+        return {}
 
     def batch(self, batch: Batch, data: Encoded, generator: torch.Generator) -> Batch:
         """What is trained on in place of a batch."""
         return batch
+
+    def undecayed(self, model: Model) -> frozenset[str]:
+        """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
+        return frozenset()
+
+    def after(self, parameters: Mapping[str, Tensor], model: Model, done: float, seed: int) -> None:
+        """What it does to trained parameters after an update, in place; `done` is the share of steps that are done."""
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor | None:
         """A scalar with a graph: the mean over the rows of the batch. None where it only changes batches or the model."""
@@ -82,6 +103,7 @@ class Objective:
     def check(self, model: Model, data: Encoded) -> None:
         """An error before the first step where it cannot be."""
         data.check_spans(self.spans, self.name)
+        data.check_properties(self.properties, self.name)
 
     def control(self) -> Objective | None:
         """The same with what it knows taken away; None where there is no such thing."""
@@ -160,8 +182,9 @@ class Pass:
     """One batch, run once: logits, what was kept, and gradients where some objective asks for them."""
 
     def __init__(self, model: Model, batch: Batch, data: Encoded, *, keep: Sequence[Site] = (), edits: Sequence[Edit] = (),
-                 gradients: bool = False, create_graph: bool = True) -> None:  # fmt: skip
+                 gradients: bool = False, create_graph: bool = True, beside: Beside | None = None) -> None:  # fmt: skip
         self.model, self.batch, self.data, self.edits = model, batch, data, list(edits)
+        self.beside: Beside = beside or {}
         self._opened = Opened(embeddings(model)) if gradients else None
         self._create = create_graph
         ours = [*self.edits, *([self._opened] if self._opened else [])]
@@ -206,7 +229,8 @@ class Pass:
 
     def again(self, batch: Batch | None = None, edits: Sequence[Edit] = (), gradients: bool = False) -> Pass:
         """Another pass of the same rows, as tokens of another batch or under further edits."""
-        return Pass(self.model, batch or self.batch, self.data, edits=[*self.edits, *edits], gradients=gradients)
+        edits = [*self.edits, *edits]
+        return Pass(self.model, batch or self.batch, self.data, edits=edits, gradients=gradients, beside=self.beside)
 
 
 def log_odds(logits: Tensor, answers: Tensor) -> Tensor:

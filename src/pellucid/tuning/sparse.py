@@ -15,7 +15,7 @@ its few largest weights often does as well on short texts (`keep` there).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,7 +31,7 @@ from pellucid.results import Result
 from pellucid.technique import technique
 from pellucid.tuning.attending import layered
 from pellucid.tuning.data import Encoded
-from pellucid.tuning.objective import Objective
+from pellucid.tuning.objective import NONE, Objective
 
 Kind = Literal["sparsemax", "entmax15"]
 FAR = 1e4  # below the largest score nothing is in the support
@@ -134,7 +134,7 @@ class SparseAttention(Objective):
         if self.kind not in get_args(Kind):
             raise InputError(f"kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
 
-    def edits(self, model: Model) -> list[Edit]:
+    def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:
         return [Sparse(site, self.kind) for site in layered(model, "attn.pattern", self.layers)]
 
     def check(self, model: Model, data: Encoded) -> None:
@@ -159,7 +159,7 @@ class TopNeurons(Objective):
         super().__post_init__()
         at_least(1, k=self.k)
 
-    def edits(self, model: Model) -> list[Edit]:
+    def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:
         return [Largest(site, self.k) for site in layered(model, "mlp.neurons", self.layers)]
 
     def check(self, model: Model, data: Encoded) -> None:

@@ -17,18 +17,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded, Rationales
-from pellucid.tuning.fit import check_finite, terms
-from pellucid.tuning.objective import parts
+from pellucid.tuning.fit import check_finite, drawn_beside, terms
+from pellucid.tuning.objective import NONE, parts
 from pellucid.tuning.parts import choose
+
+BESIDE = "beside.safetensors"  # what objectives train beside the model, in a checkpoint's folder
 
 
 def trainer(
@@ -56,6 +60,10 @@ def trainer(
     for each in given:
         each.check(model, encoded)
     chosen = choose(model, layers)
+    seed = int(args.data_seed or args.seed)
+    beside = drawn_beside(chosen.model, encoded, given, seed)
+    own = {f"{name}/{k}": t for name, each in beside.items() for k, t in each.items()}
+    kept = frozenset([*chosen.masks, *(name for each in given for name in each.undecayed(chosen.model))])
     held_out = None if test is None else Encoded(model, test, truncate)
     for each_p in chosen.model.module.parameters():
         each_p.requires_grad_(False)
@@ -66,12 +74,33 @@ def trainer(
 
     class Tuning(base):
         loss_is_scaled_for_ga = False
-        tuned = chosen.model
+        tuned, beside_model = chosen.model, beside
         _at, _part = -1, 0
         _terms: Mapping[str, float] = MappingProxyType({})
 
         def get_decay_parameter_names(self, module: Any) -> list[str]:
-            return [name for name in super().get_decay_parameter_names(module) if name not in chosen.masks]
+            return [name for name in super().get_decay_parameter_names(module) if name not in kept]
+
+        def create_optimizer(self, *given_model: Any) -> Any:
+            fresh = self.optimizer is None
+            made = super().create_optimizer(*given_model)
+            if fresh and own:
+                made.add_param_group({"params": [t.requires_grad_() for t in own.values()], "weight_decay": 0.0})
+            return made
+
+        def _save(self, output_dir: Any = None, *more: Any, **kwargs: Any) -> None:
+            super()._save(output_dir, *more, **kwargs)
+            if own:
+                write_tensors(Path(output_dir or self.args.output_dir) / BESIDE, "pellucid_beside", {}, own)
+
+        def _load_from_checkpoint(self, checkpoint: str, *more: Any, **kwargs: Any) -> None:
+            super()._load_from_checkpoint(checkpoint, *more, **kwargs)
+            if own:
+                with reading_tensors(
+                    Path(checkpoint) / BESIDE, "pellucid_beside", "is no checkpoint of these objectives"
+                ) as (_, found):
+                    for name, tensor in own.items():
+                        tensor.data.copy_(found[name])
 
         def compute_loss(
             self, module: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -81,9 +110,7 @@ def trainer(
             self._at = step
             batch = encoded.batch(inputs["row"].tolist(), step)
             with self.accelerator.autocast():
-                found = terms(
-                    chosen.model, encoded, batch, given, int(self.args.data_seed or self.args.seed), step, self._part
-                )
+                found = terms(chosen.model, encoded, batch, given, seed, step, self._part, beside)
             self._terms = {name: float(value.detach()) for name, value in found.items()}
             check_finite(self._terms, step, chosen.model)
             task = found["task"]
@@ -100,16 +127,22 @@ def trainer(
         def prediction_step(self, module: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             source = held_out if held_out is not None else encoded
             batch = source.batch(inputs["row"].tolist())
-            edits = [edit for each in given for edit in each.edits(chosen.model)]
+            edits = [edit for each in given for edit in each.edits(chosen.model, beside.get(each.name, NONE))]
             with torch.no_grad(), self.accelerator.autocast():
                 z = batch.read(chosen.model.run(batch.inputs, edits=edits).logits)
             loss = torch.nn.functional.cross_entropy(z, batch.answers.to(z.device))
             whole = prediction_loss_only or batch.places is not None
             return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
 
-    class Finite(transformers.TrainerCallback):
+    class Stepping(transformers.TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            done = (int(state.global_step) + 1) / max(int(state.max_steps), 1)
+            for each in given:
+                if each.weight > 0:
+                    each.after(chosen.parameters, chosen.model, done, seed)
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            grads = [p.grad for p in chosen.parameters.values() if p.grad is not None]
+            grads = [p.grad for p in (*chosen.parameters.values(), *own.values()) if p.grad is not None]
             check_finite(
                 {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
             )
@@ -134,7 +167,7 @@ def trainer(
         eval_dataset=rows(held_out) if held_out is not None else None, data_collator=collate, **options,
     )  # fmt: skip
     made.model_accepts_loss_kwargs = True  # so that it counts the answers of the accumulated batches
-    made.add_callback(Finite())
+    made.add_callback(Stepping())
     return made
 
 

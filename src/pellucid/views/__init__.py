@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pellucid.views.documents import document as document
     from pellucid.views.hosts import output as output
     from pellucid.views.hosts import save_html as save_html
+    from pellucid.views.plots import plot as plot
     from pellucid.views.schema import Document as Document
     from pellucid.views.widgets import widget as widget
 
@@ -20,11 +21,12 @@ _HOME = {
     "output": ("hosts", "output"),
     "save_html": ("hosts", "save_html"),
     "Document": ("schema", "Document"),
+    "plot": ("plots", "plot"),
     "attention": ("documents", "attention"),
     "circuit": ("documents", "circuit"),
     "widget": ("widgets", "widget"),
 }
-__all__ = ["Document", "attention", "circuit", "compare", "document", "output", "save_html", "widget"]
+__all__ = ["Document", "attention", "circuit", "compare", "document", "output", "plot", "save_html", "widget"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pellucid.errors import InputError
 from pellucid.results import Result
-from pellucid.views import forms, looking, maps, monitors, pages
+from pellucid.views import drawing, forms, looking, maps, monitors, pages
 from pellucid.views import schema as s
 from pellucid.views.cells import Cells
 
@@ -24,6 +24,7 @@ class Kind:
 
     schema    its class; the class's name is what the page knows it by
     plain     columns, rows, and of how many these are the strongest: the view where no script may run
+    draw      draws it on matplotlib axes, for a paper; the third argument is what is shown of several
     fits      whether this is the view of a result; None for what no result looks like (the map of a model)
     make      the view of a result that fits
     compare   several results, by name, in one view; None where that shows nothing
@@ -31,6 +32,7 @@ class Kind:
 
     schema: type[s.Shown]
     plain: Callable[[Any], Cells]
+    draw: Callable[[Any, Any, str | None], None]
     fits: Callable[[Result], bool] | None = None
     make: Callable[[Result], s.View] | None = None
     compare: Callable[[Mapping[str, Result]], s.View] | None = None
@@ -42,17 +44,19 @@ class Kind:
 
 # Results are shown by the first row they fit; every result fits the last.
 KINDS = [
-    Kind(s.Neuron, pages.plain_neuron, pages.is_neuron, pages.neuron),
-    Kind(s.Lens, forms.plain_lens, forms.is_lens, forms.lens, forms.lenses),
-    Kind(s.Contributions, forms.plain_contributions, forms.is_contributions, forms.contributions),
-    Kind(s.Traces, monitors.plain_traces, monitors.is_traces, monitors.traces),
-    Kind(s.Attention, looking.plain_attention, looking.is_attention, looking.attention),
-    Kind(s.Tokens, forms.plain_tokens, forms.is_tokens, forms.token_view, forms.tokens),
-    Kind(s.Curves, forms.plain_curves, forms.is_curves, forms.curves, forms.charts),
-    Kind(s.Grid, forms.plain_grid, forms.is_grid, forms.grid, forms.grids),
-    Kind(s.Circuit, maps.plain_circuit),
-    Kind(s.Anatomy, maps.plain_anatomy),
-    Kind(s.Table, forms.plain_table, lambda result: True, forms.table),
+    Kind(s.Neuron, pages.plain_neuron, drawing.neuron, pages.is_neuron, pages.neuron),
+    Kind(s.Lens, forms.plain_lens, drawing.lens, forms.is_lens, forms.lens, forms.lenses),
+    Kind(
+        s.Contributions, forms.plain_contributions, drawing.contributions, forms.is_contributions, forms.contributions
+    ),
+    Kind(s.Traces, monitors.plain_traces, drawing.traces, monitors.is_traces, monitors.traces),
+    Kind(s.Attention, looking.plain_attention, drawing.attention, looking.is_attention, looking.attention),
+    Kind(s.Tokens, forms.plain_tokens, drawing.tokens, forms.is_tokens, forms.token_view, forms.tokens),
+    Kind(s.Curves, forms.plain_curves, drawing.curves, forms.is_curves, forms.curves, forms.charts),
+    Kind(s.Grid, forms.plain_grid, drawing.grid, forms.is_grid, forms.grid, forms.grids),
+    Kind(s.Circuit, maps.plain_circuit, drawing.circuit),
+    Kind(s.Anatomy, maps.plain_anatomy, drawing.anatomy),
+    Kind(s.Table, forms.plain_table, drawing.table, lambda result: True, forms.table),
 ]
 
 

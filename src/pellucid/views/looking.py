@@ -175,16 +175,23 @@ def roles_of(result: Result, name: str = "pattern") -> Roles:
     return made
 
 
+def pattern_of(stack: s.Looking, head: int) -> np.ndarray:
+    """The weights [query, key] of a head of the view; what its rows leave out is zero."""
+    if stack.pattern is not None:
+        return stack.pattern.array()[head]
+    weights = np.zeros((len(stack.queries), len(stack.keys)))
+    if stack.rows is not None:
+        counts = stack.rows.counts.array()
+        first, mine = int(counts[:head].sum()), counts[head].astype(int)
+        kept = slice(first, first + int(mine.sum()))
+        at = np.repeat(np.arange(len(mine)), mine), stack.rows.keys.array()[kept]
+        weights[at] = stack.rows.weights.array()[kept]
+    return weights
+
+
 def plain_attention(data: s.Attention) -> Cells:
     stack = data.stacks[0]
     head, last = stack.heads[stack.first], len(stack.queries) - 1
-    weights = np.zeros(len(stack.keys))
-    if stack.pattern is not None:
-        weights = stack.pattern.array()[stack.first, last]
-    elif stack.rows is not None:
-        counts = stack.rows.counts.array().ravel()
-        row = stack.first * len(stack.queries) + last
-        kept = slice(int(counts[:row].sum()), int(counts[: row + 1].sum()))
-        weights[stack.rows.keys.array()[kept]] = stack.rows.weights.array()[kept]
+    weights = pattern_of(stack, stack.first)[last]
     rows = [(f"{head.layer}.{head.head}", visible(stack.queries[last]), visible(stack.keys[k]), float(weights[k])) for (k,) in strongest(weights)]  # fmt: skip
     return ("head", "from", "to", "attention"), rows, len(stack.heads) * len(stack.queries) * len(stack.keys)

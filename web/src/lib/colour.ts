@@ -1,4 +1,4 @@
-// Which colour says which number, so that everybody can tell them apart? (As pellucid.views.palette.)
+// Which colour says which number, so that everybody can tell them apart? (Figures for papers have the light ones: pellucid.views.drawing.)
 // Amounts run from paper to a deep blue-green, signed numbers from orange through paper to blue, which all common kinds of
 // colour blindness keep apart; on a dark page both start from the dark paper and grow lighter. Steps are even in OKLab.
 
