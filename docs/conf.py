@@ -18,7 +18,7 @@ author = "the developers of pellucid"
 release = metadata.version("pellucid")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "reference"]
-exclude_patterns = ["_build", "conf.py", "reference.py"]
+exclude_patterns = ["_build", "jupyter_execute", "conf.py", "reference.py"]
 suppress_warnings = ["myst.header", "misc.highlighting_failure"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -26,6 +26,7 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # bars and libraries' warnings
 
 default_role = "literal"
 autodoc_typehints = "none"  # the signature has them

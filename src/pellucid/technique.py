@@ -397,7 +397,10 @@ class _Call:
                 dataclasses.replace(self, program=program).stamp(part)
             return
         if isinstance(getattr(result, "provenance", None), Provenance):  # a result, a circuit
-            object.__setattr__(result, "provenance", self._provenance())
+            made = self._provenance()
+            object.__setattr__(result, "provenance", made)
+            if made.model.startswith("/") and isinstance(getattr(result, "title", None), str):
+                result.title = result.title.replace(made.model, Path(made.model).name)  # not all directories above it
         with suppress(AttributeError, TypeError):  # numbers, text and objects with slots remember nothing
             object.__setattr__(result, "_made", self.program)
         if dataclasses.is_dataclass(result):  # what a fitted thing has found: `fit(...).result_`

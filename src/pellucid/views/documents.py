@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import singledispatch
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -63,7 +62,7 @@ def _itself(thing: Document) -> Document:
 
 @_document.register
 def _result(thing: Result) -> Document:
-    return _made(_title(thing), kinds.view(thing), thing)
+    return _made(thing.title, kinds.view(thing), thing)
 
 
 @_document.register
@@ -104,12 +103,6 @@ def _training(fitted: Any, losses: np.ndarray) -> Result:
     dims, sites = ("step", "site")[: losses.ndim], list(getattr(fitted, "biases_", ()))
     names = {"site": sites} if losses.ndim == 2 and len(sites) == losses.shape[1] else {}
     return Result(xr.DataArray(losses, {"step": np.arange(len(losses)), **names}, dims, "loss"), kind="training curve")
-
-
-def _title(result: Result) -> str:
-    """The title, with a model named by its file and not by all directories above it."""
-    model = result.provenance.model
-    return result.title.replace(model, Path(model).name) if model.startswith("/") else result.title
 
 
 def _prompts(result: Result, data: s.View) -> str:
