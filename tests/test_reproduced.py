@@ -329,6 +329,7 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not made again yet: they train, or are told of parsed sentences
         **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier", "tuning.interventions"), ""),
+        "tuning.reason_tests": "tests/tuning/test_explained.py",
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

@@ -3,6 +3,7 @@
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.bottleneck import Bottleneck, interventions
 from pellucid.tuning.data import Rationales
+from pellucid.tuning.explained import Explained
 from pellucid.tuning.fit import Diverged, Tuned, fit
 from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
@@ -12,6 +13,7 @@ from pellucid.tuning.parts import Only
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
 from pellucid.tuning.select import Select
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
+from pellucid.tuning.tested import reason_tests
 from pellucid.tuning.trainer import trainer
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Consistency",
     "Direction",
     "Diverged",
+    "Explained",
     "Largest",
     "NeuronL1",
     "Objective",
@@ -41,6 +44,7 @@ __all__ = [
     "fit",
     "frontier",
     "interventions",
+    "reason_tests",
     "sparsemax",
     "sparsity",
     "trainer",
