@@ -19,7 +19,7 @@ from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
-from pellucid.engine.run import Run, Session
+from pellucid.engine.run import Put, Run, Session
 from pellucid.engine.writing import check_unconditional
 from pellucid.errors import SiteError
 
@@ -30,10 +30,12 @@ class _Enough(BaseException):
     """Everything wanted has been met; it never leaves this file. No Exception: a family's own code must not catch it."""
 
 
-def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = ()) -> Run:
+def run_until(
+    anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = (), *, put: Put | None = None
+) -> Run:
     """A run without gradients that kept some sites, made its edits, and stopped there; it has no logits."""
     check_unconditional(edits)
-    session = Session(anatomy, inputs, keep, edits)
+    session = Session(anatomy, inputs, keep, edits, put=put)
     session.check_met(pass_until(anatomy, inputs, session.handlers()))
     run = Run(anatomy, inputs, None, session.kept, session.sites)
     run.edits = tuple(edits)
