@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pellucid.anatomy.parallel import parts_of
+from pellucid.errors import Refused
+
 EXPERT_PORTS = ("router", "expert_neurons", "expert_out")
 
 Meet = Callable[[str, int | None, Tensor], Tensor]  # port, expert, tensor -> the tensor to go on with
@@ -37,7 +40,9 @@ class Experts:
 
 def describe(module: Any, name: str, nth: int, index: Tensor) -> Experts:
     down = module.down_proj
-    return Experts(name, nth, module.num_experts, index.shape[-1], down.shape[1 if module.is_transposed else 2])
+    width = down.shape[1 if module.is_transposed else 2]
+    parts = None if hasattr(down, "full_tensor") else parts_of(module)
+    return Experts(name, nth, module.num_experts, index.shape[-1], width * (parts.size if parts else 1))
 
 
 def routed(
@@ -49,23 +54,35 @@ def routed(
     weights.
     """
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
-    n = experts.num_experts
+    n, parts = experts.num_experts, parts_of(experts)
+    if parts is not None and (experts.has_bias or experts.has_post_expert_norm):
+        raise Refused(
+            "experts with a bias or a norm of their own cannot be met where they are split over processes: use device_map"
+        )
     router = weights.new_zeros(len(hidden), n + 1)  # one column more: expert-parallel padding points past the end
     router = router.scatter_add(1, index.clamp(max=n), weights)[:, :n]
+    if parts is not None:
+        router = parts.once(router)
     chosen = torch.zeros_like(router, dtype=torch.bool).scatter(1, index.clamp(max=n - 1), index < n)
     edited = meet("router", None, router)
     if edited is not router:
         router, best = edited, edited.topk(index.shape[-1], -1).indices
         chosen = torch.zeros_like(chosen).scatter(1, best, True) & (router != 0)
+    if parts is not None:
+        router = parts.heard(router)
     out = torch.zeros_like(hidden)
     for e in sorted(wanted | set(chosen.any(0).nonzero().flatten().tolist())):
         tokens = chosen[:, e].nonzero().flatten()
         neurons = neurons_of(experts, e, hidden[tokens])
         if e in wanted:
-            neurons = meet("expert_neurons", e, _spread(neurons, tokens, len(hidden)))[tokens]
+            spread = _spread(neurons if parts is None else parts.gathered(neurons), tokens, len(hidden))
+            neurons = meet("expert_neurons", e, spread)[tokens]
+            neurons = neurons if parts is None else parts.own(neurons)
         made = written_by(experts, e, neurons) * router[tokens, e, None]
         if e in wanted:
-            out = out + meet("expert_out", e, _spread(made.to(out.dtype), tokens, len(hidden)))
+            made = made.to(out.dtype) if parts is None else parts.summed(made.to(out.dtype))
+            met = meet("expert_out", e, _spread(made, tokens, len(hidden)))
+            out = out + (met if parts is None else parts.shared(met))
         else:
             out = out.index_add(0, tokens, made.to(out.dtype))
     return out.view(shape)
