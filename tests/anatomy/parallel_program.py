@@ -44,7 +44,8 @@ def compared(whole: pl.Model, split: pl.Model) -> dict[str, Any]:
             asked[f"{port} scaled"] = lambda m, site=site: m.run(IDS, edits=[pl.Scale(site, 0.5)]).logits
             asked[f"gradient at {port}"] = lambda m, site=site: m.run(IDS, keep=[site], grad_of=METRIC).grad(site)
     asked["neurons"] = lambda m: m.run(IDS, keep=[unit]).tensor(unit)
-    asked["neuron off"] = lambda m: m.run(IDS, edits=[pl.Ablate(f"{unit}.41")]).logits
+    off = f"{unit}.41" if "experts" not in unit else unit
+    asked["neurons off"] = lambda m: m.run(IDS, edits=[pl.Ablate(off)]).logits
     asked["neuron patched"] = edited(unit, ".41@3") if "experts" not in unit else edited(unit)
     asked["gradient at neurons"] = lambda m: m.run(IDS, keep=[unit, "layers.0.resid_pre"], grad_of=METRIC).grad(unit)
     asked["gradient below"] = lambda m: m.run(IDS, keep=[unit, "layers.0.resid_pre"], grad_of=METRIC).grad(

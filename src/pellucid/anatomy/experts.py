@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pellucid.anatomy.parallel import parts_of
+from pellucid.anatomy.parallel import Parts, parts_of, whole
 from pellucid.errors import Refused
 
 EXPERT_PORTS = ("router", "expert_neurons", "expert_out")
@@ -73,12 +73,12 @@ def routed(
     out = torch.zeros_like(hidden)
     for e in sorted(wanted | set(chosen.any(0).nonzero().flatten().tolist())):
         tokens = chosen[:, e].nonzero().flatten()
-        neurons = neurons_of(experts, e, hidden[tokens])
+        neurons = _neurons(experts, e, hidden[tokens])
         if e in wanted:
             spread = _spread(neurons if parts is None else parts.gathered(neurons), tokens, len(hidden))
             neurons = meet("expert_neurons", e, spread)[tokens]
             neurons = neurons if parts is None else parts.own(neurons)
-        made = written_by(experts, e, neurons) * router[tokens, e, None]
+        made = _written(experts, e, neurons) * router[tokens, e, None]
         if e in wanted:
             made = made.to(out.dtype) if parts is None else parts.summed(made.to(out.dtype))
             met = meet("expert_out", e, _spread(made, tokens, len(hidden)))
@@ -95,17 +95,33 @@ def _spread(rows: Tensor, tokens: Tensor, count: int) -> Tensor:
 
 def neurons_of(experts: Any, e: int, x: Tensor) -> Tensor:
     """The neurons of expert `e` for inputs [token, d_model]."""
-    up = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x)
-    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+    parts = _inside(experts)
+    made = _neurons(experts, e, x)
+    return made if parts is None else parts.gathered(made)
 
 
 def written_by(experts: Any, e: int, neurons: Tensor) -> Tensor:
     """What expert `e` writes for neurons [token, neuron], before the routing weight."""
+    parts = _inside(experts)
+    return _written(experts, e, neurons) if parts is None else parts.summed(_written(experts, e, parts.own(neurons)))
+
+
+def _inside(experts: Any) -> Parts | None:
+    """How experts are split, where their weights are this process's own: inside their forward pass."""
+    return None if hasattr(experts.down_proj, "full_tensor") else parts_of(experts)
+
+
+def _neurons(experts: Any, e: int, x: Tensor) -> Tensor:
+    up = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x)
+    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+
+
+def _written(experts: Any, e: int, neurons: Tensor) -> Tensor:
     out = _linear(experts, "down_proj", e, neurons)
     return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
 
 
 def _linear(experts: Any, name: str, e: int, x: Tensor) -> Tensor:
-    weight = getattr(experts, name)[e]
+    weight = whole(getattr(experts, name))[e]
     bias = getattr(experts, f"{name}_bias")[e] if experts.has_bias else None
     return F.linear(x, weight.T if experts.is_transposed else weight, bias)
