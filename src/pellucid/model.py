@@ -291,10 +291,8 @@ class Model:
         put = holding(keep_on)
         if put is not None and grad:
             raise InputError("keep_on= takes values out of the graph that grad=True asks for: leave out one of them")
-        if not logits and (grad or grad_of is not None or not keep):
-            raise InputError(
-                "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
-            )
+        if not logits and (grad_of is not None or not keep):
+            raise InputError("logits=False ends a run at its last kept site: give keep=, and no grad_of=")
         with (
             torch.set_grad_enabled(grad or torch.is_grad_enabled()),
             differentiable(self.module, grad or moving(edits)),
@@ -303,7 +301,7 @@ class Model:
             metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
             if not logits:
-                return run_until(self.anatomy, inputs, keep, edits, put=put)
+                return run_until(self.anatomy, inputs, keep, edits, grad, put)
             score = None if metric is None else lambda run: self.score(run, metric)
             return execute(self.anatomy, inputs, keep, edits, score, put=put)
 
