@@ -9,6 +9,7 @@ from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasio
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.parts import Only
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
+from pellucid.tuning.routing import Locality, Route, parts_off
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
 from pellucid.tuning.trainer import trainer
 
@@ -20,12 +21,14 @@ __all__ = [
     "Direction",
     "Diverged",
     "Largest",
+    "Locality",
     "NeuronL1",
     "Objective",
     "Only",
     "ProbePenalty",
     "Rationales",
     "RightReasons",
+    "Route",
     "Sparse",
     "SparseAttention",
     "TopNeurons",
@@ -36,6 +39,7 @@ __all__ = [
     "evasion",
     "fit",
     "frontier",
+    "parts_off",
     "sparsemax",
     "sparsity",
     "trainer",

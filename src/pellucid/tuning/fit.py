@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +43,7 @@ from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, 
 from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
+from pellucid.tuning.routing import Route
 
 UNTRAINED = 0.95  # of the entropy of the answers
 TURNS = 5
@@ -310,12 +312,36 @@ def terms(
     The one place where objectives meet a model: the loop of `fit` and `transformers.Trainer` both ask here.
     """
     active = [each for each in objectives if each.weight > 0]
+    routes = [each for each in active if isinstance(each, Route)]
+    if not routes:
+        return _terms(model, data, batch, active, seed, step, f"{part}", beside, ())
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
+    for row, whose in zip(batch.rows, zip(*(each.groups(batch) for each in routes), strict=True), strict=True):
+        groups.setdefault(whose, []).append(row)
+    found: dict[str, Tensor] = {}
+    for k, (whose, rows) in enumerate(sorted(groups.items(), key=str)):
+        own = data.batch(rows, step)
+        with ExitStack() as stack:
+            cuts = [cut for each, group in zip(routes, whose, strict=True) for cut in each.edits_for(model, group)]
+            for each, group in zip(routes, whose, strict=True):
+                stack.enter_context(each.closed(model, group))
+            values = _terms(model, data, own, active, seed, step, f"{part}/{k}", beside, cuts)
+        for name, value in values.items():
+            share = len(own.answers) / len(batch.answers) if name == "task" else len(own) / len(batch)
+            found[name] = found.get(name, 0.0) + share * value
+    return found
+
+
+def _terms(
+    model: Model, data: Encoded, batch: Batch, active: Sequence[Objective], seed: int, step: int, part: str, beside: Beside,
+    cuts: Sequence[Edit],
+) -> dict[str, Tensor]:  # fmt: skip
     purposes = {each: generator(seed, f"{each.name}/{part}", step) for each in active}
     for each in active:
         batch = each.batch(batch, data, purposes[each])
     seen = Pass(
         model, batch, data, keep=[site for each in active for site in each.sites(model)],
-        edits=[edit for each in active for edit in each.edits(model, beside.get(each.name, NONE))],
+        edits=[*cuts, *(edit for each in active for edit in each.edits(model, beside.get(each.name, NONE)))],
         gradients=any(each.second_order for each in active), beside=beside,
     )  # fmt: skip
     found = {"task": seen.task.mean()}
