@@ -37,7 +37,9 @@ def test_routed_gradients_are_those_of_texts_one_by_one() -> None:
         shut = slice(0, 24) if given.properties["topic"][i] == "b" else slice(24, 48)
 
         def cut(m: Any, args: Any, x: torch.Tensor, shut: slice = shut) -> torch.Tensor:
-            return torch.cat([x[..., k : k + 24].detach() if k == shut.start else x[..., k : k + 24] for k in (0, 24)], -1)
+            return torch.cat(
+                [x[..., k : k + 24].detach() if k == shut.start else x[..., k : k + 24] for k in (0, 24)], -1
+            )
 
         hook = block.intermediate.register_forward_hook(cut)
         with torch.enable_grad():
@@ -57,7 +59,9 @@ def test_a_part_whose_texts_do_not_come_keeps_every_bit_weight_decay_included() 
     (first,) = draws(8, 4, 1, 0)[:1]
     rare = next(i for i in range(8) if i not in first.tolist())
     model = opened("bert-class")
-    made = tu.fit(model, topics(b=(rare,)), tu.Route("topic", HALVES), control=False, weight_decay=0.5, **QUICK | {"steps": 1})
+    made = tu.fit(
+        model, topics(b=(rare,)), tu.Route("topic", HALVES), control=False, weight_decay=0.5, **QUICK | {"steps": 1}
+    )
     for arm, same in (("objective", True), ("plain", False)):
         new = weights(made.arms[arm])
         for name, part in (("intermediate.dense.weight", 0), ("output.dense.weight", 1)):

@@ -8,6 +8,9 @@ from pellucid.tuning.heads import classifier
 from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.parts import Only
+from pellucid.tuning.places import Compared, compare_parts, importance
+from pellucid.tuning.properties import ProbeTask, Unlearn
+from pellucid.tuning.pruning import SparseWeights, WeightL1, pruned, weight_sparsity, weight_zeros
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
 from pellucid.tuning.routing import Locality, Route, parts_off
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
@@ -17,6 +20,7 @@ __all__ = [
     "Attend",
     "AttentionEntropy",
     "Augment",
+    "Compared",
     "Consistency",
     "Direction",
     "Diverged",
@@ -26,21 +30,30 @@ __all__ = [
     "Objective",
     "Only",
     "ProbePenalty",
+    "ProbeTask",
     "Rationales",
     "RightReasons",
     "Route",
     "Sparse",
     "SparseAttention",
+    "SparseWeights",
     "TopNeurons",
     "Tuned",
+    "Unlearn",
+    "WeightL1",
     "classifier",
+    "compare_parts",
     "direction",
     "entmax15",
     "evasion",
     "fit",
     "frontier",
+    "importance",
     "parts_off",
+    "pruned",
     "sparsemax",
     "sparsity",
     "trainer",
+    "weight_sparsity",
+    "weight_zeros",
 ]

@@ -148,22 +148,26 @@ def run_arms(
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
-    """CPU time of a step of each arm over that of the plain one: all arms in turn, medians over `TURNS` turns."""
-    fits = {arm: Fit(settings, own, seed) for arm, own in arms.items()}
-    rows = torch.arange(min(settings.batch, len(settings.data)))
-    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    """CPU time of a step of each arm over that of the plain one."""
+    return timed({arm: Fit(settings, own, seed) for arm, own in arms.items()}, "plain")
+
+
+def timed(fits: Mapping[str, Fit], base: str) -> dict[str, float]:
+    """CPU time of a step of each fit over that of `base`: all in turn, medians over `TURNS` turns."""
+    took: dict[str, list[float]] = {arm: [] for arm in fits}
     with torch.random.fork_rng(), torch.enable_grad():
         for each in fits.values():
             for p in each.parameters.values():
                 p.requires_grad_(True)
         for turn in range(TURNS + 1):  # the first one warms up
             for arm, each in fits.items():
+                s = each.settings
                 start = time.process_time()
-                each.step(rows, turn)
+                each.step(torch.arange(min(s.batch, len(s.data))), turn)
                 took[arm] += [time.process_time() - start] * (turn > 0)
                 for p in each.parameters.values():
                     p.grad = None
-    return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
+    return {arm: float(np.median([a / b for a, b in zip(took[arm], took[base], strict=True)])) for arm in fits}
 
 
 def arms_of(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:

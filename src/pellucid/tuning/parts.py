@@ -236,7 +236,11 @@ def _rounding(gradients: Sequence[Tensor | None]) -> float:
 
 def _either(a: Tensor | None, b: Tensor | None, floors: tuple[float, float]) -> Tensor | None:
     """Where one of two gradients is not 0; one that is all rounding (a key's bias, to which softmax is blind) is none."""
-    known = [x.detach() != 0 for x, floor in zip((a, b), floors, strict=True) if x is not None and float(x.abs().max()) > floor]
+    known = [
+        x.detach() != 0
+        for x, floor in zip((a, b), floors, strict=True)
+        if x is not None and float(x.abs().max()) > floor
+    ]
     return None if not known else known[0] if len(known) == 1 else known[0] | known[1]
 
 

@@ -101,7 +101,9 @@ class Route(Objective):
         named = dict(model.module.named_parameters())
         for value, own in self.entries(model).items():
             if not any(named[name].requires_grad for name in own):
-                raise InputError(f"{self.name}: nothing that is {value!r}'s alone is trained (frozen, or beside adapters)")
+                raise InputError(
+                    f"{self.name}: nothing that is {value!r}'s alone is trained (frozen, or beside adapters)"
+                )
         for own in self.entries(model).values():
             for name, mask in own.items():
                 if name in taken and bool((taken[name] & mask).any()):
@@ -116,7 +118,9 @@ class Route(Objective):
             named, made = dict(model.module.named_parameters()), {}
             for value, only in self.parts.items():
                 whole, masks = asked(model, only, named)
-                made[value] = {n: masks[n] if n in masks else torch.ones_like(named[n], dtype=torch.bool) for n in whole}
+                made[value] = {
+                    n: masks[n] if n in masks else torch.ones_like(named[n], dtype=torch.bool) for n in whole
+                }
             kept[key] = made
         found: dict[Any, dict[str, Tensor]] = kept[key]
         return found
@@ -270,7 +274,11 @@ def _said(frame: xr.Dataset, parts: Sequence[str]) -> str:
         rest = float(lost.sel(off=part).drop_sel(texts=part).mean()) if frame.sizes["texts"] > 1 else float("nan")
         by_chance = float(lost.sel(off="random", texts=part))
         if own <= max(by_chance, rest) + 0.05:
-            said.append(f"{part}'s part carries no more of it than others do ({own:+.2f}, random units {by_chance:+.2f})")
+            said.append(
+                f"{part}'s part carries no more of it than others do ({own:+.2f}, random units {by_chance:+.2f})"
+            )
         else:
-            said.append(f"{part}'s part off costs its texts {own:.2f} and others {rest:.2f} (random units {by_chance:.2f})")
+            said.append(
+                f"{part}'s part off costs its texts {own:.2f} and others {rest:.2f} (random units {by_chance:.2f})"
+            )
     return "; ".join(said) or "No part is named as a kind of text"

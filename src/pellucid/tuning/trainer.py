@@ -74,7 +74,7 @@ def trainer(
 
     class Tuning(base):
         loss_is_scaled_for_ga = False
-        tuned, beside_model = chosen.model, beside
+        tuned, tuned_beside = chosen.model, beside
         _at, _part = -1, 0
         _terms: Mapping[str, float] = MappingProxyType({})
 
