@@ -103,6 +103,10 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.parts_off": lambda: pl.tuning.parts_off(
+        gpt2(), pl.tuning.Rationales(TEXTS, properties={"topic": ["a", *"b" * (len(TEXTS) - 1)]}), "topic", {"a": pl.tuning.Only(neurons={0: [0, 1]})}
+    ),
+    "tuning.weight_sparsity": lambda: pl.tuning.weight_sparsity(gpt2(), pl.tuning.Rationales(TEXTS), shares=[0.5], steps=1, batch=2),
     "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
@@ -329,6 +333,7 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not made again yet: they train, or are told of parsed sentences
         **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier"), ""),
+        "tuning.compare_parts": "tests/tuning/test_parts.py",  # measures time
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

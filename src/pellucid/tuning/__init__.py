@@ -7,6 +7,7 @@ from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
 from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
 from pellucid.tuning.objective import Objective
+from pellucid.tuning.outside import reward, with_internals
 from pellucid.tuning.parts import Only
 from pellucid.tuning.places import Compared, compare_parts, importance
 from pellucid.tuning.properties import ProbeTask, Unlearn
@@ -51,9 +52,11 @@ __all__ = [
     "importance",
     "parts_off",
     "pruned",
+    "reward",
     "sparsemax",
     "sparsity",
     "trainer",
     "weight_sparsity",
     "weight_zeros",
+    "with_internals",
 ]

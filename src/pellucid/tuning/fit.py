@@ -115,7 +115,8 @@ def fit(
     settings = Settings(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
-    before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
+    fresh = drawn_beside(model, encoded, given, seeds[0])
+    before = term_values(model, next(iter(splits.values())), given, (), seeds[0], fresh)
     found, models, changed, beside = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)

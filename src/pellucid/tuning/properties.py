@@ -44,19 +44,19 @@ class _Reversed(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ByProperty(Objective):
-    """Base of objectives about a property, a name in `Rationales(properties=)`, at one site; texts with None are left out."""
+    """Base of objectives `about` a property, a name in `Rationales(properties=)`, at one site; texts with None are left out."""
 
-    property: str = ""
+    about: str = ""
     site: str = ""
     shuffled: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
-        return f"{type(self).__name__}({self.property})"
+        return f"{type(self).__name__}({self.about})"
 
     @property
     def properties(self) -> tuple[str, ...]:
-        return (self.property,)
+        return (self.about,)
 
     def control(self) -> Objective | None:
         return replace(self, shuffled=True)
@@ -70,13 +70,13 @@ class ByProperty(Objective):
             raise InputError(
                 f"{self.name}: site={self.site!r} is {len(self.sites(model))} sites: expected one, such as 'layers.1.resid_post'"
             )
-        values = [v for v in data.data.properties[self.property] if v is not None]
+        values = [v for v in data.data.properties[self.about] if v is not None]
         if any(v not in (0, 1) for v in values) or len(set(map(bool, values))) < 2:
             raise InputError(f"{self.name}: expected True, False or None for each text, and both kinds")
 
     def holds(self, data: Encoded) -> list[Any]:
         """For every text whether it holds; shuffled in the control."""
-        values = list(data.data.properties[self.property])
+        values = list(data.data.properties[self.about])
         if self.shuffled:
             order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)).tolist()
             values = [values[k] for k in order]

@@ -136,6 +136,8 @@ def trainer(
 
     class Stepping(transformers.TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for t in own.values():
+                t.grad = None  # the Trainer clears its module's gradients, not these
             done = (int(state.global_step) + 1) / max(int(state.max_steps), 1)
             for each in given:
                 if each.weight > 0:
@@ -146,6 +148,8 @@ def trainer(
             check_finite(
                 {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
             )
+            if own and args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(own.values(), args.max_grad_norm)
 
     def rows(source: Encoded) -> list[dict[str, int]]:
         return [{"row": i} for i in range(len(source))]
