@@ -333,7 +333,6 @@ def test_every_public_technique_is_tried() -> None:
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not made again yet: they train, or are told of parsed sentences
         **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier"), ""),
-        "tuning.compare_parts": "tests/tuning/test_parts.py",  # measures time
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

@@ -248,7 +248,7 @@ class Fit:
     def _after(self, step: int) -> None:
         for each in self.objectives:
             if each.weight > 0:
-                each.after(self.chosen.parameters, self.chosen.model, (step + 1) / self.settings.steps, self.seed)
+                each.after(self.chosen.model, self.chosen.parameters, (step + 1) / self.settings.steps, self.seed)
 
     def _schedule(self, done: float) -> float:
         w = self.settings.warmup

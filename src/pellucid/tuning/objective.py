@@ -89,7 +89,7 @@ class Objective:
         """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
         return frozenset()
 
-    def after(self, parameters: Mapping[str, Tensor], model: Model, done: float, seed: int) -> None:
+    def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         """What it does to trained parameters after an update, in place; `done` is the share of steps that are done."""
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor | None:

@@ -84,7 +84,7 @@ class SparseWeights(Objective):
         if not any(named[name].requires_grad for name in matrices(model, self.layers)):
             raise InputError(f"{self.name}: no matrix of these blocks is trained (frozen, or beside adapters)")
 
-    def after(self, parameters: Mapping[str, Tensor], model: Model, done: float, seed: int) -> None:
+    def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         share = self.share * (1 - (1 - min(1.0, 2 * done)) ** 3)
         with torch.no_grad():
             for name in matrices(model, self.layers):

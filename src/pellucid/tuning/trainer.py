@@ -141,7 +141,7 @@ def trainer(
             done = (int(state.global_step) + 1) / max(int(state.max_steps), 1)
             for each in given:
                 if each.weight > 0:
-                    each.after(chosen.parameters, chosen.model, done, seed)
+                    each.after(chosen.model, chosen.parameters, done, seed)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             grads = [p.grad for p in (*chosen.parameters.values(), *own.values()) if p.grad is not None]
