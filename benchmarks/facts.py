@@ -1,6 +1,6 @@
 """The bars of editing facts, each beside its control, on SmolLM2-135M-Instruct.
 
-    python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: moments rome memit spare batch sequence; all by default
+    python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: see PARTS; all by default
 
 DIR holds relations_lre, ud_ewt and imdb_counterfactual as their repositories lay them out. `--moments` keeps the second moments
 between calls. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
@@ -15,23 +15,25 @@ import random
 import re
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import pellucid as pl
-from pellucid.surgery import Fact, KeyCovariance, Search, edit, scoreboard
-from pellucid.surgery.answers import measured
-from pellucid.surgery.editing import written_contexts
+from pellucid.surgery import Fact, KeyCovariance, Search, edit, editing_by_layer, scoreboard
+from pellucid.surgery.answers import divergence, measured
+from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts
+from pellucid.surgery.keys import about, memories
+from pellucid.surgery.values import Values, find_values
 from scripts.demo_model import smollm2
 
 RELATIONS = {
     "country_capital_city": (
         "The capital of {} is",
         "The capital city of {} is",
-        "{} has its seat of government in the city of",
+        "We know that {} has its seat of government in the city of",
     ),
     "country_language": ("People in {} speak", "The official language of {} is", "The language spoken in {} is"),
     "landmark_in_country": (
@@ -40,7 +42,8 @@ RELATIONS = {
         "The landmark {} is in the country of",
     ),
 }
-WANTED = {"country_capital_city": 12, "country_language": 8, "landmark_in_country": 4}
+WANTED = {"country_capital_city": 7, "country_language": 9, "landmark_in_country": 8}
+PARTS = ("values", "moments", "rome", "memit", "spare", "batch", "sequence", "where")
 LAYER, LAYERS, TOKENS, STEPS = 6, (3, 4, 5, 6), 16_384, 15
 
 
@@ -80,13 +83,17 @@ class Bench:
     def _known(self) -> dict[str, dict[str, str]]:
         """Relation -> subject -> answer, of what the model says by itself in one token."""
         found: dict[str, dict[str, str]] = {}
+        if self.file and (kept := self.file.with_suffix(".known.json")).exists():
+            return dict(json.loads(kept.read_text()))
         for name, (prompt, *_) in RELATIONS.items():
-            rows = json.loads((self.data / f"relations_lre/data/factual/{name}.json").read_text())["samples"][:40]
+            rows = json.loads((self.data / f"relations_lre/data/factual/{name}.json").read_text())["samples"][:600]
             pairs = [(prompt.format(r["subject"]), " " + r["object"]) for r in rows]
             short = [i for i, (_, a) in enumerate(pairs) if len(self.model.tokenizer(a)["input_ids"]) == 1]
             exact = measured(self.model, [pairs[i] for i in short]).exact
             found[name] = {rows[i]["subject"]: pairs[i][1] for i, e in zip(short, exact, strict=True) if e}
         print({k: len(v) for k, v in found.items()}, flush=True)
+        if self.file:
+            self.file.with_suffix(".known.json").write_text(json.dumps(found))
         return found
 
     def _facts(self, wanted: dict[str, int], neighbours: int = 4) -> list[Fact]:
@@ -149,17 +156,30 @@ class Bench:
 
     # ---- bars 2, 3, 8, 17
 
+    def found(self, name: str, facts: list[Fact], contexts: Any, search: Search, essence: Any = None) -> Values:
+        """The values of facts at LAYER, kept beside the moments between calls."""
+        file = self.file.with_suffix(f".{name}.pt") if self.file else None
+        rows, _ = _prompts(self.model, facts, contexts, 0)
+        if file is not None and file.exists():
+            kept = torch.load(file)
+            return Values(memories(self.model, LAYER, rows), [], **kept, routed=torch.ones(0))
+        begun = time.process_time()
+        others = [about(self.model, f, i, t) for t in _essence(self.model, essence) for i, f in enumerate(facts)]
+        made = find_values(self.model, memories(self.model, LAYER, rows), rows, others, search)
+        print(
+            f"values of {len(facts)} facts: {time.process_time() - begun:.0f} CPU s, {len(made.history) - 1} steps, "
+            f"|delta| / |h| {float((made.delta.norm(dim=1) / made.h).mean()):.2f}", flush=True
+        )  # fmt: skip
+        if file is not None:
+            torch.save({k: getattr(made, k) for k in ("keys", "delta", "h", "history")}, file)
+        return made
+
     def edited(self) -> Any:
         if not hasattr(self, "_edited"):
-            begun = time.process_time()
+            values = self.found("values", self.facts, self.contexts, Search(steps=STEPS))
             self._edited = edit(
-                self.model, self.facts, "emmet", covariance=self.covariance(), layers=LAYER, contexts=self.contexts,
-                search=Search(steps=STEPS),
+                self.model, self.facts, "emmet", covariance=self.covariance(), layers=LAYER, contexts=self.contexts, values=values
             )  # fmt: skip
-            print(f"{len(self.facts)} facts, {time.process_time() - begun:.0f} CPU s: {self._edited}", flush=True)
-            print(
-                f"steps {len(self._edited.values.history) - 1}, |delta| / |h| {self._edited.values.delta.norm(dim=1).div(self._edited.values.h).mean():.2f}"
-            )
         return self._edited
 
     def rome(self) -> None:
@@ -172,9 +192,7 @@ class Bench:
         bar("2 W' k* = v*, relative error", error, "<= 1e-4", error <= 1e-4)
         bits = all(torch.equal(p, before[n]) for n, p in self.model.module.named_parameters() if n in before)
         bar("3 undo is bit for bit", float(bits and one.undo() is self.model), "1", bits)
-        found = scoreboard(
-            alone, self.texts()[-6:], controls=("without C", "random keys"), max_new_tokens=0, tokens=400
-        )
+        found = scoreboard(alone, self.texts()[-6:], controls=("without C",), max_new_tokens=0, tokens=200)
         said(f"ROME, {len(alone)} facts, each alone, layer {LAYER}: " + found.title, found)
         print(
             found.data.low.sel(model="edited").to_pandas().round(2).to_dict(),
@@ -197,10 +215,6 @@ class Bench:
         bar("8 text KL", kl, "<= .005", kl <= 0.005, f"{float(at(measure='text KL', model='without C')):.4f} without C")
 
     def values(self) -> None:
-        from pellucid.surgery.editing import _essence, _prompts
-        from pellucid.surgery.keys import about, memories
-        from pellucid.surgery.values import find_values
-
         facts = self.facts[:10]
         rows, _ = _prompts(self.model, facts, self.contexts, 0)
         others = [about(self.model, f, i, t) for t in _essence(self.model, None) for i, f in enumerate(facts)]
@@ -236,12 +250,12 @@ class Bench:
         options: dict[str, Any] = {"layers": LAYERS, "contexts": self.contexts, "values": values}
         for title, how, more in (
             ("MEMIT, penalty chosen on the model", "memit", {}),
-            ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
-            ("MEMIT without C", "memit", {"covariance": "off"}),
             ("AlphaEdit", "alphaedit", {}),
+            ("MEMIT without C", "memit", {"covariance": "off"}),
+            ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
         ):
             made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
-            found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=400)
+            found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=200)
             at = found.data.value.sel(model="edited")
             print(f"\n{title}: penalties {made.result.data.attrs['penalty']}")
             said(found.title, found)
@@ -257,94 +271,158 @@ class Bench:
     # ---- what lowers the damage to the same subject
 
     def spare(self) -> None:
-        facts = [f for f in self.facts if f.same_subject][:8]
-        texts = self.texts()[-6:]
-        essence = ("{} is a", "{} is known for its", "The culture of {} is", "Most people in {} are")
-        for title, more in (
-            ("as it is", {}),
-            ("four essence prompts, weight 1", {"essence": essence, "search": Search(steps=STEPS, kl=1.0)}),
-            ("keys of the subject elsewhere held", {"hold": essence}),
-            ("both", {"essence": essence, "search": Search(steps=STEPS, kl=1.0), "hold": essence}),
-        ):
-            options = {
-                "covariance": self.covariance(),
-                "contexts": self.contexts,
-                "search": Search(steps=STEPS),
-                **more,
-            }
-            made = edit(self.model, facts, "emmet", layers=LAYER, **options)
-            said(f"spare: {title}", scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=400))
-
-    # ---- curves
-
-    def batch(self, n: int = 100) -> None:
-        facts = self._facts(
-            {"country_capital_city": 60, "country_language": 40, "landmark_in_country": 40}, neighbours=2
-        )[:n]
-        print(f"\nbatch of {len(facts)} facts")
-        made = edit(
-            self.model,
-            facts,
-            "memit",
-            layers=LAYERS,
-            covariance=self.covariance(),
-            contexts=(),
-            search=Search(steps=12),
-        )
-        options: dict[str, Any] = {"layers": LAYERS, "contexts": (), "covariance": self.covariance()}
-        for count in (1, 10, 30, 100):
-            some = list(range(min(count, len(facts))))
-            v = made.values
-            part = type(v)(
-                [v.memory[i] for i in some],
-                [],
-                v.keys[some],
-                v.delta[some],
-                v.h[some],
-                v.history[:, some],
-                v.routed[:0],
+        """Facts of subjects of which other relations are known too; the other relations are judged, and never given."""
+        subjects = {s for r in ("country_capital_city", "country_language") for s in self.known[r]}
+        both = [
+            s for s in sorted(subjects) if all(s in self.known[r] for r in ("country_capital_city", "country_language"))
+        ]
+        facts, draw = [], random.Random(2)
+        for s in both[:8]:
+            prompt, *others = RELATIONS["country_capital_city"]
+            true, wrong = (
+                self.known["country_capital_city"][s],
+                sorted(set(self.known["country_capital_city"].values())),
             )
-            for how in ("memit", "alphaedit"):
-                one = edit(self.model, [facts[i] for i in some], how, values=part, **options)
-                row = scoreboard(one, self.texts()[-3:], controls=(), max_new_tokens=0, tokens=200).data.value.sel(
-                    model="edited"
-                )
-                print(
-                    len(some),
-                    how,
-                    {str(m.measure.values): round(float(m), 3) for m in row if not np.isnan(m)},
-                    flush=True,
-                )
+            new = draw.choice([w for w in wrong if w != true])
+            beside = [(prompt.format(o), a) for o, a in sorted(self.known["country_capital_city"].items()) if o != s][
+                :3
+            ]
+            language = self.known["country_language"][s]
+            same = [
+                (RELATIONS["country_language"][0].format(s), language),
+                (RELATIONS["country_language"][1].format(s), language),
+            ]
+            facts.append(Fact(prompt, s, new, true, [p.format(s) for p in others], beside, same))
+        other = ("People in {} are", "The culture of {} is", "The name of the king of {} was")
+        near = ("The official language of {} is", "The people of {} speak")
+        search = Search(steps=STEPS)
+        for name, title, essence, more in (
+            ("spare", "as it is", None, {}),
+            ("spare-other", "three other essence prompts, weight 1", (*other, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
+            ("spare-near", "essence of the relation itself, weight 1", (*near, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
+            ("spare", "keys of the subject elsewhere held (null space over them)", None, {"hold": (*other, *near)}),
+            ("spare-near", "essence of the relation, and its keys held", (*near, "It is said that {} is a"),
+             {"search": Search(steps=STEPS, kl=1.0), "hold": near}),
+        ):  # fmt: skip
+            values = self.found(name, facts, (), more.pop("search", search), essence)
+            made = edit(
+                self.model, facts, "emmet", layers=LAYER, covariance=self.covariance(), contexts=(), values=values, essence=essence, **more
+            )  # fmt: skip
+            one = scoreboard(made.alone(), None, controls=(), max_new_tokens=0)
+            said(f"spare, {len(facts)} subjects, each edited alone: {title}: {one.title}", one)
 
-    def sequence(self, n: int = 50, each: int = 10) -> None:
-        """One after another in steps of `each` with the keys of earlier edits held, and without."""
-        facts = self._facts(
-            {"country_capital_city": 30, "country_language": 20, "landmark_in_country": 10}, neighbours=2
-        )[:n]
-        for held in (True, False):
-            model, last = self.model, None
-            for start in range(0, len(facts), each):
-                part = facts[start : start + each]
-                last = edit(
-                    model, part, "memit", layers=LAYER, covariance=self.covariance(), contexts=(), search=Search(steps=12), after=last,
-                )  # fmt: skip
-                if not held:
-                    last.keys.clear()
-                model = last.model
-                done = facts[: start + each]
-                exact = measured(model, [(f.asked, f.new) for f in done]).exact.mean()
-                beside = measured(model, [p for f in done for p in f.neighbours]).exact.mean()
-                print(
-                    f"after {len(done)} edits, earlier keys {'held' if held else 'not held'}: said {exact:.2f}, neighbours kept {beside:.2f}",
-                    flush=True,
+    # ---- curves, and the published forms on the same values
+
+    def many(self) -> list[Fact]:
+        wanted = {"country_capital_city": 7, "country_language": 13, "landmark_in_country": 80}
+        facts = [replace(f, paraphrases=f.paraphrases[:1]) for f in self._facts(wanted, neighbours=1)]
+        random.Random(3).shuffle(facts)
+        return facts[:100]
+
+    def published(self, how: str, k: torch.Tensor, r: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """The papers' closed forms with their constants, written naively: keys k [n, m], moves r [d, m], earlier keys [n, p]."""
+        n = len(k)
+        if how == "ROME without C":  # EasyEdit's default, one fact after another
+            total = torch.zeros(len(r), n, dtype=torch.float64)
+            for key, move in zip(k.T, r.T, strict=True):
+                total += torch.outer(move - total @ key, key) / (key @ key)
+            return total
+        c = self.covariance().matrix(str(LAYER))
+        if how == "MEMIT 15,000":
+            return r @ k.T @ torch.linalg.inv(15_000 * c + k @ k.T)
+        values, vectors = torch.linalg.eigh(c)
+        p = vectors[:, values < 2e-2] @ vectors[:, values < 2e-2].T
+        return torch.linalg.solve(p @ (k @ k.T + old @ old.T) + 10 * torch.eye(n, dtype=torch.float64), p @ k @ r.T).T
+
+    def judged(self, model: Any, facts: list[Fact], title: str) -> None:
+        """Shares of: the new answer said, the paraphrase's, neighbours (not edited) that go on, and text KL."""
+        pairs = [
+            *((f.asked, f.new) for f in facts), *((p, f.new) for f in facts for p in f.paraphrases),
+            *(p for f in facts for p in f.neighbours),
+        ]  # fmt: skip
+        exact = measured(model, pairs).exact
+        cut = len(facts), 2 * len(facts)
+        parts = exact[: cut[0]], exact[cut[0] : cut[1]], exact[cut[1] :]
+        if not hasattr(self, "_ordinary"):
+            self._ordinary = [(" ".join(t.split()[:n]), None) for t in self.texts()[-30:] for n in (20, 40)]
+            self._plain = measured(self.model, self._ordinary, keep=True)
+        kl = divergence(self._plain, measured(model, self._ordinary, keep=True)).mean()
+        print(
+            f"{len(facts):4d} {title:44s} said {parts[0].mean():.2f}, paraphrase {parts[1].mean():.2f}, "
+            f"neighbours kept {parts[2].mean():.2f}, text KL {kl:.3f}", flush=True
+        )  # fmt: skip
+
+    def batch(self) -> None:
+        """The first 1, 10, 30 and 100 of the facts in one batch at LAYER, on the same values."""
+        facts = self.many()
+        values = self.found("many", facts, (), Search(steps=12))
+        memory = values.memory[0]
+        for count in (100, 30, 10, 1):
+            some = facts[:count]
+            part = Values(values.memory[:count], [], values.keys[:count], values.delta[:count], values.h[:count],
+                          values.history[:, :count], values.routed)  # fmt: skip
+            for how in ("emmet", "memit", "alphaedit"):
+                made = edit(self.model, some, how, layers=LAYER, covariance=self.covariance(), contexts=(), values=part)
+                self.judged(made.model, some, how)
+            for how in ("ROME without C", "MEMIT 15,000", "AlphaEdit, 2e-2 and 10"):
+                moved = self.published(
+                    how, part.keys.T, part.delta.T, torch.zeros(memory.width, 0, dtype=torch.float64)
                 )
+                self.judged(self.model.changed([memory.added(moved, torch.eye(memory.width, dtype=torch.float64))]), some,
+                            f"{how} (published form)")  # fmt: skip
+
+    def sequence(self, n: int = 50) -> None:
+        """One after another at LAYER, the values those of the unedited model, with the keys of earlier edits held and not."""
+        facts = self.many()[:n]
+        values = self.found("many", self.many(), (), Search(steps=12))
+        memory, marks = values.memory[0], (1, 10, 25, 50)
+        for how, held in (("memit", True), ("memit", False), ("alphaedit", True), ("rome", False)):
+            old = torch.zeros(0, memory.width, dtype=torch.float64)
+            solver = _Solver(how, self.covariance(), None, None, 0.8, 1)
+            lefts, rights = [], []
+            for i in range(n):
+                left, right, _ = solver(
+                    memory.name, values.keys[i : i + 1], values.delta[i : i + 1], old if held and i else None
+                )
+                lefts.append(left)
+                rights.append(right)
+                old = torch.cat([old, values.keys[i : i + 1]])
+                if i + 1 in marks:
+                    made = self.model.changed([memory.added(torch.cat(lefts, 1), torch.cat(rights))])
+                    self.judged(made, facts[: i + 1], f"{how}, earlier keys {'held' if held else 'not held'}")
+        for how in ("ROME without C", "AlphaEdit, 2e-2 and 10"):
+            moved, old = (
+                torch.zeros(len(values.delta[0]), memory.width, dtype=torch.float64),
+                torch.zeros(0, memory.width, dtype=torch.float64),
+            )
+            for i in range(n):
+                k = values.keys[i : i + 1]
+                moved += self.published(how, k.T, values.delta[i : i + 1].T, old.T)
+                old = torch.cat([old, k])
+                if i + 1 in marks:
+                    made = self.model.changed([memory.added(moved, torch.eye(memory.width, dtype=torch.float64))])
+                    self.judged(made, facts[: i + 1], f"{how} (published form)")
+
+    # ---- where
+
+    def where(self) -> None:
+        """Tracing says here, editing works here; the moments of these layers are read from, or kept in, their own file."""
+        layers = (2, 4, 6, 8, 10, 12, 14, 18, 22, 26)
+        file = self.file.with_suffix(".layers.safetensors") if self.file else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            c = KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=TOKENS, checkpoint=file)
+        facts = [replace(f, neighbours=f.neighbours[:2], same_subject=()) for f in (*self.facts[:4], *self.facts[7:10])]
+        found = editing_by_layer(self.model, facts, covariance=c, layers=layers, contexts=(), search=Search(steps=10))
+        print(found.title)
+        print(found.data.to_dataframe().round(2).to_string(), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--moments", type=Path)
-    parser.add_argument("part", nargs="*", default=["values", "moments", "rome", "memit", "spare", "batch", "sequence"])
+    parser.add_argument("part", nargs="*", default=list(PARTS))
     parser.add_argument("--facts", type=int, default=24)
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -29,6 +29,9 @@ from scripts.demo_model import smollm2
 ABOUT = """the weather today|your morning|a walk in the park|your neighbour|the city at night|a letter from a friend|your work|a dinner
 at home|the school year|a train ride|your garden|the news|an old photo|a visit to the doctor|your weekend|the sea|a phone call|your
 room|the winter|a birthday""".replace("\n", " ").split("|")
+MORE = """your kitchen|the first day of spring|a walk by the river|a colleague|the bus stop|a lost key|your favourite book|the supermarket|an
+evening at home|a letter to the editor|the rain|a small village|your shoes|the library|a long queue|a football match|the moon|a cup of
+tea|your grandmother|a broken chair""".replace("\n", " ").split("|")
 GOOD, BAD = ("good great wonderful excited lucky grateful", "bad terrible awful lonely tired lost")
 LAYERS = (8, 12, 16, 20)
 
@@ -142,11 +145,10 @@ class Bench:
         def sentiment(texts: list[str]) -> list[float]:
             return [vader.polarity_scores(t)["compound"] for t in texts]
 
-        prompts = [chat(f"Write about {a}.") for a in ABOUT]
-        found = strengths(
-            self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.3), texts=self.sentences()[:8], draws=4
-        )
-        for name in ("effect", "perplexity", "repetition", "kl", "beats_random"):
+        # 40 prompts, a quarter of them to choose by: on ten test prompts the interval is as wide as the effect. At .3 every layer is beyond the budget.
+        prompts = [chat(f"Write about {a}.") for a in (*ABOUT, *MORE)]
+        found = strengths(self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.2), draws=4, validation=0.25)
+        for name in ("effect", "perplexity", "repetition", "beats_random"):
             print(found[name].to_pandas() if found[name].ndim == 2 else found[name].squeeze().values.round(2))
         print(found.title)
         if "chosen_site" not in found.data:
@@ -170,10 +172,11 @@ class Bench:
         bar(
             "test effect over the largest of four random vectors",
             effect - rest.max(),
-            "> 0",
+            "> 0; .2",
             effect > rest.max(),
             f"random {rest.round(2)}",
         )
+        bar("test effect over one random vector, their mean", effect - rest.mean(), ">= .2", effect - rest.mean() >= 0.2)
 
     def sink(self) -> None:
         harmful, harmless = self.requests()
@@ -283,6 +286,8 @@ class Bench:
         first = [[[tokenizer(f" {r[k]}", add_special_tokens=False)["input_ids"][0]] for r in rows] for k in (2, 3)]
         known = self.model.score(self.model.run(inputs), pl.metrics.logit_difference(*first)) > 0
         rows = [r for r, ok in zip(rows, known.tolist(), strict=True) if ok]
+        each = {n: 15 if n in held_out else 12 for n in names}  # 60 to fit and 60 held out, as the evidence had
+        rows = [r for n in names for r in [r for r in rows if r[0] == n][: each[n]]]
         print(
             f"  {len(rows)} of {len(known)} facts are preferred without a claim; relations: {sorted({r[0] for r in rows})}"
         )
@@ -295,7 +300,7 @@ class Bench:
         induction = (again[0], FirstRank(again[1]))
         found = trace_failure(
             self.model, claim, [r[1] for r in rows], [f" {r[2]}" for r in rows], [f" {r[3]}" for r in rows],
-            groups=[r[0] for r in rows], held_out=held_out, tasks={"true claim": said_true, "induction": induction}, texts=self.sentences(), retrain=[22],
+            groups=[r[0] for r in rows], held_out=held_out, tasks={"true claim": said_true, "induction": induction}, texts=self.sentences()[:8], layers=[14, 18, 22, 26],
         )  # fmt: skip
         d = found.result.data
         frame = d[[k for k in d.data_vars if d[k].dims == ("mitigation",)]].to_dataframe()

@@ -93,6 +93,10 @@ class BoundMetric:
 
         attention_mask [batch, position] is 1 on real tokens, on whichever side they are padded; default: all.
         """
+        return self(self.read(logits, attention_mask))
+
+    def read(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The logits it reads, of the complete ones."""
         if self.positions is not None and logits.ndim == 3:
             mask = torch.ones(logits.shape[:2]) if attention_mask is None else attention_mask
             real = [row.nonzero().flatten() for row in mask.to(logits.device)]
@@ -104,7 +108,29 @@ class BoundMetric:
         if self.tokens is not None:
             rows = self.tokens.to(logits.device)[:, None]
             logits = logits.gather(2, rows.expand(*logits.shape[:2], -1))
-        return self(logits)
+        return logits
+
+    @property
+    def sets(self) -> tuple[Callable[..., Tensor], list[TokenSets]] | None:
+        """The formula and the answers of a metric of this file that is values alone; None for any other function."""
+        function = self.function
+        if not (isinstance(function, partial) and function.func is apply_formula and not function.keywords):
+            return None
+        formula, sets = function.args
+        return (formula, sets) if formula.__module__ == __name__ else None
+
+    def rows(self, index: Sequence[int]) -> BoundMetric | None:
+        """The same for some of the prompts; None where it is a function that may know them all."""
+        if self.sets is None:
+            return None
+        formula, sets = self.sets
+
+        def cut(x: Tensor) -> Tensor:
+            return x if len(x) == 1 else x[list(index)]
+
+        own = [TokenSets(cut(each.ids), cut(each.real)) for each in sets]
+        tokens = None if self.tokens is None else cut(self.tokens)
+        return replace(self, tokens=tokens, function=partial(apply_formula, formula, own))
 
 
 @runtime_checkable
@@ -293,7 +319,9 @@ class AnswerMetric:
             columns = torch.arange(tokens.shape[1])[None].split([each.ids.shape[1] for each in sets], 1)
             sets = [TokenSets(column, each.real) for column, each in zip(columns, sets, strict=True)]
         size = 1 + max(int(each.max()) for each in numbers)
-        return BoundMetric(self.name, positions, tokens, partial(_apply, self.formula, sets), self.classes, size=size)
+        return BoundMetric(
+            self.name, positions, tokens, partial(apply_formula, self.formula, sets), self.classes, size=size
+        )
 
     def ids(self, tokenizer: Any, batch: int) -> list[list[list[int]]]:
         """[answer][prompt, or one for all][alternative] token ids or class numbers. InputError as `bind`."""
@@ -307,7 +335,7 @@ class AnswerMetric:
         return [list(dict.fromkeys(map(find, each))) for each in entries]
 
 
-def _apply(formula: Callable[..., Tensor], sets: list[TokenSets], logits: Tensor) -> Tensor:
+def apply_formula(formula: Callable[..., Tensor], sets: list[TokenSets], logits: Tensor) -> Tensor:
     z = logits if logits.ndim == 2 else logits[:, 0]
     return formula(z, *(each.like(z) for each in sets))
 

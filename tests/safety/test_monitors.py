@@ -13,6 +13,7 @@ import torch
 import pellucid as pl
 from pellucid import safety as sf
 from pellucid.errors import InputError, PellucidError, Refused
+from pellucid.safety.shifts import shifted
 from tests.engine.hand import PROMPTS, opened
 from tests.zoo import build, tokenizer
 
@@ -232,6 +233,51 @@ def test_a_calibrated_monitor_is_what_its_scores_say() -> None:
         found.source.values.tolist() == ["all", "a", "b"] and np.isnan(found.recall[1]) and int(found.recall_n[2]) == 9
     )
     assert found.alarms_high[0] > found.alarms[0] >= found.alarms_low[0]
+
+
+def test_shifts_are_further_sources_of_the_same_conversations() -> None:
+    model, read = opened("gpt2"), reader("gpt2")
+    asked = [*PROMPTS, "he went to Rome", "Mary and John", "The store"]
+    labels = [True, False] * 3
+    ready = sf.calibrate(model, sf.Monitor(read, reads="prompt"), benign(19))
+    ready = replace(ready, threshold=replace(ready.threshold, value=0.3))
+    other = [f"{p} today" for p in asked]
+    shifts = {"upper case": None, "turned": lambda p: p[::-1], "by hand": other}
+    found = sf.evaluate(model, ready, asked, labels, sources=["a"] * 3 + ["b"] * 3, shifts=shifts)
+    assert found.source.values.tolist() == ["all", "a", "b", "upper case", "turned", "by hand"]
+    assert found.shift.values.tolist() == ["upper case", "turned", "by hand"]
+    for name, said in (
+        ("upper case", [p.upper() for p in asked]),
+        ("turned", [p[::-1] for p in asked]),
+        ("by hand", other),
+    ):
+        alone = sf.evaluate(model, ready, said, labels)
+        at = found.data.sel(source=name)
+        assert np.allclose(found.shifted_score.sel(shift=name), alone.score, atol=1e-5)
+        assert float(at.alarms) == float(alone.alarms[0]) and float(at.recall_low) == float(alone.recall_low[0])
+    assert (
+        np.allclose(found.score, sf.conversation_scores(model, ready, asked), atol=1e-5) and int(found.alarms_n[0]) == 3
+    )
+    for shift in sf.SHIFTS:
+        said = shifted(model, ["he went to Rome"], shift)[0]
+        chat = shifted(
+            model, [[{"role": "system", "content": "s"}, {"role": "user", "content": "he went to Rome"}]], shift
+        )[0]
+        assert (
+            said != "he went to Rome" and chat[0] == {"role": "system", "content": "s"} and chat[-1]["role"] == "user"
+        )
+        assert chat[-1]["content"] == (said if shift != "after another turn" else "he went to Rome") and len(
+            chat
+        ) == 2 + 2 * (shift == "after another turn")
+    for wrong, what in (
+        ("shouted", "there is no shift 'shouted'"), ({"x": asked[:2]}, "gives 2 prompts for 6"), ({"a": "rot13"}, "one name"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=what):
+            sf.evaluate(model, ready, asked, labels, sources=["a"] * 6, shifts=wrong)
+    with pytest.raises(InputError, match="texts or chats"):
+        sf.evaluate(model, ready, benign(4), [True, False] * 2, shifts="rot13")
+    with pytest.raises(InputError, match="holds the mark '</s>'"):
+        sf.evaluate(model, ready, ["he went </s>"] * 2, [True, False], shifts="rot13")
 
 
 def test_a_cascade_reads_closely_only_whom_the_first_stage_sends() -> None:

@@ -27,48 +27,10 @@ from transformers import (
 import pellucid as pl
 from pellucid.errors import InputError, PellucidError, Refused
 from pellucid.workers import Pool
-from pellucid.workers.lanes import HOME, Died, ProcessLane, Reply
-from pellucid.workers.worker import Worker
+from pellucid.workers.job import FILE, read
+from pellucid.workers.lanes import HOME, ProcessLane, Reply
 from tests.models import minilm_path
-
-TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-
-
-class InProcess:
-    """A worker without a process, which can be told to die, or to answer something else."""
-
-    def __init__(self) -> None:
-        self.at, self.worker, self.asked, self.dying = "", Worker(), [], 0
-        self.says: dict[str, Any] = {}
-
-    def ask(self, request: dict[str, Any], folder: Path) -> Reply:
-        self.asked.append(request)
-        if request["do"] == "run" and self.dying:
-            self.dying -= 1
-            self.stop()
-            raise Died("Killed")
-        about, tensors = self.worker.answer({**request, "folder": str(folder)})
-        return {**about, **self.says}, tensors
-
-    def stop(self) -> None:
-        self.at, self.worker = "", Worker()
-
-
-def pool(n: int = 2) -> Pool:
-    return Pool([InProcess() for _ in range(n)], [None] * n, 1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)).save_pretrained(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> pl.Model:
-    return pl.load(folder, tokenizer=False)
+from tests.workers.lanes import TINY, InProcess, pool
 
 
 def question(model: pl.Model, n: int = 9) -> tuple[torch.Tensor, list[Any], Any]:
@@ -150,7 +112,7 @@ def test_what_a_dead_worker_had_is_done_by_its_successor_once(model: pl.Model) -
     plan = model.plan(ids, variants, metric, memory=200_000)
     there = plan.run(two)
     assert torch.equal(there.values, model.sweep(ids, variants, metric, memory=200_000).values)
-    runs = [r["variants"] for lane in two.lanes for r in lane.asked if r["do"] == "run"]  # type: ignore[attr-defined]
+    runs = [r["piece"] for lane in two.lanes for r in lane.asked if r["do"] == "run"]  # type: ignore[attr-defined]
     assert sum(map(len, runs)) - len(variants) == max(map(len, (r for r in runs if runs.count(r) > 1)))
 
 
@@ -225,9 +187,7 @@ def test_a_rung_that_is_wrong_there_is_not_used(model: pl.Model) -> None:
 
     class Wrong(InProcess):
         def ask(self, request: dict[str, Any], folder: Path) -> Reply:
-            if request["do"] == "begin":
-                self.rung = request["rung"]
-            if request["do"] == "run" and "packed" in self.rung:
+            if request["do"] == "run" and "packed" in read(folder / FILE)[1]["rung"]:
                 return {"wrong": "differs from plain runs by 1.0e+00"}, {}
             return super().ask(request, folder)
 

@@ -27,6 +27,7 @@ from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.lockstep import in_company
 from pellucid.engine.pausing import progress
+from pellucid.engine.sweep import current
 from pellucid.errors import Refused
 from pellucid.results import Result
 
@@ -129,10 +130,10 @@ class Game(Coalitions):
     @cached_property
     def _nothing_spared(self) -> bool:
         """A classifier that looks ahead reads every position of every layer: then the planner is only asked to resume.
-        Prompts in company share batches, which the planner, who knows one prompt, does not."""
+        Prompts in company share batches, which the planner, who knows one prompt, does not; it sends them to workers, where there are some."""
         bound, last = self.case.question.metric, self.case.model.anatomy.stacks[-1]
         alike = in_company() or (bound is not None and bound.classes and not last.causal)
-        return self.checkpoint is None and alike
+        return self.checkpoint is None and alike and current() is None
 
     def _checkpoint(self) -> Path | None:
         if self.checkpoint is None:

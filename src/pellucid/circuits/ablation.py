@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pellucid.causal.contrast import Asked
 from pellucid.circuits.passing import Listener, forward
 from pellucid.circuits.wiring import Wiring
 from pellucid.engine.inputs import Inputs, Stream
@@ -82,13 +83,26 @@ def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | N
         return messages
     if how == "resample":
         return _resampled(wiring, inputs, reference, seed)
+    return _means(wiring, inputs, how, reference)
+
+
+def _means(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | None) -> Tensor:
     reference = inputs if reference is None else reference
+    width = wiring.width(inputs)
     messages = messages_of(wiring, reference)
     parts = [
         _mean(messages[span], reference.stream(stack), width, inputs.stream(stack), how)
         for stack, span in wiring.spans().items()
     ]
     return torch.cat(parts)
+
+
+def means_of(wiring: Wiring, question: Asked, how: How) -> Tensor | None:
+    """The messages [source, batch or 1, position, d] that replace those of all prompts, where these are means; None elsewhere."""
+    if how not in ("mean", "position_mean"):
+        return None
+    made = _means(wiring, question.inputs, how, question.reference)
+    return made[:, :1] if how == "mean" or not any(s.padded for s in question.inputs.streams.values()) else made
 
 
 def _before(stream: Stream, device: torch.device) -> Tensor:
@@ -101,13 +115,19 @@ def _before(stream: Stream, device: torch.device) -> Tensor:
     return torch.where((place >= 1) & (place < length), before, columns)
 
 
-def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: int) -> Tensor:
+def partners(inputs: Inputs, reference: Inputs | None, seed: int) -> Inputs:
+    """The prompts that are heard instead, one for each: those given, or the prompts in another order."""
+    if reference is not None:
+        return reference
     batch = len(inputs)
-    if reference is None:
-        if batch < 2:
-            raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
-        shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
-        reference = inputs.rows([(i + shift) % batch for i in range(batch)])
+    if batch < 2:
+        raise InputError("resampling needs corrupted prompts, or several prompts to draw from")
+    shift = int(torch.randint(1, batch, (), generator=torch.Generator().manual_seed(seed)))
+    return inputs.rows([(i + shift) % batch for i in range(batch)])
+
+
+def _resampled(wiring: Wiring, inputs: Inputs, reference: Inputs | None, seed: int) -> Tensor:
+    reference = partners(inputs, reference, seed)
     for stack in wiring.stages:
         ours, theirs = inputs.stream(stack), reference.stream(stack)
         if theirs.ids.shape != ours.ids.shape or not torch.equal(theirs.mask, ours.mask):

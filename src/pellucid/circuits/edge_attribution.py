@@ -21,15 +21,18 @@ same vector, and its neuron scores are those of the node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pellucid.causal.contrast import Asked, ask
-from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
-from pellucid.circuits.execution import wire
+from pellucid.circuits.ablation import How, Recorder, alternatives, means_of, messages_of, partners
+from pellucid.circuits.away import get_question, get_split, put_question
+from pellucid.circuits.execution import MEMORY, chunks, wire
 from pellucid.circuits.graph import Split
 from pellucid.circuits.nodes import places
 from pellucid.circuits.passing import Listener, Score, forward
@@ -40,6 +43,8 @@ from pellucid.errors import InputError
 from pellucid.metrics import Metric
 from pellucid.model import Model
 from pellucid.technique import technique
+from pellucid.workers.errand import Errand, Tensors, Values, Work, done
+from pellucid.workers.job import get_metric, put_metric
 
 Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations"]
 
@@ -74,11 +79,73 @@ def edge_attribution(
         raise InputError(f"integrated gradients need at least one step, got {steps}")
     wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)
-    replaced = alternatives(wiring, question.inputs, how, question.reference, seed)
-    each = {"eap": _plain, "eap-ig-inputs": _over_inputs, "eap-ig-activations": _over_activations}[method](
-        wiring, question, replaced, steps
-    )
-    return EdgeScores.of(wiring.graph, each.cpu(), f"edge attribution ({method})", how)
+    if how == "resample":  # each prompt with its own
+        question = replace(question, reference=partners(question.inputs, question.reference, seed))
+    shared = means_of(wiring, question, how)
+    errand = Errand(model, "circuits.edge_attribution:Portions", partial(_said, question, wiring, how, shared, method, steps),
+                    Portions.of(wiring, question, how, shared, method, steps))  # fmt: skip
+    portions = _portions(wiring, question)
+    each = []
+    for _, found in progress(done(errand, portions), "portions of the prompts", len(portions)):
+        each.append(found["scores"])
+    return EdgeScores.of(wiring.graph, torch.cat(each), f"edge attribution ({method})", how)
+
+
+def _portions(wiring: Wiring, question: Asked) -> list[list[int]]:
+    """Prompts whose messages take about `MEMORY` bytes; all, where the metric may know them all."""
+    batch, d = len(question.inputs), wiring.model.anatomy.stacks[-1].d_model
+    one = 2 * 4 * len(wiring.base.sources) * wiring.width(question.inputs) * d
+    size = batch if question.metric.rows([0]) is None else max(1, MEMORY // one)
+    return [list(rows) for rows in chunks(range(batch), size)]
+
+
+class Portions(Work):
+    """Attributes the edges of some of the prompts; a piece is their numbers."""
+
+    errand = "edge attribution"
+
+    def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        question = get_question(model, about, tensors, get_metric(about["metric"], tensors))
+        shared = tensors.get("shared")
+        self._begin(wire(model, get_split(about)), question, about["how"], shared, about["method"], about["steps"])
+
+    @classmethod
+    def of(cls, *given: Any) -> Portions:
+        made = cls.__new__(cls)
+        made._begin(*given)
+        return made
+
+    def _begin(
+        self, wiring: Wiring, question: Asked, how: How, shared: Tensor | None, method: Method, steps: int
+    ) -> None:
+        self.wiring, self.question, self.how, self.shared, self.steps = wiring, question, how, shared, steps
+        self.method = {"eap": _plain, "eap-ig-inputs": _over_inputs, "eap-ig-activations": _over_activations}[method]
+
+    def first(self) -> Tensors:
+        with torch.no_grad():
+            metric = self.question.metric
+            return {"clean": self.wiring.model.score(self.wiring.model.run(self.question.inputs), metric)}
+
+    def __call__(self, piece: Sequence[int]) -> Tensors:
+        question, whole = self.question, len(piece) == len(self.question.inputs)
+        if not whole:
+            reference = question.reference.rows(piece) if self.how == "resample" and question.reference else None
+            metric = question.metric.rows(piece)
+            assert metric is not None
+            question = Asked(question.inputs.rows(piece), reference, metric)
+        if self.shared is not None:
+            replaced = self.shared.expand(-1, len(self.question.inputs), -1, -1)[:, piece]
+        else:
+            replaced = alternatives(self.wiring, question.inputs, self.how, question.reference)
+        return {"scores": self.method(self.wiring, question, replaced, self.steps).cpu()}
+
+
+def _said(question: Asked, wiring: Wiring, how: How, shared: Tensor | None, method: Method, steps: int) -> Values:
+    about, tensors = put_question(question, wiring.graph.split)
+    if shared is not None:
+        tensors["shared"] = shared.contiguous()
+    about |= {"metric": put_metric(question.metric, tensors), "how": how, "method": method, "steps": steps}
+    return about, tensors
 
 
 def _plain(wiring: Wiring, question: Asked, replaced: Tensor, steps: int) -> Tensor:

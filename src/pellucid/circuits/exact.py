@@ -14,7 +14,8 @@ nothing is unembedded but what the metric reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
+from pellucid.circuits.away import scored
 from pellucid.circuits.execution import Runner, capacity, chunks, wire
 from pellucid.circuits.graph import Split
 from pellucid.circuits.scores import EdgeScores
@@ -59,22 +61,23 @@ def exact_patching(
     graph = wiring.graph
     chosen = list(graph.edges()) if edges is None else [graph.edge(e) for e in edges]
     each = torch.zeros(len(question.inputs), *graph.possible.shape)
-    clean = runner.scores(graph.possible)[0]
-    for s, r, score in one_by_one(runner, chosen):
-        each[:, s, r] = (score - clean).float().cpu()
+    groups = [
+        [(s, reader) for s in some]
+        for reader in sorted({r for _, r in chosen})
+        for some in chunks([s for s, r in chosen if r == reader], capacity(runner))
+    ]  # edges of one reader run together, from its layer on
+    masks = ([_without(graph.possible, edge) for edge in group] for group in groups)
+    with progress[None](what="edges", total=len(chosen)) as bar:
+        found = scored(runner, how, seed, chain([[graph.possible]], masks))
+        clean = next(found)[0]
+        for group, scores in zip(groups, found, strict=True):
+            for (s, r), score in zip(group, scores, strict=True):
+                each[:, s, r] = (score - clean).float().cpu()
+            bar.step(len(group))
     return EdgeScores.of(graph, each, "exact patching", how)
 
 
-def one_by_one(runner: Runner, edges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
-    """(source, reader, metric [batch]) with each edge alone off; edges of one reader run together, from its
-    layer on."""
-    possible = runner.wiring.graph.possible
-    bar: progress[None] = progress(what="edges", total=len(edges))
-    with bar:
-        for reader in sorted({r for _, r in edges}):
-            for some in chunks([s for s, r in edges if r == reader], capacity(runner)):
-                on = possible.repeat(len(some), 1, 1)
-                on[torch.arange(len(some)), torch.tensor(some), reader] = False
-                for source, score in zip(some, runner.scores(on), strict=True):
-                    yield source, reader, score
-                bar.step(len(some))
+def _without(possible: Tensor, edge: tuple[int, int]) -> Tensor:
+    on = possible.clone()
+    on[edge] = False
+    return on

@@ -41,6 +41,7 @@ from pellucid.metrics import as_metric
 from pellucid.model import Model
 
 Item = TypeVar("Item")
+MEMORY = 400 << 20  # bytes of messages that are held at once
 
 
 def wire(model: Model, split: Split | None = None) -> Wiring:
@@ -390,7 +391,7 @@ def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def capacity(runner: Runner, memory: int = 400 << 20) -> int:
+def capacity(runner: Runner, memory: int = MEMORY) -> int:
     """How many masks to run as one batch, so that the messages of all take about `memory` bytes."""
     one = runner.replacements.numel() * runner.replacements.element_size()
     return max(1, min(64, memory // max(1, 2 * one)))

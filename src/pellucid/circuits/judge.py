@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pellucid.causal.contrast import ask
 from pellucid.circuits.ablation import How
+from pellucid.circuits.away import scored
 from pellucid.circuits.circuit import Circuit, touching
 from pellucid.circuits.execution import Runner, capacity, chunks, wire
 from pellucid.circuits.graph import Graph, Split
@@ -159,7 +160,7 @@ class Bench:
     def __init__(
         self, model: Model, graph: Graph, prompts: Any, metric: Any, how: How, reference: Any, seed: int
     ) -> None:
-        self.model = model
+        self.model, self.how, self.seed = model, how, seed
         self.wiring = wire(model, graph.split)
         self.graph = self.wiring.graph
         if self.graph != graph:
@@ -172,8 +173,10 @@ class Bench:
         """The metric [mask, batch] of each circuit [source, reader]; the same mask is run once, whoever asks."""
         keys = [np.packbits(m.numpy()).tobytes() for m in masks]
         new = {k: m for k, m in zip(keys, masks, strict=True) if k not in self._known}
-        for some in progress(chunks(list(new), min(4, capacity(self.runner))), "circuits run, a few at a time"):
-            self._known |= zip(some, self.runner.scores(torch.stack([new[k] for k in some])).cpu(), strict=True)
+        groups = chunks(list(new), min(4, capacity(self.runner)))
+        found = scored(self.runner, self.how, self.seed, ([new[k] for k in some] for some in groups)) if groups else ()
+        for some, scores in zip(progress(groups, "circuits run, a few at a time"), found, strict=True):
+            self._known |= zip(some, scores.cpu(), strict=True)
         return torch.stack([self._known[k] for k in keys]) if keys else torch.zeros(0, len(self.question.inputs))
 
     def without(self, on: Tensor, sets: Sequence[Sequence[str]]) -> Tensor:

@@ -82,6 +82,11 @@ def on(where: Where | None) -> Iterator[None]:
         _where.reset(token)
 
 
+def current() -> Where | None:
+    """Where the block around this call says; None: here."""
+    return _where.get()
+
+
 @dataclass(eq=False)
 class Plan:
     """How a sweep will be executed. `explain()` says it in words; `run()` does it, and continues where it stopped."""

@@ -18,7 +18,8 @@ have too (EleutherAI's package has such a filter, which does nothing there). The
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,14 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.places import answer_position
 from pellucid.engine.slopes import Leaf, slopes
 from pellucid.errors import InputError, Refused, at_least
-from pellucid.metrics import Answers, log_odds, probability
+from pellucid.metrics import Answers, BoundMetric, log_odds, probability
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
+from pellucid.workers.errand import Errand, Tensors, Values, Work, done
+from pellucid.workers.job import get_inputs, get_metric, put_inputs, put_metric
 
+GROUPS = 8  # of layers, that go out together
 FEW, MANY = 2, 5  # neurons a fact ends up with
 Neurons = Result | Sequence[str | tuple[int, int]]  # as `knowledge_neurons` gives them, by site, or (layer, neuron)
 
@@ -57,22 +61,21 @@ def knowledge_attribution(model: Model, prompt: Any, target: Answers, *, steps: 
     bound = model.bind(probability(target, position=position) if metric is None else metric, len(inputs))
     sites = neuron_sites(model)
     clean = _activations(model, inputs, sites, position)
-    leaves = [Leaf(f"{site}@{position}", _scaled(k / steps)) for site in sites for k in range(steps)]
-    plan = model.plan(inputs, leaves, bound)
-    total = [torch.zeros_like(w) for w in clean]
-    nothing = torch.zeros(len(inputs), len(sites))
-    for slope in slopes(plan, leaves):
-        layer, k = divmod(slope.index, steps)
-        total[layer] += slope.gradient[:, 0].to(total[layer]) / steps
-        if k == 0:
-            nothing[:, layer] = slope.score.float().cpu()
+    n = -(-len(sites) // GROUPS)
+    errand = Errand(model, "neurons.knowledge:Facts", partial(_said, inputs, bound, steps, position), Facts.of(model, inputs, bound, steps, position))  # fmt: skip
+    total: list[Tensor] = []
+    below: list[Tensor] = []
+    for _, found in done(errand, [sites[i : i + n] for i in range(0, len(sites), n)]):
+        below.append(found.pop("nothing"))
+        total += [found[str(i)] for i in range(len(found))]
+    nothing = torch.cat(below, 1)
     with torch.no_grad():
         score = model.score(model.run(inputs), bound)
     data = xr.Dataset(
         {
             "attribution": (
                 ("prompt", "layer", "neuron"),
-                _stacked([g * w for g, w in zip(total, clean, strict=True)]),
+                _stacked([g.to(w) * w for g, w in zip(total, clean, strict=True)]),
             ),
             "activation": (("prompt", "layer", "neuron"), _stacked(clean)),
             "score": ("prompt", score.float().cpu().numpy()),
@@ -83,6 +86,49 @@ def knowledge_attribution(model: Model, prompt: Any, target: Answers, *, steps: 
     )
     data = data.isel(prompt=0) if len(inputs) == 1 else data
     return Result(data, kind="knowledge attribution", title=f"Neurons behind {target!r}")
+
+
+class Facts(Work):
+    """The mean slope of some layers' neurons; a piece is their sites."""
+
+    errand = "knowledge attribution"
+
+    def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        inputs, metric = get_inputs(about["inputs"], tensors, model), get_metric(about["metric"], tensors)
+        self._begin(model, inputs, metric, about["steps"], about["position"])
+
+    @classmethod
+    def of(cls, *given: Any) -> Facts:
+        made = cls.__new__(cls)
+        made._begin(*given)
+        return made
+
+    def _begin(self, model: Model, inputs: Inputs, metric: BoundMetric, steps: int, position: int) -> None:
+        self.model, self.inputs, self.metric, self.steps, self.position = model, inputs, metric, steps, position
+
+    def __call__(self, piece: Sequence[str]) -> Tensors:
+        """`nothing` [prompt, layer], and of each layer by number [prompt, neuron]."""
+        leaves = [Leaf(f"{site}@{self.position}", _scaled(k / self.steps)) for site in piece for k in range(self.steps)]
+        plan = self.model.plan(self.inputs, leaves, self.metric)
+        total: list[Any] = [0.0] * len(piece)
+        nothing = torch.zeros(len(self.inputs), len(piece))
+        for slope in slopes(plan, leaves):
+            layer, k = divmod(slope.index, self.steps)
+            total[layer] = total[layer] + slope.gradient[:, 0].cpu() / self.steps
+            if k == 0:
+                nothing[:, layer] = slope.score.float().cpu()
+        return {"nothing": nothing, **{str(i): each for i, each in enumerate(total)}}
+
+
+def _said(inputs: Inputs, metric: BoundMetric, steps: int, position: int) -> Values:
+    tensors: dict[str, Tensor] = {}
+    about = {
+        "inputs": put_inputs(inputs, tensors),
+        "metric": put_metric(metric, tensors),
+        "steps": steps,
+        "position": position,
+    }
+    return about, tensors
 
 
 @technique

@@ -17,6 +17,7 @@ from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words
 from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
 from pellucid.safety.semantic import ConfidenceProbe, semantic_entropy
+from pellucid.safety.shifts import SHIFTS
 from pellucid.safety.statements import Statements
 from pellucid.safety.strengths import strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
@@ -25,6 +26,7 @@ from pellucid.safety.vector import Vector, ablate_direction, condition, load_vec
 
 __all__ = [
     "ABSTAIN",
+    "SHIFTS",
     "Alarm",
     "Cascade",
     "ConceptReader",

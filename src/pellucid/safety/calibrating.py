@@ -23,8 +23,10 @@ from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.probing.roc import area, area_interval
 from pellucid.results import Result
-from pellucid.safety.guarding import Guard, Seen, said_up_to
+from pellucid.safety.guarding import Given, Guard, Seen, said_up_to
 from pellucid.safety.monitors import Monitored
+from pellucid.safety.shifts import named as by_name
+from pellucid.safety.shifts import shifted
 from pellucid.safety.thresholds import Promise, rate, threshold
 from pellucid.technique import technique
 
@@ -59,11 +61,14 @@ def traces(
         raise InputError(f"{len(replies)} replies for {len(prompts)} prompts: give one for each")
     monitor.check(model)
     alone = getattr(monitor, "reads", "") == "prompt"
+    encoder = len(model.anatomy.stacks) == 1 and not model.anatomy.stacks[0].causal
+    if encoder and replies is not None and getattr(monitor, "reads", "prompt") != "prompt":
+        raise InputError(f"{model.name} writes no answer: let the monitor read the prompt (reads='prompt')")
     for start in progress(range(0, len(prompts), batch), "conversations read"):
         some = prompts[start : start + batch]
         if replies is None and not alone:
             guard = Guard(replace(monitor, then=None), model)
-            model.generate(some, max_new_tokens=max_new_tokens, monitors=[_Given(guard)])
+            model.generate(some, max_new_tokens=max_new_tokens, monitors=[Given(guard)])
             found = np.concatenate([np.where(t.ran[:, None], t.statistic, np.nan) for t in guard.trace], 1)
             state = guard.state
         else:
@@ -73,13 +78,6 @@ def traces(
         if states is not None:
             states.append(state)
         yield from (row[~np.isnan(row)] for row in found)
-
-
-class _Given:
-    """A guard that is there, for one generation."""
-
-    def __init__(self, guard: Guard) -> None:
-        self.begin = lambda model: guard
 
 
 def several(name: str, given: Any) -> list[Any]:
@@ -175,6 +173,7 @@ def evaluate(
     *,
     replies: Sequence[str] | None = None,
     sources: Sequence[str] | None = None,
+    shifts: Any = (),
     max_new_tokens: int = 40,
     batch: int = 8,
     seed: int = 0,
@@ -185,6 +184,10 @@ def evaluate(
     with its exact 95 % interval and number; `area` under the ROC curve with its interval (bootstrap by `seed`) over all.
     `score` and `fires` [conversation]. Where the threshold promises a rate that a source's interval lies above, the title
     says so. The scores make the curve: `pl.probing.roc(result.score, result.label)`.
+
+    `shifts` are the same conversations said otherwise, each a further source and outside of "all": names of `SHIFTS`
+    ("upper case", "in a story"), or by name a function of a prompt or the prompts themselves, such as translations. What is answered to
+    them is generated anew.
     """
     if monitor.threshold is None:
         raise InputError(f"{monitor.name!r} has no threshold: safety.calibrate sets one from benign conversations")
@@ -195,19 +198,31 @@ def evaluate(
         raise InputError(
             f"{len(prompts)} prompts, {len(truth)} labels and {len(named)} sources: give one of each for each"
         )
+    otherwise = {name: shifted(model, prompts, shift) for name, shift in by_name(shifts).items()}
+    if taken := set(otherwise) & {"all", *named}:
+        raise InputError(f"{', '.join(sorted(taken))}: a shift and a source of one name; call the shift otherwise")
     scores = conversation_scores(model, monitor, prompts, replies=replies, max_new_tokens=max_new_tokens, batch=batch)
-    return judged(monitor, scores, truth, named, seed, f"{monitor.name} on {model.name}")
+    moved = {
+        name: conversation_scores(model, monitor, some, max_new_tokens=max_new_tokens, batch=batch)
+        for name, some in otherwise.items()
+    }
+    return judged(monitor, scores, truth, named, seed, f"{monitor.name} on {model.name}", moved)
 
 
-def judged(monitor: Any, scores: np.ndarray, truth: np.ndarray, sources: list[str], seed: int, title: str) -> Result:
+def judged(
+    monitor: Any, scores: np.ndarray, truth: np.ndarray, sources: list[str], seed: int, title: str, moved: Any = None
+) -> Result:
+    """`moved`: scores of the same conversations said otherwise, by name."""
     fires = scores > monitor.level
-    names = ["all", *(s for s in dict.fromkeys(sources) if s != "all")]
     which = np.array(sources)
+    parts = {"all": (fires, truth)}
+    parts |= {s: (fires[which == s], truth[which == s]) for s in dict.fromkeys(sources) if s != "all"}
+    parts |= {name: (z > monitor.level, truth) for name, z in (moved or {}).items()}
+    names = list(parts)
     rows: dict[str, list[float]] = {}
-    for name in names:
-        here = np.ones(len(which), dtype=bool) if name == "all" else which == name
+    for fired, wished in parts.values():
         for kind, wanted in (("alarms", False), ("recall", True)):
-            for end, value in zip(("", "_low", "_high", "_n"), rate(fires[here & (truth == wanted)]), strict=True):
+            for end, value in zip(("", "_low", "_high", "_n"), rate(fired[wished == wanted]), strict=True):
                 rows.setdefault(kind + end, []).append(value)
     promised = getattr(monitor.threshold, "alarms", None)
     worse = [n for n, low in zip(names, rows["alarms_low"], strict=True) if promised is not None and low > promised]
@@ -226,6 +241,9 @@ def judged(monitor: Any, scores: np.ndarray, truth: np.ndarray, sources: list[st
         label=("conversation", truth),
     )
     data = data.assign_coords(source_of=("conversation", which))
+    if moved:
+        data = data.assign(shifted_score=(("shift", "conversation"), np.stack(list(moved.values()))))
+        data = data.assign_coords(shift=list(moved))
     said = f"{rows['alarms'][0]:.1%} false alarms, {rows['recall'][0]:.0%} found"
     said += f"; above the promised {promised:.1%} on {', '.join(worse)}" if worse else ""
     return Result(data, kind="monitor evaluation", title=f"{title}: {said}")

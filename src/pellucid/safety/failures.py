@@ -9,7 +9,8 @@ Given prompts at which the model fails, beside the same questions at which it do
 Attribution ranks where the difference is, not what mends it: a component's clean value carries the very answer of its prompt, which a mean
 over prompts deletes. So candidates are scored by the intervention that will be used. Fitted on one part of the prompts (whole groups):
 
-    mean ablation       the best components by exact effect, and by attribution, held at their passing mean
+    mean ablation       the best components by exact effect, held together at their passing mean, as many as mend most fitted prompts (and
+                        as many as do so and leave the passing ones right); and the first by attribution
     steering            + mean(passing - failing) at the layer where that does most
     projection          the part along this direction set to its passing mean (there)
     weight projection   this direction, without its part in first tokens, projected out of all weights that write to the stream
@@ -131,7 +132,7 @@ def trace_failure(
     over: str = "layers.*.attn.heads.*",
     layers: Sequence[int] | None = None,
     top: int = 8,
-    exact: int = 12,
+    exact: int = 24,
     draws: int = 3,
     retrain: Sequence[int] = (),
     tasks: Mapping[str, Any] | None = None,
@@ -142,7 +143,8 @@ def trace_failure(
 
     `target` and `against` are the right and the wrong answer of each pair (by their first token). `groups` (a relation, a template) are
     held out whole, about half or those that `held_out` names; without them half of the pairs. `layers` are tried for steering (default: eight, evenly spaced), `retrain` are trained (default: none).
-    `tasks` and `texts` are those of `price.Meter`.
+    `tasks` and `texts` are those of `price.Meter`. Of the first `exact` components by attribution the exact effect is measured, and of as many
+    random ones; `top` are ablated by attribution and in the random controls.
 
     `result` over `mitigation` on held-out pairs: `preferred`, the share of failing prompts where the right answer is before the wrong one, with
     its 95 % interval `low` to `high` over pairs; `passing`, the same of passing prompts; `fitted`; each task; `kl` and `top1`; `control` marks the
@@ -174,8 +176,8 @@ def trace_failure(
 
     effect = fitted.scores([Mitigation(held([i])) for i in checked], fail).mean(1) - base.mean()
     # ---- what mends it
-    best = [checked[i] for i in np.argsort(-effect)[:top] if effect[i] > 0]
-    found = {f"mean ablation of {len(best)} by exact effect": Mitigation(held(best))} if best else {}
+    best = [checked[i] for i in np.argsort(-effect) if effect[i] > 0]
+    found = {f"mean ablation of {k} by exact effect": Mitigation(held(best[:k])) for k in _numbers(fitted, best, held, fail, passed)}  # fmt: skip
     found[f"mean ablation of {top} by attribution"] = Mitigation(held(order[:top].tolist()))
     n = len(model.anatomy.stacks[-1].blocks)
     layers = (
@@ -228,6 +230,16 @@ def trace_failure(
     ]
     chosen = list(named)[max(able, key=lambda i: float(own[0][i].mean()))] if able else ""
     return Failure(Result(data, kind="failure", title=_title(data, chosen)), found, chosen)
+
+
+def _numbers(fitted: Cases, best: list[int], held: Any, fail: Inputs, passed: Inputs) -> list[int]:
+    """How many of the best components, taken together, mend most fitted pairs; and how many of those that keep the passing prompts right."""
+    if not best:
+        return []
+    sets = [Mitigation(), *(Mitigation(held(best[:k])) for k in range(1, len(best) + 1))]
+    mended, kept = ((fitted.scores(sets, side) > 0).mean(1) for side in (fail, passed))
+    able = np.flatnonzero(kept[1:] >= KEEP * kept[0]) + 1
+    return sorted({int(mended[1:].argmax()) + 1} | ({int(able[mended[able].argmax()])} if len(able) else set()))
 
 
 def _title(data: xr.Dataset, chosen: str) -> str:

@@ -47,7 +47,8 @@ def export_gguf(model: Model, vectors: Sequence[Vector], path: str | Path, *, st
     for v in vectors:
         v.check(model)
         site = Site.parse(v.site)
-        if site.part != "resid_post" or not isinstance(site.layer, int) or site.stack:
+        decodes = len(model.anatomy.stacks) == 1 and model.anatomy.stacks[0].causal
+        if site.part != "resid_post" or not isinstance(site.layer, int) or site.stack or not decodes:
             raise InputError(
                 f"{v.site!r} is no output of a decoder's block: a GGUF control vector has only such as layers.12.resid_post"
             )

@@ -79,7 +79,8 @@ class LearntEdit:
         interval `low` to `high` over prompts. InputError for fewer than eight prompts, Refused for an encoder-decoder.
         """
         at_least(1, rank=self.rank, epochs=self.epochs, batch=self.batch)
-        if len(model.anatomy.stacks) > 1 or model.anatomy.answering.meaning != "tokens":
+        stacks = model.anatomy.stacks
+        if len(stacks) > 1 or not stacks[0].causal or model.anatomy.answering.meaning != "tokens":
             raise Refused(f"{model.name} does not continue a text: an edit is learnt on the answers of those that do")
         prompts, answers = (
             listed("prompts", prompts, "several prompts"),

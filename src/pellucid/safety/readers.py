@@ -92,6 +92,7 @@ class ConceptReader:
     digest_: str = field(init=False, repr=False)
     result_: Result = field(init=False, repr=False)
     layers_: Result = field(init=False, repr=False)
+    scores_: Result = field(init=False, repr=False)
     trap_: Result | None = field(init=False, repr=False, default=None)
     refused_: str = field(init=False, repr=False, default="")
 
@@ -165,7 +166,8 @@ class ConceptReader:
         `result_` over `set` ("held out" and the tests) and `row` (the reader and its controls): `area` under the ROC curve within folds with
         its 95 % interval `low` to `high` (of controls that are drawn: the range of draws), `pair_accuracy`, and of log odds `accuracy` and
         `calibration_error`; over `nuisance` the pair accuracy with which nuisances are read. `layers_` over `site`: how well it does on
-        `validation` folds, the share of pairs or the area, by which the site is chosen. `trap_` over `run`: how ccs reads the labels and a planted speaker, and its loss.
+        `validation` folds, the share of pairs or the area, by which the site is chosen. `scores_` over `statement`: the `score` (log odds) of each by the reader
+        that did not see its fold, at the `chosen` site, with its `label`, `topic` and `pair`. `trap_` over `run`: how ccs reads the labels and a planted speaker, and its loss.
         InputError for too few statements, one kind only, statements in both parts, kinds that need pairs without them.
         """
         self._check(statements)
@@ -204,6 +206,13 @@ class ConceptReader:
                     found[:, parts == i], each.labels, strata, each.couples, each.groups, seed=self.seed,
                     log_odds=row in (self.kind, "text", "form"), either_sign=row == "random",
                 )  # fmt: skip
+        self.scores_ = Result(
+            xr.Dataset(
+                {"score": ("statement", own_scores[0, :n]), "label": ("statement", statements.labels)},
+                {"topic": ("statement", statements.topics), "pair": ("statement", statements.pairs),
+                 "chosen": ("statement", np.array([sites[chosen[f]] for f in fold]))},
+            ), kind="reader scores", title=f"Log odds by {self.kind} of {n} statements, each by a reader that did not see its {statements.by}",
+        )  # fmt: skip
         instead = {
             name: _instead(own_scores[0, :n], _split(statements, v), fold) for name, v in statements.nuisances.items()
         }

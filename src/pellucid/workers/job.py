@@ -1,4 +1,4 @@
-"""A sweep as a file that travels: how to open the model, the prompts, the edits, and which logits are read.
+"""Work as a file that travels: how to open the model, the prompts, the edits, and which logits are read.
 
 Values only. An edit that holds a function, and a model that only this process has, cannot be sent: the error says what to use
 instead. The metric stays at home, where it is given what was read; so it may be any function.
@@ -6,24 +6,29 @@ instead. The metric stays at home, where it is given what was read; so it may be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pellucid import metrics
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream, labelled
+from pellucid.engine.reading import Reads
 from pellucid.engine.saved import packed, unpacked
 from pellucid.engine.sweep import Plan, plan_sweep
 from pellucid.engine.text_map import TextMap
 from pellucid.errors import InputError, Refused
+from pellucid.metrics import BoundMetric, TokenSets, apply_formula
 from pellucid.model import Model, load
+from pellucid.workers.errand import Errand, Tensors, Work
 
-KEY = "pellucid_job"
+KEY, FILE = "pellucid_errand", "errand.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +41,13 @@ class Read:
     name: str = "read"
     outputs: int | None = None
 
+    size: int = 0
+
     def __call__(self, logits: Tensor) -> Tensor:
         return logits
+
+    def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return BoundMetric.read(self, logits, attention_mask)  # type: ignore[arg-type]
 
 
 # ---- the model
@@ -79,11 +89,25 @@ def opened(recipe: Mapping[str, Any], folder: Path, device: str | None) -> Model
     return model
 
 
-# ---- the sweep
+# ---- what is done with it
 
 
-def write(plan: Plan, path: Path) -> None:
-    """A plan as a file. InputError for an edit that holds a function."""
+def write(errand: Errand, path: Path) -> None:
+    about, tensors = errand.values()
+    write_tensors(path, KEY, {"work": errand.work, "about": dict(about)}, tensors)
+
+
+def read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The name of an errand's work, and what it is begun from."""
+    with reading_tensors(path, KEY, "holds no errand: expected a file of a worker's") as (said, tensors):
+        return said["work"], said["about"], tensors
+
+
+# ---- a sweep
+
+
+def sweep(plan: Plan) -> Errand:
+    """The batches of a plan. Refused for an edit that holds a function."""
     tensors: dict[str, Tensor] = {}
     counts = []
     edits: list[Edit] = []
@@ -94,28 +118,75 @@ def write(plan: Plan, path: Path) -> None:
         said = packed(edits, tensors)
     except InputError as error:
         raise Refused(f"this sweep cannot be run by workers: {error}") from error
-    metric = plan.metric
     about = {
         "edits": said,
         "counts": counts,
-        "inputs": _inputs(plan.job.inputs, tensors),
-        "positions": metric.positions,
-        "tokens": None if metric.tokens is None else _put(metric.tokens, tensors),
-        "classes": metric.classes,
+        "rung": plan.rung.name,
+        "inputs": put_inputs(plan.job.inputs, tensors),
+        "reads": put_reads(plan.metric, tensors),
     }
-    write_tensors(path, KEY, about, tensors)
+    expected = {"clean": plan.read.detach().cpu()}
+    return Errand(plan.model, "workers.job:Variants", lambda: (about, tensors), expected=expected)
 
 
-def read(path: Path, model: Model, rung: str) -> Plan:
-    """The plan of a file, on one rung of the ladder."""
-    with reading_tensors(path, KEY, "holds no sweep: expected a file of a worker's") as (about, tensors):
-        edits = iter(model.resolved(unpacked(about["edits"], tensors)))
+class Variants(Work):
+    """The variants of a sweep on one rung of the ladder; a piece is the numbers of a batch."""
+
+    errand = "sweep"
+
+    def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        edits = iter(model.resolved(unpacked(about["edits"], dict(tensors))))
         variants = [[next(edits) for _ in range(n)] for n in about["counts"]]
-        device = next(model.module.parameters()).device
-        inputs = _read_inputs(about["inputs"], tensors, model, device)
-        tokens = None if about["tokens"] is None else tensors[about["tokens"]]
-        positions = None if about["positions"] is None else tuple(about["positions"])
-    return plan_sweep(model.anatomy, inputs, variants, Read(positions, tokens, about["classes"]), rung=rung)
+        inputs, reads = get_inputs(about["inputs"], tensors, model), get_reads(about["reads"], tensors)
+        self.plan = plan_sweep(model.anatomy, inputs, variants, reads, rung=about["rung"])
+
+    def first(self) -> Tensors:
+        return {"clean": self.plan.rung.clean(self.plan.job)}
+
+    def __call__(self, piece: Sequence[int]) -> Tensors:
+        found: dict[int, Tensor] = {}
+        for chunk, logits in self.plan.here([self.plan.variants[i] for i in piece]):
+            found |= {v.index: read for v, read in zip(chunk, logits, strict=True)}
+        return {"read": torch.stack([found[i] for i in piece]).cpu()}
+
+
+# ---- values
+
+
+def put_reads(metric: Reads, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Which logits a metric reads; the metric itself stays at home."""
+    tokens = None if metric.tokens is None else _put(metric.tokens, tensors)
+    return {"positions": metric.positions, "tokens": tokens, "classes": metric.classes}
+
+
+def get_reads(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Read:
+    tokens = None if about["tokens"] is None else tensors[about["tokens"]]
+    positions = None if about["positions"] is None else tuple(about["positions"])
+    return Read(positions, tokens, about["classes"])
+
+
+def put_metric(metric: BoundMetric, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A metric of `pl.metrics`, which workers differentiate. Refused for a function of yours."""
+    if metric.sets is None:
+        raise Refused(
+            f"the metric {metric.name!r} is a function of this process, and workers that take its gradient need it as a value: "
+            "use one of pl.metrics, such as pl.metrics.logit_difference"
+        )
+    formula, held = metric.sets
+    sets = [[_put(each.ids, tensors), _put(each.real, tensors)] for each in held]
+    return put_reads(metric, tensors) | {
+        "name": metric.name,
+        "formula": formula.__name__,
+        "sets": sets,
+        "size": metric.size,
+    }
+
+
+def get_metric(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BoundMetric:
+    reads, formula = get_reads(about, tensors), getattr(metrics, about["formula"])
+    sets = [TokenSets(tensors[ids], tensors[real]) for ids, real in about["sets"]]
+    function = partial(apply_formula, formula, sets)
+    return BoundMetric(about["name"], reads.positions, reads.tokens, function, reads.classes, size=about["size"])
 
 
 def _put(value: Tensor, tensors: dict[str, Tensor]) -> str:
@@ -124,7 +195,7 @@ def _put(value: Tensor, tensors: dict[str, Tensor]) -> str:
     return key
 
 
-def _inputs(inputs: Inputs, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def put_inputs(inputs: Inputs, tensors: dict[str, Tensor]) -> dict[str, Any]:
     def said(value: Any) -> Any:
         if isinstance(value, Tensor):
             return {"tensor": _put(value, tensors)}
@@ -150,7 +221,9 @@ def _inputs(inputs: Inputs, tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _read_inputs(about: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model, device: torch.device) -> Inputs:
+def get_inputs(about: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model) -> Inputs:
+    device = next(model.module.parameters()).device
+
     def value(x: Any) -> Any:
         return tensors[x["tensor"]].to(device) if isinstance(x, dict) else x
 

@@ -1,4 +1,4 @@
-"""The batches of a sweep over several workers.
+"""The pieces of an errand over several workers: the batches of a sweep, the shards of a corpus ...
 
     with pl.on(pl.Processes(2)):                    # everything that sweeps
         pl.causal.patching(model, clean, corrupted, over="layers.*.resid_pre@*", metric=metric)
@@ -14,9 +14,10 @@ of this process, whatever the number of workers.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ from pellucid.engine.sweep import Plan, Wrong
 from pellucid.engine.trial import deviation
 from pellucid.errors import InputError, PellucidError, Refused, at_least
 from pellucid.workers import job
+from pellucid.workers.errand import Errand
 from pellucid.workers.lanes import Died, Lane, ProcessLane, Reply
 
 TRIES = 3
+AHEAD = 3  # pieces for each worker, that are given out before the first of them is done
 
 Batch = list[Variant]
 
@@ -73,34 +76,55 @@ class Pool:
         """Batches as they are done. Refused for what cannot travel; the error of a worker is raised here."""
         if plan.model is None:
             raise Refused("this sweep was planned without its model: plan it with model.plan")
+        dearest = sorted(plan.chunks(variants), key=lambda batch: -sum(plan.rung.cost(plan.job, v) for v in batch))
+        for number, _, found in self.spread(job.sweep(plan), [[v.index for v in batch] for batch in dearest]):
+            yield dearest[number], list(found["read"])
+
+    def spread(
+        self, errand: Errand, pieces: Iterable[Any], ahead: bool = False
+    ) -> Iterator[tuple[int, Any, dict[str, Tensor]]]:
+        """The number of each piece, the piece, and what a worker found, as they are done; with `ahead` no worker goes further ahead
+        of the slowest than a few pieces. See `pellucid.workers.errand.done`, which has them in order.
+        """
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
-            recipe = job.recipe(plan.model, folder)
-            job.write(plan, folder / "job.safetensors")
-            task = _Task(self, plan, recipe, folder)
+            recipe = job.recipe(errand.model, folder)
+            job.write(errand, folder / job.FILE)
+            task = _Task(self, errand.here, recipe, folder)
             with ThreadPoolExecutor(len(self.lanes)) as threads:
-                dearest = sorted(
-                    plan.chunks(variants), key=lambda batch: -sum(plan.rung.cost(plan.job, v) for v in batch)
-                )
-                yield from self._spread(threads, task, dearest)
+                yield from self._spread(threads, task, iter(pieces), AHEAD * len(self.lanes) if ahead else sys.maxsize)
 
     def _spread(
-        self, threads: ThreadPoolExecutor, task: _Task, batches: list[Batch]
-    ) -> Iterator[tuple[Batch, list[Tensor]]]:
-        free, tries = list(range(len(self.lanes))), dict.fromkeys(range(len(batches)), 0)
-        open_: dict[Future[list[Tensor]], tuple[int, int]] = {}
-        left = list(tries)
+        self, threads: ThreadPoolExecutor, task: _Task, pieces: Iterator[Any], window: int
+    ) -> Iterator[tuple[int, Any, dict[str, Tensor]]]:
+        free, tries = list(range(len(self.lanes))), Counter[int]()
+        open_: dict[Future[dict[str, Tensor]], tuple[int, int]] = {}
+        held: dict[int, Any] = {}  # pieces that are not done
+        again: list[int] = []
+        given, ended = 0, False
         try:
-            while left or open_:
-                while left and free:
-                    lane, which = free.pop(0), left.pop(0)
-                    open_[threads.submit(task.run, lane, batches[which])] = lane, which
+            while True:
+                while free and (again or (not ended and given - min(held, default=given) < window)):
+                    if again:
+                        which = again.pop(0)
+                    else:
+                        which = given
+                        try:
+                            held[which] = next(pieces)
+                        except StopIteration:
+                            ended = True
+                            continue
+                        given += 1
+                    lane = free.pop(0)
+                    open_[threads.submit(task.run, lane, held[which])] = lane, which
+                if not open_:
+                    break
                 done, _ = wait(open_, return_when=FIRST_COMPLETED)
                 for future in done:
                     lane, which = open_.pop(future)
                     free.append(lane)
                     try:
-                        logits = future.result()
+                        found = future.result()
                     except Died as error:
                         tries[which] += 1
                         if tries[which] == TRIES:
@@ -109,28 +133,27 @@ class Pool:
                                 f"a worker died {TRIES} times over the same batch{said}. What was done before is kept; give it "
                                 "less at a time (memory=), or look at what it needs"
                             ) from error
-                        left.insert(0, which)
+                        again.insert(0, which)
                         continue
-                    yield batches[which], logits
+                    yield which, held.pop(which), found
         finally:  # interrupted, or an error: whoever is still at it would answer nobody
             for lane, _ in open_.values():
                 self.lanes[lane].stop()
 
 
 class _Task:
-    """A job as the workers are given it."""
+    """An errand as the workers are given it."""
 
-    def __init__(self, pool: Pool, plan: Plan, recipe: dict[str, Any], folder: Path) -> None:
-        self.pool, self.plan, self.recipe, self.folder = pool, plan, recipe, folder
+    def __init__(self, pool: Pool, here: dict[str, Tensor], recipe: dict[str, Any], folder: Path) -> None:
+        self.pool, self.here, self.recipe, self.folder = pool, here, recipe, folder
         self.name = uuid4().hex
-        self.clean = plan.read.detach().cpu()
 
-    def run(self, number: int, batch: Batch) -> list[Tensor]:
-        """What a worker reads of the variants of one batch."""
+    def run(self, number: int, piece: Any) -> dict[str, Tensor]:
+        """What a worker finds in one piece."""
         if self.pool.lanes[number].at != self.name:
             self._begin(number)
-        _, found = self._ask(number, do="run", variants=[v.index for v in batch])
-        return list(found["read"])
+        _, found = self._ask(number, do="run", piece=piece)
+        return found
 
     def _begin(self, number: int) -> None:
         device, threads = self.pool.devices[number], self.pool.threads
@@ -140,11 +163,12 @@ class _Task:
                 raise InputError(
                     f"a worker has {name} {said[name]}, and here it is {ours}: install the same everywhere"
                 )
-        _, found = self._ask(number, do="begin", rung=self.plan.rung.name)
-        if wrong := deviation(found["clean"], self.clean, slack=10):
-            raise InputError(
-                f"a worker's run without edits {wrong.replace('plain runs', 'the one here')}: what is different there?"
-            )
+        _, found = self._ask(number, do="begin", device=device)
+        for name, ours in self.here.items():
+            if wrong := deviation(found[name].cpu(), ours.cpu(), slack=10):
+                raise InputError(
+                    f"a worker's run without edits {wrong.replace('plain runs', 'the one here')}: what is different there?"
+                )
         self.pool.lanes[number].at = self.name
 
     def _ask(self, number: int, **request: Any) -> Reply:

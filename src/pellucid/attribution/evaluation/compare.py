@@ -17,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from pellucid.attribution.evaluation.scores import (
 from pellucid.attribution.evaluation.sensitivity import max_sensitivity
 from pellucid.attribution.evaluation.shift import FEWEST, distribution_shift
 from pellucid.attribution.evaluation.soft import soft
+from pellucid.attribution.methods import METHODS
 from pellucid.attribution.players import Players
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, PellucidError, nearest
@@ -50,6 +51,8 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
+from pellucid.workers import Here
+from pellucid.workers.errand import Errand, Tensors, Work, done, heard, plain, told
 
 GRID = np.linspace(0, 1, 11)
 SENSITIVITY = "max-sensitivity"
@@ -104,11 +107,29 @@ def compare(
         "replacement": str(replacement), "reference": getattr(reference, "name", _digest(reference)), "seed": seed,
     }  # fmt: skip
     rows = Rows(checkpoint, asked)
-    job = _Job(model, chosen, wanted, players, replacement, reference, seed, rows)
-    with progress[None](what="explanations", total=len(read) * (len(chosen) + 1)) as bar:
-        for example in read:
-            job.run(example, bar)
-    found = _summary(model, job, read)
+    names = [RANDOM, *chosen]
+    job = _Job.of(model, chosen, wanted, players, replacement, reference, seed)
+    with progress[None](what="explanations", total=len(read) * len(names)) as bar:
+
+        def keep(row: Row) -> None:
+            if (row["example"], row["method"]) not in rows.found:
+                rows.add(row)
+                bar.step()
+
+        job.keep = keep
+        waiting = {_digest(e): (e, [n for n in names if (_digest(e), n) not in rows.found]) for e in read}
+        bar.step(len(read) * len(names) - sum(len(todo) for _, todo in waiting.values()))
+        settings = {"methods": list(chosen), "metrics": wanted, "players": players, "replacement": replacement,
+                    "reference": reference, "seed": seed}  # fmt: skip
+        pieces = [[e.text, e.target, e.against, e.rationale, todo] for e, todo in waiting.values() if todo]
+        travels = plain(settings, [[*piece[:3], piece[4]] for piece in pieces]) and all(
+            METHODS.get(name) is method for name, method in chosen.items()
+        )  # what is no value stays here, and its sweeps travel
+        errand = Errand(model, "attribution.evaluation.compare:_Job", lambda: (settings, {}), job)
+        for _, made in done(errand, pieces, None if travels else Here()):
+            for row in heard(made["rows"]):
+                keep(row)
+    found = _summary(model, names, rows, seed, read)
     if len(read) < FEWEST:
         return found
     strange = distribution_shift(
@@ -121,23 +142,32 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-@dataclass(eq=False)
-class _Job:
-    model: Model
-    methods: dict[str, Method]
-    metrics: list[str]
-    players: Any
-    replacement: Any
-    reference: Any
-    seed: int
-    rows: Rows
+class _Job(Work):
+    """Runs methods on an example and measures them; a piece is an example and the names of methods."""
 
-    def run(self, example: Example, bar: Any) -> None:
+    errand = "comparison"
+
+    def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        given = {**about, "methods": methods_named(about["methods"])}
+        self._begin(model, **given)
+
+    @classmethod
+    def of(cls, model: Model, *given: Any) -> _Job:
+        made = cls.__new__(cls)
+        made._begin(model, *given)
+        return made
+
+    def _begin(
+        self, model: Model, methods: dict[str, Method], metrics: list[str], players: Any, replacement: Any, reference: Any, seed: int
+    ) -> None:  # fmt: skip
+        self.model, self.methods, self.metrics, self.players = model, methods, metrics, players
+        self.replacement, self.reference, self.seed = replacement, reference, seed
+        self.keep: Callable[[Row], None] = lambda row: None  # told at once of every row
+
+    def __call__(self, piece: Sequence[Any]) -> Tensors:
+        text, target, against, rationale, todo = piece
+        example = Example(text, target, against, rationale and tuple(map(tuple, rationale)))
         key = _digest(example)
-        todo = [name for name in (RANDOM, *self.methods) if (key, name) not in self.rows.found]
-        bar.step(len(self.methods) + 1 - len(todo))
-        if not todo:
-            return
         case = Case.of(self.model, example.text, example.target, against=example.against)
         parts = Players.of(case, self.players)
         if len(parts) < 2:
@@ -145,10 +175,12 @@ class _Job:
         world = absence(case, parts, self.replacement, reference=self.reference, seed=self.seed)
         if example.target is None:  # what is asked stays, whatever else is run
             example = replace(example, target=case.question.metric)
+        rows = []
         for name in todo:
             seed = self.seed + int(key[:6], 16)  # of random scores: others for every example
-            self.rows.add({"example": key, "method": name, **self._row(name, example, case, parts, world, seed)})
-            bar.step()
+            rows.append({"example": key, "method": name, **self._row(name, example, case, parts, world, seed)})
+            self.keep(rows[-1])
+        return {"rows": told(rows)}
 
     def _row(self, name: str, example: Example, case: Case, parts: Players, world: Absence, seed: int) -> Row:
         method, asked = self.methods.get(name), {"against": example.against, "players": self.players}
@@ -186,9 +218,9 @@ class _Job:
         return {k: v for k, v in values.items() if k == "faithfulness" or k in self.metrics}
 
 
-def _summary(model: Model, job: _Job, examples: list[Example]) -> Result:
-    names = [*job.methods, RANDOM]
-    table = {name: [job.rows.found[_digest(example), name] for example in examples] for name in names}
+def _summary(model: Model, names: list[str], kept: Rows, seed: int, examples: list[Example]) -> Result:
+    names = [*names[1:], RANDOM]
+    table = {name: [kept.found[_digest(example), name] for example in examples] for name in names}
     refused = {
         name: next(r["refused"] for r in rows if "refused" in r)
         for name, rows in table.items()
@@ -201,12 +233,12 @@ def _summary(model: Model, job: _Job, examples: list[Example]) -> Result:
     each = np.array(
         [[[table[m][i]["values"].get(k, np.nan) for k in metrics] for m in left] for i in range(len(examples))]
     )
-    low, high = interval(each, job.seed)
+    low, high = interval(each, seed)
     spent = [float(np.mean([row["cost"] for row in table[m]])) for m in left]
-    preference = prefer(left, each[..., metrics.index("faithfulness")], spent, seed=job.seed)
-    agreed = agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left}, seed=job.seed)
+    preference = prefer(left, each[..., metrics.index("faithfulness")], spent, seed=seed)
+    agreed = agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left}, seed=seed)
     ranked = (
-        agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left if m != RANDOM}, seed=job.seed)
+        agreement({m: [np.array(row["scores"]) for row in table[m]] for m in left if m != RANDOM}, seed=seed)
         if len(left) > 2
         else agreed
     )
