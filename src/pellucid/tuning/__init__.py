@@ -1,8 +1,9 @@
 """Models trained so that their reasons can be read, with the price and the control beside the promise."""
 
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
+from pellucid.tuning.bottleneck import Bottleneck, interventions
 from pellucid.tuning.data import Rationales
-from pellucid.tuning.fit import Diverged, Tuned, fit
+from pellucid.tuning.fit import Diverged, Tuned, fit, load_tuned
 from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
 from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
@@ -14,6 +15,7 @@ from pellucid.tuning.properties import ProbeTask, Unlearn
 from pellucid.tuning.pruning import SparseWeights, WeightL1, pruned, weight_sparsity, weight_zeros
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
 from pellucid.tuning.routing import Locality, Route, parts_off
+from pellucid.tuning.select import Select
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
 from pellucid.tuning.trainer import trainer
 
@@ -21,6 +23,7 @@ __all__ = [
     "Attend",
     "AttentionEntropy",
     "Augment",
+    "Bottleneck",
     "Compared",
     "Consistency",
     "Direction",
@@ -35,6 +38,7 @@ __all__ = [
     "Rationales",
     "RightReasons",
     "Route",
+    "Select",
     "Sparse",
     "SparseAttention",
     "SparseWeights",
@@ -50,6 +54,8 @@ __all__ = [
     "fit",
     "frontier",
     "importance",
+    "interventions",
+    "load_tuned",
     "parts_off",
     "pruned",
     "reward",

@@ -147,7 +147,7 @@ def compare_parts(
         for arm, own in fixed.items():
             own = chosen(scores, what, share, "random", seed) if arm == "random" else own
             settings = Settings(model, encoded, own, *options)
-            measures, made, moved, _ = run_arms(settings, {name: given}, splits, (), [seed])
+            measures, made, moved, *_ = run_arms(settings, {name: given}, splits, (), [seed])
             met[arm, seed] = measures[name, seed].right
             changed[arm] += len(moved)
             if seed == seeds[0]:
