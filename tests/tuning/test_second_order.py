@@ -76,7 +76,7 @@ def test_sizes_along_their_own_direction_give_the_gradients_of_the_exact_path_un
     for form in ("share", "absolute", "outside"):
         exact_loss, exact = gradients(copy("eager", torch.float64), tu.RightReasons("decoy", form=form))
         for attn in ("eager", "sdpa"):
-            model = copy(attn, torch.float64 if attn == "eager" else torch.float32)
+            model = copy(attn, torch.float64)
             objective = tu.RightReasons("decoy", form=form, path="finite")
             objective.check(model, Encoded(model, data(n=4)))
             loss, finite = gradients(model, objective)

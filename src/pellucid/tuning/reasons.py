@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, at_least
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.kernels import check_curvature, check_kernels, exact_kernels
@@ -38,7 +38,7 @@ Of = Literal["log_odds", "log_probability_sum"]
 By = Literal["gradient", "integrated", "expected"]
 Path = Literal["exact", "finite"]
 LEAST = 1e-12
-STEP = 3e-3  # of the mean norm of an embedding
+STEP = 1e-2  # of the mean norm of an embedding
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,10 @@ class RightReasons(Where):
         super().check(model, data)
         model.anatomy.check_gradients()
         if self.path == "finite":
+            if next(model.module.parameters()).dtype not in (torch.float32, torch.float64):
+                raise Refused(
+                    f"{self.name}: path='finite' takes small differences, which 16 bits cannot hold: open the model in float32"
+                )
             return
         check_kernels(model, self.name)
         batch = data.batch([next(i for i, p in enumerate(data.positions[self.where]) if p)])
