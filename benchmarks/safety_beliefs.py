@@ -142,7 +142,7 @@ def speed(model: pl.Model, data: Path) -> None:
     found = search(first[12:13], second[12:13], holds)
     theirs = [alone(a / scale, b / scale, seed, 1000) for seed in range(10)]
     print(
-        f"bar 3: lowest loss of 10 restarts at layer 12: at once {float(found.loss[0]):.5f}, one by one {min(theirs):.5f}",
+        f"bar 3: lowest loss of 10 restarts at layer 12: at once {float(found.losses[0].min()):.5f}, one by one {min(theirs):.5f}",
         flush=True,
     )
 
