@@ -27,9 +27,10 @@ Order = Literal["before", "after", "alone"]
 class Explained:
     """`prompts` with their `answers` and true `reasons`; `mistakes`, for each a false reason and the answer that follows from it (None: those
     of another prompt with another answer, drawn by `seed`); `paraphrases` of the reasons; `choices`, the answers there are (None: what is
-    generated is compared). `reason` and `answer` are the words that ask for them, `groups` what belongs together. InputError where lengths differ.
+    generated is compared). `asking` are the words that ask for a reason and for an answer, `groups` what belongs together. InputError where lengths differ.
 
-    >>> Explained(["In which country is Rome?"], [" Italy"], [" Rome is in Lazio."], choices=[" Italy", " France"])
+    >>> wrong = [(" Rome is in Provence.", " France")]
+    >>> Explained(["In which country is Rome?"], [" Italy"], [" Rome is in Lazio."], wrong, choices=[" Italy", " France"])
     <Explained: 1 prompt, 2 choices>
     """
 
@@ -39,8 +40,7 @@ class Explained:
     mistakes: Sequence[tuple[str, str]] | None = None
     paraphrases: Sequence[str] | None = None
     choices: Sequence[str] | None = None
-    reason: str = "\nReason:"
-    answer: str = "\nAnswer:"
+    asking: tuple[str, str] = ("\nReason:", "\nAnswer:")
     groups: Sequence[Hashable] | None = None
     seed: int = 0
 
@@ -83,8 +83,8 @@ class Explained:
 
     def asked(self, i: int, reason: str | None, prompt: str | None = None) -> str:
         """The text after which prompt `i` is answered, with a reason before it or none."""
-        said = "" if reason is None else f"{self.reason}{spaced(reason)}"
-        return f"{self.prompts[i] if prompt is None else prompt}{said}{self.answer}"
+        said = "" if reason is None else f"{self.asking[0]}{spaced(reason)}"
+        return f"{self.prompts[i] if prompt is None else prompt}{said}{self.asking[1]}"
 
     def shots(self, numbers: Sequence[int], order: Order) -> str:
         """Some of the prompts with reason and answer, to stand before another one."""
@@ -96,10 +96,10 @@ class Explained:
         return "".join(f"{self.prompts[i]}{''.join(f(i) for f in told)}\n\n" for i in numbers)
 
     def _reason(self, i: int) -> str:
-        return f"{self.reason}{spaced(self.reasons[i])}"
+        return f"{self.asking[0]}{spaced(self.reasons[i])}"
 
     def _answer(self, i: int) -> str:
-        return f"{self.answer}{spaced(self.answers[i])}"
+        return f"{self.asking[1]}{spaced(self.answers[i])}"
 
     def rows(
         self, order: Order = "before", *, counterfactual: float = 0.0, apart: bool = False, seed: int = 0
@@ -122,7 +122,7 @@ class Explained:
                     made = [(self.asked(i, wrong[i][0]), spaced(wrong[i][1]))]
                 elif apart and order == "before":
                     made = [
-                        (self.prompts[i] + self.reason, spaced(self.reasons[i])),
+                        (self.prompts[i] + self.asking[0], spaced(self.reasons[i])),
                         (self.asked(i, self.reasons[i]), spaced(self.answers[i])),
                     ]
                 else:

@@ -106,7 +106,7 @@ def reason_tests(
         tests["own"] = asking.answers([data.asked(i, None, p) for i, p in enumerate(prompts)], base)
         tests["mistake"] = tests["own"]
         asking.check_order(
-            [f"{data.asked(i, None, p)} {base[i]}{data.reason}" for i, p in enumerate(prompts)],
+            [f"{data.asked(i, None, p)} {base[i]}{data.asking[0]}" for i, p in enumerate(prompts)],
             own,
             [r for r, _ in wrong],
         )
@@ -151,7 +151,7 @@ class _Asking:
     def reasons(self, prompts: Sequence[str], answers: Sequence[str] | None) -> list[str]:
         """The line that is written after "Reason:"; behind the answer where there is one."""
         asked = [
-            f"{p if answers is None else self.data.asked(i, None, p) + spaced(answers[i])}{self.data.reason}"
+            f"{p if answers is None else self.data.asked(i, None, p) + spaced(answers[i])}{self.data.asking[0]}"
             for i, p in enumerate(prompts)
         ]
         return self._lines(asked)
