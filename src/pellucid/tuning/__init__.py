@@ -3,12 +3,8 @@
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.bottleneck import Bottleneck, interventions
 from pellucid.tuning.data import Rationales
-<<<<<<< HEAD
 from pellucid.tuning.explained import Explained
-from pellucid.tuning.fit import Diverged, Tuned, fit
-=======
 from pellucid.tuning.fit import Diverged, Tuned, fit, load_tuned
->>>>>>> main
 from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
 from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
@@ -62,14 +58,11 @@ __all__ = [
     "frontier",
     "importance",
     "interventions",
-<<<<<<< HEAD
-    "reason_tests",
-=======
     "load_tuned",
     "parts_off",
     "pruned",
+    "reason_tests",
     "reward",
->>>>>>> main
     "sparsemax",
     "sparsity",
     "trainer",
