@@ -48,6 +48,9 @@ def test_only_concepts_go_on_in_every_kind_of_model(family: str, tmp_path: Path)
     assert loaded.names == learnt.names == ["he", "long"]
     a, b = (made.model.run(batch.inputs, edits=e.edits(made.model)).logits for e in (learnt, loaded))
     assert torch.equal(a, b)
+    if family != "lora":  # whose adapters are no changes of the weights alone
+        again, edits = tu.load_tuned(model, made.save(tmp_path / "tuned"))
+        assert torch.equal(again.run(batch.inputs, edits=edits).logits, a)
     with pytest.raises(InputError, match="belongs to other weights"):
         loaded.check(model)
     with pytest.raises(InputError, match="belongs to other weights"):
