@@ -429,7 +429,9 @@ def reading(store: ActivationStore) -> None:
 
     for _ in range(3):
         plain = timed(through)
+        begun = time.process_time()
         mixed = timed(lambda: [None for _ in store.shuffled(store.sites[0], 4096)])
+        say(f"  (CPU of it {time.process_time() - begun:.2f} s of {mixed:.2f} s)")
         say(
             f"  {size / 2**20:.0f} MB from the disk: from end to end {size / 2**20 / plain:.0f} MB/s, in shuffled batches: share",
             plain / mixed,

@@ -175,7 +175,7 @@ class ActivationStore:
                 whole -= size
             ends = taken + whole - whole % size
             for rows in mixed[taken:ends].split(size) if ends > taken else ():
-                found = [v[rows] for v in values]
+                found = [v.index_select(0, rows) for v in values]
                 yield tuple(found) if several else found[0]
             rest = [v[mixed[ends:]] for v in values] if ends < len(mixed) else None
         if rest is not None and len(rest[0]):
