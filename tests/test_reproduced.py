@@ -130,7 +130,7 @@ def parsed() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
-    "attention.head_relations": lambda: T.head_relations(gpt2(), parsed(), least=1),
+    "attention.head_relations": lambda: T.head_relations(gpt2(), parsed().sentences, least=1),
     "attention.uniform_attention": lambda: T.uniform_attention(
         classifier(), TEXTS, [0, 1, 1, 0], TEXTS, [0, 1, 1, 0], epochs=1
     ),
@@ -351,6 +351,10 @@ def test_the_program_of_a_saved_result_gives_its_numbers(
         names: dict[str, Any] = {"module": families[0].module, "tokenizer": families[0].tokenizer} if families else {}
         exec(provenance.code(), names)
     again = getattr(names["result"], "result", names["result"])
+    if name == "tuning.frontier":  # its cost is measured in seconds
+        again, kept = (
+            Result(x.data.drop_vars("cost"), kind=x.kind, title=x.title, provenance=x.provenance) for x in (again, kept)
+        )
     assert again.allclose(kept, atol=1e-6)
     assert again.provenance.call == kept.provenance.call
 
