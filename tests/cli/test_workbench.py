@@ -38,7 +38,8 @@ def says(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, s
 
 def test_several_models_are_served_on_loopback_and_a_free_port(capsys, served) -> None:
     assert says(capsys, "gpt2", "bert", "--no-browser")[0] == 0
-    models, host, port, folder, names, browser, _ = served[0]
+    models, host, port, folder, names, browser, _, files = served[0]
+    assert not files.monitors and not files.vectors
     assert (models, host, port, folder, names, browser) == (
         ["gpt2", "bert"],
         "127.0.0.1",

@@ -232,3 +232,16 @@ def test_a_byte_level_tokenizer_has_no_unknown_words():
     assert words.unk_token_id in special_ids(words)
     small = tokenizer()
     assert small.unk_token_id not in special_ids(small)
+
+
+def test_all_of_a_text_is_removed_before_a_closing_mark() -> None:
+    """A tokenizer that ends texts with a mark and begins them with none: with every word gone the mark alone is left."""
+    from transformers import ByT5Tokenizer
+
+    words = ByT5Tokenizer()
+    model = pl.load(build("llama", vocab_size=384), tokenizer=words)
+    found = pl.attribution.occlusion(model, "ab", 7, baseline="remove")
+    ids = words("ab")["input_ids"]
+    assert len(ids) == 3
+    whole, shorter = (float(model.run(each).logits[0, -2, 7]) for each in (ids, ids[1:]))
+    assert float(found.values[0]) == pytest.approx(whole - shorter, abs=1e-5)

@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 
 import pellucid
+from pellucid.workbench.chat import Files
 from pellucid.workbench.serving import serve
+from tests.workbench.guards import TEMPLATE, files
 from tests.zoo.build import build
 from tests.zoo.tokenizer import tokenizer
 
@@ -29,7 +31,9 @@ def _end_with_input() -> None:
 def main(folder: Path) -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     models = [model("llama", 0), model("bert", 1)]
-    serve(models, "127.0.0.1", 0, folder, [], False, lambda line: print(line, flush=True))
+    models[0].tokenizer.chat_template = TEMPLATE  # type: ignore[union-attr]
+    guards = Files(*files(models[0], folder / "guards"))
+    serve(models, "127.0.0.1", 0, folder, [], False, lambda line: print(line, flush=True), guards)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ describe("edits", () => {
     expect(said({ ...made("layers.5.attn.heads.3", "scale", 1, true), strength: 2 }, ["The", " cat"])).toBe("head 5.3 times 2 at 1 “␣cat”");
   });
   test("parts are offered as the model names them, heads left out where there are thousands", () => {
-    const model = { id: "0", name: "m", kind: "decoder" as const, layers: 2, heads: 3, neurons: 4, parameters: 5, limit: null, generates: true };
+    const model = { id: "0", name: "m", kind: "decoder" as const, layers: 2, heads: 3, neurons: 4, parameters: 5, limit: null, generates: true, chat: { refused: "", template: true, monitors: [], vectors: [] } };
     expect(parts(model)).toHaveLength(2 * (3 + 3));
     expect(parts({ ...model, layers: 80, heads: 64 })).toHaveLength(80 * 3);
     expect(parts({ ...model, kind: "encoder-decoder" })[0]).toBe("encoder.layers.0.resid_post");

@@ -23,7 +23,7 @@ from pellucid.errors import InputError, at_least
 from pellucid.model import Model
 from pellucid.probing.roc import area, area_interval
 from pellucid.results import Result
-from pellucid.safety.guarding import Guard, Seen, said_up_to
+from pellucid.safety.guarding import Given, Guard, Seen, said_up_to
 from pellucid.safety.monitors import Monitored
 from pellucid.safety.shifts import named as by_name
 from pellucid.safety.shifts import shifted
@@ -68,7 +68,7 @@ def traces(
         some = prompts[start : start + batch]
         if replies is None and not alone:
             guard = Guard(replace(monitor, then=None), model)
-            model.generate(some, max_new_tokens=max_new_tokens, monitors=[_Given(guard)])
+            model.generate(some, max_new_tokens=max_new_tokens, monitors=[Given(guard)])
             found = np.concatenate([np.where(t.ran[:, None], t.statistic, np.nan) for t in guard.trace], 1)
             state = guard.state
         else:
@@ -78,13 +78,6 @@ def traces(
         if states is not None:
             states.append(state)
         yield from (row[~np.isnan(row)] for row in found)
-
-
-class _Given:
-    """A guard that is there, for one generation."""
-
-    def __init__(self, guard: Guard) -> None:
-        self.begin = lambda model: guard
 
 
 def several(name: str, given: Any) -> list[Any]:

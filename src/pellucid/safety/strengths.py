@@ -14,13 +14,16 @@ random vectors only, so what is reported there has not been selected. Steering m
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
+from safetensors import safe_open
 
 from pellucid.controls import random_directions
 from pellucid.engine.inputs import Inputs
@@ -30,7 +33,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.safety.contrast import Contrast
 from pellucid.safety.price import Meter, written
-from pellucid.safety.vector import Form, Vector
+from pellucid.safety.vector import KEY, Form, Vector
 from pellucid.statistics import interval
 from pellucid.technique import technique
 
@@ -134,7 +137,7 @@ def strengths(
     data = xr.Dataset(
         columns, {"site": [v.site for v in given], "strength": list(map(float, strengths)), "direction": names}
     )
-    return Result(data, kind="strengths", title=title)
+    return Result(data.assign_attrs(judge=what), kind="strengths", title=title)
 
 
 def _tested(
@@ -189,3 +192,37 @@ class _Half:
             with torch.no_grad():
                 score = self.model.score(self.model.run(self.inputs, edits=edits), self.metric).double().cpu().numpy()
         return {"score": score, **written(self.model, made)}
+
+
+# ---- kept beside the vectors
+
+
+def prices(result: Result) -> dict[str, Any]:
+    """What a sweep found, for the file of its vectors: `save_vectors(vectors, path, about=prices(result))`.
+
+    For every site and signed strength the effect on the judge, the furthest of the random vectors either way, and the perplexity of the
+    written text beside that of the plain model.
+    """
+    rows: list[dict[str, Any]] = []
+    found = result.data
+    for site in found.site.values.tolist():
+        for c in found.strength.values.tolist():
+            cell = found.sel(site=site, strength=c)
+            random = [float(cell.effect.sel(direction=d)) for d in found.direction.values.tolist() if d.startswith("random")]  # fmt: skip
+            for name, sign in (("-vector", -1.0), ("vector", 1.0)):
+                own = cell.sel(direction=name)
+                rows.append({
+                    "site": site, "strength": sign * c, "effect": float(own.effect), "perplexity": float(own.perplexity),
+                    "base_perplexity": float(found.base_perplexity), "random_low": min(random), "random_high": max(random),
+                })  # fmt: skip
+    return {"prices": {"judge": str(result.data.attrs.get("judge", "")), "rows": rows}}
+
+
+def load_prices(path: str | Path) -> dict[str, Any]:
+    """The `prices` in a file of vectors; {} where it holds none."""
+    if str(path).endswith(".gguf"):
+        return {}
+    with safe_open(str(path), framework="pt") as file:
+        about = (file.metadata() or {}).get(KEY)
+    found: dict[str, Any] = json.loads(about).get("prices", {}) if about else {}
+    return found

@@ -17,18 +17,21 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
 import pellucid
 from pellucid.errors import PellucidError
 from pellucid.views.hosts import page as views_page
 from pellucid.workbench import shell
+from pellucid.workbench.chat import Tell, streamed
 from pellucid.workbench.edits import check
 from pellucid.workbench.guard import Door, Guard
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.jobs import Jobs
 from pellucid.workbench.messages import (
+    ChatEnd,
+    ChatRequest,
     EditRequest,
     JobRequest,
     LiveRequest,
@@ -102,6 +105,21 @@ def create(hub: Hub, door: Door, folder: Path) -> ASGIApp:
         key = ("view", asked.tab, asked.pane, asked.view)
         task = Task(VIEW, asked.tab, lambda _: draw(opened.model, opened.live.memory, asked), key=key)
         return reply(await asyncio.wrap_future(opened.worker.submit(task)))
+
+    @app.post("/api/chat")
+    async def chat(request: Request) -> Response:
+        asked = read(await request.body(), ChatRequest)
+        opened = hub.of(asked.model)
+        opened.chat.check(asked)
+        tasks: list[Task] = []
+
+        def start(tell: Tell) -> asyncio.Future[ChatEnd]:
+            key = ("chat", asked.tab, asked.pane)
+            tasks.append(Task(VIEW, asked.tab, lambda _: opened.chat.answer(asked, tell), key=key))
+            return asyncio.wrap_future(opened.worker.submit(tasks[0]))
+
+        answer = streamed(start, lambda: opened.worker.drop(tasks[0]))
+        return StreamingResponse(answer, media_type="application/x-ndjson")
 
     _job_routes(app, Jobs(hub))
     _workspace_routes(app, Folder(folder))

@@ -10,6 +10,7 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.views.question import short_name
 from pellucid.workbench.answers import generates
+from pellucid.workbench.chat import Chat, Files
 from pellucid.workbench.live import Live
 from pellucid.workbench.messages import ModelCard
 from pellucid.workbench.worker import Worker
@@ -18,20 +19,21 @@ from pellucid.workbench.worker import Worker
 class Opened:
     """One model: everything that runs it goes through `worker`."""
 
-    def __init__(self, id: str, model: Model) -> None:
-        self.id, self.model = id, model
+    def __init__(self, id: str, model: Model, chat: Chat) -> None:
+        self.id, self.model, self.chat = id, model, chat
         self.live = Live(model)
         self.worker = Worker(id)
-        self.card = card(id, model)
+        self.card = card(id, model, chat)
 
 
 class Hub:
     """All models of a workbench."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], files: Files | None = None) -> None:
         if not models:
             raise InputError("a workbench needs at least one model")
-        self.models = {str(i): Opened(str(i), model) for i, model in enumerate(models)}
+        chats = (files or Files()).sorted(models)
+        self.models = {str(i): Opened(str(i), model, chats[i]) for i, model in enumerate(models)}
 
     def of(self, id: str) -> Opened:
         if id not in self.models:
@@ -43,7 +45,7 @@ class Hub:
             opened.worker.close()
 
 
-def card(id: str, model: Model) -> ModelCard:
+def card(id: str, model: Model, chat: Chat) -> ModelCard:
     stacks = model.anatomy.stacks
     module: Any = model.module
     blocks = [block for stack in stacks for block in stack.blocks]
@@ -52,5 +54,5 @@ def card(id: str, model: Model) -> ModelCard:
         layers=len(blocks), heads=max((a.heads for b in blocks for a in b.attentions.values()), default=0),
         neurons=max((m.linear.width for b in blocks for m in b.mlps.values() if m.linear is not None), default=0),
         parameters=sum(p.numel() for p in module.parameters()), limit=claimed(module, "encoder" if len(stacks) > 1 else ""),
-        generates=generates(model),
+        generates=generates(model), chat=chat.card,
     )  # fmt: skip

@@ -29,6 +29,48 @@ class Message(msgspec.Struct, kw_only=True):
     """A message of either side."""
 
 
+class Price(Message):
+    """A strength of a vector that a sweep has tried: its effect on the judge, the furthest of the random vectors either way, and the
+    perplexity of what was written, beside that of the model as it is."""
+
+    strength: float
+    effect: float
+    random_low: float
+    random_high: float
+    perplexity: float
+    base_perplexity: float
+
+
+class VectorCard(Message):
+    """A vector that may steer; `prices` of a sweep that was saved with it, `judge` what its effect was measured by."""
+
+    name: str
+    site: str
+    judge: str
+    prices: list[Price]
+
+
+class MonitorCard(Message):
+    """A monitor that may watch: its threshold and what that promises, which tokens count, and what it does."""
+
+    name: str
+    threshold: float | None
+    promise: str
+    reads: str
+    rule: str
+    does: str
+    sites: list[str]
+
+
+class ChatCard(Message):
+    """Who may watch and steer an answer of a model; `refused`: why it writes none."""
+
+    refused: str
+    template: bool
+    monitors: list[MonitorCard]
+    vectors: list[VectorCard]
+
+
 class ModelCard(Message):
     """What the page knows of a model before it runs anything."""
 
@@ -41,6 +83,7 @@ class ModelCard(Message):
     parameters: int
     limit: int | None  # tokens of its context, where it says so
     generates: bool
+    chat: ChatCard
 
 
 class Models(Message):
@@ -160,6 +203,67 @@ class ViewReply(Message):
     document: Document
     note: str = ""
     rows: list[NeuronRow] | None = None
+
+
+class Turn(Message):
+    """What somebody said."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ChatRequest(Message):
+    """An answer to be written; a newer one of the same tab and pane takes its place. `chat`: in the turns of the tokenizer's template,
+    else as a continuation of the text. `monitors` and `vector` by name; temperature 0 takes the likeliest token."""
+
+    tab: Name
+    pane: Name
+    model: Name
+    turns: Annotated[list[Turn], Meta(max_length=256)]
+    chat: bool = True
+    monitors: Annotated[list[str], Meta(max_length=32)] = []
+    vector: str | None = None
+    strength: Annotated[float, Meta(ge=-4, le=4)] = 0.0
+    temperature: Annotated[float, Meta(ge=0, le=4)] = 0.0
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1024)] = 160
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+
+class ChatStep(Message):
+    """A token of the answer and the `text` so far, with what a monitor says `instead` of it; for each monitor its `statistic` before that
+    token was written, and whether it fired."""
+
+    step: int
+    token: str
+    text: str
+    instead: str
+    statistic: list[float | None]
+    fired: list[bool]
+
+
+class Acted(Message):
+    """A monitor that fired before `token` (counted from 0): its statistic there, the threshold, and what it did."""
+
+    monitor: str
+    token: int
+    statistic: float
+    threshold: float
+    does: str
+
+
+class ChatEnd(Message):
+    """The end of an answer: why, what was written and what a reader is `shown` (where it was `replaced` another text), the monitors that
+    fired, the view of the firings, and the text's perplexity and repetition under the model without steering."""
+
+    text: str
+    shown: str
+    replaced: bool
+    ended: str
+    acted: list[Acted]
+    tokens: int
+    document: Document | None
+    perplexity: float | None
+    repetition: float | None
 
 
 class JobRequest(Message):

@@ -14,6 +14,7 @@ import uvicorn
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.workbench.app import create
+from pellucid.workbench.chat import Files
 from pellucid.workbench.guard import Door
 from pellucid.workbench.hub import Hub
 
@@ -46,9 +47,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(
-    models: Sequence[Model], host: str, port: int, folder: Path, names: Sequence[str], browser: bool, say: Callable[[str], None]
+    models: Sequence[Model], host: str, port: int, folder: Path, names: Sequence[str], browser: bool, say: Callable[[str], None],
+    files: Files | None = None,
 ) -> None:  # fmt: skip
-    """Serve until interrupted. `names`: further host names the server is reached by; `say` prints a line."""
+    """Serve until interrupted. `names`: further host names the server is reached by; `say` prints a line; `files`: monitors and vectors."""
+    hub = Hub(models, files)  # what is wrong with a file is said before anything listens
     listening = bound(host, port)
     port = listening.getsockname()[1]
     own = () if is_loopback(host) or host in ("0.0.0.0", "::") else (host,)
@@ -61,6 +64,6 @@ def serve(
         webbrowser.open(address)
     # No access log: addresses hold the token.
     config = uvicorn.Config(
-        create(Hub(models), door, folder), log_level="warning", access_log=False, server_header=False, ws="none"
+        create(hub, door, folder), log_level="warning", access_log=False, server_header=False, ws="none"
     )
     uvicorn.Server(config).run(sockets=[listening])

@@ -1,7 +1,7 @@
 // The workbench's server as the page sees it: every answer is JSON, every error one sentence.
 import type { Document } from "../schema";
 import { Superseded } from "./follow";
-import type { EditRequest, Job, JobRequest, Jobs, LiveReply, LiveRequest, Models, State, ViewReply, ViewRequest, Workspace, Workspaces } from "./types";
+import type { ChatEnd, ChatRequest, ChatStep, EditRequest, Job, JobRequest, Jobs, LiveReply, LiveRequest, Models, State, ViewReply, ViewRequest, Workspace, Workspaces } from "./types";
 
 /** A name no other page has: the server gives up a page's older questions by it, and never those of a neighbour. */
 const tab = Array.from(crypto.getRandomValues(new Uint8Array(12)), (b) => b.toString(16).padStart(2, "0")).join("");
@@ -15,6 +15,22 @@ export class Api {
   live = (question: LiveRequest, signal: AbortSignal) => this.#json<LiveReply>("POST", "/api/live", question, signal);
   check = (question: EditRequest) => this.#json<unknown>("POST", "/api/edit", question);
   view = (question: ViewRequest, signal: AbortSignal) => this.#json<ViewReply>("POST", "/api/view", question, signal);
+  /** An answer as it is written: `told` hears of each token. */
+  async chat(question: ChatRequest, signal: AbortSignal, told: (step: ChatStep) => void): Promise<ChatEnd> {
+    const reader = (await this.#ask("POST", "/api/chat", question, signal)).body!.pipeThrough(new TextDecoderStream() as ReadableWritablePair<string, Uint8Array>).getReader();
+    let rest = "";
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      const lines = (rest + part.value).split("\n");
+      rest = lines.pop()!;
+      for (const line of lines) {
+        const said = JSON.parse(line) as ChatStep | ChatEnd | { error: string; superseded: boolean };
+        if ("step" in said) told(said);
+        else if ("error" in said) throw said.superseded ? new Superseded() : new Error(sentence(said.error));
+        else return said;
+      }
+    }
+    throw new Error("The answer broke off: is the command that started the workbench still running?");
+  }
   start = (job: JobRequest) => this.#json<{ id: string }>("POST", "/api/jobs", job);
   jobs = () => this.#json<Jobs>("GET", "/api/jobs");
   job = (id: string) => this.#json<Job>("GET", `/api/jobs/${encodeURIComponent(id)}`);

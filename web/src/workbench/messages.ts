@@ -2,6 +2,43 @@
 
 import type { Document } from "../schema";
 
+/** A strength of a vector that a sweep has tried: its effect on the judge, the furthest of the random vectors either way, and the perplexity of what was written, beside that of the model as it is. */
+export interface Price {
+  strength: number;
+  effect: number;
+  random_low: number;
+  random_high: number;
+  perplexity: number;
+  base_perplexity: number;
+}
+
+/** A vector that may steer; `prices` of a sweep that was saved with it, `judge` what its effect was measured by. */
+export interface VectorCard {
+  name: string;
+  site: string;
+  judge: string;
+  prices: Price[];
+}
+
+/** A monitor that may watch: its threshold and what that promises, which tokens count, and what it does. */
+export interface MonitorCard {
+  name: string;
+  threshold: number | null;
+  promise: string;
+  reads: string;
+  rule: string;
+  does: string;
+  sites: string[];
+}
+
+/** Who may watch and steer an answer of a model; `refused`: why it writes none. */
+export interface ChatCard {
+  refused: string;
+  template: boolean;
+  monitors: MonitorCard[];
+  vectors: VectorCard[];
+}
+
 /** What the page knows of a model before it runs anything. */
 export interface ModelCard {
   id: string;
@@ -13,6 +50,7 @@ export interface ModelCard {
   parameters: number;
   limit: number | null;
   generates: boolean;
+  chat: ChatCard;
 }
 
 /** Which models are open here. */
@@ -117,6 +155,59 @@ export interface ViewReply {
   document: Document;
   note: string;
   rows: NeuronRow[] | null;
+}
+
+/** What somebody said. */
+export interface Turn {
+  role: "assistant" | "system" | "user";
+  content: string;
+}
+
+/** An answer to be written; a newer one of the same tab and pane takes its place. `chat`: in the turns of the tokenizer's template, else as a continuation of the text. `monitors` and `vector` by name; temperature 0 takes the likeliest token. */
+export interface ChatRequest {
+  tab: string;
+  pane: string;
+  model: string;
+  turns: Turn[];
+  chat?: boolean;
+  monitors?: string[];
+  vector?: string | null;
+  strength?: number;
+  temperature?: number;
+  max_new_tokens?: number;
+  seed?: number;
+}
+
+/** A token of the answer and the `text` so far, with what a monitor says `instead` of it; for each monitor its `statistic` before that token was written, and whether it fired. */
+export interface ChatStep {
+  step: number;
+  token: string;
+  text: string;
+  instead: string;
+  statistic: (number | null)[];
+  fired: boolean[];
+}
+
+/** A monitor that fired before `token` (counted from 0): its statistic there, the threshold, and what it did. */
+export interface Acted {
+  monitor: string;
+  token: number;
+  statistic: number;
+  threshold: number;
+  does: string;
+}
+
+/** The end of an answer: why, what was written and what a reader is `shown` (where it was `replaced` another text), the monitors that fired, the view of the firings, and the text's perplexity and repetition under the model without steering. */
+export interface ChatEnd {
+  text: string;
+  shown: string;
+  replaced: boolean;
+  ended: string;
+  acted: Acted[];
+  tokens: number;
+  document: Document | null;
+  perplexity: number | null;
+  repetition: number | null;
 }
 
 /** Work that takes longer. */

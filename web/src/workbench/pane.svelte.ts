@@ -1,6 +1,7 @@
 // One prompt on one model: what is typed, what is done to the model, what it answers, and the views opened on it.
 import type { Document } from "../schema";
 import type { Api } from "./api";
+import { ChatStore } from "./chat.svelte";
 import { made, withEdit } from "./edits";
 import { Follow, type Pace, Superseded } from "./follow";
 import { PanelStore } from "./panel.svelte";
@@ -26,6 +27,7 @@ export class PaneStore {
   refused = $state(""); // why the edit that was last asked for cannot be made
   busy = $state(false);
   readonly panels: Record<string, PanelStore>;
+  readonly chat: ChatStore;
   readonly neuron: PanelStore; // the page of the neuron that was opened
 
   #api: Api;
@@ -45,8 +47,9 @@ export class PaneStore {
     Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate });
     this.views = PANELS.map((p) => p.view).filter((v) => given.views.includes(v));
     const panel = () => new PanelStore(api.view);
-    this.panels = Object.fromEntries(PANELS.filter((p) => p.view !== "lens").map((p) => [p.view, panel()]));
+    this.panels = Object.fromEntries(PANELS.filter((p) => p.view !== "lens" && !p.own).map((p) => [p.view, panel()]));
     this.neuron = panel();
+    this.chat = new ChatStore(api, this.id);
     this.#live = new Follow(
       async (question, signal, serial) => [await api.live({ ...question, serial }, signal), question],
       { answered: ([reply, question]) => this.#heard(reply, question), failed: (error) => { this.error = error.message; }, busy: (now) => { this.busy = now; } },
@@ -64,7 +67,7 @@ export class PaneStore {
 
   /** What this pane shows now. */
   get documents(): Document[] {
-    const shown = this.views.map((v) => (v === "lens" ? this.reply?.lens : this.panels[v].document));
+    const shown = this.views.map((v) => (v === "lens" ? this.reply?.lens : v === "chat" ? this.chat.end?.document : this.panels[v].document));
     return [...shown, this.views.includes("neurons") ? this.neuron.document : null].filter((d): d is Document => !!d);
   }
 
@@ -112,7 +115,7 @@ export class PaneStore {
   }
 
   #redraw(): void {
-    for (const { view, costly } of PANELS) if (!costly && this.views.includes(view)) this.draw(view, "typing");
+    for (const { view, costly, own } of PANELS) if (!costly && !own && this.views.includes(view)) this.draw(view, "typing");
     if (this.#opened && this.views.includes("neurons")) this.neuron.ask(this.question("neuron", { component: this.#opened }), "typing");
   }
 
@@ -127,7 +130,7 @@ export class PaneStore {
   }
 
   draw(view: View, pace: Pace = "now"): void {
-    if (view === "lens" || (!this.prompt.trim() && view !== "anatomy")) return;
+    if (view === "lens" || view === "chat" || (!this.prompt.trim() && view !== "anatomy")) return;
     if (PANELS.find((p) => p.view === view)?.pair && !this.pair) return;
     this.panels[view].ask(this.question(view), pace);
   }
@@ -145,7 +148,7 @@ export class PaneStore {
   toggle(view: View): void {
     const open = this.views.includes(view);
     this.views = PANELS.map((p) => p.view).filter((v) => (v === view ? !open : this.views.includes(v)));
-    if (open) this.panels[view]?.stop();
+    if (open) (view === "chat" ? this.chat : this.panels[view])?.stop();
     else if (view !== "lens") this.draw(view);
     if (view === "lens" && !open) this.ask();
     else this.#changed();
@@ -156,6 +159,8 @@ export class PaneStore {
     this.reply = null;
     this.refused = "";
     Object.values(this.panels).forEach((p) => { p.stop(); p.document = p.rows = null; });
+    this.chat.clear();
+    Object.assign(this.chat, { vector: "", strength: 0, off: [] });
     this.#opened = "";
     this.neuron.stop();
     this.neuron.document = null;
@@ -202,6 +207,7 @@ export class PaneStore {
 
   stop(): void {
     this.#live.stop();
+    this.chat.stop();
     [...Object.values(this.panels), this.neuron].forEach((p) => p.stop());
   }
 }

@@ -7,3 +7,4 @@ export type PaneState = Required<Omit<messages.Pane, "edits">> & { edits: Edit[]
 export interface Neurons { sort: "activation" | "effect"; layer: number | null }
 export interface State { version: 1; panes: PaneState[]; selection: { component: string | null; position: number | null }; neurons: Neurons }
 export type { Answer, EditRequest, Job, JobRequest, Jobs, LiveReply, LiveRequest, ModelCard, Models, NeuronRow, ViewReply, ViewRequest, Workspace, Workspaces } from "./messages";
+export type { ChatEnd, ChatRequest, ChatStep, MonitorCard, Price, Turn, VectorCard } from "./messages";

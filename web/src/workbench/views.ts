@@ -9,7 +9,7 @@ interface Views { mount(element: HTMLElement, document: Document): Mounted; page
 export const views = () => (globalThis as unknown as { pellucid: Views }).pellucid;
 export type { Mounted };
 
-export type View = "lens" | Exclude<ViewRequest["view"], "neuron">;
+export type View = "lens" | "chat" | Exclude<ViewRequest["view"], "neuron">;
 
 export interface Panel {
   view: View;
@@ -19,6 +19,7 @@ export interface Panel {
   costly?: boolean; // many passes: drawn again only when asked to
   pair?: boolean; // needs the second prompt
   fixed?: boolean; // depends on the model alone
+  own?: boolean; // asks its own questions
   choice?: { option: string; name: string; values: readonly [value: string, text: string][] };
 }
 
@@ -36,4 +37,5 @@ export const PANELS: readonly Panel[] = [
   { view: "heads", name: "Heads", says: "what each head writes towards the answer", key: "6" },
   { view: "neurons", name: "Neurons", says: "which neurons are active, and what they add to the answer", key: "7" },
   { view: "anatomy", name: "Anatomy", says: "the map of the model, with its proofs", key: "8", fixed: true },
+  { view: "chat", name: "Chat", says: "an answer as it is written, under monitors and steering", key: "9", own: true },
 ];
