@@ -3,7 +3,8 @@
     python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: see PARTS; all by default
 
 DIR holds relations_lre, ud_ewt and imdb_counterfactual as their repositories lay them out. `--moments` keeps the second moments
-between calls. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
+between calls, and beside them values and results, so that a call (`--seconds`) goes on where the last one stopped: name another file when
+settings change. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
 the same relation (seed 1). One thread, fixed seeds. Costs are CPU times as multiples of a plain forward over the same tokens.
 """
 
@@ -253,7 +254,11 @@ class Bench:
         )
         for measure in found[0]["edited"]:
             if measure != "score":
-                low, high = interval(np.array([t["edited"].get(measure, np.nan) for t in found]), 0)
+                low, high = interval(
+                    np.array([t["edited"].get(measure, np.nan) for t in found]),
+                    0,
+                    within=(0, 1 if measure in rates else np.inf),
+                )
                 shown = [f"{model} {mean(measure, model):.3f}" for model in ("before", "edited", "without C")]
                 print(f"  {measure:20s} {', '.join(shown)}; edited [{low:.2f}, {high:.2f}]", flush=True)
         bar("8 ROME score", score["edited"], ">= .92", score["edited"] >= 0.92, f"{score['without C']:.3f} without C")
