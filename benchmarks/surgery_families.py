@@ -57,7 +57,7 @@ def techniques() -> dict[str, Callable[[pl.Model, dict[str, Any]], Any]]:
         "parallel": lambda m, k: s.parallel(m, slice(1, 3), **k),
         "remix, take": lambda m, k: (s.take(m, changed(m, 1), 1, **k), s.remix({"a": m, "b": changed(m, 1)}, [("a", 0, 1), ("b", 1, 2), ("a", 2, 4)], **k)),
         "layer_importance": lambda m, k: s.layer_importance(m, corpus, parts=["layer", "attn", "mlp"]),
-        "removal": lambda m, k: s.removal(m, corpus, most=2, draws=1),
+        "removal": lambda m, k: s.removal(m, corpus, most=2, draws=2),
         "splice": lambda m, k: s.splice(m, A, B, positions={"last": -1}, metric=head, **pair(k)),
         "similarity": lambda m, k: s.similarity(m, m, TEXTS),
         "Stitch, stitching": lambda m, k: s.stitching(m, m, TEXTS, after=[1], into=[2], kinds=["identity", "orthogonal", "ridge"], controls=["tokens"], tokens=60, held_out=30),

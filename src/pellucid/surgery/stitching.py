@@ -76,7 +76,7 @@ def stitching(
     table = _Table(kinds, layers[0], layers[1], fitted, test, rank, ridge, steps, seed)
     main = table.of(sender, receiver)
     plain, sizes = main.plain, main.sizes
-    shape = (len(kinds), len(ends[0]), len(ends[1]))
+    shape = (len(kinds), len(layers[0]), len(layers[1]))
     low, high = interval(
         np.moveaxis(main.values - plain, -1, 0) * sizes.reshape(-1, 1, 1, 1),
         seed,
