@@ -4,6 +4,8 @@
 # make test-families    every architecture of transformers, tiny, and the matrix of families by conditions by techniques
 # make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
+# make site    the documentation site, into docs/_build/site: works from disk, without a network
+# make dist    wheel and sdist into dist/, checked; the wheel installed into an empty environment and tried
 PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings gigabytes of CUDA libraries on Linux; install it first from where you like:
@@ -14,7 +16,7 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo workbench test test-families web-check lint bench docs clean
+.PHONY: demo workbench test test-families web-check lint bench docs site dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
@@ -44,8 +46,17 @@ bench: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo.table
 
+site: $(VENV)/.dev
+	$(PIP) --editable '.[docs]'
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs auto -b html docs docs/_build/site
+	scripts/check_site.sh
+	@echo "Open docs/_build/site/index.html"
+
+dist: $(VENV)/.dev
+	scripts/dist.sh $(BIN)/python
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report.html
+	rm -rf $(VENV) dist docs/_build docs/reference .pytest_cache .mypy_cache .ruff_cache .import_linter_cache report.html
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pellucid needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -1,6 +1,6 @@
 """The bars of editing facts, each beside its control, on SmolLM2-135M-Instruct.
 
-    python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: moments rome memit spare batch sequence; all by default
+    python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: see PARTS; all by default
 
 DIR holds relations_lre, ud_ewt and imdb_counterfactual as their repositories lay them out. `--moments` keeps the second moments
 between calls. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
@@ -10,11 +10,16 @@ the same relation (seed 1). One thread, fixed seeds. Costs are CPU times as mult
 from __future__ import annotations
 
 import argparse
+import contextlib
+import doctest
 import json
 import random
 import re
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +27,19 @@ import numpy as np
 import torch
 
 import pellucid as pl
-from pellucid.surgery import Fact, KeyCovariance, Search, edit, scoreboard
-from pellucid.surgery.answers import measured
-from pellucid.surgery.editing import written_contexts
+from pellucid.statistics import interval
+from pellucid.surgery import Fact, KeyCovariance, Search, edit, editing_by_layer, scoreboard
+from pellucid.surgery.answers import divergence, measured
+from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts
+from pellucid.surgery.keys import about, memories
+from pellucid.surgery.values import Values, find_values
 from scripts.demo_model import smollm2
 
 RELATIONS = {
     "country_capital_city": (
         "The capital of {} is",
         "The capital city of {} is",
-        "{} has its seat of government in the city of",
+        "We know that {} has its seat of government in the city of",
     ),
     "country_language": ("People in {} speak", "The official language of {} is", "The language spoken in {} is"),
     "landmark_in_country": (
@@ -40,7 +48,8 @@ RELATIONS = {
         "The landmark {} is in the country of",
     ),
 }
-WANTED = {"country_capital_city": 12, "country_language": 8, "landmark_in_country": 4}
+WANTED = {"country_capital_city": 7, "country_language": 9, "landmark_in_country": 8}
+PARTS = ("values", "moments", "rome", "memit", "spare", "batch", "sequence", "where", "readme")
 LAYER, LAYERS, TOKENS, STEPS = 6, (3, 4, 5, 6), 16_384, 15
 
 
@@ -51,13 +60,21 @@ def bar(name: str, value: float, said: str, holds: bool, control: str = "") -> N
     )
 
 
-def said(title: str, result: Any) -> None:
-    print(f"\n{title}\n{result.data['value'].to_pandas().round(3).dropna(how='all').to_string()}", flush=True)
+def table(result: Any) -> dict[str, dict[str, float]]:
+    """Model -> measure -> value of a scoreboard."""
+    values = result.data["value"].to_pandas().dropna(how="all")
+    return {str(model): {str(k): float(v) for k, v in column.items()} for model, column in values.items()}
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for measure, x in found["edited"].items():
+        print(f"  {measure:20s} {x:.3f} (before {found['before'].get(measure, float('nan')):.3f})", flush=True)
 
 
 class Bench:
-    def __init__(self, data: Path, moments: Path | None, facts: int) -> None:
-        self.data, self.file = data, moments
+    def __init__(self, data: Path, moments: Path | None, facts: int, seconds: float) -> None:
+        self.data, self.file, self.seconds = data, moments, seconds
         self.model = pl.load(str(smollm2()))
         self.known = self._known()
         self.facts = self._facts({k: max(1, n * facts // 24) for k, n in WANTED.items()})
@@ -75,18 +92,34 @@ class Bench:
         joined = [" ".join(ud[i : i + 6]) for i in range(0, len(ud), 6)]
         return [text for pair in zip(joined, reviews, strict=False) for text in pair]
 
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was measured under a name in an earlier call, or now; stops when the CPU seconds of this call are spent."""
+        file = self.file.with_suffix(".results.json") if self.file else None
+        results = json.loads(file.read_text()) if file and file.exists() else {}
+        if name not in results:
+            if time.process_time() > self.seconds:
+                raise SystemExit(f"{self.seconds:.0f} CPU seconds are spent: call again to go on")
+            results[name] = make()
+            if file:
+                file.write_text(json.dumps(results))
+        return results[name]
+
     # ---- facts
 
     def _known(self) -> dict[str, dict[str, str]]:
         """Relation -> subject -> answer, of what the model says by itself in one token."""
         found: dict[str, dict[str, str]] = {}
+        if self.file and (kept := self.file.with_suffix(".known.json")).exists():
+            return dict(json.loads(kept.read_text()))
         for name, (prompt, *_) in RELATIONS.items():
-            rows = json.loads((self.data / f"relations_lre/data/factual/{name}.json").read_text())["samples"][:40]
+            rows = json.loads((self.data / f"relations_lre/data/factual/{name}.json").read_text())["samples"][:600]
             pairs = [(prompt.format(r["subject"]), " " + r["object"]) for r in rows]
             short = [i for i, (_, a) in enumerate(pairs) if len(self.model.tokenizer(a)["input_ids"]) == 1]
             exact = measured(self.model, [pairs[i] for i in short]).exact
             found[name] = {rows[i]["subject"]: pairs[i][1] for i, e in zip(short, exact, strict=True) if e}
         print({k: len(v) for k, v in found.items()}, flush=True)
+        if self.file:
+            self.file.with_suffix(".known.json").write_text(json.dumps(found))
         return found
 
     def _facts(self, wanted: dict[str, int], neighbours: int = 4) -> list[Fact]:
@@ -149,58 +182,92 @@ class Bench:
 
     # ---- bars 2, 3, 8, 17
 
+    def found(self, name: str, facts: list[Fact], contexts: Any, search: Search, essence: Any = None) -> Values:
+        """The values of facts at LAYER, kept beside the moments between calls."""
+        parts: list[Values] = []
+        for start in range(0, len(facts), 12):
+            some = facts[start : start + 12]
+            file = self.file.with_suffix(f".{name}{start}.pt") if self.file else None
+            rows, _ = _prompts(self.model, some, contexts, 0)
+            memory = memories(self.model, LAYER, rows)
+            if file is not None and file.exists():
+                parts.append(Values(memory, [], **torch.load(file), routed=torch.ones(0)))
+                continue
+            if time.process_time() > self.seconds:
+                raise SystemExit(f"{self.seconds:.0f} CPU seconds are spent: call again to go on")
+            begun = time.process_time()
+            others = [about(self.model, f, i, t) for t in _essence(self.model, essence) for i, f in enumerate(some)]
+            made = find_values(self.model, memory, rows, others, search)
+            print(
+                f"values of {len(some)} facts: {time.process_time() - begun:.0f} CPU s, {len(made.history) - 1} steps, "
+                f"|delta| / |h| {float((made.delta.norm(dim=1) / made.h).mean()):.2f}", flush=True
+            )  # fmt: skip
+            parts.append(made)
+            if file is not None:
+                torch.save({k: getattr(made, k) for k in ("keys", "delta", "h", "history")}, file)
+        last = torch.stack([part.history[-1, i] for part in parts for i in range(len(part.h))])
+        return Values(
+            [m for part in parts for m in part.memory], [], torch.cat([x.keys for x in parts]), torch.cat([x.delta for x in parts]),
+            torch.cat([x.h for x in parts]), last[None], torch.ones(0),
+        )  # fmt: skip
+
     def edited(self) -> Any:
         if not hasattr(self, "_edited"):
-            begun = time.process_time()
+            values = self.found("values", self.facts, self.contexts, Search(steps=STEPS))
             self._edited = edit(
-                self.model, self.facts, "emmet", covariance=self.covariance(), layers=LAYER, contexts=self.contexts,
-                search=Search(steps=STEPS),
+                self.model, self.facts, "emmet", covariance=self.covariance(), layers=LAYER, contexts=self.contexts, values=values
             )  # fmt: skip
-            print(f"{len(self.facts)} facts, {time.process_time() - begun:.0f} CPU s: {self._edited}", flush=True)
-            print(
-                f"steps {len(self._edited.values.history) - 1}, |delta| / |h| {self._edited.values.delta.norm(dim=1).div(self._edited.values.h).mean():.2f}"
-            )
         return self._edited
 
     def rome(self) -> None:
         before = {n: p.clone() for n, p in self.model.module.named_parameters() if f"layers.{LAYER}." in n}
-        alone = self.edited().alone()[:20]
-        one = alone[0]
+        edited, texts = self.edited(), self.texts()[-6:]
+        whole = self.kept("rome seen", lambda: self._seen(before))
+        bar("2 W' k* = v*, relative error", whole[0], "<= 1e-4", whole[0] <= 1e-4)
+        bar("3 undo is bit for bit", whole[1], "1", bool(whole[1]))
+        facts = [*self.facts[:7], *self.facts[7:14], *self.facts[16:22]][:20]  # 7 capitals, 7 languages, 6 landmarks
+
+        def one(f: Fact) -> dict[str, dict[str, float]]:
+            alone = edit(
+                self.model, f, values=edited.values.one(self.facts.index(f)), **{**edited.settings, "how": "rome"}
+            )
+            return table(scoreboard(alone, texts, controls=("without C",), max_new_tokens=0, tokens=100))
+
+        found = [self.kept(f"rome {f.asked}", lambda f=f: one(f)) for f in facts]
+
+        def mean(measure: str, model: str) -> float:
+            return float(np.nanmean([t[model].get(measure, np.nan) for t in found]))
+
+        rates = "efficacy", "paraphrase", "neighbourhood"
+        score = {m: 3 / sum(1 / max(mean(r, m), 1e-9) for r in rates) for m in ("before", "edited", "without C")}
+        print(
+            f"\nROME, {len(facts)} facts, each alone, layer {LAYER}: score { ({k: round(v, 3) for k, v in score.items()}) }"
+        )
+        for measure in found[0]["edited"]:
+            if measure != "score":
+                low, high = interval(np.array([t["edited"].get(measure, np.nan) for t in found]), 0)
+                shown = [f"{model} {mean(measure, model):.3f}" for model in ("before", "edited", "without C")]
+                print(f"  {measure:20s} {', '.join(shown)}; edited [{low:.2f}, {high:.2f}]", flush=True)
+        bar("8 ROME score", score["edited"], ">= .92", score["edited"] >= 0.92, f"{score['without C']:.3f} without C")
+        for measure, least in (("efficacy", 1.0), ("neighbourhood", 0.83)):
+            x = mean(measure, "edited")
+            bar(f"8 ROME {measure}", x, f">= {least}", x >= least - 1e-9, f"{mean(measure, 'without C'):.3f} without C")
+        lost = mean("neighbourhood", "edited") - mean("neighbourhood", "without C")
+        bar("8 neighbourhood lost without C", lost, ">= .20", lost >= 0.2)
+        kl = mean("text KL", "edited")
+        bar("8 text KL", kl, "<= .005", kl <= 0.005, f"{mean('text KL', 'without C'):.4f} without C")
+
+    def _seen(self, before: dict[str, torch.Tensor]) -> tuple[float, float]:
+        one = edit(
+            self.model, self.facts[0], values=self.edited().values.one(0), **{**self.edited().settings, "how": "rome"}
+        )
         memory = one.values.memory[0]
         moved = (memory.weight(one.model) - memory.weight(self.model)) @ one.values.keys[0]
         error = float((moved - one.values.delta[0]).norm() / one.values.delta[0].norm())
-        bar("2 W' k* = v*, relative error", error, "<= 1e-4", error <= 1e-4)
         bits = all(torch.equal(p, before[n]) for n, p in self.model.module.named_parameters() if n in before)
-        bar("3 undo is bit for bit", float(bits and one.undo() is self.model), "1", bits)
-        found = scoreboard(
-            alone, self.texts()[-6:], controls=("without C", "random keys"), max_new_tokens=0, tokens=400
-        )
-        said(f"ROME, {len(alone)} facts, each alone, layer {LAYER}: " + found.title, found)
-        print(
-            found.data.low.sel(model="edited").to_pandas().round(2).to_dict(),
-            found.data.high.sel(model="edited").to_pandas().round(2).to_dict(),
-        )
-        at = found.data.value.sel
-        off = float(at(measure="neighbourhood", model="without C"))
-        for number, measure, least in (("8", "score", 0.92), ("8", "efficacy", 1.0), ("8", "neighbourhood", 0.83)):
-            x = float(at(measure=measure, model="edited"))
-            bar(
-                f"{number} ROME {measure}",
-                x,
-                f">= {least}",
-                x >= least - 1e-9,
-                f"{float(at(measure=measure, model='without C')):.3f} without C",
-            )
-        lost = float(at(measure="neighbourhood", model="edited")) - off
-        bar("8 neighbourhood lost without C", lost, ">= .20", lost >= 0.2)
-        kl = float(at(measure="text KL", model="edited"))
-        bar("8 text KL", kl, "<= .005", kl <= 0.005, f"{float(at(measure='text KL', model='without C')):.4f} without C")
+        return error, float(bits and one.undo() is self.model)
 
     def values(self) -> None:
-        from pellucid.surgery.editing import _essence, _prompts
-        from pellucid.surgery.keys import about, memories
-        from pellucid.surgery.values import find_values
-
         facts = self.facts[:10]
         rows, _ = _prompts(self.model, facts, self.contexts, 0)
         others = [about(self.model, f, i, t) for t in _essence(self.model, None) for i, f in enumerate(facts)]
@@ -236,119 +303,228 @@ class Bench:
         options: dict[str, Any] = {"layers": LAYERS, "contexts": self.contexts, "values": values}
         for title, how, more in (
             ("MEMIT, penalty chosen on the model", "memit", {}),
-            ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
-            ("MEMIT without C", "memit", {"covariance": "off"}),
             ("AlphaEdit", "alphaedit", {}),
+            ("MEMIT without C", "memit", {"covariance": "off"}),
+            ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
         ):
-            made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
-            found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=400)
-            at = found.data.value.sel(model="edited")
-            print(f"\n{title}: penalties {made.result.data.attrs['penalty']}")
-            said(found.title, found)
+
+            def one(how: Any = how, more: dict[str, Any] = more) -> dict[str, Any]:
+                made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
+                found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=200)
+                return table(found) | {
+                    "penalty": made.result.data.attrs["penalty"],
+                    "broken": found.data.attrs["broken"],
+                }
+
+            found = self.kept(f"memit {title}", one)
+            show(f"{title}, {len(self.facts)} facts, penalties {found['penalty']}", found)
             if title.startswith("MEMIT, penalty"):
+                at = found["edited"]
                 for measure, least in (("efficacy", 0.95), ("paraphrase", 0.9), ("neighbourhood kept", 0.8)):
-                    x = float(at.sel(measure=measure))
-                    bar(f"10 MEMIT {measure}", x, f">= {least}", x >= least)
-                kl, near = float(at.sel(measure="text KL")), float(at.sel(measure="neighbourhood KL"))
-                bar("10 text KL", kl, "<= .02", kl <= 0.02)
-                bar("10 neighbours' KL", near, "<= .25", near <= 0.25)
-                print("broken:", found.data.attrs["broken"])
+                    bar(f"10 MEMIT {measure}", at[measure], f">= {least}", at[measure] >= least)
+                bar("10 text KL", at["text KL"], "<= .02", at["text KL"] <= 0.02)
+                bar("10 neighbours' KL", at["neighbourhood KL"], "<= .25", at["neighbourhood KL"] <= 0.25)
+                print("broken:", found["broken"])
 
     # ---- what lowers the damage to the same subject
 
     def spare(self) -> None:
-        facts = [f for f in self.facts if f.same_subject][:8]
-        texts = self.texts()[-6:]
-        essence = ("{} is a", "{} is known for its", "The culture of {} is", "Most people in {} are")
-        for title, more in (
-            ("as it is", {}),
-            ("four essence prompts, weight 1", {"essence": essence, "search": Search(steps=STEPS, kl=1.0)}),
-            ("keys of the subject elsewhere held", {"hold": essence}),
-            ("both", {"essence": essence, "search": Search(steps=STEPS, kl=1.0), "hold": essence}),
-        ):
-            options = {
-                "covariance": self.covariance(),
-                "contexts": self.contexts,
-                "search": Search(steps=STEPS),
-                **more,
-            }
-            made = edit(self.model, facts, "emmet", layers=LAYER, **options)
-            said(f"spare: {title}", scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=400))
-
-    # ---- curves
-
-    def batch(self, n: int = 100) -> None:
-        facts = self._facts(
-            {"country_capital_city": 60, "country_language": 40, "landmark_in_country": 40}, neighbours=2
-        )[:n]
-        print(f"\nbatch of {len(facts)} facts")
-        made = edit(
-            self.model,
-            facts,
-            "memit",
-            layers=LAYERS,
-            covariance=self.covariance(),
-            contexts=(),
-            search=Search(steps=12),
-        )
-        options: dict[str, Any] = {"layers": LAYERS, "contexts": (), "covariance": self.covariance()}
-        for count in (1, 10, 30, 100):
-            some = list(range(min(count, len(facts))))
-            v = made.values
-            part = type(v)(
-                [v.memory[i] for i in some],
-                [],
-                v.keys[some],
-                v.delta[some],
-                v.h[some],
-                v.history[:, some],
-                v.routed[:0],
+        """Facts of subjects of which other relations are known too; the other relations are judged, and never given."""
+        subjects = {s for r in ("country_capital_city", "country_language") for s in self.known[r]}
+        both = [
+            s for s in sorted(subjects) if all(s in self.known[r] for r in ("country_capital_city", "country_language"))
+        ]
+        facts, draw = [], random.Random(2)
+        for s in both[:8]:
+            prompt, *others = RELATIONS["country_capital_city"]
+            true, wrong = (
+                self.known["country_capital_city"][s],
+                sorted(set(self.known["country_capital_city"].values())),
             )
-            for how in ("memit", "alphaedit"):
-                one = edit(self.model, [facts[i] for i in some], how, values=part, **options)
-                row = scoreboard(one, self.texts()[-3:], controls=(), max_new_tokens=0, tokens=200).data.value.sel(
-                    model="edited"
-                )
-                print(
-                    len(some),
-                    how,
-                    {str(m.measure.values): round(float(m), 3) for m in row if not np.isnan(m)},
-                    flush=True,
-                )
+            new = draw.choice([w for w in wrong if w != true])
+            beside = [(prompt.format(o), a) for o, a in sorted(self.known["country_capital_city"].items()) if o != s][
+                :3
+            ]
+            language = self.known["country_language"][s]
+            same = [
+                (RELATIONS["country_language"][0].format(s), language),
+                (RELATIONS["country_language"][1].format(s), language),
+            ]
+            facts.append(Fact(prompt, s, new, true, [p.format(s) for p in others], beside, same))
+        other = ("People in {} are", "The culture of {} is", "The name of the king of {} was")
+        near = ("The official language of {} is", "The people of {} speak")
+        search = Search(steps=STEPS)
+        for name, title, essence, more in (
+            ("spare", "as it is", None, {}),
+            ("spare-other", "three other essence prompts, weight 1", (*other, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
+            ("spare-near", "essence of the relation itself, weight 1", (*near, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
+            ("spare", "keys of the subject elsewhere held (null space over them)", None, {"hold": (*other, *near)}),
+            ("spare-near", "essence of the relation, and its keys held", (*near, "It is said that {} is a"),
+             {"search": Search(steps=STEPS, kl=1.0), "hold": near}),
+        ):  # fmt: skip
+            options = {"search": search, **more}
 
-    def sequence(self, n: int = 50, each: int = 10) -> None:
-        """One after another in steps of `each` with the keys of earlier edits held, and without."""
-        facts = self._facts(
-            {"country_capital_city": 30, "country_language": 20, "landmark_in_country": 10}, neighbours=2
-        )[:n]
-        for held in (True, False):
-            model, last = self.model, None
-            for start in range(0, len(facts), each):
-                part = facts[start : start + each]
-                last = edit(
-                    model, part, "memit", layers=LAYER, covariance=self.covariance(), contexts=(), search=Search(steps=12), after=last,
+            def one(name: str = name, essence: Any = essence, options: dict[str, Any] = options) -> dict[str, Any]:
+                values = self.found(name, facts, (), options.pop("search"), essence)
+                made = edit(
+                    self.model, facts, "emmet", layers=LAYER, covariance=self.covariance(), contexts=(), values=values, essence=essence, **options
                 )  # fmt: skip
-                if not held:
-                    last.keys.clear()
-                model = last.model
-                done = facts[: start + each]
-                exact = measured(model, [(f.asked, f.new) for f in done]).exact.mean()
-                beside = measured(model, [p for f in done for p in f.neighbours]).exact.mean()
-                print(
-                    f"after {len(done)} edits, earlier keys {'held' if held else 'not held'}: said {exact:.2f}, neighbours kept {beside:.2f}",
-                    flush=True,
+                return table(scoreboard(made.alone(), None, controls=(), max_new_tokens=0))
+
+            show(f"spare, {len(facts)} subjects, each edited alone: {title}", self.kept(f"spare {title}", one))
+
+    # ---- curves, and the published forms on the same values
+
+    def many(self) -> list[Fact]:
+        wanted = {"country_capital_city": 7, "country_language": 13, "landmark_in_country": 80}
+        facts = [replace(f, paraphrases=f.paraphrases[:1]) for f in self._facts(wanted, neighbours=1)]
+        random.Random(3).shuffle(facts)
+        return facts[:100]
+
+    def published(self, how: str, k: torch.Tensor, r: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """The papers' closed forms with their constants, written naively: keys k [n, m], moves r [d, m], earlier keys [n, p]."""
+        n = len(k)
+        if how == "ROME without C":  # EasyEdit's default, one fact after another
+            total = torch.zeros(len(r), n, dtype=torch.float64)
+            for key, move in zip(k.T, r.T, strict=True):
+                total += torch.outer(move - total @ key, key) / (key @ key)
+            return total
+        c = self.covariance().matrix(str(LAYER))
+        if how == "MEMIT 15,000":
+            return r @ k.T @ torch.linalg.inv(15_000 * c + k @ k.T)
+        values, vectors = torch.linalg.eigh(c)
+        p = vectors[:, values < 2e-2] @ vectors[:, values < 2e-2].T
+        return torch.linalg.solve(p @ (k @ k.T + old @ old.T) + 10 * torch.eye(n, dtype=torch.float64), p @ k @ r.T).T
+
+    def judged(self, model: Any, facts: list[Fact]) -> list[float]:
+        """Shares of: the new answer said, the paraphrase's, neighbours (not edited) that go on, and text KL."""
+        pairs = [
+            *((f.asked, f.new) for f in facts), *((p, f.new) for f in facts for p in f.paraphrases),
+            *(p for f in facts for p in f.neighbours),
+        ]  # fmt: skip
+        exact = measured(model, pairs).exact
+        cut = len(facts), 2 * len(facts)
+        parts = exact[: cut[0]], exact[cut[0] : cut[1]], exact[cut[1] :]
+        if not hasattr(self, "_ordinary"):
+            self._ordinary = [(" ".join(t.split()[:n]), None) for t in self.texts()[-30:] for n in (20, 40)]
+            self._plain = measured(self.model, self._ordinary, keep=True)
+        kl = divergence(self._plain, measured(model, self._ordinary, keep=True)).mean()
+        return [float(x) for x in (*(part.mean() for part in parts), kl)]
+
+    def curve(self, title: str, facts: list[Fact], make: Callable[[], Any]) -> None:
+        said, paraphrase, near, kl = self.kept(f"{title} {len(facts)}", lambda: self.judged(make(), facts))
+        print(
+            f"{len(facts):4d} {title:52s} said {said:.2f}, paraphrase {paraphrase:.2f}, neighbours kept {near:.2f}, text KL {kl:.3f}",
+            flush=True,
+        )
+
+    def batch(self) -> None:
+        """The first 1, 10, 30 and 100 of the facts in one batch at LAYER, on the same values."""
+        facts = self.many()
+        values = self.found("many", facts, (), Search(steps=12))
+        memory = values.memory[0]
+        for count in (100, 30, 10, 1):
+            some = facts[:count]
+            part = Values(values.memory[:count], [], values.keys[:count], values.delta[:count], values.h[:count],
+                          values.history[:, :count], values.routed)  # fmt: skip
+            keys, moves = part.keys.T, part.delta.T
+            for how in ("emmet", "memit", "alphaedit"):
+                solver = _Solver(how, self.covariance(), None, None, 0.8, 1)
+                self.curve(f"batch: {how}", some,
+                           lambda s=solver, p=part: self.model.changed([memory.added(*s(memory.name, p.keys, p.delta, None)[:2])]))  # fmt: skip
+            for how in ("ROME without C", "MEMIT 15,000", "AlphaEdit, 2e-2 and 10"):
+                self.curve(f"batch: {how} (published form)", some,
+                           lambda h=how, k=keys, r=moves: self._moved(memory, self.published(h, k, r, k[:, :0])))  # fmt: skip
+
+    def _moved(self, memory: Any, by: torch.Tensor) -> Any:
+        return self.model.changed([memory.added(by, torch.eye(memory.width, dtype=torch.float64))])
+
+    def sequence(self, n: int = 50) -> None:
+        """One after another at LAYER, the values those of the unedited model, with the keys of earlier edits held and not."""
+        facts = self.many()[:n]
+        values = self.found("many", self.many(), (), Search(steps=12))
+        memory, marks = values.memory[0], (1, 10, 25, 50)
+        for how, held in (("memit", True), ("memit", False), ("alphaedit", True), ("rome", False)):
+            old = torch.zeros(0, memory.width, dtype=torch.float64)
+            solver = _Solver(how, self.covariance(), None, None, 0.8, 1)
+            lefts, rights = [], []
+            for i in range(n):
+                left, right, _ = solver(
+                    memory.name, values.keys[i : i + 1], values.delta[i : i + 1], old if held and i else None
                 )
+                lefts.append(left)
+                rights.append(right)
+                old = torch.cat([old, values.keys[i : i + 1]])
+                if i + 1 in marks:
+                    self.curve(f"sequence: {how}, earlier keys {'held' if held else 'not held'}", facts[: i + 1],
+                               lambda a=lefts, b=rights: self.model.changed([memory.added(torch.cat(a, 1), torch.cat(b))]))  # fmt: skip
+        for how in ("ROME without C", "AlphaEdit, 2e-2 and 10"):
+            moved, old = (
+                torch.zeros(len(values.delta[0]), memory.width, dtype=torch.float64),
+                torch.zeros(0, memory.width, dtype=torch.float64),
+            )
+            for i in range(n):
+                k = values.keys[i : i + 1]
+                moved += self.published(how, k.T, values.delta[i : i + 1].T, old.T)
+                old = torch.cat([old, k])
+                if i + 1 in marks:
+                    self.curve(
+                        f"sequence: {how} (published form)", facts[: i + 1], lambda m=moved: self._moved(memory, m)
+                    )
+
+    # ---- where
+
+    def where(self) -> None:
+        """Tracing says here, editing works here; the moments of these layers are read from, or kept in, their own file."""
+        layers = (2, 4, 6, 8, 10, 12, 14, 18, 22, 26)
+        file = self.file.with_suffix(".layers.safetensors") if self.file else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            c = KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=TOKENS, checkpoint=file)
+        facts = [replace(f, neighbours=f.neighbours[:2], same_subject=()) for f in (*self.facts[:4], *self.facts[7:10])]
+        found = editing_by_layer(self.model, facts, covariance=c, layers=layers, contexts=(), search=Search(steps=10))
+        print(found.title)
+        print(found.data.to_dataframe().round(2).to_string(), flush=True)
+
+    # ---- README's ten lines, with nothing skipped
+
+    def readme(self) -> None:
+        text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+        block = (
+            text.partition("From a wrong answer to an edited model and back")[2].split("```")[1].removeprefix("python")
+        )
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            texts = self.texts()
+            Path("texts.txt").write_text("\n".join(t.replace("\n", " ") for t in texts[:100]), encoding="utf-8")
+            Path("held_out.txt").write_text("\n".join(t[:400] for t in texts[-4:]), encoding="utf-8")
+            names: dict[str, Any] = {"model": self.model}
+            for example in doctest.DocTestParser().get_examples(block):
+                print(">>>", example.source.split("   #")[0].strip(), flush=True)
+                for statement in example.source.split("#")[0].split("; "):
+                    try:
+                        shown = eval(statement.strip(), names)
+                    except SyntaxError:
+                        exec(statement.strip(), names)
+                        continue
+                    print(
+                        shown.data["value"].to_pandas().round(2).dropna(how="all")
+                        if hasattr(shown, "provenance") and "value" in shown.data
+                        else shown,
+                        flush=True,
+                    )
+            assert names["edited"].undo() is self.model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--moments", type=Path)
-    parser.add_argument("part", nargs="*", default=["values", "moments", "rome", "memit", "spare", "batch", "sequence"])
+    parser.add_argument("part", nargs="*", default=list(PARTS))
     parser.add_argument("--facts", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU seconds, after which a call stops.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(given.data, given.moments, given.facts)
+    bench = Bench(given.data, given.moments, given.facts, given.seconds)
     with pl.quiet():
         for part in given.part:
             getattr(bench, part)()

@@ -328,7 +328,7 @@ def test_every_public_technique_is_tried() -> None:
         **dict.fromkeys(("surgery.generate_early", "surgery.draft_and_verify"), "tests/surgery/test_exits.py"),
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
         # not made again yet: they train, or are told of parsed sentences
-        **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier"), ""),
+        **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier", "tuning.interventions"), ""),
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

@@ -283,10 +283,8 @@ class Model:
         `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
         """
         edits, keep = _edits(edits), _kept(keep)
-        if not logits and (grad or grad_of is not None or not keep):
-            raise InputError(
-                "logits=False ends a run at its last kept site: give keep=, and neither grad= nor grad_of="
-            )
+        if not logits and (grad_of is not None or not keep):
+            raise InputError("logits=False ends a run at its last kept site: give keep=, and no grad_of=")
         with (
             torch.set_grad_enabled(grad or torch.is_grad_enabled()),
             differentiable(self.module, grad or moving(edits)),
@@ -295,7 +293,7 @@ class Model:
             metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
             if not logits:
-                return run_until(self.anatomy, inputs, keep, edits)
+                return run_until(self.anatomy, inputs, keep, edits, grad)
             score = None if metric is None else lambda run: self.score(run, metric)
             return execute(self.anatomy, inputs, keep, edits, score)
 

@@ -68,7 +68,7 @@ class Program:
             return address(value) or self._leave(value, name)
         if (text := repr(value)).startswith("pl."):  # a value that prints as the code that makes it
             return text
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not getattr(value, "state_", None):  # what it learnt is in no call
             return self.built(value, name)
         return self._leave(value, name)
 

@@ -147,7 +147,9 @@ def test_a_run_can_end_at_its_last_site() -> None:
     assert not calls
     with pytest.raises(InputError, match="it has no logits"):
         early.logits  # noqa: B018
-    for wrong in ({}, {"keep": [SITE], "grad": True}, {"keep": [SITE], "grad_of": DIFFERENCE}):
+    x = model.run(PROMPT, keep=[SITE], logits=False, grad=True).tensor(SITE)
+    assert torch.equal(x, model.run(PROMPT, keep=[SITE]).tensor(SITE)) and x.requires_grad
+    for wrong in ({}, {"keep": [SITE], "grad_of": DIFFERENCE}):
         with pytest.raises(InputError, match="logits=False"):
             model.run(PROMPT, logits=False, **wrong)
 

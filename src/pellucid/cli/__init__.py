@@ -14,19 +14,22 @@ import typer
 
 from pellucid.cli.anatomy import anatomy
 from pellucid.cli.benchmark import benchmark
+from pellucid.cli.circuit import circuit
+from pellucid.cli.doctor import doctor
 from pellucid.cli.edit import edit
+from pellucid.cli.lens import lens
 from pellucid.cli.monitor import monitor
+from pellucid.cli.probe import probe
 from pellucid.cli.report import report
+from pellucid.cli.show import show
+from pellucid.cli.sweep import sweep
 from pellucid.cli.workbench import workbench
 from pellucid.errors import PellucidError
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-app.command()(anatomy)
-app.command()(benchmark)
-app.command()(edit)
+app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+for verb in (anatomy, benchmark, circuit, doctor, edit, lens, probe, report, show, sweep, workbench):
+    app.command()(verb)
 app.add_typer(monitor, name="monitor")
-app.command()(report)
-app.command()(workbench)
 
 
 @app.callback(invoke_without_command=True)

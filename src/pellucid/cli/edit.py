@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pellucid.cli import options
+from pellucid.cli import files, options
 from pellucid.errors import InputError
 
 
@@ -37,7 +37,7 @@ def edit(
         raise InputError(f"cannot write {str(output)!r}: there is no directory {str(output.parent)!r}")
     if texts is None and (moments is None or not moments.exists()):
         raise InputError("give ordinary text by --texts (a file of lines), or a second moment kept by --moments")
-    rows = _rows(facts)
+    rows = files.rows(facts, "prompt", "subject", "new")
     span = _layers(layers)
     subject = opened(model)
     from pellucid.surgery import KeyCovariance, scoreboard
@@ -65,28 +65,6 @@ def edit(
     typer.echo(made.result.title)
     typer.echo(score.title)
     typer.echo(table.round(3).to_string(na_rep=""))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """A fact a line. InputError, which says which line, for anything else."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not {"prompt", "subject", "new"} <= row.keys():
-                raise InputError(
-                    f'{path}, line {number}: expected a fact such as {{"prompt": "The capital of {{}} is", "subject": "France", '
-                    '"new": " Rome", "true": " Paris"}'
-                )
-            rows.append(row)
-    return rows
 
 
 def _layers(given: str | None) -> list[int] | None:

@@ -6,13 +6,12 @@ Conversations are lines of JSON: `prompt` (a text, or `messages`), and where the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pellucid.cli import options
+from pellucid.cli import files, options
 from pellucid.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,24 +27,12 @@ Tokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, where the
 
 def read(data: Path) -> list[dict[str, Any]]:
     """The conversations of a file. InputError with the number of a line that is none."""
-    try:
-        lines = data.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {str(data)!r}: {error.strerror or error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({**row, "prompt": row["messages"] if "messages" in row else row["prompt"]})
-        except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"line {number} of {str(data)!r} is no conversation: expected JSON with prompt, or messages"
-            ) from None
-    if not rows:
-        raise InputError(f"{str(data)!r} has no lines")
-    return rows
+    found = files.rows(data)
+    for number, row in enumerate(found, 1):
+        if not {"messages", "prompt"} & row.keys():
+            raise InputError(f"conversation {number} of {str(data)!r} has neither prompt nor messages")
+        row["prompt"] = row["messages"] if "messages" in row else row["prompt"]
+    return found
 
 
 def columns(rows: list[dict[str, Any]], labelled: bool = False) -> dict[str, Any]:

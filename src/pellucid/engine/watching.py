@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
+import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
@@ -30,18 +31,22 @@ class _Enough(BaseException):
     """Everything wanted has been met; it never leaves this file. No Exception: a family's own code must not catch it."""
 
 
-def run_until(anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = ()) -> Run:
-    """A run without gradients that kept some sites, made its edits, and stopped there; it has no logits."""
+def run_until(
+    anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = (), grad: bool = False
+) -> Run:
+    """A run (without gradients unless asked) that kept some sites, made its edits, and stopped there; it has no logits."""
     check_unconditional(edits)
     session = Session(anatomy, inputs, keep, edits)
-    session.check_met(pass_until(anatomy, inputs, session.handlers()))
+    session.check_met(pass_until(anatomy, inputs, session.handlers(), grad=grad))
     run = Run(anatomy, inputs, None, session.kept, session.sites)
     run.edits = tuple(edits)
     return run
 
 
-def pass_until(anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler], *, whole: bool = False) -> set[Tap]:
-    """Run until every handler has been called, without gradients; gives the taps that were met.
+def pass_until(
+    anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler], *, whole: bool = False, grad: bool = False
+) -> set[Tap]:
+    """Run until every handler has been called, without gradients unless asked; gives the taps that were met.
 
     The pass goes to its end where it is to be `whole`, or where modules are moved between devices by hooks that must.
     """
@@ -59,7 +64,12 @@ def pass_until(anatomy: Anatomy, inputs: Inputs, handlers: Mapping[Tap, Handler]
         return handle
 
     wrapped = {tap: heard(tap, handler) for tap, handler in handlers.items()}
-    with running(anatomy.module), Wiretap(anatomy.module, wrapped, len(inputs)), suppress(_Enough):
+    with (
+        running(anatomy.module),
+        torch.set_grad_enabled(grad),
+        Wiretap(anatomy.module, wrapped, len(inputs)),
+        suppress(_Enough),
+    ):
         anatomy.module(**inputs.tensors)
     return met
 

@@ -40,6 +40,9 @@ How = Literal["rome", "memit", "emmet", "alphaedit"]
 STARTS = ("The", "Therefore", "Because", "I", "You")  # of contexts, as in MEMIT's code
 SPREAD = 4  # layers that memit and alphaedit share an edit out to
 SHARE = 0.9  # of the way to their values, where a penalty holds them back
+# The papers say "{} is a". As the first token of a text a subject has no key of its own where first tokens are attention sinks:
+# in SmolLM2 France has cosine .02 with itself elsewhere, and the edit reaches it with .00 of its strength.
+ESSENCE = "It is said that {} is a"
 
 
 @dataclass(eq=False)
@@ -111,7 +114,7 @@ def edit(
     `after` began with) that has the layers; "off" does without, to see what it is worth. `layers` by default where causal
     tracing finds the fact recalled (memit and alphaedit: the four up to there): a trace of the MLPs at the subject's
     last token, kept as `trace`. `contexts`: texts that stand before the prompt while keys and values are taken, or how
-    many the model writes itself. `essence`: templates such as "{} is a" after which the model should go on saying what it says;
+    many the model writes itself. `essence`: templates such as "It is said that {} is a" after which the model should go on saying what it says;
     `hold`: templates at whose keys of the subject W must give what it gives. `search` are the settings of the search for values;
     `values` those of another edit of the same facts at the same layers. `share` of the way that values are moved (1 for rome and
     emmet, .9 for the others), or the absolute `penalty` of the papers in its stead; `null_space` is alphaedit's share
@@ -234,7 +237,7 @@ def _essence(model: Model, templates: Sequence[str] | None) -> Sequence[str]:
     masked = (
         model.anatomy.answering.masked and model.anatomy.stacks[-1].causal is False and len(model.anatomy.stacks) == 1
     )
-    return (f"{{}} is a {model.tokenizer.mask_token}" if masked else "{} is a",)
+    return (f"{ESSENCE} {model.tokenizer.mask_token}" if masked else ESSENCE,)
 
 
 def layers_for(
@@ -426,6 +429,9 @@ def _told(
         data.attrs["split"] = (
             split  # the subject's last token is another one at the beginning of a text and behind a space
         )
+    opening = sorted({f"{facts[r.fact].subject}" for r in rows if r.at == 0}) if model.anatomy.stacks[0].causal else []
+    if opening:
+        data.attrs["opening"] = opening  # a text's first token is often a sink, with a key that all first tokens share
     return data
 
 

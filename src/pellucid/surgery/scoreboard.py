@@ -99,7 +99,8 @@ def scoreboard(
                 x, groups = found[arm][measure]
                 over = groups[1] if isinstance(groups, tuple) else None
                 groups = groups[0] if isinstance(groups, tuple) else groups
-                value[row, column] = np.nansum(x) / (np.sum(~np.isnan(x)) if over is None else over.sum())
+                n = np.sum(~np.isnan(x)) if over is None else over.sum()
+                value[row, column] = np.nansum(x) / n if n else np.nan
                 low[row, column], high[row, column] = interval(
                     x, seed, groups=groups, over=over, within=(0, np.inf if measure in UNBOUNDED else 1)
                 )

@@ -9,7 +9,8 @@ on each number alone. Only the blocks above the layer and the positions from the
 sweep planner, and one row a token of the answer is unembedded.
 
 Papers and code part. The KL is taken at the last token of "{} is a", as the paper says; the released code takes it at the subject's
-last token. It is KL(edited || unedited) as in both. The decay is in the code only, over |v0|^2, and the step (.5) and the bound (4
+last token. In front of it stands "It is said that" here, since the first token of a text may be an attention sink that has no key of
+its own. It is KL(edited || unedited) as in both. The decay is in the code only, over |v0|^2, and the step (.5) and the bound (4
 |v0| in ROME, .75 |h| in MEMIT) are absolute there or relative to v0; here all three are relative to h, so that they mean the same in every
 model. The released loop stops when the whole loss is below .05, which its decay often forbids; here a fact rests when it
 has p(new) >= `enough`. Delta is added to what W makes, so a norm or a factor behind it counts, and is worth as much in

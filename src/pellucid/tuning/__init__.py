@@ -1,6 +1,7 @@
 """Models trained so that their reasons can be read, with the price and the control beside the promise."""
 
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
+from pellucid.tuning.bottleneck import Bottleneck, interventions
 from pellucid.tuning.data import Rationales
 from pellucid.tuning.fit import Diverged, Tuned, fit
 from pellucid.tuning.frontier import frontier
@@ -9,6 +10,7 @@ from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasio
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.parts import Only
 from pellucid.tuning.reasons import Augment, Consistency, RightReasons
+from pellucid.tuning.select import Select
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
 from pellucid.tuning.trainer import trainer
 
@@ -16,6 +18,7 @@ __all__ = [
     "Attend",
     "AttentionEntropy",
     "Augment",
+    "Bottleneck",
     "Consistency",
     "Direction",
     "Diverged",
@@ -26,6 +29,7 @@ __all__ = [
     "ProbePenalty",
     "Rationales",
     "RightReasons",
+    "Select",
     "Sparse",
     "SparseAttention",
     "TopNeurons",
@@ -36,6 +40,7 @@ __all__ = [
     "evasion",
     "fit",
     "frontier",
+    "interventions",
     "sparsemax",
     "sparsity",
     "trainer",

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.text_map import TextMap, covering
@@ -75,6 +76,7 @@ class Batch:
 
     `masks` are [row, position] by name, `content` the tokens that are text and no mark, both of the stream that the spans
     lie in, `properties` what is known of each row by name. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand.
+    Passes of it are run under `edits`.
     """
 
     model: Model
@@ -87,6 +89,7 @@ class Batch:
     answers: Tensor
     step: int = 0
     properties: Mapping[str, list[Any]] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

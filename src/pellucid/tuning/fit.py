@@ -45,6 +45,7 @@ from pellucid.tuning.reasons import Augment
 
 UNTRAINED = 0.95  # of the entropy of the answers
 TURNS = 5
+COPIED = "/copied."  # in the name of a tensor beside the model that is a copy of one in it, and learns at the same rate
 
 
 class Diverged(PellucidError):
@@ -57,7 +58,7 @@ class Diverged(PellucidError):
 class Tuned:
     """What a fit gave: the `model` and its `control` (first seed), every arm by name, the `edits` they are run under, the
     `result`, the names of tensors outside the choice that changed (`changed`, empty), and by arm and objective the tensors that
-    were trained `beside` the model."""
+    were trained `beside` the model; by arm the `objectives` with what they learnt."""
 
     model: Model
     control: Model | None
@@ -66,6 +67,7 @@ class Tuned:
     result: Result = field(repr=False)
     changed: tuple[str, ...] = ()
     beside: Mapping[str, Beside] = field(default_factory=dict, repr=False)
+    objectives: Mapping[str, tuple[Objective, ...]] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         return f"<Tuned {self.model.name}: {self.result.title}>"
@@ -92,7 +94,8 @@ def fit(
     odds|), `cost` (CPU time of a step over the plain arm's), and for spans that objectives name `swap_effect` (mean change of the log
     odds, in nats, when the words are exchanged), `gradient_share`, `plausibility` (average precision of gradients, with
     `plausibility_of_random`), `comprehensiveness` and `sufficiency` with that of random tokens; over `arm` x `term` every
-    objective's own loss `before` and `after`. InputError and Refused as objectives say, before the first step.
+    objective's own loss `before` and `after`; over `arm` x `measure` what objectives measure themselves (`measured`, with
+    `measured_low` and `measured_high` over seeds). InputError and Refused as objectives say, before the first step.
 
     >>> fit(model, data, [Consistency("decoy")], shifts={"reversed": other}).result  # doctest: +SKIP
     """
@@ -114,23 +117,25 @@ def fit(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
     before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
-    found, models, changed, beside = run_arms(settings, arms, splits, given, seeds, checkpoint)
+    found, models, changed, beside, learnt = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
     main = "objective" if given else "plain"
-    edits = tuple(e for each in given for e in each.edits(models[main], beside[main].get(each.name, NONE)))
-    return Tuned(models[main], models.get("control"), models, edits, result, changed, beside)
+    active = [each for each in learnt[main] if each.weight > 0]
+    edits = tuple(e for each in active for e in each.edits(models[main], beside[main].get(each.name, NONE)))
+    return Tuned(models[main], models.get("control"), models, edits, result, changed, beside, learnt)
 
 
 def run_arms(
     settings: Settings, arms: Mapping[str, tuple[Objective, ...]], splits: Mapping[str, Encoded], given: Sequence[Objective],
     seeds: Sequence[int], checkpoint: str | Path | None = None,
-) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, Beside]]:  # fmt: skip
-    """Every arm trained at every seed: measures, the first seed's models and tensors beside them, and what changed outside
-    the choice."""
+) -> tuple[dict[tuple[str, int], Measures], dict[str, Model], tuple[str, ...], dict[str, Beside], dict[str, tuple[Objective, ...]]]:  # fmt: skip
+    """Every arm trained at every seed: measures, the first seed's models, what changed outside the choice, and the first
+    seed's tensors beside them and objectives."""
     found: dict[tuple[str, int], Measures] = {}
     models: dict[str, Model] = {}
     beside: dict[str, Beside] = {}
+    learnt: dict[str, tuple[Objective, ...]] = {}
     changed: list[str] = []
     for seed in seeds:
         for arm, own in arms.items():
@@ -141,8 +146,11 @@ def run_arms(
             changed += fitted.chosen.changed(settings.model)
             models.setdefault(arm, fitted.chosen.model)
             beside.setdefault(arm, fitted.beside)
-            found[arm, seed] = measured(fitted.chosen.model, settings.data, splits, given, own, seed, fitted.beside)
-    return found, models, tuple(dict.fromkeys(changed)), beside
+            learnt.setdefault(arm, tuple(each.ended(fitted.chosen.model) for each in fitted.objectives))
+            found[arm, seed] = measured(
+                fitted.chosen.model, settings.data, splits, given, fitted.objectives, seed, fitted.beside
+            )
+    return found, models, tuple(dict.fromkeys(changed)), beside, learnt
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
@@ -157,7 +165,7 @@ def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed:
         for turn in range(TURNS + 1):  # the first one warms up
             for arm, each in fits.items():
                 start = time.process_time()
-                each.step(rows, turn)
+                each.step(rows, settings.steps + turn)
                 took[arm] += [time.process_time() - start] * (turn > 0)
                 for p in each.parameters.values():
                     p.grad = None
@@ -209,8 +217,11 @@ class Fit:
 
     def __init__(self, settings: Settings, objectives: Sequence[Objective], seed: int) -> None:
         self.settings, self.seed = settings, seed
-        self.objectives = tuple(objectives)
+        self.asked = tuple(objectives)
         self.chosen: Chosen = choose(settings.model, settings.layers)
+        self.objectives = tuple(
+            each.begun(self.chosen.model, settings.data, seed) if each.weight > 0 else each for each in objectives
+        )
         self.beside = drawn_beside(self.chosen.model, settings.data, self.objectives, seed)
         own = {f"{name}/{k}": t for name, each in self.beside.items() for k, t in each.items()}
         self.parameters: dict[str, Tensor] = self.chosen.parameters | own
@@ -224,7 +235,7 @@ class Fit:
         keeper = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            keeper = Keeper(path, s.of() | {"objectives": repr(self.objectives), "seed": self.seed})
+            keeper = Keeper(path, s.of() | {"objectives": repr(self.asked), "seed": self.seed})
         noted = train(
             self.parameters,
             rows,
@@ -250,7 +261,7 @@ class Fit:
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
         for name, p in self.parameters.items():
-            fresh = name in self.chosen.head or name not in self.chosen.parameters
+            fresh = name in self.chosen.head or (name not in self.chosen.parameters and COPIED not in name)
             rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
             groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
         return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
@@ -313,11 +324,10 @@ def terms(
     purposes = {each: generator(seed, f"{each.name}/{part}", step) for each in active}
     for each in active:
         batch = each.batch(batch, data, purposes[each])
-    seen = Pass(
-        model, batch, data, keep=[site for each in active for site in each.sites(model)],
-        edits=[edit for each in active for edit in each.edits(model, beside.get(each.name, NONE))],
-        gradients=any(each.second_order for each in active), beside=beside,
-    )  # fmt: skip
+    for each in active:
+        batch = each.shown(model, batch, data, purposes[each], beside.get(each.name, NONE))
+    keep = [site for each in active for site in each.sites(model)]
+    seen = Pass(model, batch, data, keep=keep, gradients=any(each.second_order for each in active), beside=beside)
     found = {"task": seen.task.mean()}
     for each in active:
         value = each.loss(seen, purposes[each])
@@ -355,6 +365,17 @@ def _result(
     variables["cost"] = "arm", np.array([cost[a] for a in arms])
     names = list(before)
     coords: dict[str, Any] = {"arm": arms, "split": splits, "seed": seeds}
+    own = list(dict.fromkeys(name for m in found.values() for name in m.own))
+    if own:
+        values = np.array([[[found[a, s].own.get(n, np.nan) for n in own] for s in seeds] for a in arms], dtype=float)
+        coords["measure"] = own
+        ends = np.array(
+            [[interval(v, 0) if len(seeds) > 1 else (np.nan, np.nan) for v in row] for row in values.swapaxes(1, 2)]
+        )
+        variables |= {
+            "measured": (("arm", "measure"), values.mean(1)), "measured_by_seed": (("arm", "seed", "measure"), values),
+            "measured_low": (("arm", "measure"), ends[..., 0]), "measured_high": (("arm", "measure"), ends[..., 1]),
+        }  # fmt: skip
     if names:
         coords["term"] = names
         values = np.array([[[found[a, s].after.get(n, np.nan) for n in names] for s in seeds] for a in arms])

@@ -15,7 +15,7 @@ Measuring saves and restores the random state, so training with it and without i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
@@ -42,6 +42,7 @@ class Measures:
     right: dict[str, np.ndarray] = field(default_factory=dict)
     loss: float = math.nan
     after: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
     confidence: float = math.nan
     swap_effect: float = math.nan
     gradient_share: float = math.nan
@@ -54,26 +55,28 @@ class Measures:
     sufficiency_of_random: float = math.nan
 
 
-NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "loss", "after"))
+NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "loss", "after", "own"))
 
 
 def measured(
     model: Model, train: Encoded, splits: Mapping[str, Encoded], given: Sequence[Objective], own: Sequence[Objective], seed: int,
     beside: Beside = MappingProxyType({}),
 ) -> Measures:  # fmt: skip
-    """Everything about one arm; `own` are the objectives it was trained with, whose edits it runs under, `beside` what was
-    trained with it."""
-    edits = [edit for each in own for edit in each.edits(model, beside.get(each.name, NONE))]
+    """Everything about one arm; `own` are the objectives it was trained with, which say what it is given and runs under,
+    `beside` what was trained with it."""
+    own = [each for each in own if each.weight > 0]
     made = Measures()
     with torch.random.fork_rng():
-        made.loss = float(np.mean([x for b in _batches(train) for x in _plain(model, b, train, edits)[0]]))
+        made.loss = float(np.mean([x for b in shown(model, train, own, beside) for x in plain(model, b)[0]]))
         for name, split in splits.items():
-            made.right[name] = np.concatenate([_plain(model, b, split, edits)[1] for b in _batches(split)])
+            made.right[name] = np.concatenate([plain(model, b)[1] for b in shown(model, split, own, beside)])
         first = next(iter(splits.values()))
-        made.after = term_values(model, first, given, edits, seed, beside)
+        made.after = term_values(model, first, given, own, seed, beside)
+        for each in own:
+            made.own |= each.numbers(model, train, first, seed)
         found: dict[str, list[float]] = {}
-        for batch in _batches(first):
-            for key, values in _explained(model, batch, first, given, edits, seed).items():
+        for batch in shown(model, first, own, beside):
+            for key, values in _explained(model, batch, first, given, seed).items():
                 found.setdefault(key, []).extend(values)
     for key, values in found.items():
         setattr(made, key, float(np.nanmean(values)) if not np.isnan(values).all() else math.nan)
@@ -81,7 +84,7 @@ def measured(
 
 
 def term_values(
-    model: Model, data: Encoded, given: Sequence[Objective], edits: Sequence[Any], seed: int,
+    model: Model, data: Encoded, given: Sequence[Objective], own: Sequence[Objective], seed: int,
     beside: Beside = MappingProxyType({}),
 ) -> dict[str, float]:  # fmt: skip
     """Each objective's own loss on some texts, unweighted; those whose spans or properties the texts have not, or whose tensors
@@ -91,16 +94,17 @@ def term_values(
         known = all(name in data.positions for name in each.spans)
         if not known or any(name not in data.data.properties for name in each.properties):
             continue
+        if type(each).begun is not Objective.begun:  # it measures itself
+            continue
         if each.name not in beside and each.beside(model, data, seed):
             continue
-        for k, batch in enumerate(_batches(data)):
+        for k, batch in enumerate(shown(model, data, own, beside)):
             with torch.enable_grad():
                 seen = Pass(
                     model,
                     batch,
                     data,
                     keep=each.sites(model),
-                    edits=edits,
                     gradients=each.second_order,
                     create_graph=False,
                     beside=beside,
@@ -115,17 +119,28 @@ def _batches(data: Encoded) -> list[Batch]:
     return [data.batch(range(a, min(a + BATCH, len(data)))) for a in range(0, len(data), BATCH)]
 
 
+def shown(
+    model: Model, data: Encoded, own: Sequence[Objective] = (), beside: Beside = MappingProxyType({})
+) -> Iterator[Batch]:
+    """The rows in batches, as a model trained with these objectives is given them."""
+    for batch in _batches(data):
+        for each in own:
+            with torch.no_grad():
+                batch = each.shown(model, batch, data, None, beside.get(each.name, NONE))
+        yield batch
+
+
 @torch.no_grad()
-def _plain(model: Model, batch: Batch, data: Encoded, edits: Sequence[Any]) -> tuple[list[float], np.ndarray]:
+def plain(model: Model, batch: Batch) -> tuple[list[float], np.ndarray]:
     """The loss of each answer, and for each text whether every answer is the likeliest."""
-    z = batch.read(model.run(batch.inputs, edits=edits).logits)
+    z = batch.read(model.run(batch.inputs, edits=batch.edits).logits)
     y = batch.answers.to(z.device)
     wrong = batch.by_row((z.argmax(-1) != y).float())
     return torch.nn.functional.cross_entropy(z, y, reduction="none").tolist(), (wrong == 0).cpu().numpy().astype(float)
 
 
 def _explained(
-    model: Model, batch: Batch, data: Encoded, given: Sequence[Objective], edits: Sequence[Any], seed: int
+    model: Model, batch: Batch, data: Encoded, given: Sequence[Objective], seed: int
 ) -> dict[str, list[float]]:  # fmt: skip
     forbidden = [name for each in given for name in each.forbidden if name in batch.masks]
     reasons = list(dict.fromkeys([*(n for each in given for n in each.reasons), "rationale"]))
@@ -133,7 +148,7 @@ def _explained(
     drawn = generator(seed, "measures", batch.rows[0])
     keep = [site for each in given for site in each.sites(model)]
     with torch.enable_grad():
-        seen = Pass(model, batch, data, keep=keep, edits=edits, gradients=True, create_graph=False)
+        seen = Pass(model, batch, data, keep=keep, gradients=True, create_graph=False)
         sizes = seen.slopes.detach().square().sum(-1).cpu()[:, : batch.content.shape[1]]
     found: dict[str, list[float]] = {"confidence": seen.log_odds.detach().abs().tolist()}
     content = batch.content
@@ -146,7 +161,7 @@ def _explained(
         )
         if any(data.positions[swap.where]):
             with torch.no_grad():
-                other = Pass(model, swap.exchanged(batch, data, batch.masks[swap.where], drawn), data, edits=edits)
+                other = Pass(model, swap.exchanged(batch, data, batch.masks[swap.where], drawn), data)
                 found["swap_effect"] = _where((seen.log_odds - other.log_odds).abs().detach().cpu(), mask.any(1))
     if reasons:
         mask = torch.stack([batch.masks[name] for name in reasons]).any(0)
@@ -183,7 +198,8 @@ def _explained(
         for name, gone in (("comprehensiveness", mask), ("sufficiency", content & ~mask)):
             with torch.no_grad():
                 cut = batch.with_ids(torch.where(gone.to(batch.ids.device), fill, batch.ids))
-                left = batch.by_row(log_odds(cut.read(model.run(cut.inputs, edits=edits).logits), y))
+                run = model.run(cut.inputs, edits=cut.edits)
+                left = batch.by_row(log_odds(cut.read(run.logits), y))
             found[name + ending] = (whole - left).tolist()
     return found
 
@@ -214,12 +230,13 @@ def verdict(data: xr.Dataset, given: Sequence[Objective], texts: int) -> list[st
     error = math.sqrt(max(at["objective"] * (1 - at["objective"]), 0.04) / texts)
     cost = {a: float(data["cost"].sel(arm=a)) for a in at}
     dead = [a for a in at if bool(data["untrained"].sel(arm=a))]
+    own = [s for each in given if each.weight > 0 for s in each.said(data, texts)]
     beside = f", control {at['control']:.2f}" if "control" in at else ""
     main = f"{far}: {at['plain']:.2f} -> {at['objective']:.2f}{beside}, at {cost['objective']:.1f} x the cost of plain training"
-    said: list[str] = []
+    said: list[str] = own
     if dead:
         said.append(f"untrained, so no point: {', '.join(dead)} never left the constant prediction")
-    if "objective" not in dead:
+    if "objective" not in dead and not own:
         if "augmented" in at and "augmented" not in dead and at["augmented"] >= at["objective"] - error:
             said.append(
                 f"exchanging the words in the texts does as well ({at['augmented']:.2f} at {cost['augmented']:.1f} x), so the penalty bought nothing more"

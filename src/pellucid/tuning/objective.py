@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from pellucid.anatomy.sites import Site
@@ -81,9 +82,31 @@ class Objective:
         them as `seen.beside[self.name]`."""
         return {}
 
+    def begun(self, model: Model, data: Encoded, seed: int) -> Objective:
+        """The objective as one arm has it: with what it learns in it, where it is a thing that is kept (`tuning.learnt`)."""
+        return self
+
+    def ended(self, model: Model) -> Objective:
+        """The objective after training of the model; one that learns notes whose weights it belongs to."""
+        return self
+
     def batch(self, batch: Batch, data: Encoded, generator: torch.Generator) -> Batch:
         """What is trained on in place of a batch."""
         return batch
+
+    def shown(
+        self, model: Model, batch: Batch, data: Encoded, generator: torch.Generator | None, own: Mapping[str, Tensor] = NONE
+    ) -> Batch:  # fmt: skip
+        """What the model is given of a batch, in training (with a generator) and whenever it is used (None)."""
+        return replace(batch, edits=(*batch.edits, *self.edits(model, own)))
+
+    def numbers(self, model: Model, train: Encoded, test: Encoded, seed: int) -> dict[str, float]:
+        """What it measures of a trained arm, by name."""
+        return {}
+
+    def said(self, data: xr.Dataset, texts: int) -> list[str]:
+        """Sentences about a result of `fit` on so many texts, read off its own numbers; the one to be read first in front."""
+        return []
 
     def undecayed(self, model: Model) -> frozenset[str]:
         """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
@@ -187,7 +210,7 @@ class Pass:
         self.beside: Beside = beside or {}
         self._opened = Opened(embeddings(model)) if gradients else None
         self._create = create_graph
-        ours = [*self.edits, *([self._opened] if self._opened else [])]
+        ours = [*self.edits, *batch.edits, *([self._opened] if self._opened else [])]
         with exact_kernels(model) if gradients and create_graph else nullcontext():
             self.run: Run = model.run(batch.inputs, keep=list(dict.fromkeys(keep)), edits=ours, grad=True)
 

@@ -29,7 +29,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded, Rationales
 from pellucid.tuning.fit import check_finite, drawn_beside, terms
-from pellucid.tuning.objective import NONE, parts
+from pellucid.tuning.objective import NONE, Objective, parts
 from pellucid.tuning.parts import choose
 
 BESIDE = "beside.safetensors"  # what objectives train beside the model, in a checkpoint's folder
@@ -59,6 +59,10 @@ def trainer(
     encoded = Encoded(model, data, truncate)
     for each in given:
         each.check(model, encoded)
+        if type(each).begun is not Objective.begun:
+            raise Refused(
+                f"{each.name} is a thing that is kept with what it learnt, and the Trainer has no place for it: use tuning.fit"
+            )
     chosen = choose(model, layers)
     seed = int(args.data_seed or args.seed)
     beside = drawn_beside(chosen.model, encoded, given, seed)
@@ -127,9 +131,10 @@ def trainer(
         def prediction_step(self, module: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
             source = held_out if held_out is not None else encoded
             batch = source.batch(inputs["row"].tolist())
-            edits = [edit for each in given for edit in each.edits(chosen.model, beside.get(each.name, NONE))]
+            for each in given:
+                batch = each.shown(chosen.model, batch, source, None, beside.get(each.name, NONE))
             with torch.no_grad(), self.accelerator.autocast():
-                z = batch.read(chosen.model.run(batch.inputs, edits=edits).logits)
+                z = batch.read(chosen.model.run(batch.inputs, edits=batch.edits).logits)
             loss = torch.nn.functional.cross_entropy(z, batch.answers.to(z.device))
             whole = prediction_loss_only or batch.places is not None
             return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
