@@ -1,9 +1,9 @@
 """Draws docs/img/surgery.svg: what removing blocks and what splicing at every depth say of the same eight capitals.
 
-    python -m benchmarks.surgery_figure [--texts paired.tsv] [--out docs/img/surgery.svg]
+    python -m benchmarks.surgery_figure [--table] [--texts paired.tsv] [--out docs/img/surgery.svg]
 
 Above, the share of A's answer that A's residual wins at each depth of B's run, at the subject's and at the last position, beside what
-another pair's residual wins; below, what is lost without each block: of the capitals' margin (as a part of it) and of text (nats).
+another pair's residual wins; below, what is lost without each block: of the capitals' margin (logits) and of text (nats).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pellucid as pl
 from benchmarks.surgery_states import PAIRED, _margin, capitals, reviews
 from scripts.demo_model import smollm2
 
+DOCS = Path(__file__).parent.parent / "docs" / "surgery.md"
 WIDTH, HEIGHT, LEFT, TOP = 760, 210, 60, 34  # of one panel
 COLOURS = {"subject": "#3366cc", "last": "#cc5500", "another pair's subject": "#9aa5b5", "capitals' margin": "#3366cc", "text": "#9aa5b5"}  # fmt: skip
 
@@ -39,6 +40,7 @@ def panel(top: float, title: str, label: str, series: dict[str, tuple[list[float
     made += [f'<text x="{x(v):.1f}" y="{top + HEIGHT + 18}" text-anchor="middle">{v}</text>' for v in (0, 5, 10, 15, 20, 23, 26, 30)]  # fmt: skip
     made.append(f'<text x="{x(30) + 24}" y="{top + HEIGHT + 18}">{label}</text>')
     for number, (name, (xs, ys)) in enumerate(series.items()):
+        made += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="{COLOURS[name]}" />' for a, b in zip(xs, ys, strict=True)]  # fmt: skip
         points = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True))
         dash = ' stroke-dasharray="5 4"' if name in dashed else ""
         made.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"{dash} />')
@@ -46,34 +48,51 @@ def panel(top: float, title: str, label: str, series: dict[str, tuple[list[float
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", default=PAIRED)
-    parser.add_argument("--tokens", type=int, default=384)
-    parser.add_argument("--out", default="docs/img/surgery.svg")
-    given = parser.parse_args()
+Lines = dict[str, tuple[list[float], list[float]]]
+
+
+def measured(texts: str, tokens: int) -> tuple[Lines, Lines]:
+    """Both panels, from the model."""
     torch.set_num_threads(1)
     model = pl.load(str(smollm2()))
     a, b, subject = capitals()
     with pl.quiet():
         spliced = pl.surgery.splice(model, a, b, positions={"subject": subject, "last": -1})
         print(spliced.title, flush=True)
-        share, control = spliced.data.share, spliced.data.control
-        for depth in (0, 16, 22, 23, 24, 30):
-            print(f"depth {depth}: subject {float(share.sel(set='subject', depth=depth)):.2f}, last {float(share.sel(set='last', depth=depth)):.2f}, another pair {float(control.sel(set='subject', depth=depth)):.2f}", flush=True)  # fmt: skip
-        removed = pl.surgery.layer_importance(model, reviews(given.texts, 8), {"capitals": (a, _margin(model, a, b))}, tokens=given.tokens)  # fmt: skip
+        removed = pl.surgery.layer_importance(model, reviews(texts, 8), {"capitals": (a, _margin(model, a, b))}, tokens=tokens)  # fmt: skip
         print(removed.title, flush=True)
-    out = removed.data.isel(part=0)
-    clean = float(out.clean.sel(capability="capitals"))
-    lost, text = -out.effect.sel(capability="capitals").values / clean, out.loss.values
-    print(f"block 23: margin lost {lost[23]:.2f} of it, text {text[23]:.2f} nats; most lost in blocks 5 to 29: {5 + int(lost[5:].argmax())}")  # fmt: skip
-    depths, blocks = [float(d) for d in share.depth.values], [i + 0.5 for i in range(30)]
-    top = {"subject": (depths, [*share.sel(set="subject").values]), "last": (depths, [*share.sel(set="last").values]),
-           "another pair's subject": (depths, [*control.sel(set="subject").values])}  # fmt: skip
-    low = {"capitals' margin": (blocks, [*lost]), "text": (blocks, [*text])}
+    out, share = removed.data.isel(part=0), spliced.data.share
+    depths = [float(d) for d in share.depth.values]
+    top = {name: (depths, [*share.sel(set=name).values]) for name in ("subject", "last")}
+    top["another pair's subject"] = (depths, [*spliced.data.control.sel(set="subject").values])
+    blocks = [i + 0.5 for i in range(30)]
+    lost = -out.effect.sel(capability="capitals").values
+    return top, {"capitals' margin": (blocks, [*lost]), "text": (blocks, [*out.loss.values])}
+
+
+def tabled() -> tuple[Lines, Lines]:
+    """Both panels, from the table that `benchmarks.surgery_states splice` printed and the docs keep."""
+    body = DOCS.read_text().split("| depth, or block |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [[float(c.strip(" *")) for c in line.strip("|").split("|")] for line in body]
+    columns = [[row[i] for row in rows] for i in range(7)]
+    top = {name: (columns[0], columns[i]) for name, i in (("subject", 1), ("last", 2), ("another pair's subject", 4))}
+    blocks = [x + 0.5 for x in columns[0]]
+    return top, {"capitals' margin": (blocks, [-x for x in columns[6]]), "text": (blocks, columns[5])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", default=PAIRED)
+    parser.add_argument("--tokens", type=int, default=384)
+    parser.add_argument(
+        "--table", action="store_true", help="draw the depths of the table in docs/surgery.md, without the model"
+    )
+    parser.add_argument("--out", default="docs/img/surgery.svg")
+    given = parser.parse_args()
+    top, low = tabled() if given.table else measured(given.texts, given.tokens)
     second = TOP + HEIGHT + 64
     lines = panel(TOP, "Splice: share of A's answer won by A's residual", "depth", top, -0.2, 1.1, {"another pair's subject"})  # fmt: skip
-    lines += panel(second, "Removal: share of the margin lost; text, nats a token (cut at 1.5)", "block", low, -0.3, 1.5, {"text"})  # fmt: skip
+    lines += panel(second, "Removal: what is lost of the capitals' margin (logits) and of text (nats a token); above 8 cut", "block", low, -1, 8, {"text"})  # fmt: skip
     size = f'width="{WIDTH}" height="{second + HEIGHT + 30}" viewBox="0 0 {WIDTH} {second + HEIGHT + 30}"'
     Path(given.out).write_text(f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13" fill="#222">\n<rect width="100%" height="100%" fill="white" />\n' + "\n".join(lines) + "\n</svg>\n")  # fmt: skip
     print(given.out)
