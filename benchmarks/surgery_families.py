@@ -89,7 +89,7 @@ def tried(family: str) -> dict[str, str]:
             work(model, options)
             found[name] = "yes"
         except PellucidError as refused:  # anything else is a fault, and is raised
-            why = str(refused).split(":")[0].split(";")[0].replace(f"{model.name} ", "").strip()
+            why = str(refused).split(";")[0].split(" (")[0].replace(f"{model.name} ", "").strip().rstrip(".")
             found[name] = why[0].lower() + why[1:]
     return found
 

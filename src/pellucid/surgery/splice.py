@@ -80,9 +80,9 @@ def splice(
         raise InputError(f"{len(ours)} prompts a and {len(theirs)} prompts b: give them in pairs")
     sites, dim, depths = _sites(model, over)
     sets, ours, theirs = _sets(positions, ours, theirs, sites[0])
-    metric = _asked(model, ours, theirs) if metric is None else metric
     with torch.no_grad():
         run = model.run(ours, keep=list(dict.fromkeys(s.whole for s in sites)))
+    metric = _asked(model, run, theirs) if metric is None else metric
     wins = numbers(model.score(run, metric))
     order = [np.roll(np.arange(len(ours)), i) for i in range(min(draws, len(ours) - 1) + 1)]
     cells = [(rows, pieces, site) for rows in order for pieces in sets.values() for site in sites]
@@ -122,7 +122,7 @@ def _title(model: Model, data: xr.Dataset, over: str | None) -> str:
     if over is not None:
         for name in told:
             share = data.share.sel(set=name)
-            at = int(share.argmax())
+            at = int(share.values.argmax())
             said.append(f"{name}: {float(share[at]):.0%} of A's answer by {over} of layer {int(share[dim][at])}")
     else:
         away = {name: int(data.block.sel(set=name)) for name in told if _turns(data, name) < 0}
@@ -183,9 +183,10 @@ def _sites(model: Model, over: str | None) -> tuple[list[Site], str, list[int]]:
     return [model.sites(name)[0] for name in names], "depth", list(range(n + 1))
 
 
-def _asked(model: Model, ours: Inputs, theirs: Inputs) -> Any:
+def _asked(model: Model, run: Run, theirs: Inputs) -> Any:
     """The difference of the logits of what the model says to a and to b."""
-    ids = [[answer.id for answer in Question.of(model, each).answers] for each in (ours, theirs)]
+    asked = Question.of(model, run.inputs, run=run), Question.of(model, theirs)
+    ids = [[answer.id for answer in each.answers] for each in asked]
     alike = next((i for i, (x, y) in enumerate(zip(*ids, strict=True)) if x == y), None)
     if alike is not None or not ids[0]:
         said = (
