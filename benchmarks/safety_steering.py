@@ -147,7 +147,9 @@ class Bench:
 
         # 40 prompts, a quarter of them to choose by: on ten test prompts the interval is as wide as the effect. At .3 every layer is beyond the budget.
         prompts = [chat(f"Write about {a}.") for a in (*ABOUT, *MORE)]
-        found = strengths(self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.2), draws=4, validation=0.25)
+        found = strengths(
+            self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.2), draws=4, validation=0.25
+        )
         for name in ("effect", "perplexity", "repetition", "beats_random"):
             print(found[name].to_pandas() if found[name].ndim == 2 else found[name].squeeze().values.round(2))
         print(found.title)
@@ -176,7 +178,9 @@ class Bench:
             effect > rest.max(),
             f"random {rest.round(2)}",
         )
-        bar("test effect over one random vector, their mean", effect - rest.mean(), ">= .2", effect - rest.mean() >= 0.2)
+        bar(
+            "test effect over one random vector, their mean", effect - rest.mean(), ">= .2", effect - rest.mean() >= 0.2
+        )
 
     def sink(self) -> None:
         harmful, harmless = self.requests()
