@@ -12,7 +12,7 @@ Each is confident at `threshold` or above."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from pellucid.errors import InputError, Refused, nearest
 from pellucid.lenses.lens import Lens, layer_numbers
 from pellucid.model import Model
-
-if TYPE_CHECKING:
-    from pellucid.surgery.exit_head import ExitHead
 
 By = Literal["probability", "margin", "entropy", "cosine", "stable", "head"]
 
@@ -42,7 +39,7 @@ class Exit:
     threshold: float = 0.9
     layers: tuple[int, ...] | None = None
     lens: Lens | None = None
-    head: ExitHead | None = None
+    head: Any = None  # an ExitHead
 
     def __post_init__(self) -> None:
         if self.by not in get_args(By):
@@ -83,7 +80,7 @@ class Exit:
 
 
 def confidence(
-    by: str, z: Tensor | None, now: Tensor, before: Tensor | None, told: list[Tensor], layer: int, head: ExitHead | None
+    by: str, z: Tensor | None, now: Tensor, before: Tensor | None, told: list[Tensor], layer: int, head: Any
 ) -> Tensor:
     """[row] from logits [row, token], the state [row, d] and the one at the check before; `told` are first choices so far."""
     if by == "cosine":
