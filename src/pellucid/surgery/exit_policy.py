@@ -91,7 +91,8 @@ def confidence(
         )
     if by == "head":
         assert head is not None
-        return head.confidence(layer, now)
+        sure: Tensor = head.confidence(layer, now)
+        return sure
     assert z is not None
     if by == "stable":
         run = torch.ones(len(z), dtype=torch.long)
