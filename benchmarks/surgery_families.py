@@ -60,12 +60,12 @@ def techniques() -> dict[str, Callable[[pl.Model, dict[str, Any]], Any]]:
         "removal": lambda m, k: s.removal(m, corpus, most=2, draws=2),
         "splice": lambda m, k: s.splice(m, A, B, positions={"last": -1}, metric=head, **pair(k)),
         "similarity": lambda m, k: s.similarity(m, m, TEXTS),
-        "Stitch, stitching": lambda m, k: s.stitching(m, m, TEXTS, after=[1], into=[2], kinds=["identity", "orthogonal", "ridge"], controls=["tokens"], tokens=60, held_out=30),
-        "exits, ExitHead": lambda m, k: s.exits(m, corpus, [policy]),
+        "stitching": lambda m, k: s.stitching(m, m, TEXTS, after=[1], into=[2], kinds=["identity", "orthogonal", "ridge"], controls=["tokens"], tokens=60, held_out=30),
+        "exits": lambda m, k: s.exits(m, corpus, [policy]),
         "calibrate": lambda m, k: s.calibrate(m, corpus, policy),
         "generate_early": lambda m, k: s.generate_early(m, A, policy, max_new_tokens=3),
         "draft_and_verify": lambda m, k: s.draft_and_verify(m, A, layers=2, ahead=2, max_new_tokens=3),
-        "ensemble, Gate": lambda m, k: s.ensemble(m, two(m), TEXTS, **gate),
+        "ensemble": lambda m, k: s.ensemble(m, two(m), TEXTS, **gate),
         "save_changes, save_pretrained": lambda m, k: _saved(s.remove(m, 2, **k)),
     }  # fmt: skip
 
