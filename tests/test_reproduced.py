@@ -103,6 +103,10 @@ def words() -> Any:
 
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "tuning.parts_off": lambda: pl.tuning.parts_off(
+        gpt2(), pl.tuning.Rationales(TEXTS, properties={"topic": ["a", *"b" * (len(TEXTS) - 1)]}), "topic", {"a": pl.tuning.Only(neurons={0: [0, 1]})}
+    ),
+    "tuning.weight_sparsity": lambda: pl.tuning.weight_sparsity(gpt2(), pl.tuning.Rationales(TEXTS), shares=[0.5], steps=1, batch=2),
     "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
