@@ -28,7 +28,7 @@ from pellucid.tuning.internals import ProbePenalty, mean, scored
 from pellucid.tuning.objective import parts
 
 
-def with_internals(base: type, penalties: Any) -> type:
+def with_internals(base: Any, penalties: Any) -> Any:
     """A subclass of a trainer class (`trl.SFTTrainer`, `trl.DPOTrainer`, `transformers.Trainer`) whose loss has the penalties added.
 
     `penalties` are ProbePenalty values; with `where="completion"` they read the tokens that the trainer marks as completion (its
@@ -37,14 +37,15 @@ def with_internals(base: type, penalties: Any) -> type:
 
     >>> with_internals(trl.SFTTrainer, ProbePenalty(reader))(model, args=args, train_dataset=rows).train()  # doctest: +SKIP
     """
-    given = tuple(each for each in parts(penalties) if each.weight > 0)
+    given: list[ProbePenalty] = []
     for each in parts(penalties):
         if not isinstance(each, ProbePenalty) or each.where not in (None, "completion"):
             raise InputError(
                 f"{each!r}: expected ProbePenalty values (where=None or 'completion'): another trainer's batches have no spans; use tuning.trainer"
             )
+        given += [each] if each.weight > 0 else []
 
-    class Internal(base):  # type: ignore[misc, valid-type]
+    class Internal(base):
         _opened: Model | None = None
         _terms: Mapping[str, float] = MappingProxyType({})
 

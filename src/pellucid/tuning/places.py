@@ -63,14 +63,16 @@ def importance(
             if own is not None:
                 loss.backward(inputs=list(own.parameters.values()))
                 continue
-            met = [each.put[-1] for each in opened]
-            for site, a, g in zip(sites, met, torch.autograd.grad(loss, met), strict=True):
+            values = [each.put[-1] for each in opened]
+            for site, a, g in zip(sites, values, torch.autograd.grad(loss, values), strict=True):
                 along = (a * g).detach().float()
                 along = along.sum(tuple(k for k in range(1, along.ndim) if k != 2)).abs().sum(0).cpu() / len(encoded)
-                total[int(site.layer)] = total.get(int(site.layer), 0) + along
+                layer = int(str(site.layer))
+                total[layer] = total[layer] + along if layer in total else along
     for b in stack.blocks if own is not None else ():
-        within = [p for n, p in own.parameters.items() if n.startswith(f"{b.module}.") and p.grad is not None]  # type: ignore[union-attr]
-        total[b.index] = torch.stack([(p.detach() * p.grad).abs().sum() for p in within]).sum()[None].cpu()
+        assert own is not None
+        met = [(p.detach(), p.grad) for n, p in own.parameters.items() if n.startswith(f"{b.module}.")]
+        total[b.index] = torch.stack([(p * g).abs().sum() for p, g in met if g is not None]).sum()[None].cpu()
     return total
 
 

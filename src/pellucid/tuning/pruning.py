@@ -192,7 +192,8 @@ def weight_sparsity(
         {"accuracy": (("share", "way"), accuracy), "zeros": (("share", "way"), zeros), "plain": float(np.mean(plain))},
         {"share": [s for s, _ in each], "way": list(ways)},
     )
-    error = float(np.sqrt(max(np.mean(plain) * (1 - np.mean(plain)), 0.04) / len(splits["test"])))
+    whole = float(np.mean(plain))
+    error = float(np.sqrt(max(whole * (1 - whole), 0.04) / len(splits["test"])))
     frame.attrs["standard_error"] = error
     return Result(frame, kind="weight_sparsity", title=_said(frame, error))
 

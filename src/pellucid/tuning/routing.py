@@ -247,8 +247,8 @@ def parts_off(
     rows = np.array([kinds.index(value) for value in data.properties[by]])
     accuracy = np.zeros((len(silenced), len(kinds)))
     for i, (_, several) in enumerate(silenced):
-        for own in several:
-            right = np.concatenate([_right(model, encoded, range(a, min(a + 32, len(encoded))), [*edits, *own]) for a in range(0, len(encoded), 32)])  # fmt: skip
+        for cut in several:
+            right = np.concatenate([_right(model, encoded, range(a, min(a + 32, len(encoded))), [*edits, *cut]) for a in range(0, len(encoded), 32)])  # fmt: skip
             accuracy[i] += [right[rows == k].mean() / len(several) for k in range(len(kinds))]
     frame = xr.Dataset(
         {"accuracy": (("off", "texts"), accuracy), "lost": (("off", "texts"), accuracy[:1] - accuracy)},
