@@ -6,17 +6,19 @@
     python -m benchmarks.scale memory 135      peaks beside what `plan.explain()` and `model.memory` say
     python -m benchmarks.scale workers         180 patches and 270 heads over Processes(2) and Ray(2), one worker killed
     python -m benchmarks.scale harvest         two writers killed ten times; throughput; reading
+    python -m benchmarks.scale stored          reading alone, of a store of 330 MB
 
 The unit of a sweep is the machine's limit: the same number of token-layers through the bare blocks (no planner, no edits), as one
 growing batch or in batches of the planner's size, whichever is quicker.
 """
 
-# ruff: noqa: B023, C408, E501 (lambdas are called where they are made)
+# ruff: noqa: B023, C408 (lambdas are called where they are made)
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import random
 import signal
@@ -35,6 +37,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import pellucid as pl
 from benchmarks.clock import cpu
+from pellucid import store as stores
 from pellucid.store import ActivationStore, store_activations
 
 SHAPES = {  # millions of parameters -> a Llama's shape
@@ -241,9 +244,9 @@ def prompts() -> None:
             plain = cpu(own)
             moved = patches(model, given, [4], range(3))
             for name, work in (
-                ("16 heads off", lambda: model.sweep(given, heads, METRIC)),  # noqa: B023
-                ("3 patches", lambda: model.sweep(given, moved, METRIC)),  # noqa: B023
-                ("EAP", lambda: pl.circuits.edge_attribution(model, given, METRIC, how="resample", reference=other)),  # noqa: B023
+                ("16 heads off", lambda: model.sweep(given, heads, METRIC)),
+                ("3 patches", lambda: model.sweep(given, moved, METRIC)),
+                ("EAP", lambda: pl.circuits.edge_attribution(model, given, METRIC, how="resample", reference=other)),
                 (
                     "harvest",
                     lambda: store_activations(
@@ -253,7 +256,7 @@ def prompts() -> None:
             ):
                 work()
                 spent: list[float] = []
-                most = peak(lambda: spent.append(cpu(work)))  # noqa: B023
+                most = peak(lambda: spent.append(cpu(work)))
                 say(
                     f"{n} prompts, {name}: ms a prompt",
                     1e3 * spent[0] / n,
@@ -273,7 +276,7 @@ def memory(size: str) -> None:
         given = ids(n)
         model.run(given)
         sites = ["layers.*.resid_post", "layers.*.attn.z", "layers.*.mlp.neurons"]
-        heads = [pl.Ablate(site) for site in map(str, model.sites("layers.*.attn.heads.*"))][:60]
+        heads = [pl.Ablate(site) for site in map(str, model.sites("layers.*.attn.heads.*"))][:12]
 
         def own(given: torch.Tensor = given) -> Any:
             with torch.no_grad():
@@ -283,10 +286,10 @@ def memory(size: str) -> None:
         say(f"{size}, {n} tokens: plain forward, MB", plain / 2**20)
         plan = model.plan(given, heads, METRIC)
         cases = [
-            ("nothing kept", lambda: model.run(given), model.memory(given)),  # noqa: B023
-            ("residual, z, neurons", lambda: model.run(given, keep=sites), model.memory(given, keep=sites)),  # noqa: B023
-            ("gradients at residuals", lambda: model.run(given, keep=sites[:1], grad_of=METRIC), model.memory(given, keep=sites[:1], grad_of=METRIC)),  # noqa: B023
-            ("60 heads off", plan.run, plan.peak),
+            ("nothing kept", lambda: model.run(given), model.memory(given)),
+            ("residual, z, neurons", lambda: model.run(given, keep=sites), model.memory(given, keep=sites)),
+            ("gradients at residuals", lambda: model.run(given, keep=sites[:1], grad_of=METRIC), model.memory(given, keep=sites[:1], grad_of=METRIC)),
+            ("12 heads off", plan.run, plan.peak),
         ]  # fmt: skip
         for name, work, said in cases:
             found = peak(work)
@@ -296,8 +299,10 @@ def memory(size: str) -> None:
 # ---- workers
 
 
-def workers() -> None:
+def workers(which: str = "gpt2,135", on: str = "Processes(2),Ray(2)") -> None:
     for size, what in (("gpt2", "180 patches"), ("135", "270 heads off")):
+        if size not in which.split(","):
+            continue
         model, given = pl.load(folder(size), tokenizer=False), ids(TOKENS)
         if size == "gpt2":
             variants = patches(model, given)
@@ -307,6 +312,8 @@ def workers() -> None:
         alone = median(cpu(lambda m=model, v=variants: m.sweep(given, v, METRIC)) for _ in range(3))
         say(f"{what}, {size}: here {alone:.2f} s of CPU, {len(list(here.plan.chunks(here.plan.variants)))} batches")
         for name, make in (("Processes(2)", lambda: pl.Processes(2)), ("Ray(2)", lambda: pl.Ray(2))):
+            if name not in on.split(","):
+                continue
             with make() as two:
                 two.threads = 1
                 there = model.sweep(given, variants, METRIC, on=two)  # opens the model
@@ -422,11 +429,26 @@ def reading(store: ActivationStore) -> None:
 
     for _ in range(3):
         plain = timed(through)
+        begun = time.process_time()
         mixed = timed(lambda: [None for _ in store.shuffled(store.sites[0], 4096)])
+        say(f"  (CPU of it {time.process_time() - begun:.2f} s of {mixed:.2f} s)")
         say(
             f"  {size / 2**20:.0f} MB from the disk: from end to end {size / 2**20 / plain:.0f} MB/s, in shuffled batches: share",
             plain / mixed,
         )
+
+
+def stored() -> None:
+    with tempfile.TemporaryDirectory(dir=".") as made:  # not in memory
+        path = Path(made)
+        index = stores.Index(["x"], "0", "float16")
+        lines: list[Any] = [index.head]
+        for i in range(16):
+            values = torch.randn(20_000, 512, generator=torch.Generator().manual_seed(i)).half()
+            stores._write(path / stores._file(i), {"x": values, "tokens": torch.zeros(20_000, dtype=torch.long)})
+            lines.append(vars(stores.Shard(stores._file(i), 20_000, i, i + 1)))
+        (path / stores.INDEX).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        reading(ActivationStore(path))
 
 
 def throughput() -> None:

@@ -61,22 +61,22 @@ def compared(whole: pl.Model, split: pl.Model) -> dict[str, Any]:
     return found
 
 
-def main(folder: str) -> None:
+def main(*folders: str) -> None:
     torch.set_num_threads(1)
-    whole = pl.load(folder, tokenizer=False)
-    split = pl.load(folder, tokenizer=False, tp_plan="auto")
-    proofs = {
-        p.name: [p.holds, q.holds, q.detail] for p, q in zip(whole.anatomy.proofs, split.anatomy.proofs, strict=True)
-    }
-    own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in split.module.parameters())
-    share = own / sum(p.numel() for p in whole.module.parameters())
-    print(
-        json.dumps({"rank": dist.get_rank(), "share": share, "proofs": proofs, "compared": compared(whole, split)}),
-        flush=True,
-    )
-    dist.barrier()
+    for folder in folders:
+        whole = pl.load(folder, tokenizer=False)
+        split = pl.load(folder, tokenizer=False, tp_plan="auto")
+        proofs = {
+            p.name: [p.holds, q.holds, q.detail]
+            for p, q in zip(whole.anatomy.proofs, split.anatomy.proofs, strict=True)
+        }
+        own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in split.module.parameters())
+        share = own / sum(p.numel() for p in whole.module.parameters())
+        found = {"share": share, "proofs": proofs, "compared": compared(whole, split)}
+        print(json.dumps({"rank": dist.get_rank(), "folder": folder, **found}), flush=True)
+        dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -28,21 +28,24 @@ def saved(folder: Path, family: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_two_processes_prove_and_compute_what_one_does(tmp_path: Path, family: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]  # fmt: skip
+@pytest.mark.matrix  # with the families: two more processes, and as many imports
+def test_two_processes_prove_and_compute_what_one_does(tmp_path: Path) -> None:
+    folders = [str(saved(tmp_path / family, family)) for family in ("llama", "mixtral")]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     path = os.pathsep.join([str(PROGRAM.parents[2] / "src"), str(PROGRAM.parents[2])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(saved(tmp_path, family))], env=env, capture_output=True, text=True, timeout=300, check=False
+        [*command, str(PROGRAM), *folders], env=env, capture_output=True, text=True, timeout=400, check=False
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
-    assert sorted(each["rank"] for each in found) == [0, 1], done.stderr[-2000:]
-    for each in found:
-        assert each["share"] < 0.52  # of the weights, norms are in both
-        assert all(there == here for here, there, _ in each["proofs"].values()), each["proofs"]
-        assert all(isinstance(off, float) and off < 1e-5 for off in each["compared"].values()), each["compared"]
-    assert found[0]["compared"] == pytest.approx(found[1]["compared"], abs=1e-9)
+    for folder in folders:
+        two = [each for each in found if each["folder"] == folder]
+        assert sorted(each["rank"] for each in two) == [0, 1], done.stderr[-2000:]
+        for each in two:
+            assert each["share"] < 0.52  # of the weights; norms are in both
+            assert all(there == here for here, there, _ in each["proofs"].values()), each["proofs"]
+            assert all(isinstance(off, float) and off < 1e-5 for off in each["compared"].values()), each["compared"]
+        assert two[0]["compared"] == pytest.approx(two[1]["compared"], abs=1e-9)
 
 
 def test_a_plan_needs_processes_and_a_family_that_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from pellucid.engine.packed import Variant
 from pellucid.engine.pausing import progress, shared
 from pellucid.engine.peak import free, predicted, said
 from pellucid.engine.reading import Reads
+from pellucid.engine.run import execute
 from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.engine.trial import certified, deviation, told
 from pellucid.errors import InputError, PellucidError, Refused, nearest
@@ -179,6 +180,10 @@ class Plan:
             return (rung.clean(short), short.recording if rung.keeps else None)
 
         first = predicted(clean, job.inputs, least=max(ends, default=0))
+        held = first.held if rung.keeps else 0.0
+        if not self._checked:  # a plain run beside the first batch
+            most = held + predicted(lambda inputs: execute(job.anatomy, inputs), job.inputs).most
+            first = first._replace(most=max(first.most, most))
         chunk = max(self.chunks(self.variants), key=lambda chunk: sum(job.length - v.start for v in chunk))
         sites = [w.spot.site for v in chunk for w in v.writers]
         if not sites:
@@ -194,7 +199,7 @@ class Plan:
         found = predicted(lambda given: rung.run(*given), job.inputs, least=max(ends, default=0), before=begun)
         own = found.most / n / job.length
         tokens = sum(job.length - v.start for v in chunk)
-        return round(max(first.most, first.held * rung.keeps + own * tokens))
+        return round(max(first.most, held + own * tokens))
 
     def check_fits(self) -> None:
         """Refused, with what would fit, where the peak is more than is free. Asked only where it might be."""
