@@ -232,13 +232,13 @@ class Question:
     @classmethod
     def of(
         cls, model: Model, prompt: Any, target: Any = None, *, against: Any = None, decoder: Any = None,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit] = (), run: Run | None = None,
     ) -> Question:  # fmt: skip
         """Bind a target to prompts (texts, ids, tensors, a task's `Prompts`).
 
         `target` is an answer (a token, a class by name or number, a span's text), one for all prompts or a list with
         one for each; a metric; a `continuation`, a `reading` or a `label`. By default it is what a task's prompts ask,
-        else what the model predicts (under `edits`). InputError where there is no such answer, no single place to read it, or `against`
+        else what the model predicts (under `edits`; of `run`, where these prompts were run before). InputError where there is no such answer, no single place to read it, or `against`
         beside a target that compares by itself.
         """
         target, against = (x.tolist() if hasattr(x, "tolist") else x for x in (target, against))
@@ -263,7 +263,7 @@ class Question:
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
             bound = model.bind(target, len(inputs), inputs)
             return cls(model, inputs, kind, bound.name, metric=bound)
-        return _answered(model, inputs, kind, target, against, edits)
+        return _answered(model, inputs, kind, target, against, edits, run)
 
     # ---- one number
 
@@ -398,7 +398,13 @@ def spelled(model: Model, target: Any) -> str:
 
 
 def _answered(
-    model: Model, inputs: Inputs, kind: Kind, target: Any, against: Any, edits: Sequence[Edit] = ()
+    model: Model,
+    inputs: Inputs,
+    kind: Kind,
+    target: Any,
+    against: Any,
+    edits: Sequence[Edit] = (),
+    run: Run | None = None,
 ) -> Question:
     """A logit at its place, less that of the rival. A predicted target is settled, so that the record has it."""
     if kind == "vectors":
@@ -418,7 +424,8 @@ def _answered(
     chosen = target.name if isinstance(target, Label) else target
     if chosen is None:
         with torch.no_grad():
-            found = asked.rows(model.run(inputs, edits=edits)).argmax(-1).tolist() if kind != "value" else [0]
+            rows = None if kind == "value" else asked.rows(model.run(inputs, edits=edits) if run is None else run)
+            found = [0] if rows is None else rows.argmax(-1).tolist()
         chosen = found[0] if len(set(found)) == 1 else found
         names = [_named(model, kind, i) for i in found]
         said = names[0] if len(set(found)) == 1 else names
