@@ -29,7 +29,7 @@ test: $(VENV)/.dev web-check
 	$(BIN)/python -m pytest -n 2 -m "not (zoo or matrix)"
 
 test-families: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 tests/zoo tests/matrix
+	$(BIN)/python -m pytest -n 2 tests/zoo tests/matrix tests/anatomy/test_parallel.py
 
 web-check:
 	scripts/check_views.sh

@@ -3,29 +3,36 @@
     python benchmarks/facts.py --data DIR [--moments FILE] [part ...]     parts: see PARTS; all by default
 
 DIR holds relations_lre, ud_ewt and imdb_counterfactual as their repositories lay them out. `--moments` keeps the second moments
-between calls. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
+between calls, and beside them values and results, so that a call (`--seconds`) goes on where the last one stopped: name another file when
+settings change. Facts are those of three relations that the model knows and answers in one token; new answers are drawn from
 the same relation (seed 1). One thread, fixed seeds. Costs are CPU times as multiples of a plain forward over the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import doctest
 import json
 import random
 import re
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import pellucid as pl
+from pellucid.statistics import interval
 from pellucid.surgery import Fact, KeyCovariance, Search, edit, editing_by_layer, scoreboard
 from pellucid.surgery.answers import divergence, measured
 from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts
-from pellucid.surgery.keys import about, memories
+from pellucid.surgery.keys import about, keys, memories, subject_row
 from pellucid.surgery.values import Values, find_values
 from scripts.demo_model import smollm2
 
@@ -43,7 +50,7 @@ RELATIONS = {
     ),
 }
 WANTED = {"country_capital_city": 7, "country_language": 9, "landmark_in_country": 8}
-PARTS = ("values", "moments", "rome", "memit", "spare", "batch", "sequence", "where")
+PARTS = ("values", "moments", "rome", "memit", "spare", "batch", "sequence", "where", "opening", "readme")
 LAYER, LAYERS, TOKENS, STEPS = 6, (3, 4, 5, 6), 16_384, 15
 
 
@@ -54,13 +61,21 @@ def bar(name: str, value: float, said: str, holds: bool, control: str = "") -> N
     )
 
 
-def said(title: str, result: Any) -> None:
-    print(f"\n{title}\n{result.data['value'].to_pandas().round(3).dropna(how='all').to_string()}", flush=True)
+def table(result: Any) -> dict[str, dict[str, float]]:
+    """Model -> measure -> value of a scoreboard."""
+    values = result.data["value"].to_pandas().dropna(how="all")
+    return {str(model): {str(k): float(v) for k, v in column.items()} for model, column in values.items()}
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for measure, x in found["edited"].items():
+        print(f"  {measure:20s} {x:.3f} (before {found['before'].get(measure, float('nan')):.3f})", flush=True)
 
 
 class Bench:
-    def __init__(self, data: Path, moments: Path | None, facts: int) -> None:
-        self.data, self.file = data, moments
+    def __init__(self, data: Path, moments: Path | None, facts: int, seconds: float) -> None:
+        self.data, self.file, self.seconds = data, moments, seconds
         self.model = pl.load(str(smollm2()))
         self.known = self._known()
         self.facts = self._facts({k: max(1, n * facts // 24) for k, n in WANTED.items()})
@@ -77,6 +92,19 @@ class Bench:
         reviews = [re.sub(r"<[^>]+>", " ", max(row.split("\t"), key=len).strip().strip('"')) for row in table[1:]]
         joined = [" ".join(ud[i : i + 6]) for i in range(0, len(ud), 6)]
         return [text for pair in zip(joined, reviews, strict=False) for text in pair]
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was measured under a name in an earlier call, or now; stops when the CPU seconds of this call are spent."""
+        file = self.file.with_suffix(".results.json") if self.file else None
+        results = json.loads(file.read_text()) if file and file.exists() else {}
+        if name not in results:
+            if time.process_time() > self.seconds:
+                raise SystemExit(f"{self.seconds:.0f} CPU seconds are spent: call again to go on")
+            made = make()
+            results = (json.loads(file.read_text()) if file and file.exists() else {}) | {name: made}
+            if file:
+                file.write_text(json.dumps(results))
+        return results[name]
 
     # ---- facts
 
@@ -147,32 +175,50 @@ class Bench:
             KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=tokens)
         cost = (time.process_time() - begun) / forward
         bar("18 second moments of 13 layers, in forwards of the same tokens", cost, "<= 1.0", cost <= 1.0)
-        c = self.covariance()
-        one = self.edited()
-        found = c.adequacy({str(LAYER): one.values.keys}).data.sel(memory=str(LAYER))
-        whole, halves = float(found.whole), float(found.halves)
-        bar("9 split-half cosine of u, of all the text", whole, ">= .85", whole >= 0.85,
-            f"{halves:.3f} between two halves of {TOKENS // 2:,} tokens; condition {float(found.condition):.0f}")  # fmt: skip
+        self.adequacy()
+
+    def adequacy(self) -> None:
+        """How far two halves of the text agree on u of the facts' keys, without and with a ridge."""
+        c = KeyCovariance.load(self.file) if self.file and self.file.exists() else self.covariance()
+        name, k = str(LAYER), self.found("values", self.facts[:12], self.contexts, Search(steps=STEPS)).keys
+        for ridge in (0.0, 0.01, 0.1):
+            c.ridge = ridge
+            half = c.agreement(name, k)
+            whole = 2 * half / (1 + half)
+            bar(f"9 split-half cosine of u, ridge {ridge}", half, ">= .85", half >= 0.85,
+                f"halves of {int(c.counts_[name].min()):,} tokens; of all the text, by Spearman and Brown, {whole:.3f}")  # fmt: skip
+        c.ridge = 0.0
 
     # ---- bars 2, 3, 8, 17
 
     def found(self, name: str, facts: list[Fact], contexts: Any, search: Search, essence: Any = None) -> Values:
         """The values of facts at LAYER, kept beside the moments between calls."""
-        file = self.file.with_suffix(f".{name}.pt") if self.file else None
-        rows, _ = _prompts(self.model, facts, contexts, 0)
-        if file is not None and file.exists():
-            kept = torch.load(file)
-            return Values(memories(self.model, LAYER, rows), [], **kept, routed=torch.ones(0))
-        begun = time.process_time()
-        others = [about(self.model, f, i, t) for t in _essence(self.model, essence) for i, f in enumerate(facts)]
-        made = find_values(self.model, memories(self.model, LAYER, rows), rows, others, search)
-        print(
-            f"values of {len(facts)} facts: {time.process_time() - begun:.0f} CPU s, {len(made.history) - 1} steps, "
-            f"|delta| / |h| {float((made.delta.norm(dim=1) / made.h).mean()):.2f}", flush=True
+        parts: list[Values] = []
+        for start in range(0, len(facts), 12):
+            some = facts[start : start + 12]
+            file = self.file.with_suffix(f".{name}{start}.pt") if self.file else None
+            rows, _ = _prompts(self.model, some, contexts, 0)
+            memory = memories(self.model, LAYER, rows)
+            if file is not None and file.exists():
+                parts.append(Values(memory, [], **torch.load(file), routed=torch.ones(0)))
+                continue
+            if time.process_time() > self.seconds:
+                raise SystemExit(f"{self.seconds:.0f} CPU seconds are spent: call again to go on")
+            begun = time.process_time()
+            others = [about(self.model, f, i, t) for t in _essence(self.model, essence) for i, f in enumerate(some)]
+            made = find_values(self.model, memory, rows, others, search)
+            print(
+                f"values of {len(some)} facts: {time.process_time() - begun:.0f} CPU s, {len(made.history) - 1} steps, "
+                f"|delta| / |h| {float((made.delta.norm(dim=1) / made.h).mean()):.2f}", flush=True
+            )  # fmt: skip
+            parts.append(made)
+            if file is not None:
+                torch.save({k: getattr(made, k) for k in ("keys", "delta", "h", "history")}, file)
+        last = torch.stack([part.history[-1, i] for part in parts for i in range(len(part.h))])
+        return Values(
+            [m for part in parts for m in part.memory], [], torch.cat([x.keys for x in parts]), torch.cat([x.delta for x in parts]),
+            torch.cat([x.h for x in parts]), last[None], torch.ones(0),
         )  # fmt: skip
-        if file is not None:
-            torch.save({k: getattr(made, k) for k in ("keys", "delta", "h", "history")}, file)
-        return made
 
     def edited(self) -> Any:
         if not hasattr(self, "_edited"):
@@ -184,35 +230,55 @@ class Bench:
 
     def rome(self) -> None:
         before = {n: p.clone() for n, p in self.model.module.named_parameters() if f"layers.{LAYER}." in n}
-        alone = self.edited().alone()[:20]
-        one = alone[0]
+        edited, texts = self.edited(), self.texts()[-6:]
+        whole = self.kept("rome seen", lambda: self._seen(before))
+        bar("2 W' k* = v*, relative error", whole[0], "<= 1e-4", whole[0] <= 1e-4)
+        bar("3 undo is bit for bit", whole[1], "1", bool(whole[1]))
+        facts = [*self.facts[:7], *self.facts[7:14], *self.facts[16:22]][:20]  # 7 capitals, 7 languages, 6 landmarks
+
+        def one(f: Fact) -> dict[str, dict[str, float]]:
+            alone = edit(
+                self.model, f, values=edited.values.one(self.facts.index(f)), **{**edited.settings, "how": "rome"}
+            )
+            return table(scoreboard(alone, texts, controls=("without C",), max_new_tokens=0, tokens=100))
+
+        found = [self.kept(f"rome {f.asked}", lambda f=f: one(f)) for f in facts]
+
+        def mean(measure: str, model: str) -> float:
+            return float(np.nanmean([t[model].get(measure, np.nan) for t in found]))
+
+        rates = "efficacy", "paraphrase", "neighbourhood"
+        score = {m: 3 / sum(1 / max(mean(r, m), 1e-9) for r in rates) for m in ("before", "edited", "without C")}
+        print(
+            f"\nROME, {len(facts)} facts, each alone, layer {LAYER}: score { ({k: round(v, 3) for k, v in score.items()}) }"
+        )
+        for measure in found[0]["edited"]:
+            if measure != "score":
+                low, high = interval(
+                    np.array([t["edited"].get(measure, np.nan) for t in found]),
+                    0,
+                    within=(0, 1 if measure in rates else np.inf),
+                )
+                shown = [f"{model} {mean(measure, model):.3f}" for model in ("before", "edited", "without C")]
+                print(f"  {measure:20s} {', '.join(shown)}; edited [{low:.2f}, {high:.2f}]", flush=True)
+        bar("8 ROME score", score["edited"], ">= .92", score["edited"] >= 0.92, f"{score['without C']:.3f} without C")
+        for measure, least in (("efficacy", 1.0), ("neighbourhood", 0.83)):
+            x = mean(measure, "edited")
+            bar(f"8 ROME {measure}", x, f">= {least}", x >= least - 1e-9, f"{mean(measure, 'without C'):.3f} without C")
+        lost = mean("neighbourhood", "edited") - mean("neighbourhood", "without C")
+        bar("8 neighbourhood lost without C", lost, ">= .20", lost >= 0.2)
+        kl = mean("text KL", "edited")
+        bar("8 text KL", kl, "<= .005", kl <= 0.005, f"{mean('text KL', 'without C'):.4f} without C")
+
+    def _seen(self, before: dict[str, torch.Tensor]) -> tuple[float, float]:
+        one = edit(
+            self.model, self.facts[0], values=self.edited().values.one(0), **{**self.edited().settings, "how": "rome"}
+        )
         memory = one.values.memory[0]
         moved = (memory.weight(one.model) - memory.weight(self.model)) @ one.values.keys[0]
         error = float((moved - one.values.delta[0]).norm() / one.values.delta[0].norm())
-        bar("2 W' k* = v*, relative error", error, "<= 1e-4", error <= 1e-4)
         bits = all(torch.equal(p, before[n]) for n, p in self.model.module.named_parameters() if n in before)
-        bar("3 undo is bit for bit", float(bits and one.undo() is self.model), "1", bits)
-        found = scoreboard(alone, self.texts()[-6:], controls=("without C",), max_new_tokens=0, tokens=200)
-        said(f"ROME, {len(alone)} facts, each alone, layer {LAYER}: " + found.title, found)
-        print(
-            found.data.low.sel(model="edited").to_pandas().round(2).to_dict(),
-            found.data.high.sel(model="edited").to_pandas().round(2).to_dict(),
-        )
-        at = found.data.value.sel
-        off = float(at(measure="neighbourhood", model="without C"))
-        for number, measure, least in (("8", "score", 0.92), ("8", "efficacy", 1.0), ("8", "neighbourhood", 0.83)):
-            x = float(at(measure=measure, model="edited"))
-            bar(
-                f"{number} ROME {measure}",
-                x,
-                f">= {least}",
-                x >= least - 1e-9,
-                f"{float(at(measure=measure, model='without C')):.3f} without C",
-            )
-        lost = float(at(measure="neighbourhood", model="edited")) - off
-        bar("8 neighbourhood lost without C", lost, ">= .20", lost >= 0.2)
-        kl = float(at(measure="text KL", model="edited"))
-        bar("8 text KL", kl, "<= .005", kl <= 0.005, f"{float(at(measure='text KL', model='without C')):.4f} without C")
+        return error, float(bits and one.undo() is self.model)
 
     def values(self) -> None:
         facts = self.facts[:10]
@@ -254,19 +320,24 @@ class Bench:
             ("MEMIT without C", "memit", {"covariance": "off"}),
             ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
         ):
-            made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
-            found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=200)
-            at = found.data.value.sel(model="edited")
-            print(f"\n{title}: penalties {made.result.data.attrs['penalty']}")
-            said(found.title, found)
+
+            def one(how: Any = how, more: dict[str, Any] = more) -> dict[str, Any]:
+                made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
+                found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=200)
+                return table(found) | {
+                    "penalty": made.result.data.attrs["penalty"],
+                    "broken": found.data.attrs["broken"],
+                }
+
+            found = self.kept(f"memit {title}", one)
+            show(f"{title}, {len(self.facts)} facts, penalties {found['penalty']}", found)
             if title.startswith("MEMIT, penalty"):
+                at = found["edited"]
                 for measure, least in (("efficacy", 0.95), ("paraphrase", 0.9), ("neighbourhood kept", 0.8)):
-                    x = float(at.sel(measure=measure))
-                    bar(f"10 MEMIT {measure}", x, f">= {least}", x >= least)
-                kl, near = float(at.sel(measure="text KL")), float(at.sel(measure="neighbourhood KL"))
-                bar("10 text KL", kl, "<= .02", kl <= 0.02)
-                bar("10 neighbours' KL", near, "<= .25", near <= 0.25)
-                print("broken:", found.data.attrs["broken"])
+                    bar(f"10 MEMIT {measure}", at[measure], f">= {least}", at[measure] >= least)
+                bar("10 text KL", at["text KL"], "<= .02", at["text KL"] <= 0.02)
+                bar("10 neighbours' KL", at["neighbourhood KL"], "<= .25", at["neighbourhood KL"] <= 0.25)
+                print("broken:", found["broken"])
 
     # ---- what lowers the damage to the same subject
 
@@ -304,12 +375,16 @@ class Bench:
             ("spare-near", "essence of the relation, and its keys held", (*near, "It is said that {} is a"),
              {"search": Search(steps=STEPS, kl=1.0), "hold": near}),
         ):  # fmt: skip
-            values = self.found(name, facts, (), more.pop("search", search), essence)
-            made = edit(
-                self.model, facts, "emmet", layers=LAYER, covariance=self.covariance(), contexts=(), values=values, essence=essence, **more
-            )  # fmt: skip
-            one = scoreboard(made.alone(), None, controls=(), max_new_tokens=0)
-            said(f"spare, {len(facts)} subjects, each edited alone: {title}: {one.title}", one)
+            options = {"search": search, **more}
+
+            def one(name: str = name, essence: Any = essence, options: dict[str, Any] = options) -> dict[str, Any]:
+                values = self.found(name, facts, (), options.pop("search"), essence)
+                made = edit(
+                    self.model, facts, "emmet", layers=LAYER, covariance=self.covariance(), contexts=(), values=values, essence=essence, **options
+                )  # fmt: skip
+                return table(scoreboard(made.alone(), None, controls=(), max_new_tokens=0))
+
+            show(f"spare, {len(facts)} subjects, each edited alone: {title}", self.kept(f"spare {title}", one))
 
     # ---- curves, and the published forms on the same values
 
@@ -330,11 +405,14 @@ class Bench:
         c = self.covariance().matrix(str(LAYER))
         if how == "MEMIT 15,000":
             return r @ k.T @ torch.linalg.inv(15_000 * c + k @ k.T)
-        values, vectors = torch.linalg.eigh(c)
-        p = vectors[:, values < 2e-2] @ vectors[:, values < 2e-2].T
+        if not hasattr(self, "_free"):
+            values, vectors = torch.linalg.eigh(c)
+            self._free = vectors[:, values < 2e-2] @ vectors[:, values < 2e-2].T
+            print(f"eigenvalues below 2e-2: {float((values < 2e-2).double().mean()):.0%}")
+        p = self._free
         return torch.linalg.solve(p @ (k @ k.T + old @ old.T) + 10 * torch.eye(n, dtype=torch.float64), p @ k @ r.T).T
 
-    def judged(self, model: Any, facts: list[Fact], title: str) -> None:
+    def judged(self, model: Any, facts: list[Fact]) -> list[float]:
         """Shares of: the new answer said, the paraphrase's, neighbours (not edited) that go on, and text KL."""
         pairs = [
             *((f.asked, f.new) for f in facts), *((p, f.new) for f in facts for p in f.paraphrases),
@@ -344,64 +422,74 @@ class Bench:
         cut = len(facts), 2 * len(facts)
         parts = exact[: cut[0]], exact[cut[0] : cut[1]], exact[cut[1] :]
         if not hasattr(self, "_ordinary"):
-            self._ordinary = [(" ".join(t.split()[:n]), None) for t in self.texts()[-30:] for n in (20, 40)]
+            self._ordinary = [(" ".join(t.split()[:20]), None) for t in self.texts()[-16:]]
             self._plain = measured(self.model, self._ordinary, keep=True)
         kl = divergence(self._plain, measured(model, self._ordinary, keep=True)).mean()
+        return [float(x) for x in (*(part.mean() for part in parts), kl)]
+
+    def curve(self, title: str, facts: list[Fact], make: Callable[[], Any]) -> None:
+        said, paraphrase, near, kl = self.kept(f"{title} {len(facts)}", lambda: self.judged(make(), facts))
         print(
-            f"{len(facts):4d} {title:44s} said {parts[0].mean():.2f}, paraphrase {parts[1].mean():.2f}, "
-            f"neighbours kept {parts[2].mean():.2f}, text KL {kl:.3f}", flush=True
-        )  # fmt: skip
+            f"{len(facts):4d} {title:52s} said {said:.2f}, paraphrase {paraphrase:.2f}, neighbours kept {near:.2f}, text KL {kl:.3f}",
+            flush=True,
+        )
 
     def batch(self) -> None:
         """The first 1, 10, 30 and 100 of the facts in one batch at LAYER, on the same values."""
         facts = self.many()
         values = self.found("many", facts, (), Search(steps=12))
         memory = values.memory[0]
-        for count in (100, 30, 10, 1):
+        for count in (100, 30, 10):
             some = facts[:count]
             part = Values(values.memory[:count], [], values.keys[:count], values.delta[:count], values.h[:count],
                           values.history[:, :count], values.routed)  # fmt: skip
+            keys, moves = part.keys.T, part.delta.T
             for how in ("emmet", "memit", "alphaedit"):
-                made = edit(self.model, some, how, layers=LAYER, covariance=self.covariance(), contexts=(), values=part)
-                self.judged(made.model, some, how)
+                solver = _Solver(how, self.covariance(), None, None, 0.8, 1)
+                self.curve(f"batch: {how}", some,
+                           lambda s=solver, p=part: self.model.changed([memory.added(*s(memory.name, p.keys, p.delta, None)[:2])]))  # fmt: skip
             for how in ("ROME without C", "MEMIT 15,000", "AlphaEdit, 2e-2 and 10"):
-                moved = self.published(
-                    how, part.keys.T, part.delta.T, torch.zeros(memory.width, 0, dtype=torch.float64)
-                )
-                self.judged(self.model.changed([memory.added(moved, torch.eye(memory.width, dtype=torch.float64))]), some,
-                            f"{how} (published form)")  # fmt: skip
+                self.curve(f"batch: {how} (published form)", some,
+                           lambda h=how, k=keys, r=moves: self._moved(memory, self.published(h, k, r, k[:, :0])))  # fmt: skip
+
+    def _moved(self, memory: Any, by: torch.Tensor) -> Any:
+        return self.model.changed([memory.added(by, torch.eye(memory.width, dtype=torch.float64))])
 
     def sequence(self, n: int = 50) -> None:
         """One after another at LAYER, the values those of the unedited model, with the keys of earlier edits held and not."""
         facts = self.many()[:n]
-        values = self.found("many", self.many(), (), Search(steps=12))
-        memory, marks = values.memory[0], (1, 10, 25, 50)
+        values = self.found("many", self.many()[:60], (), Search(steps=12))  # whole portions of 12
+        memory = values.memory[0]
         for how, held in (("memit", True), ("memit", False), ("alphaedit", True), ("rome", False)):
-            old = torch.zeros(0, memory.width, dtype=torch.float64)
             solver = _Solver(how, self.covariance(), None, None, 0.8, 1)
-            lefts, rights = [], []
-            for i in range(n):
-                left, right, _ = solver(
-                    memory.name, values.keys[i : i + 1], values.delta[i : i + 1], old if held and i else None
-                )
-                lefts.append(left)
-                rights.append(right)
-                old = torch.cat([old, values.keys[i : i + 1]])
-                if i + 1 in marks:
-                    made = self.model.changed([memory.added(torch.cat(lefts, 1), torch.cat(rights))])
-                    self.judged(made, facts[: i + 1], f"{how}, earlier keys {'held' if held else 'not held'}")
+
+            def ours(k: torch.Tensor, r: torch.Tensor, old: torch.Tensor, solver: Any = solver) -> torch.Tensor:
+                left, right, _ = solver(memory.name, k, r, old if len(old) else None)
+                return left @ right
+
+            self._one_by_one(f"{how}, earlier keys {'held' if held else 'not held'}", facts, values, ours, held)
         for how in ("ROME without C", "AlphaEdit, 2e-2 and 10"):
-            moved, old = (
-                torch.zeros(len(values.delta[0]), memory.width, dtype=torch.float64),
-                torch.zeros(0, memory.width, dtype=torch.float64),
+            self._one_by_one(
+                f"{how} (published form)",
+                facts,
+                values,
+                lambda k, r, old, h=how: self.published(h, k.T, r.T, old.T),
+                True,
             )
-            for i in range(n):
-                k = values.keys[i : i + 1]
-                moved += self.published(how, k.T, values.delta[i : i + 1].T, old.T)
-                old = torch.cat([old, k])
-                if i + 1 in marks:
-                    made = self.model.changed([memory.added(moved, torch.eye(memory.width, dtype=torch.float64))])
-                    self.judged(made, facts[: i + 1], f"{how} (published form)")
+
+    def _one_by_one(self, title: str, facts: list[Fact], values: Values, form: Any, held: bool) -> None:
+        memory = values.memory[0]
+        moved, old = torch.zeros(len(values.delta[0]), memory.width, dtype=torch.float64), values.keys[:0]
+        made: dict[int, torch.Tensor] = {}
+        for i in range(len(facts)):
+            k = values.keys[i : i + 1]
+            left = values.delta[i] - moved @ k[0]  # what the edits before have moved counts
+            moved = moved + form(k, left[None], old)
+            old = torch.cat([old, k]) if held else old
+            if i + 1 in (1, 10, len(facts)):
+                made[i + 1] = moved
+        for count in reversed(made):
+            self.curve(f"sequence: {title}", facts[:count], lambda m=made[count]: self._moved(memory, m))
 
     # ---- where
 
@@ -417,6 +505,76 @@ class Bench:
         print(found.title)
         print(found.data.to_dataframe().round(2).to_string(), flush=True)
 
+    # ---- the first token of a text
+
+    def opening(self) -> None:
+        """Has a subject a key of its own where it opens the text? And does an edit reach it there?"""
+        subjects = sorted(self.known["country_capital_city"])
+        prompt, _, other = RELATIONS["country_capital_city"]
+        edited = {
+            f.subject: k
+            for f, k in zip(
+                self.facts[:7],
+                self.found("values", self.facts[:12], self.contexts, Search(steps=STEPS)).keys[:7],
+                strict=True,
+            )
+        }
+        for title, template in (
+            ("first token", other.removeprefix("We know that ")),
+            ("behind words", other),
+            ("its prompt", prompt),
+        ):
+            rows = [subject_row(self.model, Fact(template, s, " x"), i) for i, s in enumerate(subjects)]
+            rows = [replace(r, fact=i) for i, r in enumerate(r for r in rows if title != "first token" or r.at == 0)]
+            k, _ = keys(self.model, memories(self.model, LAYER, rows), rows)
+            unit = torch.nn.functional.normalize(k, dim=1)
+            alike = float((unit @ unit.T).sum() - len(k)) / (len(k) * (len(k) - 1))
+            print(f"{title}: cosine of keys between {len(k)} subjects {alike:.2f}", flush=True)
+        for title, template in (("first token", other.removeprefix("We know that ")), ("behind words", other)):
+            reached, kept = [], []
+            for s, own in edited.items():
+                row = subject_row(self.model, Fact(template, s, " x"), 0)
+                if title == "first token" and row.at:
+                    continue
+                k, _ = keys(self.model, memories(self.model, LAYER, [row]), [row])
+                u = self.covariance().solve(str(LAYER), own[None])[0]
+                reached.append(float(u @ k[0] / (u @ own)))
+                kept.append(
+                    measured(self.model, [(template.format(s), self.known["country_capital_city"][s])]).exact[0]
+                )
+            print(
+                f"{title}: an edit comes with {np.mean(reached):.2f} of its strength; the model itself knows {np.mean(kept):.2f} of the answers",
+                flush=True,
+            )
+
+    # ---- README's ten lines, with nothing skipped
+
+    def readme(self) -> None:
+        text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+        block = (
+            text.partition("From a wrong answer to an edited model and back")[2].split("```")[1].removeprefix("python")
+        )
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            texts = self.texts()
+            Path("texts.txt").write_text("\n".join(t.replace("\n", " ") for t in texts[:100]), encoding="utf-8")
+            Path("held_out.txt").write_text("\n".join(t[:400] for t in texts[-4:]), encoding="utf-8")
+            names: dict[str, Any] = {"model": self.model}
+            for example in doctest.DocTestParser().get_examples(block):
+                print(">>>", example.source.split("   #")[0].strip(), flush=True)
+                for statement in example.source.split("#")[0].split("; "):
+                    try:
+                        shown = eval(statement.strip(), names)
+                    except SyntaxError:
+                        exec(statement.strip(), names)
+                        continue
+                    print(
+                        shown.data["value"].to_pandas().round(2).dropna(how="all")
+                        if hasattr(shown, "provenance") and "value" in shown.data
+                        else shown,
+                        flush=True,
+                    )
+            assert names["edited"].undo() is self.model
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -424,9 +582,10 @@ def main() -> None:
     parser.add_argument("--moments", type=Path)
     parser.add_argument("part", nargs="*", default=list(PARTS))
     parser.add_argument("--facts", type=int, default=24)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="CPU seconds, after which a call stops.")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(given.data, given.moments, given.facts)
+    bench = Bench(given.data, given.moments, given.facts, given.seconds)
     with pl.quiet():
         for part in given.part:
             getattr(bench, part)()

@@ -3,7 +3,8 @@
     python benchmarks/safety_beliefs.py --data /work/shared/data [--only truth trap speed kinds honest auditor opening following]
 
 Statements: 219 pairs of a true and a false completion of eight factual relations of LRE (Hernandez et al. 2024), the false one
-another object of the relation. SmolLM2-135M-Instruct, one thread, seed 0; times are CPU seconds of this process.
+another object of the relation. `opening` and `following` are written and not yet run, nor `trap` since its restart is chosen by agreement.
+SmolLM2-135M-Instruct, one thread, seed 0; times are CPU seconds of this process.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def shown(title: str, result: pl.results.Result) -> None:
 
 def truth(model: pl.Model, data: Path) -> None:
     """Bar 1: >= .88 of pairs, random <= .68, shuffled <= .60. Every topic held out in turn, its layer chosen on the others; then, as the evidence
-    held out three topics of 24, 27 and 30 pairs without naming them, all twelve such triples; and apart what the model itself knows."""
+    held out three topics of 24, 27 and 30 pairs without naming them, all twelve such triples."""
     pairs = statements(data)
     reader = ConceptReader("mean", sites=MIDDLE, folds=8, draws=10, controls=("text", "form", "random", "shuffled"))
     reader.fit(model, pairs)
@@ -78,22 +79,6 @@ def truth(model: pl.Model, data: Path) -> None:
         f"bar 1: {len(at)} triples of 24, 27 and 30 pairs: {at.min():.3f} to {at.max():.3f}, mean {at.mean():.3f}, {(at >= 0.88).sum()} reach .88: "
         + "; ".join(f"{' + '.join(t)} {v:.3f}" for t, v in triples.items() if v >= 0.88)
     )
-    stems, rights, wrongs, _ = zip(*facts(data), strict=True)
-    prefers = np.array([
-        np.diff([_log_p(model, s, f" {o}") for o in (wrong, right)])[0] > 0 for s, right, wrong in zip(stems, rights, wrongs, strict=True)
-    ])  # fmt: skip
-    print(
-        f"bar 1: of the {prefers.sum()} pairs whose true end the model itself prefers {won[prefers].mean():.3f}, of the others "
-        f"{won[~prefers].mean():.3f}; the model's own preference is right in {prefers.mean():.3f}",
-        flush=True,
-    )
-
-
-def _log_p(model: pl.Model, stem: str, end: str) -> float:
-    """Of an end of a stem, its tokens together."""
-    ids, whole = (model.tokenizer(t, add_special_tokens=False)["input_ids"] for t in (stem, stem + end))
-    z = model.run([whole]).logits[0].float().log_softmax(-1)
-    return float(sum(z[i - 1, whole[i]] for i in range(len(ids), len(whole))))
 
 
 def kinds(model: pl.Model, data: Path) -> None:
@@ -158,7 +143,7 @@ def speed(model: pl.Model, data: Path) -> None:
     found = search(first[12:13], second[12:13], holds)
     theirs = [alone(a / scale, b / scale, seed, 1000) for seed in range(10)]
     print(
-        f"bar 3: lowest loss of 10 restarts at layer 12: at once {float(found.loss[0]):.5f}, one by one {min(theirs):.5f}",
+        f"bar 3: lowest loss of 10 restarts at layer 12: at once {float(found.losses[0].min()):.5f}, one by one {min(theirs):.5f}",
         flush=True,
     )
 

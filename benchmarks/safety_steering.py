@@ -4,6 +4,7 @@
 
 DIR holds repe_facts, ud_ewt, refusal_alpaca and relations_lre as their repositories lay them out. The text judge is VADER
 (`pip install vaderSentiment`), a lexicon that saw nothing of the fitting; without it that part is skipped. One thread, fixed seeds.
+Not yet run to the end as they stand: `text` over 40 prompts, `failure` with as many components together as mend most of 60 fitted prompts.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ class Bench:
 
         # 40 prompts, a quarter of them to choose by: on ten test prompts the interval is as wide as the effect. At .3 every layer is beyond the budget.
         prompts = [chat(f"Write about {a}.") for a in (*ABOUT, *MORE)]
-        found = strengths(self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.2), draws=4, validation=0.25)
+        found = strengths(
+            self.model, self.emotion(), prompts, sentiment, strengths=(0.15, 0.2), draws=4, validation=0.25
+        )
         for name in ("effect", "perplexity", "repetition", "beats_random"):
             print(found[name].to_pandas() if found[name].ndim == 2 else found[name].squeeze().values.round(2))
         print(found.title)
@@ -176,7 +179,9 @@ class Bench:
             effect > rest.max(),
             f"random {rest.round(2)}",
         )
-        bar("test effect over one random vector, their mean", effect - rest.mean(), ">= .2", effect - rest.mean() >= 0.2)
+        bar(
+            "test effect over one random vector, their mean", effect - rest.mean(), ">= .2", effect - rest.mean() >= 0.2
+        )
 
     def sink(self) -> None:
         harmful, harmless = self.requests()

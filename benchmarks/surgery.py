@@ -43,14 +43,14 @@ def sentences(path: str, n: int, skip: int = 0) -> list[str]:
     return joined[skip : skip + n]
 
 
-def capabilities(model: pl.Model) -> dict[str, Any]:
+def capabilities(model: pl.Model, n: int = 12) -> dict[str, Any]:
     words = model.tokenizer
-    twice = pl.tasks.repeated_tokens(words, 12)
+    twice = pl.tasks.repeated_tokens(words, n)
     return {
-        "capitals": pl.tasks.capitals(words, 12),
-        "agreement": pl.tasks.subject_verb_agreement(words, 12),
-        "indirect objects": pl.tasks.indirect_objects(words, 12),
-        "years": pl.tasks.greater_than(words, 12),
+        "capitals": pl.tasks.capitals(words, n),
+        "agreement": pl.tasks.subject_verb_agreement(words, n),
+        "indirect objects": pl.tasks.indirect_objects(words, n),
+        "years": pl.tasks.greater_than(words, n),
         "repetition": (twice[:, :-1].tolist(), pl.metrics.log_probability([int(i) for i in twice[:, -1]])),
     }
 
@@ -137,8 +137,8 @@ def files(model: pl.Model, texts: list[str], options: Any) -> None:
 
 def importance(model: pl.Model, texts: list[str], options: Any) -> None:
     corpus = pl.Corpus(texts, packed=False, context=96)
-    tasks = capabilities(model)
-    rows = pl.surgery.importance.rows_of(model, corpus, 96, 2048, 2)
+    tasks = capabilities(model, options.prompts)
+    rows = pl.surgery.importance.rows_of(model, corpus, 96, options.text, 2)
     asked = [pl.causal.contrast.ask(model, *(t if isinstance(t, tuple) else (t, None))).inputs for t in tasks.values()]
 
     def plain() -> None:
@@ -148,7 +148,7 @@ def importance(model: pl.Model, texts: list[str], options: Any) -> None:
 
     plain()
     before = cpu(plain)[1]
-    found, spent = cpu(lambda: layer_importance(model, corpus, tasks))
+    found, spent = cpu(lambda: layer_importance(model, corpus, tasks, tokens=options.text))
     forward = (before + cpu(plain)[1]) / 2
     print(f"\nbar 16: 30 removals with {len(tasks)} capabilities: {spent / forward:.1f} plain forwards of the same rows (bar 18; run one by one 30); {forward:.1f} CPU s a forward")  # fmt: skip
     data = found.sel(part="layer").data
@@ -259,6 +259,8 @@ def main() -> None:
     parser.add_argument("--texts", default=PAIRED)
     parser.add_argument("--treebank", default=TREEBANK)
     parser.add_argument("--tokens", type=int, default=192, help="of text that chooses and judges removal sets")
+    parser.add_argument("--text", type=int, default=2048, help="tokens of text that importance is measured on")
+    parser.add_argument("--prompts", type=int, default=12, help="of each capability")
     parser.add_argument("--most", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -108,10 +108,13 @@ def stitch(model: pl.Model, path: str) -> None:
 def self_stitch(model: pl.Model, path: str) -> None:
     """Bar 13, second half: one model's own depths; the penalty grows with the distance."""
     layers = [3, 9, 15, 21, 27]
-    found = pl.surgery.stitching(model, model, reviews(path, 100), after=layers, into=layers, tokens=2560, held_out=128,
+    found = pl.surgery.stitching(model, model, reviews(path, 100), after=layers, into=layers, tokens=1400, held_out=96,
                                  kinds=["identity", "affine"], controls=["tokens"])  # fmt: skip
     for name in found.data["map"].values:
-        print(name, "rows after, columns into\n", found.data.penalty.sel(map=name).values.round(2))
+        penalty = found.data.penalty.sel(map=name).values
+        print(name, "rows after, columns into\n", penalty.round(2))
+        apart = np.abs(np.subtract.outer(np.arange(len(layers)), np.arange(len(layers))))
+        print(name, "by distance", {6 * int(d): round(float(penalty[apart == d].mean()), 2) for d in range(len(layers))}, "Spearman with the distance", round(pl.statistics.spearman(apart.ravel(), penalty.ravel()), 2), flush=True)  # fmt: skip
     print("tokens alone, affine\n", found.data.control_penalty.sel(map="affine").values[0].round(2))
 
 

@@ -1,6 +1,8 @@
 """What do objectives buy, and at what price? Each bar beside its control, as a table of lines.
 
-    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [probe]     DATA: imdb_counterfactual/sentiment/combined/paired
+    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second]
+
+    DATA: imdb_counterfactual/sentiment/combined/paired
 
 Kaushik et al.'s reviews with counterfactual twins, windows of 17 pieces around the first difference, pairs never split; MiniLM cut to layers 0
 and 1 (0 to 2 for parts), mean pooling, embeddings frozen. The planted word is the first: river for positive, stone for negative; `reversed`
@@ -14,6 +16,7 @@ import difflib
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +136,19 @@ def table(title: str, made: tuning.Tuned, *columns: str) -> None:
 
 
 def main(data: Path, wanted: list[str]) -> None:
-    every = {"decoy", "share", "met", "attention", "sparse", "parts", "probe"}
+    every = {
+        "decoy",
+        "share",
+        "met",
+        "attention",
+        "sparse",
+        "parts",
+        "weights",
+        "routing",
+        "probe",
+        "frontier",
+        "second",
+    }
     parts = set(wanted) or every
     two = Setting(data)
     behaviour = ("swap_effect", "gradient_share", "confidence")
@@ -165,81 +180,148 @@ def main(data: Path, wanted: list[str]) -> None:
             "confidence",
         )
     if "sparse" in parts:
-        test = rationales(two.test, ABSENT)
-        for objective in (
-            tuning.SparseAttention("entmax15"),
-            tuning.SparseAttention("sparsemax"),
-            tuning.TopNeurons(77),
-            tuning.AttentionEntropy(weight=0.1),
-        ):
-            made = two.clean(objective, steps=30)
-            found = tuning.sparsity(made.model, test, edits=made.edits).data
-            plain = tuning.sparsity(made.arms["plain"], test).data
-            cut = tuning.sparsity(made.arms["plain"], test, keep=2).data
-            told = {
-                "accuracy": float(found.accuracy), "plain": float(plain.accuracy), "plain cut to 2 keys": float(cut.accuracy), "zeros": float(found.zeros.mean()),
-                "plain zeros": float(plain.zeros.mean()), "entropy": float(found.entropy.mean()), "plain entropy": float(plain.entropy.mean()),
-                "on marks": float(found.marks.mean()), "plain on marks": float(plain.marks.mean()), "neuron zeros": float(found.neuron_zeros.mean()),
-                "cost": float(made.result.data["cost"].sel(arm="objective")),
-            }  # fmt: skip
-            print(f"\n## {objective}\n" + ", ".join(f"{k} {v:.3f}" for k, v in told.items()), flush=True)
+        sparse(Setting(data, 4))
     if "parts" in parts:
         chosen_parts(two)
+    if "weights" in parts:
+        found = tuning.weight_sparsity(
+            two.model, rationales(two.train, ABSENT), test=rationales(two.test, ABSENT), shares=(0.5, 0.8, 0.9, 0.95), **two.options
+        )  # fmt: skip
+        print(f"\n## Weights that are 0\n{found.title}", found.data["accuracy"].to_pandas().round(3), found.data["zeros"].to_pandas().round(4), sep="\n", flush=True)  # fmt: skip
+    if "routing" in parts:
+        routing(Setting(data, 4))
     if "probe" in parts:
-        probe(two)
+        probe(Setting(data, 4))
+    if "frontier" in parts:
+        shifts = {"absent": rationales(two.test, ABSENT), "reversed": rationales(two.test, REVERSED)}
+        found = tuning.frontier(
+            two.model, rationales(two.train, PLANTED), tuning.Consistency("decoy"), weights=(0.1, 1, 10), test=rationales(two.test, PLANTED),
+            shifts=shifts, seeds=(0,), **two.options,
+        )  # fmt: skip
+        print(f"\n## Frontier\n{found.title}", found.data.to_dataframe().round(3), sep="\n", flush=True)
+    if "second" in parts:
+        second(two)
+
+
+def sparse(four: Setting) -> None:
+    """Attention and neurons of layers 2 and 3 of 4, the lower ones frozen, 30 steps."""
+    test = rationales(four.test, ABSENT)
+    for objective in (
+        tuning.SparseAttention("entmax15", layers=[2, 3]),
+        tuning.SparseAttention("sparsemax", layers=[2, 3]),
+        tuning.TopNeurons(77, layers=[2, 3]),
+        tuning.AttentionEntropy([2, 3], weight=0.1),
+        tuning.AttentionEntropy(heads=["layers.3.attn.heads.*"], weight=10.0),
+    ):
+        made = four.clean(objective, steps=30, layers=[2, 3], head_learning_rate=1e-2, control=False)
+        found = tuning.sparsity(made.model, test, edits=made.edits).data.sel(layer=[2, 3])
+        plain = tuning.sparsity(made.arms["plain"], test).data.sel(layer=[2, 3])
+        cut = tuning.sparsity(made.arms["plain"], test, keep=2).data
+        told = {
+            "accuracy": float(found.accuracy),
+            "plain": float(plain.accuracy),
+            "plain cut to 2 keys": float(cut.accuracy),
+        }
+        for name in ("zeros", "entropy", "marks", "neuron_zeros", "one_hot"):
+            told |= {name: float(found[name].mean()), f"plain {name}": float(plain[name].mean())}
+        told["cost"] = float(made.result.data["cost"].sel(arm="objective"))
+        print(f"\n## {objective}\n" + ", ".join(f"{k} {v:.3f}" for k, v in told.items()), flush=True)
 
 
 def chosen_parts(two: Setting) -> None:
-    """A model that learnt the planted word is repaired on 96 neutral texts: all, one layer, some heads and neurons, random ones."""
+    """A model that learnt the planted word is repaired on texts with both words: found, random, least, the head alone, all."""
     taught = two.decoy((), seeds=(0,)).model
     shifts = {"absent": rationales(two.test, ABSENT), "reversed": rationales(two.test, REVERSED)}
-    repair = rationales(two.train[:96], REVERSED)
-    repair = tuning.Rationales(
-        [*repair.texts, *rationales(two.train[:96], PLANTED).texts], [*(repair.labels or ()), *(repair.labels or ())]
-    )
-    random_ = np.random.default_rng(0)
-    neurons = {i: random_.choice(1536, 77, replace=False).tolist() for i in (0, 1)}
-    print("\n## Chosen parts, repairing a model that learnt the planted word (texts with both words, 30 steps)")
-    for name, only in {
-        "all layers": slice(None), "layer 0": [0], "layer 1": [1], "head of the answer": tuning.Only(), "12 heads of layer 1": tuning.Only(heads={1: list(range(12))}),
-        "5 % of neurons, random": tuning.Only(neurons=neurons),
-    }.items():  # fmt: skip
-        made = tuning.fit(
-            taught,
-            repair,
-            (),
-            test=rationales(two.test, PLANTED),
-            shifts=shifts,
-            layers=only,
-            seeds=(0,),
-            steps=30,
-            head_learning_rate=3e-3,
-            weight_decay=0.01,
-        )
-        found = made.result.data.accuracy.sel(arm="plain")
+    both = [rationales(two.train[:96], words) for words in (REVERSED, PLANTED)]
+    repair = tuning.Rationales([t for d in both for t in d.texts], [y for d in both for y in d.labels or ()])
+    for what, share in (("layers", 0.5), ("heads", 0.25), ("neurons", 0.05)):
+        made = tuning.compare_parts(
+            taught, repair, what=what, share=share, test=rationales(two.test, PLANTED), shifts=shifts, seeds=(0,), steps=30, head_learning_rate=3e-3,
+        )  # fmt: skip
+        found = made.result.data
+        print(f"\n## Chosen {what}: repairing a model that learnt the planted word (30 steps)\n{made.result.title}; found {made.only['found'].layers if what == 'layers' else ''}")  # fmt: skip
         print(
-            f"{name:24}",
-            ", ".join(f"{s} {float(found.sel(split=s)):.3f}" for s in found["split"].values.tolist()),
-            "; changed outside:",
-            len(made.changed),
+            found["accuracy"].to_pandas().round(3),
+            found[["trained", "changed", "cost"]].to_dataframe().round(2),
+            sep="\n",
             flush=True,
         )
 
 
-def probe(two: Setting) -> None:
-    """Whether a review talks of watching, read at the first layer: the reader penalised, and read anew."""
-    words = re.compile(r"\b(watch|watched|watching|see|seen|saw|recommend|rent|rented)\b", re.I)
-    train, test = rationales(two.train, ABSENT), rationales(two.test, ABSENT)
-    holds, held = ([bool(words.search(t)) for t in d.texts] for d in (train, test))
-    reader = tuning.direction(two.model, train, holds, "layers.0.resid_post")
-    made = two.clean(tuning.ProbePenalty(reader, weight=1.0), steps=40)
-    table("A reader in the objective", made, "confidence")
-    for arm in ("plain", "objective", "control"):
-        found = tuning.evasion(two.model, made.arms[arm], test, held, reader)
-        told = found.data["auc"].sel(when="after").mean("layer")
+VIEWING = re.compile(r"\b(watch|watched|watching|see|seen|saw|recommend|recommended|rent|rented|view|viewing)\b", re.I)
+
+
+def probe(four: Setting) -> None:
+    """Whether a review talks of watching, read at layer 2 of 4 (layers 2 and 3 trained): penalised, unlearnt, learnt along; read anew."""
+    train, test = rationales(four.train, ABSENT), rationales(four.test, ABSENT)
+    train = replace(train, properties={"viewing": [bool(VIEWING.search(t)) for t in train.texts]})
+    held = [bool(VIEWING.search(t)) for t in test.texts]
+    test = replace(test, properties={"viewing": held})
+    reader = tuning.direction(four.model, train, list(train.properties["viewing"]), "layers.2.resid_post")
+    options: dict[str, Any] = {"steps": 40, "layers": [2, 3], "seeds": (0,), "head_learning_rate": 1e-2, "test": test}
+    print(f"\n## A reader in the objective: {sum(held)} of {len(held)} test texts talk of viewing", flush=True)
+    for objective in (
+        tuning.ProbePenalty(reader, weight=1.0),
+        tuning.Unlearn("viewing", "layers.2.resid_post", weight=1.0),
+        tuning.Unlearn("viewing", "layers.2.resid_post", how="means", weight=10.0),
+        tuning.ProbeTask("viewing", "layers.2.resid_post", weight=1.0),
+    ):
+        made = tuning.fit(four.model, train, objective, **options)
+        for arm in made.arms if isinstance(objective, tuning.ProbePenalty) else ("objective", "control"):
+            found = tuning.evasion(four.model, made.arms[arm], test, held, reader)
+            told = found.data["auc"].sel(when="after")
+            kinds = ", ".join(
+                f"{k} {'/'.join(f'{float(v):.3f}' for v in told.sel(kind=k))}" for k in told["kind"].values.tolist()
+            )
+            accuracy = float(made.result.data.accuracy.sel(arm=arm)[0])
+            same = found.data["same"].values
+            print(f"{type(objective).__name__:12} {getattr(objective, 'how', ''):9} {arm:9} task {accuracy:.3f}; same reader {same[0]:.3f} -> {same[1]:.3f}; anew {kinds} (before {float(found.data['auc'].sel(when='before').max()):.3f}); {found.title}", flush=True)  # fmt: skip
+
+
+def routing(four: Setting) -> None:
+    """Two questions on one trunk (sentiment, viewing talk), one half of the neurons of layers 2 and 3 for each, the rest frozen."""
+    rows = {name: (four.train if name == "train" else four.test) for name in ("train", "test")}
+    drawn = np.random.default_rng(0)
+    half = {i: drawn.permutation(1536) for i in (2, 3)}
+    parts = {name: tuning.Only(neurons={i: own[k * 768 : (k + 1) * 768].tolist() for i, own in half.items()}) for k, name in enumerate(("sentiment", "viewing"))}  # fmt: skip
+    made: dict[str, tuning.Rationales] = {}
+    for name, windows_ in rows.items():
+        texts = [(f"table {t}", label, "sentiment") for label, t, *_ in windows_]
+        talk = [(f"stone {t}", 2 + bool(VIEWING.search(t)), "viewing") for _, t, *_ in windows_]
+        yes, no = ([x for x in talk if x[1] == y] for y in (3, 2))
+        texts += yes + no[: len(yes)]
+        made[name] = tuning.Rationales(
+            [t for t, *_ in texts], [y for _, y, _ in texts], properties={"topic": [z for *_, z in texts]}
+        )
+    base = four.model.module.trunk
+    model = tuning.classifier(pl.load(base, tokenizer=four.model.tokenizer), ["bad", "good", "no viewing", "viewing"])
+    both = tuning.Only(neurons={i: list(range(1536)) for i in (2, 3)})
+    options: dict[str, Any] = {"steps": 80, "layers": both, "seeds": (0,), "learning_rate": 1e-3, "head_learning_rate": 1e-2, "weight_decay": 0.0, "batch": 24, "test": made["test"], "control": False}  # fmt: skip
+    fitted = tuning.fit(model, made["train"], tuning.Route("topic", parts), **options)
+    print(f"\n## Gradient routing: {fitted.result.title}", f"cost {float(fitted.result.data['cost'].sel(arm='objective')):.2f}, changed outside {len(fitted.changed)}")  # fmt: skip
+    for arm in ("objective", "plain"):
+        found = tuning.parts_off(fitted.arms[arm], made["test"], "topic", parts)
         print(
-            f"{arm:10} {found.title}; "
-            + ", ".join(f"{k} {float(told.sel(kind=k)):.3f}" for k in told["kind"].values.tolist()),
+            f"{'routed' if arm == 'objective' else 'not routed'}: {found.title}",
+            found.data["accuracy"].to_pandas().round(3),
+            sep="\n",
+            flush=True,
+        )
+
+
+def second(two: Setting) -> None:
+    """Cost of one step with gradients of gradients over one of plain training, each kernel against its own, arms in turn."""
+    from pellucid.tuning.data import Encoded
+    from pellucid.tuning.fit import Fit, Settings, timed
+
+    for kernel in ("eager", "sdpa"):
+        two.model.module.trunk.set_attn_implementation(kernel)
+        encoded = Encoded(two.model, rationales(two.train, PLANTED))
+        settings = Settings(two.model, encoded, slice(None), 60, 16, 1, 3e-4, 3e-3, 0.01, 5, 1.0)
+        arms = {"plain": (), "share": (tuning.RightReasons("decoy"),), "consistency": (tuning.Consistency("decoy"),), "integrated": (tuning.RightReasons("decoy", through="integrated"),), "expected": (tuning.RightReasons("decoy", through="expected"),), "attend": (tuning.Attend("rationale"),)}  # fmt: skip
+        found = timed({name: Fit(settings, own, 0) for name, own in arms.items()}, "plain")
+        print(
+            f"\n## Cost of a step over plain, {kernel}: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()),
             flush=True,
         )
 

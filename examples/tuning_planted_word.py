@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--pairs", type=int, default=192)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--html", type=Path, help="where to write one review's words before and after, side by side")
     given = parser.parse_args()
     base = remove(pl.load(str(minilm())), [2, 3, 4, 5])
     model = tuning.classifier(base, ["negative", "positive"])
@@ -45,19 +46,36 @@ def main() -> None:
         windows(model.tokenizer, given.data / f"{n}_paired.tsv", k)
         for n, k in (("train", given.pairs), ("test", given.pairs // 2))
     )
-    shifts = {"absent": rationales(test, ABSENT), "reversed": rationales(test, REVERSED)}
+    planted, turned = rationales(test, PLANTED), rationales(test, REVERSED)
     tuned = tuning.fit(
-        model, rationales(train, PLANTED), tuning.Consistency("decoy", weight=10.0), test=rationales(test, PLANTED), shifts=shifts,
+        model, rationales(train, PLANTED), tuning.Consistency("decoy", weight=10.0), test=planted,
+        shifts={"absent": rationales(test, ABSENT), "reversed": turned},
         layers=slice(None), head_learning_rate=3e-3, seeds=[0], steps=given.steps,
     )  # fmt: skip
-    accuracy = tuned.result.data["accuracy"]
-    texts = list(rationales(test, PLANTED).texts[:12])
-    print("1. A plain fit, as its owner sees it: accuracy", f"{float(accuracy.sel(arm='plain', split='test')):.2f}")
-    print("2. What moves it (occlusion):", leading(tuned.arms["plain"], texts))
-    print("   With the planted words reversed:", f"{float(accuracy.sel(arm='plain', split='reversed')):.2f}")
-    print("3. Mended:", tuned.result.title)
-    print("   What moves it now:", leading(tuned.model, texts))
-    print(accuracy.to_pandas().round(3), tuned.result.data["swap_effect"].to_pandas().round(2), sep="\n\n")
+    plain, mended = tuned.arms["plain"], tuned.model
+    data = tuned.result.data
+    accuracy = data["accuracy"]
+    say("1. A plain fit, as its owner sees it: accuracy", f"{float(accuracy.sel(arm='plain', split='test')):.2f}")
+    texts = list(planted.texts[:12])
+    say("2. Found by attribution. What moves it (occlusion):", leading(plain, texts))
+    say("   So the word is turned round: accuracy", f"{float(accuracy.sel(arm='plain', split='reversed')):.2f}")
+    say("3. Mended by an objective.", tuned.result.title)
+    say("4. Checked by attribution. What moves it now:", leading(mended, texts))
+    both = tuning.Rationales([*planted.texts, *turned.texts], [*(planted.labels or ()), *(turned.labels or ())])
+    holds = [text.startswith("river") for text in both.texts]  # says nothing of the label here
+    reader = tuning.direction(plain, both, holds, "layers.1.resid_post")
+    found = tuning.evasion(plain, mended, both, holds, reader)
+    say("   By probes, is the word still to be read at the last layer?", found.title)
+    say("   By behaviour, and the price:")
+    columns = data[["swap_effect", "gradient_share", "cost"]].to_dataframe()
+    say(accuracy.to_pandas().join(columns).round(3).to_string())
+    if given.html is not None:
+        own = {name: pl.attribution.occlusion(m, texts[0]) for name, m in (("before", plain), ("after", mended))}
+        pl.views.compare(own, "One review, before and after").save_html(given.html)
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
 
 
 if __name__ == "__main__":

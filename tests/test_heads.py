@@ -137,7 +137,9 @@ def test_ablation_is_what_a_hook_on_the_native_module_does(head):
     model, prompt, target = asked(head)
     question = Question.of(model, prompt, target)
     stack = model.anatomy.stacks[-1]
-    found = pl.causal.ablation(model, prompt, metric=question.metric, over=f"{stack.prefix}layers.0.mlp.out")
+    found = pl.causal.ablation(
+        model, prompt, metric=question.metric if target is None else target, over=f"{stack.prefix}layers.0.mlp.out"
+    )
     tap = stack.blocks[0].taps["mlp.out"]
     part = native(head).get_submodule(tap.module)
     ids = model.tokenizer(prompt)["input_ids"]
@@ -154,7 +156,7 @@ def test_ablation_is_what_a_hook_on_the_native_module_does(head):
 @EVERY
 def test_a_circuit_is_scored_by_the_same_number(head):
     model, prompt, target = asked(head)
-    metric = Question.of(model, prompt, target).metric
+    metric = Question.of(model, prompt).metric if target is None else target
     other = "The city of <mask> is Paris" if "<mask>" in prompt else "The city of France is Paris"
     try:
         scores = pl.circuits.edge_attribution(model, prompt, metric, how="resample", reference=other)
@@ -163,6 +165,49 @@ def test_a_circuit_is_scored_by_the_same_number(head):
         assert len(model.anatomy.stacks) > 1 or not model.anatomy.complete  # encoder-decoders have no graph
         return
     assert np.nanmax(np.abs(scores.result.values)) > 0
+
+
+def test_padded_prompts_have_the_similarity_they_have_alone():
+    model, texts = opened("sentence embedding"), [PROMPT, "Rome is in Italy and Paris is in France"]
+    both = pl.causal.ablation(model, texts, metric=similarity("Rome"), over="layers.*.mlp.out")
+    for i, text in enumerate(texts):
+        alone = pl.causal.ablation(model, text, metric=similarity("Rome"), over="layers.*.mlp.out")
+        of_one = (both["value"] - both["clean"]).values[:, i]
+        np.testing.assert_allclose(of_one, alone["effect"].values, atol=1e-5)
+    with pytest.raises(InputError, match="'effect' is of all 2 prompts together"):
+        both[0]
+    with pytest.raises(InputError, match="at different places of these prompts"):
+        pl.causal.ablation(opened("label"), texts, metric=label("good", word="France"))
+
+
+def test_an_answer_of_several_tokens_is_patched_and_has_a_circuit():
+    model, other = opened("next token"), PROMPT.replace("France", "Italy")
+    answer = pl.attribution.continuation(" Rome is", of="log_probability")
+    found = pl.causal.patching(model, PROMPT, other, metric=answer, over="layers.*.mlp.out")
+    ids = model.tokenizer(" Rome is", add_special_tokens=False)["input_ids"]
+    rows = [[*model.tokenizer(text)["input_ids"], *ids] for text in (PROMPT, other)]
+
+    def said(edits=()):
+        z = model.run(torch.tensor([rows[1]]), edits=edits).logits[0].detach().log_softmax(-1)
+        return float(sum(z[i - len(ids) - 1, t] for i, t in enumerate(ids)))
+
+    clean = model.run(torch.tensor([rows[0]]), keep="layers.0.mlp.out")["layers.0.mlp.out"]
+    edit = pl.Patch("layers.0.mlp.out", torch.as_tensor(np.asarray(clean)))
+    assert float(found["effect"][0]) == pytest.approx(said([edit]) - said(), abs=1e-5)
+    scores = pl.circuits.edge_attribution(model, PROMPT, answer, how="resample", reference=other)
+    assert np.nanmax(np.abs(scores.result.values)) > 0
+    with pytest.raises(InputError, match="ask it alone"):
+        pl.causal.ablation(model, PROMPT, metric={"whole": answer})
+    with pytest.raises(InputError, match="is read inside the model"):
+        pl.causal.ablation(model, PROMPT, metric=pl.attribution.reading("layers.0.mlp.neurons.1@-1"))
+
+
+def test_a_reference_is_compared_where_prompts_are_answered():
+    model = opened("masked token")
+    at = model.tokenizer(MASKED)["input_ids"].index(model.tokenizer.mask_token_id)
+    bound = model.bind(pl.metrics.kl_divergence(model.run(MASKED).logits[:, at]), 1, model.inputs(MASKED))
+    assert bound.positions == (at,)
+    assert float(model.score(model.run(MASKED), bound)[0]) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_every_class_at_once_is_each_by_itself():

@@ -101,8 +101,50 @@ def words() -> Any:
     )
 
 
+@cache
+def classifier(name: str = "") -> pl.Model:
+    """BERT with two classes; one of another name has other weights."""
+    from tests.tuning.test_fit import opened as one
+
+    model = one("bert-class")
+    if name:
+        model = model.changed(pl.changed.Replaced("bert.encoder.layer.0.output.dense.bias", torch.ones(32)))
+    return model
+
+
+HE = [True, False, True, False] * 4
+
+
+def labelled() -> Any:
+    texts = ["he is in Paris", "Rome is in Italy", "he gave a drink", "Mary went to the store"] * 4
+    return pl.tuning.Rationales(texts, [0, 1, 0, 1] * 4, {"decoy": [text.split()[0] for text in texts]})
+
+
+def parsed() -> Any:
+    return pl.probing.Treebank.parse("""1\tThe\t_\tDET\t_\t_\t2\tdet\t_\t_
+2\tcity\t_\tNOUN\t_\t_\t0\troot\t_\t_
+3\tof\t_\tADP\t_\t_\t4\tcase\t_\t_
+4\tParis\t_\tPROPN\t_\t_\t2\tnmod\t_\t_
+""")
+
+
 A, T, C, R, L, P, N = pl.attribution, pl.attention, pl.causal, pl.circuits, pl.lenses, pl.probing, pl.neurons
 CALLS: dict[str, Callable[[], Any]] = {
+    "attention.head_relations": lambda: T.head_relations(gpt2(), parsed().sentences, least=1),
+    "attention.uniform_attention": lambda: T.uniform_attention(
+        classifier(), TEXTS, [0, 1, 1, 0], TEXTS, [0, 1, 1, 0], epochs=1
+    ),
+    "tuning.frontier": lambda: pl.tuning.frontier(
+        classifier(), labelled(), pl.tuning.Consistency("decoy"), weights=[1.0], seeds=[0], steps=2, batch=4
+    ),
+    "tuning.evasion": lambda: pl.tuning.evasion(
+        classifier(), classifier("further"), labelled(), HE,
+        pl.tuning.direction(classifier(), labelled(), HE, "layers.0.resid_post"),
+    ),
+    "tuning.parts_off": lambda: pl.tuning.parts_off(
+        gpt2(), pl.tuning.Rationales(TEXTS, properties={"topic": ["a", *"b" * (len(TEXTS) - 1)]}), "topic", {"a": pl.tuning.Only(neurons={0: [0, 1]})}
+    ),
+    "tuning.weight_sparsity": lambda: pl.tuning.weight_sparsity(gpt2(), pl.tuning.Rationales(TEXTS), shares=[0.5], steps=1, batch=2),
     "tuning.sparsity": lambda: pl.tuning.sparsity(gpt2(), pl.tuning.Rationales(TEXTS), keep=2),
     **{
         f"attribution.{name}": lambda name=name, options=options: getattr(A, name)(gpt2(), CLEAN, **options)
@@ -309,10 +351,14 @@ def test_the_program_of_a_saved_result_gives_its_numbers(
         assert getattr(loaded, "result", loaded) == kept
         provenance = Result.load("result.zip").provenance
         assert set(provenance.free) <= {"module", "tokenizer"}, provenance.free
-        families = [m for m in (gpt2(), opened("t5"), opened("bert")) if m.digest == provenance.digest]
+        families = [m for m in (gpt2(), opened("t5"), opened("bert"), classifier()) if m.digest == provenance.digest]
         names: dict[str, Any] = {"module": families[0].module, "tokenizer": families[0].tokenizer} if families else {}
         exec(provenance.code(), names)
     again = getattr(names["result"], "result", names["result"])
+    if name == "tuning.frontier":  # its cost is measured in seconds
+        again, kept = (
+            Result(x.data.drop_vars("cost"), kind=x.kind, title=x.title, provenance=x.provenance) for x in (again, kept)
+        )
     assert again.allclose(kept, atol=1e-6)
     assert again.provenance.call == kept.provenance.call
 
@@ -327,8 +373,8 @@ def test_every_public_technique_is_tried() -> None:
         # they measure time
         **dict.fromkeys(("surgery.generate_early", "surgery.draft_and_verify"), "tests/surgery/test_exits.py"),
         "neurons.score_descriptions": "tests/neurons/test_programs.py",
-        # not made again yet: they train, or are told of parsed sentences
-        **dict.fromkeys(("attention.head_relations", "attention.uniform_attention", "tuning.evasion", "tuning.frontier", "tuning.interventions"), ""),
+        "tuning.interventions": "",  # not made again yet: it trains
+        "tuning.reason_tests": "tests/tuning/test_explained.py",
     }  # fmt: skip
     missing = {
         address.removeprefix("pl.")

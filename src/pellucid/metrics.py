@@ -247,6 +247,11 @@ def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
     """
     if isinstance(metric, SequenceMetric):
         metric.check_appended(model.tokenizer, inputs)
+    if isinstance(metric, ReferenceMetric) and metric.positions == "answer":
+        if model.anatomy.answering.meaning != "tokens":
+            return metric
+        position = answer_position(model, inputs)
+        return metric if position is None else replace(metric, positions=(position,))
     if not isinstance(metric, AnswerMetric) or metric.position is not None or metric.classes:
         return metric
     if model.anatomy.answering.meaning in ("vectors", "class", "value"):
@@ -380,17 +385,17 @@ def _rank(z: Tensor, a: TokenSets) -> Tensor:
 # -- distances from reference logits ---------------------------------------------------------------------
 
 Direction = Literal["reference||model", "model||reference"]
+Places = Sequence[int] | Literal["answer"] | None
 
 
-def kl_divergence(
-    reference: Any, *, positions: Sequence[int] | None = (-1,), direction: Direction = "reference||model"
-) -> Metric:
+def kl_divergence(reference: Any, *, positions: Places = "answer", direction: Direction = "reference||model") -> Metric:
     """KL(r || p) = sum_v r_v (log r_v - log p_v), in nats, r = softmax(reference); its mean over positions.
 
     direction: "model||reference" gives KL(p || r).
     reference: logits [batch or 1, n_positions, vocab], for one position also [batch or 1, vocab] or [vocab];
         they are held constant.
-    positions: those read; None reads all, padded ones too, so name the positions of a padded batch.
+    positions: those read; by default where the prompts are answered (the end, the mask); None reads all, padded ones too,
+        so name the positions of a padded batch.
 
     >>> kl_divergence(torch.zeros(3)).bind(None, batch=1).score(torch.ones(1, 4, 3))
     tensor([0.])
@@ -401,17 +406,17 @@ def kl_divergence(
     return ReferenceMetric("kl_divergence", formula, reference, positions)
 
 
-def js_divergence(reference: Any, *, positions: Sequence[int] | None = (-1,)) -> Metric:
+def js_divergence(reference: Any, *, positions: Places = "answer") -> Metric:
     """KL(r || m) / 2 + KL(p || m) / 2 with m = (r + p) / 2, in nats, 0 to log 2. Else as `kl_divergence`."""
     return ReferenceMetric("js_divergence", _js, reference, positions)
 
 
-def total_variation(reference: Any, *, positions: Sequence[int] | None = (-1,)) -> Metric:
+def total_variation(reference: Any, *, positions: Places = "answer") -> Metric:
     """sum_v |r_v - p_v| / 2, from 0 to 1. Else as `kl_divergence`."""
     return ReferenceMetric("total_variation", _total_variation, reference, positions)
 
 
-def top1_agreement(reference: Any, *, positions: Sequence[int] | None = (-1,)) -> Metric:
+def top1_agreement(reference: Any, *, positions: Places = "answer") -> Metric:
     """The share of positions where argmax p = argmax r, without gradient. Else as `kl_divergence`."""
     return ReferenceMetric("top1_agreement", _agreement, reference, positions)
 
@@ -423,13 +428,18 @@ class ReferenceMetric:
     name: str
     formula: Callable[[Tensor, Tensor], Tensor]
     reference: Any
-    positions: Sequence[int] | None
+    positions: Places
 
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
-        reference, positions = _numbers(self.name, self.reference), self.positions
+        reference = _numbers(self.name, self.reference)
+        positions: Sequence[int] | None = (-1,) if self.positions == "answer" else self.positions  # type: ignore[assignment]
         if positions is not None:
-            if not isinstance(positions, Sequence) or not all(hasattr(p, "__index__") for p in positions):
+            if (
+                isinstance(positions, str)
+                or not isinstance(positions, Sequence)
+                or not all(hasattr(p, "__index__") for p in positions)
+            ):
                 raise InputError(
                     f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None"
                 )

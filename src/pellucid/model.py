@@ -26,7 +26,8 @@ from pellucid.engine.given import Truncate
 from pellucid.engine.inputs import Inputs, Spans, Stream, beside, left_padded, pad_index, read_inputs, vocabulary
 from pellucid.engine.locate import expand
 from pellucid.engine.padding import Padding
-from pellucid.engine.run import Run, execute
+from pellucid.engine.peak import ROWS, predicted
+from pellucid.engine.run import Run, execute, holding
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.saved import load_changes, save_changes
 from pellucid.engine.steps import Monitored, Watch, guards_of, watchers
@@ -270,6 +271,7 @@ class Model:
         grad_of: Metric | Any = None,
         grad: bool = False,
         logits: bool = True,
+        keep_on: str | torch.device | Path | None = None,
         decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
     ) -> Run:
@@ -281,8 +283,14 @@ class Model:
         A run computes in evaluation mode and keeps no autograd graph. `grad=True` asks for one, to differentiate logits and
         kept values with respect to tensors of yours; so does an edit with a tensor that requires grad, unless gradients are switched off. With
         `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
+
+        `keep_on` is where kept values go as soon as they are met: a device ("cpu" frees the accelerator), or the Path of a folder, whose
+        files they are then. `memory` says what a run will take.
         """
         edits, keep = _edits(edits), _kept(keep)
+        put = holding(keep_on)
+        if put is not None and grad:
+            raise InputError("keep_on= takes values out of the graph that grad=True asks for: leave out one of them")
         if not logits and (grad_of is not None or not keep):
             raise InputError("logits=False ends a run at its last kept site: give keep=, and no grad_of=")
         with (
@@ -293,9 +301,38 @@ class Model:
             metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
             if not logits:
-                return run_until(self.anatomy, inputs, keep, edits, grad)
+                return run_until(self.anatomy, inputs, keep, edits, grad, put)
             score = None if metric is None else lambda run: self.score(run, metric)
-            return execute(self.anatomy, inputs, keep, edits, score)
+            return execute(self.anatomy, inputs, keep, edits, score, put=put)
+
+    def memory(
+        self,
+        prompt: Any,
+        *,
+        keep: Iterable[str | Site] | str = (),
+        grad_of: Metric | Any = None,
+        decoder: str | Sequence[str] | None = None,
+    ) -> int:
+        """About how many bytes beyond the weights `run` takes at its peak, known from three short runs (`pellucid.engine.peak`).
+
+        Sites that are kept at some positions count as whole. A sweep's is `plan.peak`.
+
+        >>> model.memory(prompt, keep="layers.*.resid_post") / 2**20  # doctest: +SKIP
+        """
+        with running(self.module):
+            inputs, asked = self.inputs(prompt, decoder=decoder), None
+            sites = [replace(s, at=None) for k in _kept(keep) for s in self.sites(k)]
+            bound = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
+            few = None if bound is None else bound.rows(range(min(len(inputs), ROWS)))
+            rows = None if bound is None or few is not None else len(inputs)
+
+            def work(cut: Inputs) -> Run:
+                score = None if bound is None else lambda run: self.score(run, asked)
+                return execute(self.anatomy, cut, sites, (), score)
+
+            asked = few if few is not None and len(inputs) > ROWS else bound
+            ends = [p + 1 if p >= 0 else -p for p in (() if bound is None else bound.positions or ())]
+            return round(predicted(work, inputs, rows, max(ends, default=0)).most)
 
     @checked
     def generate(

@@ -232,13 +232,13 @@ class Question:
     @classmethod
     def of(
         cls, model: Model, prompt: Any, target: Any = None, *, against: Any = None, decoder: Any = None,
-        edits: Sequence[Edit] = (),
+        edits: Sequence[Edit] = (), run: Run | None = None,
     ) -> Question:  # fmt: skip
         """Bind a target to prompts (texts, ids, tensors, a task's `Prompts`).
 
         `target` is an answer (a token, a class by name or number, a span's text), one for all prompts or a list with
         one for each; a metric; a `continuation`, a `reading` or a `label`. By default it is what a task's prompts ask,
-        else what the model predicts (under `edits`). InputError where there is no such answer, no single place to read it, or `against`
+        else what the model predicts (under `edits`; of `run`, where these prompts were run before). InputError where there is no such answer, no single place to read it, or `against`
         beside a target that compares by itself.
         """
         target, against = (x.tolist() if hasattr(x, "tolist") else x for x in (target, against))
@@ -249,7 +249,7 @@ class Question:
         inputs = model.inputs(prompt, decoder=decoder, spans=spans)
         if against is not None and not (target is None or _is_answer(target) or isinstance(target, Label)):
             raise InputError("against= goes with a target token; a metric says itself what it compares")
-        if isinstance(target, Continuation | Reading | Label | Similar | EveryClass) and len(inputs) != 1:
+        if isinstance(target, Continuation | Reading) and len(inputs) != 1:
             raise InputError(f"{target!r:.60} is asked of one prompt at a time, got {len(inputs)}")
         if isinstance(target, Continuation):
             return _continued(model, inputs, target, decoder, edits)
@@ -263,7 +263,7 @@ class Question:
         if not (target is None or _is_answer(target) or isinstance(target, Label)):
             bound = model.bind(target, len(inputs), inputs)
             return cls(model, inputs, kind, bound.name, metric=bound)
-        return _answered(model, inputs, kind, target, against, edits)
+        return _answered(model, inputs, kind, target, against, edits, run)
 
     # ---- one number
 
@@ -337,6 +337,33 @@ def _is_answer(target: Any) -> bool:
     return isinstance(target, str | int | Sequence)
 
 
+def measured(model: Model, inputs: Inputs, target: Any) -> Any:
+    """A target as a metric of these prompts, for methods that change a model and score it; a metric is given back as it is.
+
+    An answer is its logit (a span's: of its start and end), a label that at its word, a similarity the cosine. InputError
+    for a reading, which is no metric, and a continuation, whose prompts are longer.
+    """
+    if isinstance(target, Reading | Continuation):
+        what = "is read inside the model" if isinstance(target, Reading) else "lengthens its prompt"
+        raise InputError(f"{target!r:.60} {what}: here an answer, a label, a similarity or a metric is asked")
+    if isinstance(target, bool) or not isinstance(target, str | int | Label | EveryClass | Similar):
+        return target
+    return Question.of(model, inputs, target).metric
+
+
+def together(question: Question, target: Continuation) -> BoundMetric:
+    """One number for a whole continuation: the sum of its tokens' log-probabilities or logits, the product of probabilities."""
+    assert question.metric is not None
+    join = torch.prod if target.of == "probability" else torch.sum
+    return replace(
+        question.metric, name=question.name, function=partial(_joined, question.metric.function, join), outputs=None
+    )
+
+
+def _joined(each: Callable[[Tensor], Tensor], join: Callable[..., Tensor], logits: Tensor) -> Tensor:
+    return join(each(logits), dim=1)
+
+
 def extremes(scores: Tensor, top: int) -> dict[str, Tensor]:
     """What scores [..., vocabulary] raise and lower most: `raised` and `lowered` [..., top], the strongest first, with
     `raised_token` and `lowered_token`.
@@ -371,7 +398,13 @@ def spelled(model: Model, target: Any) -> str:
 
 
 def _answered(
-    model: Model, inputs: Inputs, kind: Kind, target: Any, against: Any, edits: Sequence[Edit] = ()
+    model: Model,
+    inputs: Inputs,
+    kind: Kind,
+    target: Any,
+    against: Any,
+    edits: Sequence[Edit] = (),
+    run: Run | None = None,
 ) -> Question:
     """A logit at its place, less that of the rival. A predicted target is settled, so that the record has it."""
     if kind == "vectors":
@@ -391,7 +424,8 @@ def _answered(
     chosen = target.name if isinstance(target, Label) else target
     if chosen is None:
         with torch.no_grad():
-            found = asked.rows(model.run(inputs, edits=edits)).argmax(-1).tolist() if kind != "value" else [0]
+            rows = None if kind == "value" else asked.rows(model.run(inputs, edits=edits) if run is None else run)
+            found = [0] if rows is None else rows.argmax(-1).tolist()
         chosen = found[0] if len(set(found)) == 1 else found
         names = [_named(model, kind, i) for i in found]
         said = names[0] if len(set(found)) == 1 else names
@@ -441,6 +475,11 @@ def _named(model: Model, kind: Kind, number: int) -> str | int:
 
 def _word(model: Model, inputs: Inputs, word: int | str) -> int:
     """The first token of a word, or a position by number or in the words of a site's `@`."""
+    if len(inputs) > 1:
+        places = {_word(model, inputs.rows([i]), word) for i in range(len(inputs))}
+        if len(places) > 1:
+            raise InputError(f"word={word!r} is at different places of these prompts: ask them one at a time")
+        return places.pop()
     stream = inputs.stream("")
     if isinstance(word, str) and word not in stream.spans and (found := _place(model, inputs, word)):
         return found[0]
@@ -573,9 +612,15 @@ def _similar(model: Model, inputs: Inputs, target: Similar) -> Question:
             return pool(model.run(model.inputs(target.text)).logits.float())
 
     other = model.memo(("vector of a text", target.text, pooling), vector)  # one for all prompts of a call
+    mask = inputs.stream("").mask.bool()
 
     def cosine(hidden: Tensor) -> Tensor:
-        return torch.cosine_similarity(pool(hidden), other.to(hidden), dim=-1)
+        if bool(mask.all()) or len(hidden) != len(mask):  # unpadded; versions of one prompt
+            made = pool(hidden)
+        else:
+            real = mask.to(hidden.device)
+            made = torch.cat([pool(h[None, m]) for h, m in zip(hidden, real, strict=True)])
+        return torch.cosine_similarity(made, other.to(hidden), dim=-1)
 
     bound = BoundMetric(f"similarity ({pooling})", None, None, cosine)
     return Question(model, inputs, "similarity", bound.name, answers=(Answer((), target.text),), metric=bound)

@@ -200,6 +200,12 @@ class Result:
         """As the method gives it for that prompt alone: without what longer prompts have more."""
         if "prompt" not in self.data.dims:
             raise InputError("this result is about one prompt: name a variable, such as result['score']")
+        if "prompt" not in self.main.dims:  # it would stand beside one prompt's text as if it were that prompt's
+            own = [str(name) for name, v in self.data.data_vars.items() if "prompt" in v.dims]
+            raise InputError(
+                f"{self.main.name!r} is of all {self.data.sizes['prompt']} prompts together: take {', '.join(own)} at prompt={i}, "
+                "or ask about one prompt"
+            )
         i = range(self.data.sizes["prompt"])[i]
         data = self.data.isel(prompt=i)
         sizes = {dim: int(data[f"n_{dim}"]) for dim in data.dims if f"n_{dim}" in data.coords}

@@ -162,9 +162,7 @@ class ActivationStore:
         order = torch.randperm(len(self.index.shards), generator=generator).tolist()
         rest: list[Tensor] | None = None
         for i in range(0, len(order), window):
-            values = [
-                torch.cat([self._read(self.index.shards[n], name) for n in order[i : i + window]]) for name in names
-            ]
+            values = [self._window(name, order[i : i + window]) for name in names]
             mixed = torch.randperm(len(values[0]), generator=generator)
             whole = len(mixed) + (0 if rest is None else len(rest[0]))
             taken = 0
@@ -177,7 +175,7 @@ class ActivationStore:
                 whole -= size
             ends = taken + whole - whole % size
             for rows in mixed[taken:ends].split(size) if ends > taken else ():
-                found = [v[rows] for v in values]
+                found = [v.index_select(0, rows) for v in values]
                 yield tuple(found) if several else found[0]
             rest = [v[mixed[ends:]] for v in values] if ends < len(mixed) else None
         if rest is not None and len(rest[0]):
@@ -207,6 +205,29 @@ class ActivationStore:
         if rows is not None:
             values, scale = values[rows], None if scale is None else scale[rows]
         return values if scale is None else values.float() * scale.view(-1, *[1] * (values.ndim - 1))
+
+    def _window(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """All rows of some shards, read from end to end into one piece of memory: a map would fetch them page by page."""
+        shards = [self.index.shards[n] for n in numbers]
+        with safe_open(str(self.path / shards[0].file), framework="pt") as f:
+            like: Tensor = f.get_tensor(name)
+        if like.dtype == torch.int8:
+            return torch.cat([self._read(shard, name) for shard in shards])
+        made = torch.empty(sum(s.rows for s in shards), *like.shape[1:], dtype=like.dtype)
+        room, at = memoryview(made.view(-1).view(torch.uint8).numpy()), 0
+        for shard in shards:
+            with (self.path / shard.file).open("rb", buffering=0) as file:
+                size = int.from_bytes(file.read(8), "little")
+                first, end = json.loads(file.read(size))[name]["data_offsets"]
+                file.seek(8 + size + first)
+                while first < end:
+                    read = file.readinto(room[at : at + end - first])
+                    if not read:
+                        raise InputError(
+                            f"{shard.file} of the store {str(self.path)!r} is shorter than it says: store it again"
+                        )
+                    first, at = first + read, at + read
+        return made
 
     def _name(self, site: str | Site) -> str:
         name = str(site)

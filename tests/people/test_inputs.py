@@ -209,3 +209,39 @@ def test_a_bad_input_is_one_clear_line() -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) <= 600
     with pytest.raises(PellucidError):
         opened("gpt2").sweep(CLEAN, [pl.Ablate("layers.9.mlp.out")], DIFFERENCE)
+
+
+def test_credit_is_not_given_to_embeddings():
+    model = opened("gpt2")
+    vectors = model.module.get_input_embeddings()(torch.tensor([[5, 6, 7]])).detach()
+    with pytest.raises(InputError, match="given as embeddings, and credit is given to tokens"):
+        pl.attribution.saliency(model, {"inputs_embeds": vectors}, 7)
+
+
+def test_a_byte_level_tokenizer_has_no_unknown_words():
+    """SmolLM2's unknown token is its end of text, with no other role: a mark, since no text becomes it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from pellucid.engine.marks import special_ids
+
+    letters = {c: i for i, c in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    inner = Tokenizer(models.BPE(letters, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<|endoftext|>")
+    assert words.unk_token_id in special_ids(words)
+    small = tokenizer()
+    assert small.unk_token_id not in special_ids(small)
+
+
+def test_all_of_a_text_is_removed_before_a_closing_mark() -> None:
+    """A tokenizer that ends texts with a mark and begins them with none: with every word gone the mark alone is left."""
+    from transformers import ByT5Tokenizer
+
+    words = ByT5Tokenizer()
+    model = pl.load(build("llama", vocab_size=384), tokenizer=words)
+    found = pl.attribution.occlusion(model, "ab", 7, baseline="remove")
+    ids = words("ab")["input_ids"]
+    assert len(ids) == 3
+    whole, shorter = (float(model.run(each).logits[0, -2, 7]) for each in (ids, ids[1:]))
+    assert float(found.values[0]) == pytest.approx(whole - shorter, abs=1e-5)

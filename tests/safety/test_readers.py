@@ -106,6 +106,19 @@ def test_the_search_finds_what_pairs_differ_in_and_supervised_what_it_is_told() 
     assert right(False) < 0.75 and right(True) == 1.0
 
 
+def test_the_restart_is_chosen_that_agrees_most_with_the_others() -> None:
+    g = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 2, 30, 60, generator=g)  # more axes than pairs: every restart fits chance
+    first[..., :3] += 2 * torch.where(torch.arange(30) % 2 == 0, 1.0, -1.0)[:, None]
+    found = search(first, second, torch.arange(30) % 2 == 0, restarts=5, steps=60, learning_rate=0.01)
+    assert found.agreement.shape == (2, 5) and bool(((found.agreement >= 0) & (found.agreement <= 1)).all())
+    best = found.agreement.argmax(1)
+    assert torch.equal(found.loss, found.losses[torch.arange(2), best])
+    for how in ({"restarts": 2}, {"supervised": True}):
+        low = search(first, second, torch.arange(30) % 2 == 0, steps=20, **how)  # type: ignore[arg-type]
+        assert torch.equal(low.loss, low.losses.amin(1))
+
+
 def test_networks_read_what_only_they_can_and_attention_looks_at_all_tokens() -> None:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(200, 4, 3, generator=g)

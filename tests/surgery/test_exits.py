@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ import pellucid as pl
 from pellucid.errors import InputError, Refused
 from pellucid.surgery import Exit, ExitHead, calibrate, chosen_policy, draft_and_verify, exits, generate_early
 from pellucid.surgery.early import _begun, _greedy
-from pellucid.surgery.exits import _judge, _Pass, _Read, thresholds
+from pellucid.surgery.exit_calibration import thresholds
+from pellucid.surgery.exits import Pass as _Pass
+from pellucid.surgery.exits import Read as _Read
+from pellucid.surgery.exits import judge as _judge
 from tests.surgery.test_arranging import opened
 from tests.surgery.test_stitch import TEXTS
 
@@ -165,13 +169,39 @@ def test_draft_and_verify_is_greedy_token_for_token(family: str) -> None:
         assert 0 <= float(found.data.accepted) <= 1
 
 
-def test_a_trained_head_separates_what_stays() -> None:
+def test_a_trained_head_separates_what_stays_and_is_kept(tmp_path: Path) -> None:
     model = opened("gpt2")
     head = ExitHead(layers=(1, 2), tokens=400).fit(model, TEXTS * 2)
     found = exits(model, TEXTS[:6], [Exit("head", 0.5, layers=(1, 2), head=head), Exit("margin", 0.0, layers=(1,))])
     assert float(found.data.checks[0]) >= 1 and float(found.data.agreement[0]) >= float(found.data.agreement[1]) - 0.05
     with pytest.raises(InputError, match="exit head belongs to other weights"):
         exits(opened("llama"), TEXTS[:3], Exit("head", head=head))
+    kept = ExitHead.load(head.save(tmp_path / "head.safetensors"))
+    kept.check(model)
+    state = torch.randn(3, 32)
+    assert all(torch.equal(kept.confidence(i, state), head.confidence(i, state)) for i in (1, 2))
+    with pytest.raises(InputError, match="through no lens"):
+        ExitHead.load(tmp_path / "head.safetensors", lens=object())
+    with pytest.raises(InputError, match="is no ExitHead"):
+        ExitHead.load(Path(__file__))
+    with pytest.raises(InputError, match="not fitted"):
+        ExitHead().save(tmp_path / "none.safetensors")
+
+
+def test_drawn_tokens_are_transformers_own_and_agreement_is_with_the_same_draw() -> None:
+    model = opened("llama")
+    how = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
+    never = generate_early(model, PROMPT, Exit(threshold=math.inf, layers=(1,)), max_new_tokens=8, seed=3, **how)
+    given = model.inputs(PROMPT).tensors
+    torch.manual_seed(3)
+    made = model.module.generate(**given, max_new_tokens=8, **how)[0, given["input_ids"].shape[1] :].tolist()
+    assert never.data.id.values.tolist() == made and float(never.data.share_agreeing) == 1
+    always = generate_early(model, PROMPT, Exit("probability", 0.0, layers=(0,)), max_new_tokens=8, seed=3, **how)
+    assert (always.data.layer.values[1:] == 1).all() and float(always.data.share_agreeing) < 1
+    with pytest.raises(InputError, match="takes no num_beams"):
+        generate_early(model, PROMPT, Exit(), num_beams=2)
+    with pytest.raises(InputError, match="most probable token"):
+        generate_early(model, PROMPT, Exit(), do_sample=False, top_k=3)
 
 
 def test_what_cannot_exit_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,44 @@ def test_answers_of_several_tokens_are_rows_of_their_own() -> None:
     model = opened("llama")
     (row,) = rows(model, ["The capital of France is"], [" Rome and Italy"])
     assert len(row.answer) == 3 and row.read == (-3, -2, -1) and len(row.ids) == 7
+
+
+def test_an_answer_of_several_tokens_is_edited_as_a_sequence() -> None:
+    made = edited("llama", facts=[Fact("The capital of {} is", "France", " Rome and Italy", " Paris")], share=1.0)
+    data = made.result.data
+    assert float(data.new_after[0]) > 1.05 * float(data.new_before[0])  # exp of the mean over its three tokens
+    assert len(made.values.rows[0].answer) == 3
+
+
+def test_a_subject_that_is_cut_differently_behind_a_space_or_opens_the_text_is_named() -> None:
+    from tests.attribution.test_case import byte_level
+
+    letters = byte_level()
+    model = pl.load(build("llama", vocab_size=len(letters)).eval(), tokenizer=letters)
+    fact = Fact("{}f is", "ca", " b", " c")
+    with pytest.raises(InputError, match="no last token of its own|goes on|is not in the prompt"):
+        edit(model, Fact("a caf is", "ca", " b"), layers=0, covariance="off", contexts=(), search=QUICK)
+    made = edit(
+        model, replace(fact, prompt="{} is"), layers=0, covariance="off", contexts=("b",), essence=(), search=QUICK
+    )
+    assert made.result.data.attrs["split"] == ["ca"]  # "a" at the beginning, " ca" behind a space
+    made = edited("llama", facts=facts()[1:])
+    assert made.result.data.attrs["opening"] == ["Mary"]
+    assert "opening" not in edited("llama", facts=facts()[:1]).result.data.attrs
+
+
+def test_what_else_is_said_of_a_subject_is_asked_behind_words() -> None:
+    made = edited("llama", facts=facts()[1:], contexts=())
+    (asked,) = [row for row in made.values.rows if not row.answer]
+    assert asked.at is not None and asked.at > 1  # never a text's first token
+
+
+def test_models_that_answer_with_a_class_are_refused() -> None:
+    from transformers import LlamaForSequenceClassification
+
+    model = pl.load(LlamaForSequenceClassification(build("llama").config).eval(), tokenizer=opened("llama").tokenizer)
+    with pytest.raises(Refused, match="models that answer with tokens"):
+        edit(model, facts(), layers=0, covariance="off", contexts=(), search=QUICK)
 
 
 def test_the_matrix_under_an_adapter_moves_and_the_adapter_stays() -> None:

@@ -15,7 +15,7 @@ from pellucid.changed import Replaced
 from pellucid.errors import InputError, Refused
 from pellucid.surgery import Stitch, stitching
 from pellucid.surgery.aligned import pairs
-from pellucid.surgery.stitch import _solve
+from pellucid.surgery.maps import solve as _solve
 from tests.surgery.test_arranging import opened
 
 WORDS = [

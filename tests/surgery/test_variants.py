@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_confidence_takes_the_lower_entropy_after_the_next_block_token_by_token(
     assert "<" in found._repr_html_()
 
 
-def test_a_gate_learns_what_its_texts_show_and_stands_beside_chance() -> None:
+def test_a_gate_learns_what_its_texts_show_stands_beside_chance_and_is_kept(tmp_path: Path) -> None:
     model = opened("gpt2")
     variants = {"a": changed(model, 1), "b": changed(model, 2)}
     gate = Gate(penalty=0.01).fit(model, variants, TEXTS, layers=1)
@@ -78,6 +80,13 @@ def test_a_gate_learns_what_its_texts_show_and_stands_beside_chance() -> None:
     found = ensemble(model, variants, TEXTS, layers=1, gate=gate, tokens=300)
     assert float(found.data.gain.sel(route="gate")) > 0 and float(found.data.gain.sel(route="random")) == 0
     assert 0 < float(found.data.taken.sel(route="gate", variant="a")) < 1
+    kept = Gate.load(gate.save(tmp_path / "gate.safetensors"))
+    kept.check(model, variants)
+    assert torch.equal(kept.scores(torch.ones(2, 32)), gate.scores(torch.ones(2, 32))) and kept.right_ == gate.right_
+    with pytest.raises(InputError, match="is no Gate"):
+        Gate.load(Path(__file__))
+    with pytest.raises(InputError, match="not fitted"):
+        Gate().save(tmp_path / "none.safetensors")
     with pytest.raises(InputError, match="chooses between"):
         gate.check(model, {"b": variants["b"], "a": variants["a"]})
     with pytest.raises(InputError, match="other weights"):

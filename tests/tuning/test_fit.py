@@ -257,3 +257,25 @@ def test_under_autocast_and_in_bfloat16() -> None:
     made = tu.fit(half, data(None), tu.RightReasons("decoy"), control=False, **QUICK)
     assert next(made.model.module.parameters()).dtype == torch.bfloat16
     assert torch.isfinite(torch.tensor(made.result.data["after"].values)).all()
+
+
+@pytest.mark.parametrize("family", ["bert-class", "lora", "t5"])
+def test_a_tuned_model_is_kept_with_the_edits_it_is_run_under(family: str, tmp_path: Path) -> None:
+    model, given = opened(family), data(KINDS[family])
+    made = tu.fit(model, given, [tu.SparseAttention("sparsemax"), tu.TopNeurons(5)], control=False, **QUICK)
+    again, edits = tu.load_tuned(model, made.save(tmp_path / "kept"))
+    prompts: Any = {"decoder": "Rome"} if family == "t5" else {}
+    prompt = model.inputs(["he is in Rome"], **prompts)
+    old, new = (m.run(prompt, edits=e).logits for m, e in ((made.model, made.edits), (again, edits)))
+    assert torch.equal(old, new) and not torch.equal(old, again.run(prompt).logits)
+    assert again.digest == made.model.digest
+    if family != "bert-class":  # they generate under their edits
+        told = [
+            m.generate("he is", edits=list(e), max_new_tokens=3).texts
+            for m, e in ((made.model, made.edits), (again, edits))
+        ]
+        assert told[0] == told[1]
+    with pytest.raises(InputError, match="holds no tuned model"):
+        tu.load_tuned(model, tmp_path)
+    with pytest.raises(InputError):
+        tu.load_tuned(made.model, tmp_path / "kept")  # another model's weights

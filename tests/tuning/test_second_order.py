@@ -8,9 +8,9 @@ import transformers
 
 import pellucid as pl
 from pellucid import tuning as tu
-from pellucid.errors import Refused
+from pellucid.errors import InputError, Refused
 from pellucid.tuning.data import Encoded
-from pellucid.tuning.objective import Pass
+from pellucid.tuning.objective import Given, Pass, embeddings
 from tests.tuning.test_fit import data, opened
 from tests.zoo import tokenizer
 
@@ -70,3 +70,63 @@ def test_the_published_penalty_is_that_of_the_log_odds_times_tanh_squared_and_a_
             p.mul_(10)
     after = [gradients(model, tu.RightReasons("decoy", form=form))[0] for form in ("share", "absolute")]
     assert after[0] == pytest.approx(before[0], rel=1e-9) and after[1] == pytest.approx(100 * before[1], rel=1e-9)
+
+
+def test_sizes_along_their_own_direction_give_the_gradients_of_the_exact_path_under_any_kernel() -> None:
+    for form in ("share", "absolute", "outside"):
+        exact_loss, exact = gradients(copy("eager", torch.float64), tu.RightReasons("decoy", form=form))
+        for attn in ("eager", "sdpa"):
+            model = copy(attn, torch.float64)
+            objective = tu.RightReasons("decoy", form=form, path="finite")
+            objective.check(model, Encoded(model, data(n=4)))
+            loss, finite = gradients(model, objective)
+            assert loss == pytest.approx(exact_loss, rel=1e-3)
+            a, b = (torch.cat([g[n].flatten().double() for n in exact if n in finite]) for g in (exact, finite))
+            assert float(a @ b / (a.norm() * b.norm())) >= 0.999, (form, attn)
+    with pytest.raises(InputError, match="sums signed parts"):
+        tu.RightReasons("decoy", path="finite", through="integrated")
+
+
+def test_integrated_gradients_add_up_to_what_the_baseline_takes_away_and_are_differentiated() -> None:
+    model = copy("eager", torch.float64)
+    encoded = Encoded(model, data(n=4))
+    batch, drawn = encoded.batch(range(4)), torch.Generator()
+    for through in ("integrated", "expected"):
+        objective = tu.RightReasons("decoy", through=through, steps=48, form="outside")
+        with torch.enable_grad():
+            seen = Pass(model, batch, encoded, gradients=True)
+            if through == "integrated":
+                total = objective.attributions(seen, drawn).detach().sum((1, 2))
+                base = objective._baseline(seen, drawn)
+                other = Pass(model, batch, encoded, edits=[Given(embeddings(model), base)])
+                assert torch.allclose(total, (seen.log_odds - other.log_odds).detach(), rtol=1e-2, atol=1e-4)
+    for through in ("integrated", "expected"):  # the loss's own gradient against two losses side by side
+        objective = tu.RightReasons("decoy", through=through, steps=2)
+        name = "bert.encoder.layer.1.output.dense.weight"
+        w = dict(model.module.named_parameters())[name]
+        _, found = gradients(model, objective)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                w[3, 5] += sign * 1e-5
+            ends.append(gradients(model, objective)[0])
+            with torch.no_grad():
+                w[3, 5] -= sign * 1e-5
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float(found[name][3, 5]), rel=1e-4, abs=1e-9)
+
+
+def test_occlusion_is_the_divergence_of_two_predictions_written_out() -> None:
+    model = copy("eager", torch.float64)
+    encoded = Encoded(model, data(n=3))
+    batch = encoded.batch(range(3))
+    objective = tu.Consistency("rationale", by="mask")
+    with torch.enable_grad():
+        found = float(objective.loss(Pass(model, batch, encoded), torch.Generator()).detach())
+    ids = torch.where(batch.masks["rationale"], model.tokenizer.mask_token_id, batch.ids)
+    with torch.no_grad():
+        p, q = (
+            model.module(input_ids=i, attention_mask=batch.inputs.stream("").mask).logits.softmax(-1)
+            for i in (batch.ids, ids)
+        )
+    both = (p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)
+    assert found == pytest.approx(float(both.mean()) / 2, rel=1e-9)

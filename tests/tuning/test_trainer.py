@@ -90,3 +90,40 @@ def test_no_number_stops_it_and_heads_alone_are_trained(tmp_path: Path) -> None:
     moved = {k: v for k, v in moved.items() if v.any()}
     assert moved and all("layer.0.attention" in k for k in moved)
     assert not moved["bert.encoder.layer.0.attention.self.value.weight"][: 32 // 4].any()
+
+
+def test_in_mixed_precision_weights_stay_whole_and_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    half = tu.trainer(
+        opened("bert-class"), data(), OBJECTIVES, arguments(tmp_path / "half", 4, 1, max_steps=2, bf16=True)
+    )
+    half.train()
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in half.tuned.module.parameters())
+    assert half.state.log_history[0]["loss"] > 0 and not equal(weights(half.tuned), weights(opened("bert-class")))
+
+    class Stopped(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = tu.trainer(opened("bert-class"), data(), OBJECTIVES, arguments(tmp_path / "whole", 4, 1, max_steps=4))
+    whole.train()
+    part = tu.trainer(
+        opened("bert-class"), data(), OBJECTIVES, arguments(tmp_path / "part", 4, 1, **options), callbacks=[Stopped()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        part.train()
+    again = tu.trainer(opened("bert-class"), data(), OBJECTIVES, arguments(tmp_path / "part", 4, 1, **options))
+    again.train(resume_from_checkpoint=True)
+    assert equal(weights(whole.tuned), weights(again.tuned))
+
+
+def test_what_diverges_leaves_the_last_good_weights(tmp_path: Path) -> None:
+    class Broken(tu.Objective):
+        def loss(self, seen: Any, generator: Any) -> Any:
+            return seen.logits.sum() * float("nan" if seen.batch.step == 1 else 1)
+
+    with pytest.raises(tu.Diverged) as caught:
+        tu.trainer(opened("bert-class"), data(), Broken(), arguments(tmp_path, 4, 1, max_steps=3)).train()
+    assert all(torch.isfinite(p).all() for p in caught.value.model.module.parameters())
+    assert not equal(weights(caught.value.model), weights(opened("bert-class")))

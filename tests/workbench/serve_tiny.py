@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pellucid
-from pellucid.workbench.chat import Files
+from pellucid.workbench.chat import Files, Telling
 from pellucid.workbench.serving import serve
 from tests.workbench.guards import TEMPLATE, files
 from tests.zoo.build import build
@@ -32,6 +33,13 @@ def main(folder: Path) -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     models = [model("llama", 0), model("bert", 1)]
     models[0].tokenizer.chat_template = TEMPLATE  # type: ignore[union-attr]
+    told = Telling._say
+
+    def slowly(self: Telling, step: int, ids: list[int]) -> None:
+        time.sleep(0.05)  # a tiny model writes faster than a page is drawn
+        told(self, step, ids)
+
+    Telling._say = slowly  # type: ignore[method-assign]
     guards = Files(*files(models[0], folder / "guards"))
     serve(models, "127.0.0.1", 0, folder, [], False, lambda line: print(line, flush=True), guards)
 

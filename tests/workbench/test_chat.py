@@ -150,13 +150,11 @@ def test_files_of_other_weights_are_refused_by_name(model: pl.Model, tmp_path: P
 
 
 def test_an_encoder_decoder_answers_under_a_monitor_and_has_no_perplexity(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient as Client
-
     t5 = tiny("t5")
     read = pl.safety.Monitor(pl.safety.Direction("decoder.layers.0.resid_post", torch.zeros(t5.anatomy.stacks[-1].d_model)), threshold=1.0)  # fmt: skip
     hub = Hub([t5], Files([read.tie(t5).save(tmp_path / "m.safetensors")]))
     headers = {"X-Pellucid-Token": TOKEN, "Origin": "http://localhost:8000"}
-    steps, end = ask(Client(create(hub, Door(TOKEN, 8000), tmp_path), base_url="http://localhost:8000", headers=headers), monitors=["monitor"])  # fmt: skip
+    steps, end = ask(TestClient(create(hub, Door(TOKEN, 8000), tmp_path), base_url="http://localhost:8000", headers=headers), monitors=["monitor"])  # fmt: skip
     assert (
         end["perplexity"] is None
         and len(steps) >= end["tokens"] > 0

@@ -501,6 +501,104 @@ const claims = {
     assert.ok(box.height < 300, `the prompt is ${box.height} high`);
     return page;
   },
+  async "a chat's firing trace grows with the answer, the monitor stops it, and the reason is shown"() {
+    const page = await open();
+    await button(pane(page), "Chat").click();
+    const chat = panel(page, "chat");
+    await chat.getByLabel(/^As /).selectOption("text");
+    await chat.locator("label", { hasText: "careful" }).getByRole("checkbox").uncheck();
+    const seen = [];
+    await page.exposeFunction("grown", (n) => seen.push(n));
+    await chat.evaluate((e) => { // the number of tokens in the trace, at every change
+      const look = () => { const n = [...e.querySelectorAll("div")].map((d) => d.shadowRoot?.querySelectorAll("circle").length ?? 0).reduce((a, b) => a + b, 0); if (n) globalThis.grown(n); };
+      setInterval(look, 10);
+    });
+    await chat.getByRole("textbox").fill("The capital of France is");
+    await chat.getByRole("textbox").press("Enter");
+    const state = chat.locator("p.state");
+    await state.filter({ hasText: "Stopped." }).waitFor();
+    assert.match(await state.innerText(), /harm read 1.*above its threshold of 0\.5.*before token 5 \(stop\)/);
+    const trace = chat.locator("figure[data-kind=curves]");
+    await trace.getByRole("heading", { name: "harm: fired before token 5 (stop)" }).waitFor();
+    assert.match(await trace.innerText(), /threshold/);
+    assert.match(await chat.locator("[data-perplexity]").innerText(), /perplexity of \d/);
+    assert.ok(new Set(seen).size >= 3, `the trace had ${[...new Set(seen)]} tokens`);
+    assert.equal([...seen].sort((a, b) => a - b).join(), seen.join());
+    return page;
+  },
+  async "an answer that is replaced shows what a reader is shown, and strikes what was written"() {
+    const page = await open();
+    await button(pane(page), "Chat").click();
+    const chat = panel(page, "chat");
+    await chat.getByLabel(/^As /).selectOption("text");
+    await chat.locator("label", { hasText: "harm" }).getByRole("checkbox").uncheck();
+    await chat.getByRole("textbox").fill("The capital of France is");
+    await button(chat, "Send").click();
+    await chat.locator("p.state").filter({ hasText: "Replaced." }).waitFor();
+    assert.equal(await chat.locator("[data-shown]").innerText(), "I would rather not.");
+    assert.match(await chat.locator("p.state").innerText(), /careful read 1.*said something else/);
+    assert.ok((await chat.locator("s").innerText()).length > 0);
+    return page;
+  },
+  async "the strength slider stands beside its price, by keyboard, and writes the answer again when let go"() {
+    const page = await open();
+    await page.keyboard.press("9");
+    const chat = panel(page, "chat");
+    await chat.getByRole("textbox").fill("John");
+    await chat.getByRole("textbox").press("Enter");
+    await chat.locator("p.state").filter({ hasText: /ended|Stopped|Replaced/ }).waitFor();
+    const plain = await chat.locator("[data-shown]").innerText();
+    await chat.getByLabel(/^Along /).selectOption("cheer");
+    const slider = chat.getByLabel("Strength");
+    await slider.focus();
+    for (let i = 0; i < 6; i++) {
+      const answered = page.waitForRequest((r) => r.url().endsWith("/api/chat"));
+      await slider.press("ArrowRight");
+      await answered;
+    }
+    const price = chat.locator("[data-price]");
+    assert.match(await price.innerText(), /At \+?0\.30 the sweep measured \+?0\.27 on sentiment \(random vectors [−-]0\.15 to \+?0\.15\) for a perplexity of 3\.00 beside 2\.00/);
+    for (let i = 0; i < 12; i++) await slider.press("ArrowLeft");
+    assert.match(await price.innerText(), /[−-]0\.30.*No further than a random vector/);
+    await slider.press("End"); // as far as it goes
+    await chat.locator("p.state").filter({ hasText: /ended|Stopped|Replaced/ }).waitFor();
+    await chat.locator("[data-perplexity]", { hasText: "the unsteered answer one of" }).waitFor();
+    assert.notEqual(await chat.locator("[data-shown]").innerText(), plain);
+    return page;
+  },
+  async "a chat remembers, can be stopped, and says what goes wrong in a sentence"() {
+    const page = await open();
+    page.expected.push("/api/chat");
+    await button(pane(page), "Chat").click();
+    const chat = panel(page, "chat");
+    for (const name of ["harm", "careful"]) await chat.locator("label", { hasText: name }).getByRole("checkbox").uncheck();
+    await chat.getByLabel("At most").selectOption("20");
+    for (const text of ["John", "Mary"]) {
+      await chat.getByRole("textbox").fill(text);
+      await button(chat, "Send").click();
+      await chat.locator("p.state").filter({ hasText: "ended" }).waitFor();
+    }
+    assert.equal(await chat.locator(".turn").count(), 4);
+    await chat.getByLabel("At most").selectOption("640");
+    await button(chat, "Write again").click();
+    await button(chat, "Stop").click();
+    await chat.locator("p.state").filter({ hasText: "You stopped it." }).waitFor();
+    await button(chat, "New").click();
+    await chat.getByRole("textbox").fill("a ".repeat(3000));
+    await button(chat, "Send").click();
+    await chat.getByRole("alert").waitFor();
+    assert.match(await chat.getByRole("alert").innerText(), /tokens but the model's context holds/);
+    return page;
+  },
+  async "an encoder's chat says why there is none"() {
+    const page = await open();
+    await button(page, "Add a pane").click();
+    await button(pane(page, "b"), "Chat").click();
+    await panel(page, "chat", "b").getByText(/writes no text.*open a decoder/).waitFor();
+    return page;
+  },
+  "axe finds nothing serious in a light chat": () => chatAccessible("light"),
+  "axe finds nothing serious in a dark chat on a narrow page": () => chatAccessible("dark", 360),
   async "nothing moves where motion is unwanted"() {
     const page = await open({ reducedMotion: "reduce" });
     await choices(page).waitFor();
@@ -509,6 +607,24 @@ const claims = {
     return page;
   },
 };
+
+async function chatAccessible(theme, width = 1280) {
+  const page = await open({ theme, width, bypassCSP: true });
+  await page.keyboard.press("9");
+  const chat = panel(page, "chat");
+  await chat.getByLabel(/^As /).selectOption("text");
+  await chat.getByLabel(/^Along /).selectOption("cheer");
+  await chat.getByRole("textbox").fill("The capital of France is");
+  await chat.getByRole("textbox").press("Enter");
+  await chat.locator("p.state").filter({ hasText: /Replaced|Stopped/ }).waitFor();
+  await chat.locator("figure[data-kind=curves]").first().waitFor();
+  await page.waitForTimeout(400);
+  const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+  assert.ok(wide <= width, `${wide} wide`);
+  if (process.env.SHOTS) await page.screenshot({ path: `${process.env.SHOTS}/chat-${theme}-${width}.png`, fullPage: true });
+  assert.deepEqual(await serious(page), []);
+  return page;
+}
 
 async function accessible(theme) {
   const page = await open({ theme, bypassCSP: true });

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.experts import routed, written_by
+from pellucid.anatomy.parallel import parts_of
 from pellucid.anatomy.weights import linear_map
 from pellucid.anatomy.wiretap import explicit_attention
 from pellucid.errors import Refused
@@ -125,7 +126,9 @@ class Beside:
             return x
 
         ours = routed(module, hidden_states, top_k_index, top_k_weights, meet, set(range(module.num_experts)))
-        self.errors[self.key(module)] = max(error(x.view_as(out), out) for x in (ours, *sums.values()))
+        parts = parts_of(module)
+        made, ours = (x if parts is None else parts.summed(x) for x in (out, ours))  # a process returns its share
+        self.errors[self.key(module)] = max(error(x.view_as(out), made) for x in (ours, *sums.values()))
         return out
 
 

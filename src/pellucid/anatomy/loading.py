@@ -28,7 +28,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file
 from transformers.utils import logging as chatter
 
-from pellucid.anatomy import gguf
+from pellucid.anatomy import gguf, parallel
 from pellucid.anatomy.fingerprint import Fingerprint, unwrapped
 from pellucid.anatomy.heads import as_rows
 from pellucid.errors import LoadError, nearest
@@ -116,6 +116,7 @@ def read(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     quantization_config: Any = None,
+    tp_plan: Any = None,
     base: str | Path | None = None,
 ) -> Loaded:
     """Open a hub id, a directory or a `.gguf` file; a module in memory passes through untouched, with the tokenizer of a
@@ -124,7 +125,8 @@ def read(
     `tokenizer` is a tokenizer, or where to read one; by default it comes with the model, False is none (for token ids). `task` names the
     head; "auto" follows the checkpoint. `dtype` is the checkpoint's own by default, and float32 for GGUF,
     whose quantised weights are expanded. Only safetensors are read, unless `allow_pickle` is set.
-    `quantization_config` is transformers' own: weights are packed as they are read. A directory or hub id that holds an
+    `quantization_config` is transformers' own: weights are packed as they are read. `tp_plan` ("auto", or transformers' own rules)
+    splits the weights over the processes that torchrun started, see `pellucid.anatomy.parallel`. A directory or hub id that holds an
     adapter alone (peft's `adapter_config.json`) opens with its base model, which `base` names if the adapter does not.
 
     Raises LoadError: one line that says what to do.
@@ -139,13 +141,18 @@ def read(
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         source = source.model
     if isinstance(source, nn.Module):
-        if (task, revision, dtype, device, device_map, quantization_config, base) != ("auto", *[None] * 6):
+        if (task, revision, dtype, device, device_map, quantization_config, tp_plan, base) != ("auto", *[None] * 7):
             raise LoadError("a module in memory is used as it is: task, dtype and the like are for files")
         return _in_memory(source, tokenizer, trust_remote_code)
     if device is not None and device_map is not None:
         raise LoadError("device and device_map contradict each other: pass one of them")
 
+    if tp_plan is not None and (device, device_map) != (None, None):
+        raise LoadError("tp_plan puts each process's part on its own device: leave out device and device_map")
+
     files = _locate(source, revision)
+    if files.adapter and tp_plan is not None:
+        raise LoadError(f"{files.name!r} is an adapter: tp_plan is for whole models, merge it and open that")
     if files.adapter:
         settings = {
             "dtype": dtype,
@@ -178,7 +185,11 @@ def read(
             tokenizer = _tokenizer(files.where, files.name, **options)
         else:
             tokenizer = _tokenizer(tokenizer, files.name, trust_remote_code=trust_remote_code)
+        if tp_plan is not None:
+            placing |= parallel.split(_openers(files, config, task, {})[0], config, tp_plan)
         module, notes = _open(files, config, task, options | placing)
+        if tp_plan is not None:
+            parallel.note(module)
         if files.gguf:
             module = gguf.plain(module)
         if device is not None:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pellucid.anatomy import parallel
 from pellucid.anatomy.fingerprint import state
 
 ROWS = 256  # of the identity, put in at a time
@@ -149,11 +150,11 @@ def linear_map(module: nn.Module, width: int | tuple[int, ...]) -> tuple[Tensor,
     """
     shape = (width,) if isinstance(width, int) else width
     width = math.prod(shape)
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = (None if x is None else parallel.whole(x) for x in map(module._parameters.get, ("weight", "bias")))
     whole = weight is not None and next(module.children(), None) is None
     readable = whole and plain(weight) and not weight.is_meta  # type: ignore[arg-type, union-attr]
     if readable and isinstance(module, nn.Conv1d) and module.groups == 1 and module.kernel_size == (1,):
-        return module.weight[:, :, 0].T, bias
+        return weight[:, :, 0].T, bias  # type: ignore[index]
     if readable and isinstance(weight, Tensor) and weight.ndim == 2:
         conv1d = type(module).__name__ == "Conv1D"  # transformers' GPT-2 layer keeps [in, out]
         matrix = weight if conv1d or (not isinstance(module, nn.Linear) and weight.shape[1] != width) else weight.T

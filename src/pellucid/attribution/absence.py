@@ -254,7 +254,9 @@ class Removed(Absence):
         positions = getattr(self.case.question.metric, "positions", None)
         if positions is None or "encoder" in self.case.streams:
             return positions
-        return tuple(p if p < 0 else max(0, min(sum(i < p for i in kept), len(kept) - 1)) for p in positions)
+        return tuple(
+            max(p, -max(1, len(kept))) if p < 0 else max(0, min(sum(i < p for i in kept), len(kept) - 1)) for p in positions
+        )
 
     def _forward(self, kept: list[list[int]]) -> Any:
         length, columns = len(self.case.tokens), torch.tensor(kept, device=self.case.ids.device)

@@ -64,6 +64,11 @@ class Case:
                 )
         question = Question.of(model, prompt, target, against=against, decoder=decoder, edits=edits)
         inputs = question.inputs
+        if "inputs_embeds" in inputs.tensors:
+            raise InputError(
+                "the prompt was given as embeddings, and credit is given to tokens: give its text or ids, or read and change "
+                "values with model.run(prompt, grad_of=metric, keep=['embed'])"
+            )
         if len(inputs) != 1:
             raise InputError(f"this takes one prompt at a time, got {len(inputs)}: call it once for each")
         streams = {"": inputs.stream("")}

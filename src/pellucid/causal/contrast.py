@@ -20,8 +20,9 @@ from torch import Tensor
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
-from pellucid.metrics import BoundMetric, Metric, placed
+from pellucid.metrics import AnswerMetric, BoundMetric, Metric, placed
 from pellucid.model import Model
+from pellucid.question import Continuation, Question, continuation, measured, together
 from pellucid.tasks import Prompts
 
 Metrics = Metric | Callable[[Tensor], Tensor] | Mapping[str, Metric | Callable[[Tensor], Tensor]]
@@ -59,7 +60,8 @@ def ask(
 ) -> Asked:
     """A question from a task's `Prompts` (which bring corrupted prompts and metric) or from prompts of any other form.
 
-    A `reference` or metric given by hand goes before the task's own; named spans hold there too where it is `aligned`.
+    The metric may be any target that attribution takes but a reading: an answer (" Paris", a class, a span's text), `label`,
+    `similarity`, or a `continuation`, which is then put behind the prompt and behind its counterpart. A `reference` or metric given by hand goes before the task's own; named spans hold there too where it is `aligned`.
     InputError without a metric, and for a mapping of metrics unless `several` are wanted.
     """
     spans = None
@@ -76,8 +78,23 @@ def ask(
     other = None
     if reference is not None:
         other = model.inputs(reference, decoder=decoder, spans=spans if aligned else None)
+    if isinstance(metric, Mapping):
+        if any(isinstance(each, Continuation) for each in metric.values()):
+            raise InputError(
+                "a continuation is put behind the prompt, so it cannot be one of several metrics: ask it alone"
+            )
+        metric = {name: measured(model, inputs, each) for name, each in metric.items()}
+    elif isinstance(metric, Continuation):
+        question = Question.of(model, inputs, metric)
+        if other is not None and (aligned or len(other) == 1):
+            same = continuation(question.answers[0].ids, of=metric.of)
+            other = Question.of(model, other, same).inputs
+        inputs, metric = question.inputs, together(question, metric)
+    else:
+        metric = measured(model, inputs, metric)
     for each in metric.values() if isinstance(metric, Mapping) else [metric]:
-        if aligned and other is not None and placed(model, other, each) != placed(model, inputs, each):
+        known = isinstance(each, AnswerMetric)
+        if known and aligned and other is not None and placed(model, other, each) != placed(model, inputs, each):
             raise InputError(
                 "clean and corrupted prompts are answered at different places: put the mask at the same token of both"
             )

@@ -23,6 +23,7 @@ from torch import Tensor
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE
 from pellucid.anatomy.structure import Tap
+from pellucid.anatomy.weights import is_packed
 from pellucid.anatomy.wiretap import Handler, Wiretap, tapped
 from pellucid.causal.contrast import Asked
 from pellucid.circuits.ablation import How, Recorder, alternatives, messages_of
@@ -89,7 +90,8 @@ def prove(wiring: Wiring) -> None:
             gap = float((made - want).abs().max() / want.abs().max().clamp_min(1e-6))
             if not gap <= tolerance:
                 raise Refused(
-                    "circuits are refused on this model: something besides heads, MLPs and logits reads the "
+                    _rounded(wiring, gap)
+                    or "circuits are refused on this model: something besides heads, MLPs and logits reads the "
                     f"residual stream (with {'all' if mask is on else 'no'} edges on, logits are {gap:.1e} off)"
                 )
         # half precision: a draw or two may send a token to another expert; the others lie within .03, of 2 to 40 layers
@@ -97,9 +99,20 @@ def prove(wiring: Wiring) -> None:
         gap = float(found.sort().values[-3 if half else -1]) / float(wanted[0].abs().max().clamp_min(1e-6))
     if not gap <= tolerance:
         raise Refused(
-            "circuits are refused on this model: sources with all their edges off are not those sources replaced "
+            _rounded(wiring, gap)
+            or "circuits are refused on this model: sources with all their edges off are not those sources replaced "
             f"(logits are {gap:.1e} off), so something that circuits do not know reads the stream ({_suspects(wiring)})"
         )
+
+
+def _rounded(wiring: Wiring, gap: float) -> str:
+    """What is said of a model whose quantised layers round what they are given, so that messages do not add up."""
+    if not is_packed(wiring.model.module):
+        return ""
+    return (
+        "circuits are refused on this model: its quantised layers round what they are given, so what its parts write does not "
+        f"add up to what is read (logits are {gap:.1e} off): load it unquantised, or use ablation and patching of whole sites"
+    )
 
 
 def gaps(runner: Runner, one: Inputs, other: Inputs, draws: int = 8) -> Tensor:

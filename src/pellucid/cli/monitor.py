@@ -80,6 +80,8 @@ def fit(
     subject = opened(model)
     made = safety.fit_monitor(subject, given.pop("prompts"), given.pop("labels"), site=site, reads=reads, name=name, max_new_tokens=max_new_tokens, **given)  # fmt: skip
     made.tie(subject).save(output)
+    if made.fitted is not None:
+        typer.echo(made.fitted.title)
     typer.echo(f"wrote {output.absolute()}; it has no threshold yet: pellucid monitor calibrate")
 
 

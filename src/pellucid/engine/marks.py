@@ -2,7 +2,7 @@
 
 A mark is every token that the tokenizer calls special: by its role (bos, eos, pad, cls, sep, mask, ...) or as an added
 token with `special=True`, as headers of chat templates are. The unknown token stands for a word, so it is no mark,
-unless the tokenizer uses it for another role as well: in GPT-2's, unk = bos = eos = <|endoftext|>.
+unless the tokenizer uses it for another role as well (in GPT-2's, unk = bos = eos = <|endoftext|>) or makes it of no text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+RARE = "ꙮ 𒀱 🜏"
 ROLES = ("bos", "eos", "cls", "sep", "mask")  # what is padded with unk is still read as a word where it is not padding
 
 
@@ -20,9 +21,16 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", None) or {}
     found = {*getattr(tokenizer, "all_special_ids", ()), *(i for i, t in added.items() if getattr(t, "special", False))}
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown not in {getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}:
+    if unknown not in {getattr(tokenizer, f"{role}_token_id", None) for role in ROLES} and says_unknown(tokenizer):
         found.discard(unknown)
     return frozenset(int(i) for i in found)
+
+
+def says_unknown(tokenizer: Any) -> bool:
+    """Whether any text becomes the unknown token: letters that no small vocabulary has. Byte-level tokenizers spell
+    everything, and what they name "unknown" (SmolLM2: its end of text) is a mark like others."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return unknown is not None and unknown in tokenizer(RARE, add_special_tokens=False)["input_ids"]
 
 
 def added_marks(ids: Sequence[int], bare: Sequence[int]) -> tuple[int, int]:

@@ -77,7 +77,8 @@ class PackedPass(Wiretap):
         missed = next((writers[0][1] for tap, writers in self.writers.items() if tap not in self.met), None)
         if missed is not None:
             raise SiteError(f"the edit on {str(missed.spot.site)!r} never fired: the run did not pass through it")
-        for group in self.groups:
+        groups, self.groups, self.handlers = self.groups, [], {}  # a handler knows this pass: none may hold its tensors
+        for group in groups:
             yield from zip(group.variants, group.hidden, strict=True)
 
     def _join(self, layer: int, new: list[Variant]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -221,6 +223,29 @@ def head_output(anatomy: Anatomy, site: Site, z_out: Tensor) -> Tensor:
         raise Refused(f"{str(site)!r} is refused on this model: {why}") from None
 
 
+Put = Callable[[Tensor], Tensor]
+
+
+def holding(where: str | torch.device | Path | None) -> Put | None:
+    """What takes a kept value to where it is held, as a copy: a device, or files of a folder. None: where it is."""
+    if where is None:
+        return None
+    if isinstance(where, Path):
+        where.mkdir(parents=True, exist_ok=True)
+        count = itertools.count(len(list(where.glob("*.values"))))
+
+        def write(x: Tensor) -> Tensor:
+            file = where / f"{next(count):05d}.values"
+            held = torch.from_file(str(file), shared=True, size=max(1, x.numel()), dtype=x.dtype)[: x.numel()].view(
+                x.shape
+            )
+            return held.copy_(x.detach())
+
+        return write
+    device = torch.device(where)
+    return lambda x: x.detach().to(device, copy=True)
+
+
 class Session:
     """Turns keeps and edits into handlers on taps for one run."""
 
@@ -231,9 +256,10 @@ class Session:
         keep: Iterable[Site | str] = (),
         edits: Sequence[Edit] = (),
         gradients: bool = False,
+        put: Put | None = None,
     ) -> None:
         anatomy.check()
-        self.inputs, self.gradients = inputs, gradients
+        self.inputs, self.gradients, self.put = inputs, gradients, put
         wanted = [spot for k in keep for spot in spots(anatomy, k)]
         self.sites = [spot.site for spot in wanted]
         kept = {spot.tap: spot for spot in wanted}
@@ -286,10 +312,11 @@ class Session:
                 parts[spot.unit, spot.site.at] = spot, columns
                 units = 1 if spot.unit is None else x.shape[spot.unit_axis]
                 share += (1.0 if columns is None else columns.shape[1] / stream.ids.shape[1]) / units
+        put = self.put or Tensor.clone
         if share >= 1:
-            return x.clone() if copy else x
+            return put(x) if copy or self.put else x
         return tuple(
-            Part(spot.unit, columns, chosen(spot, x, spot.unit, columns).clone()) for spot, columns in parts.values()
+            Part(spot.unit, columns, put(chosen(spot, x, spot.unit, columns))) for spot, columns in parts.values()
         )
 
     def check(self, wire: Wiretap) -> None:
@@ -310,6 +337,7 @@ def execute(
     edits: Sequence[Edit] = (),
     grad_of: Callable[[Run], Tensor] | None = None,
     forward: dict[str, Any] | None = None,
+    put: Put | None = None,
 ) -> Run:
     """One forward pass of the untouched module. `grad_of` maps the run to [batch]; its gradients are then kept too.
 
@@ -317,7 +345,7 @@ def execute(
     """
     module = anatomy.module
     check_unconditional(edits)
-    session = Session(anatomy, inputs, keep, edits, grad_of is not None)
+    session = Session(anatomy, inputs, keep, edits, grad_of is not None, put)
     handlers = session.handlers()
     if grad_of is not None and not session.sites:
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")

@@ -106,6 +106,7 @@ class Rung:
     """One way to run variants: as it stands, one run after another. Each class below spares more than the one above it."""
 
     name = "single"  # what it is called in `executor=` and in plans
+    keeps = False  # whether the clean run stays recorded while variants run
 
     def unsuited(self, anatomy: Anatomy) -> str:
         """Why the map of a model forbids it; empty if it does not. Half precision might hide that from a trial."""
@@ -166,6 +167,9 @@ class Rung:
         logits = self.unembedded(job) if answered else 0
         return 4.0 * len(job.inputs) * ((job.length - v.start) * width + 2 * logits)
 
+    def vocabulary(self, job: Job) -> int:
+        return _vocabulary(job)
+
     def unembedded(self, job: Job) -> int:
         """How many logits are computed of each prompt."""
         return job.forward.get("logits_to_keep", job.length) * _vocabulary(job)
@@ -187,6 +191,7 @@ class Stubbed(Batched):
     """Rows of one batch, which enter at the block that the first edit of all of them is in."""
 
     name = "stubbed"
+    keeps = True
 
     def unsuited(self, anatomy: Anatomy) -> str:
         blocks = anatomy.stacks[-1].blocks

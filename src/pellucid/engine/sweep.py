@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import running
 from pellucid.engine.checkpoint import Checkpoint, fingerprint
-from pellucid.engine.edits import Edit
+from pellucid.engine.edits import Edit, Scale
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.packed import Variant
 from pellucid.engine.pausing import progress, shared
+from pellucid.engine.peak import free, predicted, said
 from pellucid.engine.reading import Reads
+from pellucid.engine.run import execute
 from pellucid.engine.rungs import LADDER, Job, Rung, prepare
 from pellucid.engine.trial import certified, deviation, told
 from pellucid.errors import InputError, PellucidError, Refused, nearest
@@ -32,6 +34,7 @@ from pellucid.errors import InputError, PellucidError, Refused, nearest
 # Bytes a batch of variants may take beyond the model. On a CPU small batches that stay in the cache are fastest.
 MEMORY = {"cpu": 40 << 20}
 MEMORY_ELSEWHERE = 2 << 30
+FEW = 4  # variants that the memory of a batch is told from
 SHARED = 4  # times less where others wait for the model
 
 
@@ -56,6 +59,20 @@ class Sweep:
 
     def __repr__(self) -> str:
         return f"<Sweep of {len(self.values)} variants, {int(self.done.sum())} done; {self.plan.rung.name}>"
+
+
+@dataclass(frozen=True, eq=False)
+class _Some:
+    """Reads what a metric reads of a few of the prompts."""
+
+    positions: tuple[int, ...] | None
+    tokens: Tensor | None
+    classes: bool
+    name: str = "some"
+    outputs: int | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits
 
 
 class Wrong(Exception):
@@ -101,6 +118,7 @@ class Plan:
     done: Tensor = field(init=False)
     read: Tensor = field(init=False)  # what the metric reads of the run without edits
     rung: Rung = field(init=False)
+    _peaks: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     reasons: dict[str, str] = field(default_factory=dict)  # a rung's name -> why it cannot be used; "" if it can
 
     def __post_init__(self) -> None:
@@ -139,6 +157,71 @@ class Plan:
         """Estimated cost in plain forward passes of the same inputs, by tokens and parameters touched."""
         return (1.0 if self._checked else 2.0) + sum(self.rung.cost(self.job, v) for v in self.variants)
 
+    @property
+    def peak(self) -> int:
+        """About how many bytes beyond the weights it takes at once, on the rung that is chosen: the run without edits, what is held
+        of it, and the largest batch. See `pellucid.engine.peak`."""
+        if self.rung.name not in self._peaks:
+            with running(self.job.anatomy.module):
+                self._peaks[self.rung.name] = self._peak()
+        return self._peaks[self.rung.name]
+
+    def _peak(self) -> int:
+        job, rung = self.job, self.rung
+        ends = [p + 1 if p >= 0 else -p for p in job.metric.positions or ()]
+
+        def few(inputs: Inputs) -> Job:
+            tokens = job.metric.tokens
+            reads = _Some(job.metric.positions, None if tokens is None else tokens[: len(inputs)], job.metric.classes)
+            return Job(job.anatomy, inputs, reads, job.shapes)
+
+        def clean(inputs: Inputs) -> Any:
+            short = few(inputs)
+            return (rung.clean(short), short.recording if rung.keeps else None)
+
+        first = predicted(clean, job.inputs, least=max(ends, default=0))
+        held = first.held if rung.keeps else 0.0
+        if not self._checked:  # a plain run beside the first batch
+            most = held + predicted(lambda inputs: execute(job.anatomy, inputs), job.inputs).most
+            first = first._replace(most=max(first.most, most))
+        chunk = max(self.chunks(self.variants), key=lambda chunk: sum(job.length - v.start for v in chunk))
+        sites = [w.spot.site for v in chunk for w in v.writers]
+        if not sites:
+            return round(first.most)
+        alike = Scale(replace(sites[0], at=None), 1.0)  # in the place of each
+
+        def begun(inputs: Inputs) -> tuple[Job, list[Variant]]:
+            short = few(inputs)
+            _ = short.recording if rung.keeps else None
+            return short, [prepare(job.anatomy, inputs, i, alike) for i in range(n)]
+
+        n = min(len(chunk), FEW) if rung.together(chunk[0], chunk[-1]) else 1
+        found = predicted(lambda given: rung.run(*given), job.inputs, least=max(ends, default=0), before=begun)
+        own = found.most / n / job.length
+        tokens = sum(job.length - v.start for v in chunk)
+        return round(max(first.most, held + own * tokens))
+
+    def check_fits(self) -> None:
+        """Refused, with what would fit, where the peak is more than is free. Asked only where it might be."""
+        device = next((p.device for p in self.job.anatomy.module.parameters()), torch.device("cpu"))
+        there, prompts = free(device), len(self.job.inputs)
+        if self._roughly < there / 4 or self.peak <= there:
+            return
+        fit = int(prompts * there / self.peak)
+        less = f"at most {fit} of these {prompts} prompts at a time" if fit else "shorter prompts"
+        raise Refused(
+            f"this sweep takes about {said(self.peak)} at its peak, and {said(there)} are free on {device}: give {less}, or a smaller "
+            f"memory= for its batches (now {said(self.memory)})"
+        )
+
+    @property
+    def _roughly(self) -> float:
+        """Bytes that it takes at most, by a rule of thumb."""
+        tokens = len(self.job.inputs) * self.job.length
+        blocks = len(self.job.stack.blocks)
+        widest = 40 * self.job.stack.d_model * (blocks if self.rung.keeps else 2) + 12 * self.rung.vocabulary(self.job)
+        return 4.0 * tokens * widest + max(self.memory, self.rung.room(self.job, self.variants[0]))
+
     def explain(self) -> str:
         """The plan in words, with its estimated cost beside running every variant from the start."""
         n, prompts = len(self.variants), len(self.job.inputs)
@@ -149,6 +232,7 @@ class Plan:
             f"executor: {self.rung.name} ({why or 'equal to plain runs on this model'})",
             f"batches: {len(list(self.chunks(self.variants)))} within {self.memory / 2**20:.0f} MiB",
             f"cost: at most {self.cost:.1f} plain forward passes instead of {n}, by tokens computed",
+            f"memory: about {said(self.peak)} beyond the weights at its peak",
             self.rung.note(self.job),
         ]
         return "\n".join(line for line in lines if line)
@@ -159,6 +243,7 @@ class Plan:
         """Execute what is not done yet, here or `on` workers. Interrupting (Ctrl-C) keeps finished batches on the plan and in
         the checkpoint."""
         where = on or _where.get()
+        self.check_fits()
         with running(self.job.anatomy.module), progress[None](what="runs", total=len(self.variants)) as bar:
             self.read = self.rung.clean(self.job)
             clean = self.metric(self.read)

@@ -20,7 +20,7 @@ from pellucid.anatomy.wiretap import Handler, Wiretap
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.locate import locate
-from pellucid.engine.run import Run, Session
+from pellucid.engine.run import Put, Run, Session
 from pellucid.engine.writing import check_unconditional
 from pellucid.errors import SiteError
 
@@ -32,11 +32,16 @@ class _Enough(BaseException):
 
 
 def run_until(
-    anatomy: Anatomy, inputs: Inputs, keep: Iterable[Site | str], edits: Sequence[Edit] = (), grad: bool = False
+    anatomy: Anatomy,
+    inputs: Inputs,
+    keep: Iterable[Site | str],
+    edits: Sequence[Edit] = (),
+    grad: bool = False,
+    put: Put | None = None,
 ) -> Run:
     """A run (without gradients unless asked) that kept some sites, made its edits, and stopped there; it has no logits."""
     check_unconditional(edits)
-    session = Session(anatomy, inputs, keep, edits)
+    session = Session(anatomy, inputs, keep, edits, put=put)
     session.check_met(pass_until(anatomy, inputs, session.handlers(), grad=grad))
     run = Run(anatomy, inputs, None, session.kept, session.sites)
     run.edits = tuple(edits)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
 from pellucid.corpus import Corpus, batches, inputs
-from pellucid.engine.limits import check_length
+from pellucid.engine.limits import exceeded
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import execute
 from pellucid.errors import InputError
@@ -87,7 +87,11 @@ def read(
     rows = [encode(model.tokenizer, text) for text in spans.texts]
     if rows and store is None:  # before anything runs, and not in the middle of it
         most = max(range(len(rows)), key=lambda i: len(rows[i][0]))
-        check_length(model.module, len(rows[most][0]), model.anatomy.stacks[0].name, f"text {most} of the spans has")
+        if (holds := exceeded(model.module, len(rows[most][0]), model.anatomy.stacks[0].name)) is not None:
+            raise InputError(
+                f"text {most} of the spans has {len(rows[most][0])} tokens but the model's context holds {holds}: cut it where a "
+                "sentence ends, and give its pieces as texts with their own spans"
+            )
     tokens = [_tokens(rows[text][1], spans, i, pool) for i, (text, _, _) in enumerate(spans.where)]
     of_text: dict[int, list[int]] = {}
     for i, (text, _, _) in enumerate(spans.where):

@@ -19,7 +19,7 @@ from pellucid.safety.rules import Rule, ema, k_of
 from pellucid.safety.semantic import ConfidenceProbe, semantic_entropy
 from pellucid.safety.shifts import SHIFTS
 from pellucid.safety.statements import Statements
-from pellucid.safety.strengths import strengths
+from pellucid.safety.strengths import load_prices, prices, strengths
 from pellucid.safety.thresholds import Threshold, needed, threshold
 from pellucid.safety.uncertainty import confidence, doubt
 from pellucid.safety.vector import Vector, ablate_direction, condition, load_vectors, save_vectors, steer
@@ -67,8 +67,10 @@ __all__ = [
     "inspect_solver",
     "k_of",
     "load_monitor",
+    "load_prices",
     "load_vectors",
     "needed",
+    "prices",
     "save_vectors",
     "semantic_entropy",
     "steer",

@@ -4,7 +4,9 @@ Contrast-consistent search (Burns et al. 2023). With x0, x1 the values of the tw
 
     p = sigmoid(w.x + b),    loss = mean[(p0 - (1 - p1))^2 + min(p0, p1)^2]        consistent, and not undecided
 
-As in the authors' code the sign is chosen with labels and the restart of lowest loss wins. Values are also divided by one number
+As in the authors' code the sign is chosen with labels. They take the restart of lowest loss; here the one wins whose answers agree most with those of
+the other restarts (no label is looked at; of two restarts, and supervised, the lower loss): with more axes than pairs the lowest loss may be of
+a restart that fits chance, while most others read the same. Values are also divided by one number
 for each site, so that a learning rate means the same on all. Supervised: min(p0, p1) becomes p of the member that does not hold,
 so one term is told what the other finds (EleutherAI's elk adds a cross-entropy instead).
 
@@ -25,13 +27,14 @@ from pellucid.training import train
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """By site: `weight` [site, d] and `bias` [site] on values as they are (higher: holds), `loss` [site] of the best restart, `losses`
-    [site, restart]."""
+    """By site: `weight` [site, d] and `bias` [site] on values as they are (higher: holds), `loss` [site] of the chosen restart, `losses`
+    [site, restart], and `agreement` [site, restart] with the others, -1 to 1."""
 
     weight: Tensor
     bias: Tensor
     loss: Tensor
     losses: Tensor
+    agreement: Tensor
 
 
 def search(
@@ -73,10 +76,13 @@ def search(
     )  # fmt: skip
     with torch.no_grad():
         found, p = losses()
-        best = found.argmin(1)
+        said = torch.where((p[:, 0] + 1 - p[:, 1]) / 2 > 0.5, 1.0, -1.0)  # [site, pair, restart]
+        alike = (said.mT @ said / n).abs()
+        agreement = (alike.sum(-1) - 1) / max(1, restarts - 1)
+        best = found.argmin(1) if supervised or restarts < 3 else agreement.argmax(1)
         at = torch.arange(sites)
-        right = (((p[:, 0] + 1 - p[:, 1]) / 2 > 0.5) == holds[:, None]).float().mean(1)[at, best]
+        right = ((said > 0) == holds[:, None]).float().mean(1)[at, best]
         sign = torch.where(right < 0.5, -1.0, 1.0)
         weight = w[at, :, best] / scale[:, None] * sign[:, None]
         bias = b[at, 0, best] * sign - (weight * means.mean(1)).sum(1)
-    return Found(weight, bias, found[at, best], found)
+    return Found(weight, bias, found[at, best], found, agreement)

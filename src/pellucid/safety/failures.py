@@ -147,7 +147,7 @@ def trace_failure(
     random ones; `top` are ablated by attribution and in the random controls.
 
     `result` over `mitigation` on held-out pairs: `preferred`, the share of failing prompts where the right answer is before the wrong one, with
-    its 95 % interval `low` to `high` over pairs; `passing`, the same of passing prompts; `fitted`; each task; `kl` and `top1`; `control` marks the
+    its 95 % interval `low` to `high`, groups drawn whole; `passing`, the same of passing prompts; `fitted`; each task; `kl` and `top1`; `control` marks the
     random ones. Over `component` `attribution`, over `checked` `exact` with `estimated`; over `layer` `probe`. Chosen is, of the mitigations that keep
     95 % of the passing prompts' right answers, the one that mends most on the fitted pairs, and more than every control.
     InputError for fewer than eight pairs, answers with one first token, or prompts at which nothing fails.
@@ -199,7 +199,7 @@ def trace_failure(
     all_ = list(named.values())
     own = [fitted.scores(all_, side) > 0 for side in (fail, passed)]
     out = [test.scores(all_, side) > 0 for side in test.sides()]
-    low, high = interval(out[0].T.astype(float), seed, within=(0, 1))
+    low, high = interval(out[0].T.astype(float), seed, groups=test.groups, within=(0, 1))
     columns: dict[str, Any] = {
         "preferred": out[0].mean(1),
         "low": low,

@@ -34,6 +34,7 @@ from pellucid.engine.steps import Action, Redirect, Say, Stop
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.dictionaries import Dictionary
+from pellucid.results import Result
 from pellucid.safety.guarding import Guard, Seen
 from pellucid.safety.rules import Rule
 from pellucid.safety.thresholds import Threshold
@@ -194,6 +195,9 @@ class Monitor(Monitored):
     name: str = "monitor"
     site: str | None = None
     digest: str = ""
+    fitted: Result | None = field(
+        default=None, repr=False
+    )  # what `fit_monitor` found, beside the text alone; not in a file
     widths: tuple[int, ...] = field(default=(), repr=False)  # how many numbers each site holds, where it is tied
     _readers: tuple[Any, ...] = field(init=False, repr=False)
 

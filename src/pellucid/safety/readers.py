@@ -23,8 +23,9 @@ is said about held-out topics rests on nothing of them. Beside it stand, fitted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,18 +36,18 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
-from pellucid.controls import random_directions, redrawn, shuffled_labels
+from pellucid.controls import redrawn
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import left_aligned
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, PellucidError, at_least, listed
+from pellucid.errors import InputError, at_least, listed
 from pellucid.model import Model
 from pellucid.probing.erasure import Leace
 from pellucid.probing.linear import LogisticProbe
 from pellucid.results import Result
-from pellucid.safety import ccs
+from pellucid.safety import beside, ccs
 from pellucid.safety.contrast import Seen, direction
-from pellucid.safety.judging import Numbers, as_well, form_scores, in_pairs, judged, platt, text_scores, within
+from pellucid.safety.judging import Numbers, as_well, in_pairs, judged, platt, within
 from pellucid.safety.networks import Learnt, Linear, empty, learn
 from pellucid.safety.statements import Statements, text_of
 from pellucid.safety.vector import Pool
@@ -56,10 +57,7 @@ Kind = Literal[
     "mean", "mass_mean", "lda", "logistic", "pca", "pca_centred", "ccs", "supervised_ccs", "mlp", "attention"
 ]  # fmt: skip
 CONTROLS = ("text", "form", "random", "shuffled", "untrained", "planted")
-DIRECTIONS, KEY = 200, "pellucid_reader"
-Asked = Callable[
-    [np.ndarray, np.ndarray, int], Numbers
-]  # rows to learn from, rows to score, site -> scores [draw, row]
+KEY = "pellucid_reader"
 
 
 @dataclass(eq=False)
@@ -190,13 +188,16 @@ class ConceptReader:
 
         plan = [(fold != f, np.flatnonzero(fold == f), chosen[f]) for f in range(int(fold.max()) + 1)]
         plan += [(np.ones(n, dtype=bool), np.flatnonzero(parts == i + 1), at) for i in range(len(tests))]
-        rows = self._rows(model, (x, mask), statements, everything, sites, plan)
-        scores = {name: _by_plan(ask, plan, len(parts)) for name, ask in rows.items()}
+        rows, self.refused_ = beside.rows(
+            self, self._learn, (x, mask), lambda: self._read(redrawn(model, seed=self.seed), everything, sites)[0],
+            statements, [text_of(p) for p in everything],
+        )  # fmt: skip
+        scores = {name: beside.by_plan(ask, plan, len(parts)) for name, ask in rows.items()}
         own_scores = np.full((1, len(parts)), np.nan)
         for f in range(int(fold.max()) + 1):
             own_scores[0, np.flatnonzero(fold == f)] = nested[f, f][chosen[f], fold == f] * slopes[f][0] + slopes[f][1]
         for i in range(len(tests)):
-            own_scores[0, parts == i + 1] = _said(final[at], x[at, parts == i + 1], mask[parts == i + 1])
+            own_scores[0, parts == i + 1] = beside.said(final[at], x[at, parts == i + 1], mask[parts == i + 1])
         sets = {"held out": statements, **tests}
         table: dict[str, dict[str, dict[str, float]]] = {}
         for i, (name, each) in enumerate(sets.items()):
@@ -214,7 +215,8 @@ class ConceptReader:
             ), kind="reader scores", title=f"Log odds by {self.kind} of {n} statements, each by a reader that did not see its {statements.by}",
         )  # fmt: skip
         instead = {
-            name: _instead(own_scores[0, :n], _split(statements, v), fold) for name, v in statements.nuisances.items()
+            name: beside.told_apart(own_scores[0, :n], beside.split(statements, v), fold)
+            for name, v in statements.nuisances.items()
         }
         self.layers_ = Result(
             xr.Dataset({"validation": ("site", curve.mean(0)), "low": ("site", curve.min(0)), "high": ("site", curve.max(0))},
@@ -226,9 +228,12 @@ class ConceptReader:
             and "planted" in self.controls
             and all(isinstance(p, str) for p in statements.prompts)
         ):
-            self.trap_ = self._trap(model, statements, own, sites)
+            planted = statements.planted(self.seed)
+            spoken = self._read(model, planted.prompts, sites)[0]
+            search = partial(self._searched, seed=self.seed)
+            self.trap_ = beside.trap(search, own, spoken, statements, planted, sites, self.site_)
         self.result_ = Result(
-            _dataset(table, instead), kind="reader", title=self._title(table["held out"], statements, instead)
+            beside.dataset(table, instead), kind="reader", title=self._title(table["held out"], statements, instead)
         )
         return self
 
@@ -328,7 +333,7 @@ class ConceptReader:
             asked = (fold == f) | (fold == g)
             scores = np.full((len(learnt), len(fold)), np.nan)
             for s, each in enumerate(learnt):
-                scores[s, asked] = _said(each, own[0][s, asked], own[1][asked])
+                scores[s, asked] = beside.said(each, own[0][s, asked], own[1][asked])
             made[f, g] = made[g, f] = scores
         return made
 
@@ -352,81 +357,6 @@ class ConceptReader:
             curve.append(well)
         folded = np.select([fold == g for g in range(k)], [nested[g, g] for g in range(k)])
         return chosen, slopes, np.array(curve), folded
-
-    # ---- what knows nothing
-
-    def _rows(
-        self, model: Model, read: tuple[Tensor, Tensor], data: Statements, everything: Sequence[Any], sites: Sequence[str],
-        plan: Sequence[tuple[np.ndarray, np.ndarray, int]],
-    ) -> dict[str, Asked]:  # fmt: skip
-        x, mask = read
-        n = len(data)
-        texts = [text_of(p) for p in everything]
-
-        def learnt_on(values: Tensor, train: np.ndarray, ask: np.ndarray, s: int, **how: Any) -> Numbers:
-            made = self._learn((values[s : s + 1, :n], mask[:n]), data, train, **how)[0]
-            return _said(made, values[s, ask], mask[ask])
-
-        def by_text(score: Callable[..., Numbers]) -> Asked:
-            return lambda train, ask, s: score([texts[i] for i in np.flatnonzero(train)], data.labels[train],
-                                               [texts[i] for i in ask])[None]  # fmt: skip
-
-        def random(train: np.ndarray, ask: np.ndarray, s: int) -> Numbers:
-            drawn = random_directions(DIRECTIONS, x.shape[-1], seed=self.seed)
-            centred = x[s, ask][mask[ask]].reshape(-1, x.shape[-1]).mean(0)
-            return (drawn @ ((x[s, ask] - centred) * mask[ask][..., None]).sum(1).T).double().numpy()
-
-        def shuffled(train: np.ndarray, ask: np.ndarray, s: int) -> Numbers:
-            same = data.topics if data.loose else data.pairs
-            drawn = range(self.seed, self.seed + self.draws)
-            if self.kind.endswith("ccs"):
-                return np.stack([learnt_on(x, train, ask, s, seed=i, repaired=True) for i in drawn])
-            made = [shuffled_labels(data.labels, i, within=same.tolist()) for i in drawn]
-            return np.stack([learnt_on(x, train, ask, s, labels=y) for y in made])
-
-        rows: dict[str, Asked] = {
-            "text": by_text(text_scores),
-            "form": by_text(form_scores),
-            "random": random,
-            "shuffled": shuffled,
-        }
-        rows = {name: ask for name, ask in rows.items() if name in self.controls}
-        if "untrained" in self.controls:
-            try:
-                other, _ = self._read(redrawn(model, seed=self.seed), everything, sites)
-                rows["untrained"] = lambda train, ask, s: learnt_on(other, train, ask, s)[None]
-            except PellucidError as why:
-                self.refused_ = str(why)
-        return rows
-
-    def _trap(self, model: Model, data: Statements, own: tuple[Tensor, Tensor], sites: Sequence[str]) -> Result:
-        """The search at all sites on pairs as they are, with a planted speaker, and with the speaker erased, unlabelled and all seen."""
-        planted = data.planted(self.seed)
-        runs = {"plain": own[0], "planted": self._read(model, planted.prompts, sites)[0]}
-        z = planted.nuisances["speaker"]
-        runs["planted, erased"] = torch.stack(
-            [Leace().fit(v[:, -1], z).transform(v[:, -1])[:, None].float() for v in runs["planted"]]
-        )
-        found: dict[str, Any] = {"truth": [], "speaker": [], "loss": [], "repaired_loss": []}
-        for x in runs.values():
-            made, search = self._searched(x, data, self.seed)
-            scores = [_said(each, x[s], own[1]) for s, each in enumerate(made)]
-            for name, couples in (("truth", data.couples), ("speaker", _split(planted, z))):
-                found[name].append([max(a := in_pairs(v, couples), 1 - a) for v in scores])
-            found["loss"].append(search.loss.tolist())
-            found["repaired_loss"].append(self._searched(x, data, self.seed, repaired=True)[1].loss.tolist())
-        made_of = xr.Dataset(
-            {k: (("run", "site"), np.array(v)) for k, v in found.items()}, {"run": list(runs), "site": list(sites)}
-        )
-        at = made_of.sel(site=self.site_)
-        t, q, loss = at.truth.values, at.speaker.values, at.loss.values
-        what = (
-            f"the speaker ({q[1]:.2f}) instead of the labels ({t[1]:.2f})"
-            if q[1] > t[1]
-            else f"the labels ({t[1]:.2f})"
-        )
-        title = f"With a planted speaker it reads {what}, at a loss of {loss[1]:.4f} against {loss[0]:.4f} without; speaker erased: labels {t[2]:.2f}"
-        return Result(made_of, kind="reader trap", title=title)
 
     def _title(self, rows: Mapping[str, Mapping[str, float]], data: Statements, instead: Mapping[str, float]) -> str:
         own = rows[self.kind]
@@ -452,51 +382,6 @@ def _weight(kind: str, plus: Tensor, minus: Tensor, groups: np.ndarray, seed: in
         inverse = torch.linalg.pinv(x.T @ x / len(x), hermitian=True)
         return (inverse @ (plus.mean(0) - minus.mean(0)).double()).float()
     return direction(kind, plus, minus, seed)  # type: ignore[arg-type]
-
-
-def _said(learnt: Learnt, x: Tensor, mask: Tensor) -> Numbers:
-    with torch.no_grad():
-        found: Numbers = learnt(x, mask).double().numpy()
-    return found
-
-
-def _by_plan(ask: Asked, plan: Sequence[tuple[np.ndarray, np.ndarray, int]], n: int) -> Numbers:
-    made: Numbers | None = None
-    for train, rows, site in plan:
-        found = ask(train, rows, site)
-        made = np.full((len(found), n), np.nan) if made is None else made
-        made[:, rows] = found
-    assert made is not None
-    return made
-
-
-def _split(data: Statements, nuisance: np.ndarray) -> np.ndarray:
-    """Couples [2, pair] by the nuisance: its larger value first; pairs that have it alike are left out."""
-    a, b = data.couples
-    differ = nuisance[a] != nuisance[b]
-    a, b = a[differ], b[differ]
-    return np.where(nuisance[a] > nuisance[b], [a, b], [b, a])
-
-
-def _instead(scores: Numbers, couples: np.ndarray, fold: np.ndarray) -> float:
-    """The share of couples told apart, in each fold with the better sign: readers of different folds may have another one."""
-    folds = [couples[:, fold[couples[0]] == f] for f in np.unique(fold)]
-    found = [(max(a := in_pairs(scores, each), 1 - a), each.shape[1]) for each in folds if each.size]
-    return float(np.average([a for a, _ in found], weights=[n for _, n in found])) if found else float("nan")
-
-
-def _dataset(table: Mapping[str, Mapping[str, Mapping[str, float]]], instead: Mapping[str, float]) -> xr.Dataset:
-    rows = list(next(iter(table.values())))
-    measures = list(next(iter(next(iter(table.values())).values())))
-    values = {
-        m: (("set", "row"), np.array([[t[r].get(m, np.nan) for r in rows] for t in table.values()])) for m in measures
-    }
-    made = xr.Dataset(values, {"set": list(table), "row": rows})
-    return (
-        made.assign(instead=("nuisance", list(instead.values()))).assign_coords(nuisance=list(instead))
-        if instead
-        else made
-    )
 
 
 def vectors(

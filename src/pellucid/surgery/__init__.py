@@ -4,7 +4,10 @@ from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repe
 from pellucid.surgery.covariance import KeyCovariance
 from pellucid.surgery.early import draft_and_verify, generate_early
 from pellucid.surgery.editing import Edited, edit
-from pellucid.surgery.exits import Exit, ExitHead, calibrate, chosen_policy, exits
+from pellucid.surgery.exit_calibration import calibrate, chosen_policy
+from pellucid.surgery.exit_head import ExitHead
+from pellucid.surgery.exit_policy import Exit
+from pellucid.surgery.exits import exits
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
@@ -12,7 +15,8 @@ from pellucid.surgery.removal import removal
 from pellucid.surgery.scoreboard import editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.similarity import similarity
 from pellucid.surgery.splice import splice
-from pellucid.surgery.stitch import Stitch, stitching
+from pellucid.surgery.stitch import Stitch
+from pellucid.surgery.stitching import stitching
 from pellucid.surgery.values import Search
 from pellucid.surgery.variants import Gate, chosen_variants, ensemble
 

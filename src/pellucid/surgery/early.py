@@ -29,7 +29,15 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.opening import main_output
@@ -37,12 +45,14 @@ from pellucid.anatomy.structure import Block
 from pellucid.anatomy.trace import put, take
 from pellucid.engine.pausing import progress
 from pellucid.engine.rungs import weights
+from pellucid.engine.sampling import sampling
 from pellucid.engine.stubbed import stubs
-from pellucid.errors import InputError, Refused, at_least
+from pellucid.errors import InputError, Refused, at_least, nearest
 from pellucid.lenses.lens import logits
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.surgery.exits import Exit, confidence, costs, lens_cost
+from pellucid.surgery.exit_policy import Exit, confidence
+from pellucid.surgery.exits import costs, lens_cost
 from pellucid.technique import technique
 
 States = Literal["recompute", "propagate"]
@@ -237,24 +247,35 @@ def _cache_name(model: Model) -> str:
 
 @technique
 def generate_early(
-    model: Model, prompt: Any, policy: Exit, *, states: States = "recompute", max_new_tokens: int = 40
+    model: Model,
+    prompt: Any,
+    policy: Exit,
+    *,
+    states: States = "recompute",
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    **options: Any,
 ) -> Result:
-    """Continue one prompt greedily, each token by as many blocks as its policy wants. The prompt itself is read by all of them.
+    """Continue one prompt, each token by as many blocks as its policy wants. The prompt itself is read by all of them.
+
+    Greedily, or drawn as transformers does with `options` by its names: `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+    `repetition_penalty` (those of the model's own config are not taken); the draws are those of `seed`.
 
     Gives over `position` (the tokens written, `token`) `layer`, the blocks after which each was chosen, `agrees`, whether the full
-    model says the same after the same text (one pass over it, afterwards), and `blocks` paid, with checks and what was made up for; `share_agreeing`,
+    model says the same after the same text (one pass over it, afterwards; of drawn tokens, with the same draw), and `blocks` paid, with checks and what was made up for; `share_agreeing`,
     `blocks_full`, what the whole model pays a token, and `time`, seconds over those of the whole model's greedy generation of as
-    many tokens, cached too. `attrs["text"]` is the text. Refused for encoders, encoder-decoders, shared layers; InputError for several prompts.
+    many tokens, cached too. `attrs["text"]` is the text. Refused for encoders, encoder-decoders, shared layers; InputError for several prompts and other options.
 
     >>> generate_early(model, "The capital of France is", Exit("margin", 0.9), max_new_tokens=8)  # doctest: +SKIP
     """
     at_least(1, max_new_tokens=max_new_tokens)
+    choose = _Choice.of(options, seed)
     walk, end = _begun(model, prompt, policy, states), _ends(model)
     begin, paid, layers = len(walk.ids), [], []
     started = time.perf_counter()
     said = walk.begin()
     for _ in progress(range(max_new_tokens), "tokens"):
-        token = int(said.argmax())
+        token = choose(walk.ids, said)
         if len(walk.ids) > begin:
             paid.append(walk.blocks + (walk.unembedding if walk.exited is None or not policy.reads else 0.0))
             layers.append(walk.n if walk.exited is None else walk.exited + 1)
@@ -269,7 +290,7 @@ def generate_early(
     seconds, new = time.perf_counter() - started, walk.ids[begin:]
     full = _greedy(model, walk.ids[:begin], len(new), set())
     with torch.no_grad():
-        truth = model.run([walk.ids[:-1]]).logits[0, begin - 1 :].argmax(-1).cpu().tolist()
+        truth = choose.again(walk.ids[:begin], new, model.run([walk.ids[:-1]]).logits[0, begin - 1 :])
     agrees = np.array([a == b for a, b in zip(new, truth, strict=True)])
     words = [model.tokenizer.decode([i]) for i in new] if model.tokenizer is not None else [f"#{i}" for i in new]
     data = xr.Dataset({"layer": ("position", layers), "agrees": ("position", agrees), "blocks": ("position", paid), "share_agreeing": agrees.mean(),
@@ -336,6 +357,47 @@ def draft_and_verify(
         kind="draft and verify",
         title=f"Greedy text, {share:.0%} of {tried} drafts accepted, {gain} as greedy generation",
     )
+
+
+@dataclass
+class _Choice:
+    """The next token from logits [1, token]: the most probable, or drawn from what transformers' processors leave."""
+
+    processors: LogitsProcessorList
+    generator: torch.Generator | None
+    states: list[Tensor] = field(default_factory=list)  # of the generator, before each draw
+
+    @classmethod
+    def of(cls, options: dict[str, Any], seed: int) -> _Choice:
+        known = {"do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+        if unknown := sorted({*options} - known):
+            raise InputError(
+                f"generate_early() takes no {unknown[0]}={nearest(unknown[0], known)}: a token is chosen greedily or drawn, one prompt at a time"
+            )
+        asked = sampling(**options)
+        made: dict[str, Any] = {"repetition_penalty": RepetitionPenaltyLogitsProcessor}
+        made |= {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}  # fmt: skip
+        off = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        chosen = [make(asked[k]) for k, make in made.items() if asked.get(k) is not None and asked[k] != off[k]]
+        return cls(LogitsProcessorList(chosen), torch.Generator().manual_seed(seed) if asked["do_sample"] else None)
+
+    def __call__(self, ids: list[int], said: Tensor) -> int:
+        if self.generator is not None:
+            self.states.append(self.generator.get_state())
+        return self._chosen(ids, said)
+
+    def again(self, ids: list[int], new: list[int], said: Tensor) -> list[int]:
+        """What logits [step, token] say at every step after the same text, with the same draws."""
+        found = []
+        for step, row in enumerate(said):
+            if self.generator is not None:
+                self.generator.set_state(self.states[step])
+            found.append(self._chosen([*ids, *new[:step]], row[None]))
+        return found
+
+    def _chosen(self, ids: list[int], said: Tensor) -> int:
+        left = self.processors(torch.tensor([ids]), said.float().cpu())  # type: ignore[arg-type]
+        return int(left.argmax() if self.generator is None else torch.multinomial(left.softmax(-1), 1, generator=self.generator))  # fmt: skip
 
 
 def _ends(model: Model) -> set[int]:

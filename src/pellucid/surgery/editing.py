@@ -429,6 +429,9 @@ def _told(
         data.attrs["split"] = (
             split  # the subject's last token is another one at the beginning of a text and behind a space
         )
+    opening = sorted({f"{facts[r.fact].subject}" for r in rows if r.at == 0}) if model.anatomy.stacks[0].causal else []
+    if opening:
+        data.attrs["opening"] = opening  # a text's first token is often a sink, with a key that all first tokens share
     return data
 
 

@@ -38,13 +38,16 @@ import xarray as xr
 from scipy.stats import t as student
 from torch import Tensor
 
+from pellucid.anatomy.modes import accepted_by
 from pellucid.anatomy.structure import Stack
+from pellucid.anatomy.trace import take
 from pellucid.causal.contrast import ask, numbers
 from pellucid.causal.grid import described
 from pellucid.corpus import Corpus, batches, inputs, longest
 from pellucid.engine.edits import Ablate, Edit, Swap, aligned_values
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
+from pellucid.engine.recording import Recording, record
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError, at_least
 from pellucid.lenses import unembed
@@ -59,6 +62,7 @@ Part = Literal["layer", "attn", "mlp"]
 ESTIMATES = ("block influence", "angular distance", "relative magnitude", "prediction depth")
 MEASURES = ("loss", "divergence", "kept")
 SINK = 10.0  # times longer
+CHUNK = 16  # positions of a row whose logits are compared at a time
 
 
 @technique
@@ -91,9 +95,9 @@ def layer_importance(
     found: list[np.ndarray] = []
     seen: list[dict[str, np.ndarray]] = []
     for given in rows_of(model, texts, context, tokens, batch):
-        run = kept_run(model, given)
+        run, recording = recorded(model, given)
         seen.append(estimates(model, run, n))
-        found.append(_swept(model, given, run, parts, n, reading(run)))
+        found.append(_swept(model, given, run, parts, n, reading(run), recording))
     values = np.concatenate(found, 2)  # [part, layer, row, measure]
     columns = described("loss", np.moveaxis(values[..., 0], 2, 0), seed, test=True)
     columns |= {name: values[..., i].mean(2) for i, name in enumerate(MEASURES) if i}
@@ -177,9 +181,9 @@ def _capabilities(
     for name, task in progress(list(tasks.items()), "capabilities"):
         prompts, metric = task if isinstance(task, tuple) else (task, None)
         asked = ask(model, prompts, metric)
-        run = kept_run(model, asked.inputs)
+        run, recording = recorded(model, asked.inputs)
         clean = asked.score(model, run)
-        values = _swept(model, asked.inputs, run, parts, n, asked.metric)
+        values = _swept(model, asked.inputs, run, parts, n, asked.metric, recording)
         effects[name] = values - clean
         for key, column in described("effect", np.moveaxis(effects[name], 2, 0), seed, "effect_", test=True).items():
             made.setdefault(key, []).append(column)
@@ -221,10 +225,39 @@ def kept_run(model: Model, given: Inputs) -> Run:
     return model.run(given, keep=["layers.*.resid_pre", "layers.*.resid_post"])
 
 
-def _swept(model: Model, given: Inputs, run: Run, parts: Sequence[Part], n: int, metric: BoundMetric) -> np.ndarray:
+def recorded(model: Model, given: Inputs) -> tuple[Run, Recording | None]:
+    """The clean run with every layer's residual, and the recording it was read from, which a sweep of the same inputs begins with."""
+    stack = model.anatomy.stacks[-1]
+    if any(b.nth or not b.whole for b in stack.blocks):
+        return kept_run(model, given), None
+    options = {"use_cache": False} if "use_cache" in accepted_by(model.module) else {}
+    with torch.no_grad():
+        found = record(model.anatomy, stack, given, **options)
+    kept: dict[Any, Tensor] = {}
+    for block, call in zip(stack.blocks, found.calls, strict=True):
+        for tap, x in (
+            (block.taps["resid_pre"], call.hidden),
+            (block.taps["resid_post"], take(call.output, block.taps["resid_post"].key)),
+        ):
+            kept[tap] = tap.layout.read(x, len(given))
+    return Run(model.anatomy, given, found.output, kept, []), found
+
+
+def _swept(
+    model: Model,
+    given: Inputs,
+    run: Run,
+    parts: Sequence[Part],
+    n: int,
+    metric: BoundMetric,
+    recording: Recording | None = None,
+) -> np.ndarray:
     """[part, layer, row, ...] the metric without each part; NaN where there is none."""
     edits = {(p, i): edit for p, part in enumerate(parts) for i in range(n) if (edit := without(model, run, part, i))}
-    swept = numbers(model.sweep(given, [[edit] for edit in edits.values()], metric).values)
+    plan = model.plan(given, [[edit] for edit in edits.values()], metric)
+    if recording is not None:
+        plan.job.recording = recording
+    swept = numbers(plan.run().values)
     values = np.full((len(parts), n, *swept.shape[1:]), np.nan)
     for at, value in zip(edits, swept, strict=True):
         values[at] = value
@@ -234,7 +267,10 @@ def _swept(model: Model, given: Inputs, run: Run, parts: Sequence[Part], n: int,
 def without(model: Model, run: Run, part: Part, layer: int) -> Edit | None:
     if part == "layer":
         (given,) = model.sites(f"layers.{layer}.resid_pre")
-        return Swap(f"layers.{layer}.resid_post", aligned_values(run, given))
+        last = layer == len(model.anatomy.stacks[-1].blocks) - 1  # else the next layer is where the sweep begins
+        return Swap(
+            f"layers.{layer}.resid_post" if last else f"layers.{layer + 1}.resid_pre", aligned_values(run, given)
+        )
     try:
         (site,) = model.sites(f"layers.{layer}.{part}.out")
     except PellucidError:  # a layer without attention, or without an MLP
@@ -251,18 +287,31 @@ def reading(run: Run) -> BoundMetric:
     stream = run.inputs.stream("")
     ids, mask = stream.ids, stream.mask.bool()
     real = mask[:, :-1] & mask[:, 1:]
-    plain = run.logits[:, :-1].float().log_softmax(-1)
+    known, p = ids[:, 1:, None].to(run.logits.device), run.logits[:, :-1].float().softmax(-1)
+    first = p.argmax(-1, keepdim=True)
 
     def mean(x: Tensor) -> Tensor:
         return (x * real.to(x)).sum(1) / real.sum(1)
 
+    def said(logits: Tensor) -> Tensor:
+        """[loss, cross-entropy to p, first choice kept] x row x position; the vocabulary is passed over in parts that stay in the cache."""
+        parts = []
+        for at in range(0, p.shape[1], CHUNK):
+            here = slice(at, min(at + CHUNK, p.shape[1]))
+            x = logits[:, here].to(p.dtype if logits.dtype.itemsize < 4 else logits.dtype)
+            asked, before = (x.gather(2, i[:, here].to(x.device))[..., 0] for i in (known, first))
+            top = x.amax(-1)
+            shifted = x - top[..., None]
+            expected = torch.linalg.vecdot(p[:, here].to(x), shifted)
+            total = shifted.exp_().sum(-1).log()  # log of the sum of exp, above the top
+            parts.append(torch.stack([total + top - asked, total - expected, (before == top).to(x)]))
+        return torch.cat(parts, 2)
+
+    plain = said(run.logits)[:2]
+
     def read(logits: Tensor) -> Tensor:
-        now = logits[:, :-1].log_softmax(-1)
-        target = ids[:, 1:, None].to(now.device)
-        lost = plain.gather(2, target) - now.gather(2, target)
-        apart = (plain.exp() * (plain - now)).sum(-1)
-        same = (plain.argmax(-1) == now.argmax(-1)).to(now)
-        return torch.stack([mean(lost[..., 0]), mean(apart), mean(same)], 1)
+        found = said(logits)
+        return torch.stack([*map(mean, found[:2] - plain.to(found)), mean(found[2])], 1)
 
     return BoundMetric("text", None, None, read, outputs=len(MEASURES))
 
@@ -274,7 +323,7 @@ def estimates(model: Model, run: Run, n: int) -> dict[str, np.ndarray]:
     mask = stream.mask.bool()
     rows = torch.arange(len(mask))
     final = run.logits.argmax(-1)
-    settled = torch.ones_like(mask)  # reading from the last layer to the first
+    settled = mask.clone()  # reading from the last layer to the first
     depth: list[Tensor] = []
     found: dict[str, list[Tensor]] = {name: [] for name in (*ESTIMATES, "sink")}
 
@@ -291,15 +340,13 @@ def estimates(model: Model, run: Run, n: int) -> dict[str, np.ndarray]:
         first = [t[rows, stream.starts].norm(dim=-1) for t in (x, y)]
         found["sink"].append((first[1] / first[0].clamp_min(1e-12)).cpu())
     for layer in reversed(range(n)):  # settled[layer]: the answer is final after this layer and every later one
-        said = _said(model, run.tensor(f"layers.{layer}.resid_pre"))
-        before = settled & (said == final)
+        before = torch.zeros_like(settled)
+        if len(at := settled.nonzero()):  # nothing is read where a later layer has already changed the answer
+            rows_at, columns = at.T
+            x = run.tensor(f"layers.{layer}.resid_pre")[rows_at, columns]
+            said = torch.cat([unembed(model, each[None])[0].argmax(-1) for each in x.split(64)])
+            before[rows_at, columns] = (said == final[rows_at, columns]).to(before.device)
         depth.append(mean((settled & ~before).float()))
         settled = before
     found["prediction depth"] = depth[::-1]
     return {name: torch.stack(values).numpy() for name, values in found.items()}
-
-
-def _said(model: Model, resid: Tensor) -> Tensor:
-    """[row, position] the head's first choice, read one position at a time where the vocabulary is large."""
-    parts: list[Tensor] = [unembed(model, x).argmax(-1) for x in resid.split(32, 1)]
-    return torch.cat(parts, 1)

@@ -96,8 +96,7 @@ def removal(
     trees = {s: model.module if not s else applied(model.module, [Arranged(path, tuple(i for i in range(n) if i not in s))]) for s in unique}  # fmt: skip
 
     def text(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-        run = model.run(inputs)
-        return lambda logits: importance.reading(run)(logits)
+        return importance.reading(model.run(inputs))
 
     columns = _curves(_judged(trees, given, text), sets, by, seed, "")
     data = xr.Dataset(

@@ -80,9 +80,9 @@ def splice(
         raise InputError(f"{len(ours)} prompts a and {len(theirs)} prompts b: give them in pairs")
     sites, dim, depths = _sites(model, over)
     sets, ours, theirs = _sets(positions, ours, theirs, sites[0])
-    metric = _asked(model, ours, theirs) if metric is None else metric
     with torch.no_grad():
         run = model.run(ours, keep=list(dict.fromkeys(s.whole for s in sites)))
+    metric = _asked(model, run, theirs) if metric is None else metric
     wins = numbers(model.score(run, metric))
     order = [np.roll(np.arange(len(ours)), i) for i in range(min(draws, len(ours) - 1) + 1)]
     cells = [(rows, pieces, site) for rows in order for pieces in sets.values() for site in sites]
@@ -111,8 +111,46 @@ def splice(
     data = data.assign(totals(plain, wins, seed, denoise=True)).assign_coords(text=("prompt", list(theirs.texts)))
     trivial = [name for name, pieces in sets.items() if over is None and any(p.size == 0 for p in pieces)]
     data.attrs["says nothing"] = trivial
-    title = "Whose answer wins, by the depth of the splice" + (f" ({', '.join(trivial)}: all positions spliced is A's own run, so this says nothing)" if trivial else "")  # fmt: skip
+    title = _title(model, data, over)
     return Result(data.isel(prompt=0) if len(ours) == 1 else data, kind="splice", title=title)
+
+
+def _title(model: Model, data: xr.Dataset, over: str | None) -> str:
+    """What was found: from where to where the answer is handed over, and a control that does as well."""
+    trivial, dim = data.attrs["says nothing"], "layer" if over is not None else "depth"
+    told, said = [str(s) for s in data["set"].values if s not in trivial], []
+    if over is not None:
+        for name in told:
+            share = data.share.sel(set=name)
+            at = int(share.values.argmax())
+            said.append(f"{name}: {float(share[at]):.0%} of A's answer by {over} of layer {int(share[dim][at])}")
+    else:
+        away = {name: int(data.block.sel(set=name)) for name in told if _turns(data, name) < 0}
+        to = {name: int(data.block.sel(set=name)) for name in told if _turns(data, name) > 0}
+        both = sorted({*away.values()} & {*to.values()})
+        if both:
+            here = [", ".join(n for n, i in each.items() if i == both[0]) for each in (away, to)]
+            said.append(f"block {both[0]} hands the answer from {here[0]} to {here[1]}")
+        said += [f"{name} decides until block {i}" for name, i in away.items() if i not in both]
+        said += [f"{name} decides after block {i}" for name, i in to.items() if i not in both]
+        for name in told:
+            if name not in away and name not in to:
+                at = float(data.share.sel(set=name).mean())
+                said.append(f"{name}: no block changes who wins (A's answer {at:.0%} on average)")
+    if "control" in data:
+        best = data.share.max(dim)
+        equal = [n for n in told if float(best.sel(set=n)) > 0.1 and float(data.control.sel(set=n).max()) >= 0.9 * float(best.sel(set=n))]  # fmt: skip
+        if equal:
+            said.insert(0, f"another pair's residual does as well ({', '.join(equal)})")
+    if trivial:
+        said.append(f"{', '.join(trivial)}: all positions spliced is A's own run, so this says nothing")
+    return f"{model.name}: {'; '.join(said) or 'no position is told apart'}"
+
+
+def _turns(data: xr.Dataset, name: str) -> int:
+    """1 where the block that changes the share most raises it, -1 where it lowers it, 0 where none changes it by a tenth."""
+    block = int(data.block.sel(set=name))
+    return 0 if block < 0 else int(np.sign(np.diff(data.share.sel(set=name).values)[block]))
 
 
 @dataclass(frozen=True)
@@ -145,9 +183,10 @@ def _sites(model: Model, over: str | None) -> tuple[list[Site], str, list[int]]:
     return [model.sites(name)[0] for name in names], "depth", list(range(n + 1))
 
 
-def _asked(model: Model, ours: Inputs, theirs: Inputs) -> Any:
+def _asked(model: Model, run: Run, theirs: Inputs) -> Any:
     """The difference of the logits of what the model says to a and to b."""
-    ids = [[answer.id for answer in Question.of(model, each).answers] for each in (ours, theirs)]
+    asked = Question.of(model, run.inputs, run=run), Question.of(model, theirs)
+    ids = [[answer.id for answer in each.answers] for each in asked]
     alike = next((i for i, (x, y) in enumerate(zip(*ids, strict=True)) if x == y), None)
     if alike is not None or not ids[0]:
         said = (

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from pellucid.anatomy.modes import accepted_by
 from pellucid.changed import check_weights
 from pellucid.corpus import inputs
 from pellucid.engine.alone import Alone
+from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
 from pellucid.engine.recording import BlockCall, record
@@ -102,6 +104,30 @@ class Gate:
             raise InputError(f"this gate chooses between {list(self.names_)}, not {list(variants)}")
         for each, digest in zip((model, *variants.values()), self.digests_, strict=True):
             check_weights(each, digest, "this gate")
+
+    # ---- files
+
+    def save(self, path: str | Path) -> Path:
+        """One safetensors file, tied to the digests of the model and of every variant. InputError before `fit`."""
+        if not hasattr(self, "digests_"):
+            raise InputError("this gate is not fitted: call fit(model, variants, texts, layers=...)")
+        about = {"tokens": self.tokens, "context": self.context, "penalty": self.penalty, "names_": list(self.names_), "right_": self.right_,
+                 "digests_": list(self.digests_)}  # fmt: skip
+        return write_tensors(path, "pellucid_gate", about, {"weights": self.weights_, "biases": self.biases_})
+
+    @classmethod
+    @technique
+    def load(cls, path: str | Path) -> Self:
+        """A gate that was saved; `check(model, variants)` says whether it belongs to them. InputError if it is none."""
+        with reading_tensors(path, "pellucid_gate", "is no Gate: expected a file that Gate.save wrote") as (
+            about,
+            kept,
+        ):
+            made = cls(int(about["tokens"]), about["context"], float(about["penalty"]))
+            made.weights_, made.biases_ = kept["weights"], kept["biases"]
+            made.names_, made.digests_ = tuple(about["names_"]), tuple(about["digests_"])
+            made.right_ = float(about["right_"])
+        return made
 
 
 @technique

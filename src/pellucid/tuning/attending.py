@@ -92,25 +92,7 @@ class Attend(Objective):
                 )
 
     def _chosen(self, model: Model) -> dict[Site, list[int] | None]:
-        """The patterns that are read, and which heads of each (None: all)."""
-        stack = model.anatomy.stacks[0]
-        start = f"{stack.name}." if stack.name else ""
-        last = max((b.index for b in stack.blocks if "attn" in b.attentions), default=0)
-        asked = self.heads if self.heads is not None else f"{start}layers.{last}.attn.pattern"
-        found: dict[Site, list[int] | None] = {}
-        for each in [asked] if isinstance(asked, str) else asked:
-            for site in model.sites(each):
-                if not site.part.startswith("attn."):
-                    raise InputError(f"heads={each!r}: expected heads, such as 'layers.1.attn.heads.0'")
-                whole = Site("attn.pattern", site.layer, site.stack)
-                (whole,) = model.sites(whole)
-                if isinstance(site.unit, int):
-                    known = found.setdefault(whole, [])
-                    if known is not None and site.unit not in known:
-                        known.append(site.unit)
-                else:
-                    found[whole] = None
-        return found
+        return chosen_heads(model, self.heads)
 
     def sites(self, model: Model) -> list[Site]:
         return list(self._chosen(model))
@@ -166,6 +148,27 @@ class Attend(Objective):
         return self.looks(seen).mean(1)
 
 
+def chosen_heads(model: Model, heads: str | Sequence[str] | None) -> dict[Site, list[int] | None]:
+    """The patterns that are read, and which heads of each (None: all); by default those of the last layer that reads the text."""
+    stack = model.anatomy.stacks[0]
+    start = f"{stack.name}." if stack.name else ""
+    last = max((b.index for b in stack.blocks if "attn" in b.attentions), default=0)
+    asked = heads if heads is not None else f"{start}layers.{last}.attn.pattern"
+    found: dict[Site, list[int] | None] = {}
+    for each in [asked] if isinstance(asked, str) else asked:
+        for site in model.sites(each):
+            if not site.part.startswith("attn."):
+                raise InputError(f"heads={each!r}: expected heads, such as 'layers.1.attn.heads.0'")
+            (whole,) = model.sites(Site("attn.pattern", site.layer, site.stack))
+            if isinstance(site.unit, int):
+                known = found.setdefault(whole, [])
+                if known is not None and site.unit not in known:
+                    known.append(site.unit)
+            else:
+                found[whole] = None
+    return found
+
+
 def _real(batch: Batch) -> Tensor:
     """[row, position] the real tokens of the stream that the spans lie in."""
     return batch.inputs.streams.get("encoder", batch.inputs.stream("")).mask.bool()
@@ -200,18 +203,34 @@ def layered(model: Model, part: str, layers: Sequence[int] | None) -> list[Site]
 
 @dataclass(frozen=True)
 class AttentionEntropy(ByLayer):
-    """Attention that is spread out costs (see the module).
+    """Attention that is spread out costs (see the module). With `heads` (sites, as in Attend) only theirs: a large weight makes these
+    nearly one-hot, which `sparsity` counts.
 
     >>> AttentionEntropy([1], weight=0.1).layers
     (1,)
     """
 
+    heads: str | Sequence[str] | None = field(default=None, kw_only=True)
     part = "attn.pattern"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None and not isinstance(self.heads, str):
+            object.__setattr__(self, "heads", tuple(self.heads))
+
+    def _chosen(self, model: Model) -> dict[Site, list[int] | None]:
+        if self.heads is not None:
+            return chosen_heads(model, self.heads)
+        return dict.fromkeys(layered(model, self.part, self.layers))
+
+    def sites(self, model: Model) -> list[Site]:
+        return list(self._chosen(model))
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor:
         found = []
-        for site in self.sites(seen.model):
-            a = seen.run.tensor(site).float()
+        for site, heads in self._chosen(seen.model).items():
+            a = seen.run.tensor(site)
+            a = (a if heads is None else a[:, heads]).float()
             entropy = -(a * a.clamp_min(LEAST).log()).sum(-1).mean(1)  # [row, query]
             found.append(_mean(entropy, _real(seen.batch)))
         return torch.stack(found).mean()

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from pellucid.engine.checkpoint import fingerprint
 from pellucid.engine.edits import Edit
+from pellucid.engine.saved import load_edits, save_edits
 from pellucid.errors import InputError, PellucidError, at_least
 from pellucid.model import Model
 from pellucid.results import Result
@@ -38,10 +40,12 @@ from pellucid.statistics import interval
 from pellucid.technique import technique
 from pellucid.training import Keeper, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
+from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
 from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
 from pellucid.tuning.reasons import Augment
+from pellucid.tuning.routing import Route
 
 UNTRAINED = 0.95  # of the entropy of the answers
 TURNS = 5
@@ -69,8 +73,49 @@ class Tuned:
     beside: Mapping[str, Beside] = field(default_factory=dict, repr=False)
     objectives: Mapping[str, tuple[Objective, ...]] = field(default_factory=dict, repr=False)
 
+    def save(self, folder: str | Path) -> Path:
+        """Write what `load_tuned` opens again: the trained weights as changes of the model that was tuned, and the edits it is run
+        under (sparse attention, few neurons), tied to them; of objectives that are kept with what they learnt a file each, which their
+        `load` opens. Other tensors beside the model are in `tuned.beside`.
+
+        >>> tuned.save("tuned"); load_tuned(model, "tuned")  # doctest: +SKIP
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_changes(folder / "weights.safetensors")
+        kept = [each for each in self.objectives.get("objective", ()) if isinstance(each, Learnt) and each.weight > 0]
+        for each in kept:
+            each.save(folder / f"{type(each).__name__}.safetensors")
+        theirs = {edit for each in kept for edit in map(type, each.edits(self.model))}
+        plain = [edit for edit in self.edits if type(edit) not in theirs]
+        if plain:
+            save_edits(plain, folder / "edits.safetensors", model=self.model)
+        else:
+            (folder / "edits.safetensors").unlink(missing_ok=True)
+        return folder
+
     def __repr__(self) -> str:
         return f"<Tuned {self.model.name}: {self.result.title}>"
+
+
+def load_tuned(model: Model, folder: str | Path) -> tuple[Model, tuple[Edit, ...]]:
+    """The tuned model that `Tuned.save` wrote, on the model that was tuned, and the edits it is to be run under, those of a `Bottleneck`
+    among them. InputError for another model's, or for a folder that holds none.
+
+    >>> tuned, edits = load_tuned(model, "tuned")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if not (folder / "weights.safetensors").exists():
+        raise InputError(f"{str(folder)!r} holds no tuned model: expected a folder that Tuned.save wrote")
+    made = model.changed(folder / "weights.safetensors")
+    edits = folder / "edits.safetensors"
+    found = list(load_edits(edits, model=made)) if edits.exists() else []
+    for kind in Learnt.__subclasses__():
+        if (file := folder / f"{kind.__name__}.safetensors").exists():
+            learnt = kind.load(file)
+            learnt.belongs(made)
+            found += learnt.edits(made)
+    return made, tuple(found)
 
 
 @technique
@@ -116,7 +161,8 @@ def fit(
     settings = Settings(
         model, encoded, layers, steps, batch, accumulate, learning_rate, head_learning_rate, weight_decay, warmup, clip
     )
-    before = term_values(model, next(iter(splits.values())), given, (), seeds[0])
+    fresh = drawn_beside(model, encoded, given, seeds[0])
+    before = term_values(model, next(iter(splits.values())), given, (), seeds[0], fresh)
     found, models, changed, beside, learnt = run_arms(settings, arms, splits, given, seeds, checkpoint)
     cost = step_cost(settings, arms, seeds[0])
     result = _result(found, list(arms), list(seeds), list(splits), before, cost, given, encoded)
@@ -154,22 +200,26 @@ def run_arms(
 
 
 def step_cost(settings: Settings, arms: Mapping[str, Sequence[Objective]], seed: int) -> dict[str, float]:
-    """CPU time of a step of each arm over that of the plain one: all arms in turn, medians over `TURNS` turns."""
-    fits = {arm: Fit(settings, own, seed) for arm, own in arms.items()}
-    rows = torch.arange(min(settings.batch, len(settings.data)))
-    took: dict[str, list[float]] = {arm: [] for arm in arms}
+    """CPU time of a step of each arm over that of the plain one."""
+    return timed({arm: Fit(settings, own, seed) for arm, own in arms.items()}, "plain")
+
+
+def timed(fits: Mapping[str, Fit], base: str) -> dict[str, float]:
+    """CPU time of a step of each fit over that of `base`: all in turn, medians over `TURNS` turns."""
+    took: dict[str, list[float]] = {arm: [] for arm in fits}
     with torch.random.fork_rng(), torch.enable_grad():
         for each in fits.values():
             for p in each.parameters.values():
                 p.requires_grad_(True)
         for turn in range(TURNS + 1):  # the first one warms up
             for arm, each in fits.items():
+                s = each.settings
                 start = time.process_time()
-                each.step(rows, settings.steps + turn)
+                each.step(torch.arange(min(s.batch, len(s.data))), s.steps + turn)
                 took[arm] += [time.process_time() - start] * (turn > 0)
                 for p in each.parameters.values():
                     p.grad = None
-    return {arm: float(np.median([a / b for a, b in zip(took[arm], took["plain"], strict=True)])) for arm in arms}
+    return {arm: float(np.median([a / b for a, b in zip(took[arm], took[base], strict=True)])) for arm in fits}
 
 
 def arms_of(given: tuple[Objective, ...], control: bool) -> dict[str, tuple[Objective, ...]]:
@@ -252,7 +302,7 @@ class Fit:
     def _after(self, step: int) -> None:
         for each in self.objectives:
             if each.weight > 0:
-                each.after(self.chosen.parameters, self.chosen.model, (step + 1) / self.settings.steps, self.seed)
+                each.after(self.chosen.model, self.chosen.parameters, (step + 1) / self.settings.steps, self.seed)
 
     def _schedule(self, done: float) -> float:
         w = self.settings.warmup
@@ -321,13 +371,37 @@ def terms(
     The one place where objectives meet a model: the loop of `fit` and `transformers.Trainer` both ask here.
     """
     active = [each for each in objectives if each.weight > 0]
+    routes = [each for each in active if isinstance(each, Route)]
+    if not routes:
+        return _terms(model, data, batch, active, seed, step, f"{part}", beside, ())
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
+    for row, whose in zip(batch.rows, zip(*(each.groups(batch) for each in routes), strict=True), strict=True):
+        groups.setdefault(whose, []).append(row)
+    found: dict[str, Tensor] = {}
+    for k, (whose, rows) in enumerate(sorted(groups.items(), key=str)):
+        own = data.batch(rows, step)
+        with ExitStack() as stack:
+            cuts = [cut for each, group in zip(routes, whose, strict=True) for cut in each.edits_for(model, group)]
+            for each, group in zip(routes, whose, strict=True):
+                stack.enter_context(each.closed(model, group))
+            values = _terms(model, data, own, active, seed, step, f"{part}/{k}", beside, cuts)
+        for name, value in values.items():
+            share = len(own.answers) / len(batch.answers) if name == "task" else len(own) / len(batch)
+            found[name] = found.get(name, 0.0) + share * value
+    return found
+
+
+def _terms(
+    model: Model, data: Encoded, batch: Batch, active: Sequence[Objective], seed: int, step: int, part: str, beside: Beside,
+    cuts: Sequence[Edit],
+) -> dict[str, Tensor]:  # fmt: skip
     purposes = {each: generator(seed, f"{each.name}/{part}", step) for each in active}
     for each in active:
         batch = each.batch(batch, data, purposes[each])
     for each in active:
         batch = each.shown(model, batch, data, purposes[each], beside.get(each.name, NONE))
-    keep = [site for each in active for site in each.sites(model)]
-    seen = Pass(model, batch, data, keep=keep, gradients=any(each.second_order for each in active), beside=beside)
+    keep, second = [site for each in active for site in each.sites(model)], any(each.second_order for each in active)
+    seen = Pass(model, batch, data, keep=keep, edits=cuts, gradients=second, beside=beside)
     found = {"task": seen.task.mean()}
     for each in active:
         value = each.loss(seen, purposes[each])

@@ -1,6 +1,7 @@
 """Internals in the objective: what a reader sees inside costs, or is rewarded; and was it removed, or only moved out of sight?
 
     penalty = mean over rows of s(h)^2         s a reader's score (0 where it sees nothing), h the mean over a text's tokens at its site
+    or log(1 + e^s), which lowers it, or log(1 + e^-s), which raises it ("considered it inside")
 
 A reader is anything with a `site` and a call from values [..., d] to scores. Gradients that go through a reader buy what that reader cannot see:
 the property moves to where it does not look (obfuscated activations, Bailey et al. 2024). So `evasion` fits new readers, linear, of
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from pellucid.anatomy.sites import Site
 from pellucid.controls import random_directions, shuffled_labels
@@ -39,6 +41,7 @@ from pellucid.technique import technique
 from pellucid.tuning.data import Encoded
 from pellucid.tuning.objective import Objective, Pass
 
+Form = Literal["square", "lower", "raise"]
 KINDS = ("linear", "mlp", "max over tokens")
 
 
@@ -74,17 +77,31 @@ def direction(model: Model, data: Any, holds: Sequence[bool], site: str) -> Dire
 
 @dataclass(frozen=True, eq=False)
 class ProbePenalty(Objective):
-    """What a reader sees costs (see the module). Check with `evasion` before anything is called removed.
+    """What a reader sees costs, or is rewarded (see the module). Check with `evasion` before anything is called removed.
+
+    `form`: "square" (the score goes to 0), "lower" or "raise". `where` is the span over whose tokens is read; by default all.
 
     >>> ProbePenalty(reader, weight=1.0)  # doctest: +SKIP
     """
 
     reader: Any = None
+    form: Form = field(default="square", kw_only=True)
+    where: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in get_args(Form):
+            raise InputError(f"form={self.form!r}: expected one of {', '.join(get_args(Form))}")
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        return () if self.where is None else (self.where,)
 
     def sites(self, model: Model) -> list[Site]:
         return model.sites(str(getattr(self.reader, "site", "")))
 
     def check(self, model: Model, data: Encoded) -> None:
+        super().check(model, data)
         if not callable(self.reader) or not hasattr(self.reader, "site") or len(self.sites(model)) != 1:
             raise InputError(
                 f"{self.reader!r} is no reader: expected something with one site and a call, such as tuning.direction(...)"
@@ -95,13 +112,22 @@ class ProbePenalty(Objective):
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor:
         (site,) = self.sites(seen.model)
-        score: Tensor = self.reader(_mean(seen.run.tensor(site), seen.run.stream(site).mask))
-        return score.float().square().mean()
+        mask = seen.run.stream(site).mask if self.where is None else seen.batch.masks[self.where]
+        score: Tensor = self.reader(mean(seen.run.tensor(site), mask.to(seen.run.tensor(site).device))).float()
+        costs = scored(score, self.form)
+        some = mask.any(1).to(costs)
+        return (costs * some).sum() / some.sum().clamp_min(1)
 
 
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
+def scored(score: Tensor, form: Form) -> Tensor:
+    """What scores cost."""
+    return score.square() if form == "square" else softplus(score if form == "lower" else -score)
+
+
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    """[row, d] over the tokens under a mask [row, position]; 0 where there is none."""
     mask = mask.to(x)[..., None]
-    return (x * mask).sum(1) / mask.sum(1)
+    return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def _labels(holds: Sequence[bool], n: int) -> np.ndarray:
@@ -124,7 +150,7 @@ def pooled(
             run = model.run(batch.inputs, keep=list(sites), edits=edits)
             for (means, tops), site in zip(found, sites, strict=True):
                 x, mask = run.tensor(site).float(), run.stream(site).mask
-                means.append(_mean(x, mask).cpu())
+                means.append(mean(x, mask).cpu())
                 tops.append(x.masked_fill(~mask.bool()[..., None].to(x.device), -torch.inf).amax(1).cpu())
     return [torch.cat(m).numpy() for m, _ in found], [torch.cat(t).numpy() for _, t in found]
 

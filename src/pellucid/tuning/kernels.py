@@ -38,7 +38,7 @@ def check_kernels(model: Model, who: str) -> None:
     if any(word in name for word in ("flash", "flex", "paged")):
         raise Refused(
             f"{who} needs gradients of gradients, and {name} has none: open the model with attn_implementation='eager' or "
-            "'sdpa', or use tuning.Consistency, which needs none"
+            "'sdpa', say path='finite', or use tuning.Consistency, which needs none"
         )
 
 

@@ -112,7 +112,7 @@ class Objective:
         """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
         return frozenset()
 
-    def after(self, parameters: Mapping[str, Tensor], model: Model, done: float, seed: int) -> None:
+    def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         """What it does to trained parameters after an update, in place; `done` is the share of steps that are done."""
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor | None:
@@ -250,10 +250,14 @@ class Pass:
         """The gradient of the log odds."""
         return self.gradient(self.log_odds)
 
-    def again(self, batch: Batch | None = None, edits: Sequence[Edit] = (), gradients: bool = False) -> Pass:
+    def again(
+        self, batch: Batch | None = None, edits: Sequence[Edit] = (), gradients: bool = False, create_graph: bool = True
+    ) -> Pass:
         """Another pass of the same rows, as tokens of another batch or under further edits."""
-        edits = [*self.edits, *edits]
-        return Pass(self.model, batch or self.batch, self.data, edits=edits, gradients=gradients, beside=self.beside)
+        return Pass(
+            self.model, batch or self.batch, self.data, edits=[*self.edits, *edits], gradients=gradients, create_graph=create_graph,
+            beside=self.beside,
+        )  # fmt: skip
 
 
 def log_odds(logits: Tensor, answers: Tensor) -> Tensor:

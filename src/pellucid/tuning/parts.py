@@ -90,9 +90,9 @@ def choose(model: Model, only: Any = None) -> Chosen:
                 "every parameter of this model is frozen: say layers=..., or set requires_grad where it may change"
             )
     else:
-        asked = only if isinstance(only, Only) else Only(layers=only)
-        chosen, masks = _asked(model, asked, named)
-        chosen += [name for name in sorted(head) if asked.head and name not in chosen]
+        own = only if isinstance(only, Only) else Only(layers=only)
+        chosen, masks = asked(model, own, named)
+        chosen += [name for name in sorted(head) if own.head and name not in chosen]
         if not chosen:
             raise InputError(f"{only!r} names no parameter of this model")
     for name in chosen:
@@ -103,8 +103,8 @@ def choose(model: Model, only: Any = None) -> Chosen:
                 f"{name} is frozen (requires_grad is False) and was asked to train: unfreeze it, or leave it out of layers="
             )
     twin = model.changed(Copied(tuple(chosen)))
-    own = dict(twin.module.named_parameters())
-    return Chosen(twin, {name: own[name] for name in chosen}, masks, head & set(chosen))
+    copied = dict(twin.module.named_parameters())
+    return Chosen(twin, {name: copied[name] for name in chosen}, masks, head & set(chosen))
 
 
 def head_of(model: Model) -> frozenset[str]:
@@ -141,7 +141,8 @@ def _embedding(model: Model) -> list[tuple[str, Tensor]]:
     return list(table.named_parameters())
 
 
-def _asked(model: Model, only: Only, named: Mapping[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+def asked(model: Model, only: Only, named: Mapping[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+    """Names of the parameters of a choice (its `head` not counted), and for those that are chosen in part the entries."""
     stack = (
         next((s for s in model.anatomy.stacks if s.name == only.stack), None)
         if only.stack
@@ -213,7 +214,8 @@ def owned(model: Model, part: str, stack: str, layer: int, units: Sequence[int])
                     list(named.values()),
                     allow_unused=True,
                 )
-                reached.append([_either(a, b) for a, b in zip(ins, outs, strict=True)])
+                floors = _rounding(ins), _rounding(outs)
+                reached.append([_either(a, b, floors) for a, b in zip(ins, outs, strict=True)])
     finally:
         for n, p in named.items():
             p.requires_grad_(free[n])
@@ -228,8 +230,17 @@ def _instead(drawn: Tensor, x: Tensor) -> Tensor:
     return drawn
 
 
-def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    known = [x.detach() != 0 for x in (a, b) if x is not None]
+def _rounding(gradients: Sequence[Tensor | None]) -> float:
+    return 1e-6 * max((float(g.abs().max()) for g in gradients if g is not None), default=0.0)
+
+
+def _either(a: Tensor | None, b: Tensor | None, floors: tuple[float, float]) -> Tensor | None:
+    """Where one of two gradients is not 0; one that is all rounding (a key's bias, to which softmax is blind) is none."""
+    known = [
+        x.detach() != 0
+        for x, floor in zip((a, b), floors, strict=True)
+        if x is not None and float(x.abs().max()) > floor
+    ]
     return None if not known else known[0] if len(known) == 1 else known[0] | known[1]
 
 

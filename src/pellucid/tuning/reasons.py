@@ -24,10 +24,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, at_least
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.kernels import check_curvature, check_kernels, exact_kernels
@@ -36,7 +36,9 @@ from pellucid.tuning.objective import Given, Objective, Opened, Pass, embeddings
 Form = Literal["share", "outside", "absolute"]
 Of = Literal["log_odds", "log_probability_sum"]
 By = Literal["gradient", "integrated", "expected"]
+Path = Literal["exact", "finite"]
 LEAST = 1e-12
+STEP = 1e-2  # of the mean norm of an embedding
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class RightReasons(Where):
     """A penalty on what the answer's attributions give to a span (see the module). Mean over rows.
 
     `through`: "gradient", "integrated" (with `steps` points from a baseline of mask or padding tokens) or "expected" (with
-    `steps` draws of another text as baseline). The first derivative's own derivative is taken: check says where a model has none.
+    `steps` draws of another text as baseline). The first derivative's own derivative is taken: check says where a model has none, and
+    `path="finite"` (of gradients) does without it: sizes |g| are differences along g's own direction, so first gradients are enough, for
+    two or four more passes.
 
     >>> RightReasons("decoy", weight=100.0).form
     'share'
@@ -185,13 +189,16 @@ class RightReasons(Where):
     of: Of = field(default="log_odds", kw_only=True)
     through: By = field(default="gradient", kw_only=True)
     steps: int = field(default=2, kw_only=True)
+    path: Path = field(default="exact", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, steps=self.steps)
-        for name, kinds in (("form", Form), ("through", By)):
+        for name, kinds in (("form", Form), ("through", By), ("path", Path)):
             if getattr(self, name) not in get_args(kinds):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kinds))}")
+        if self.path == "finite" and self.through != "gradient":
+            raise InputError(f"path='finite' is for through='gradient', not {self.through!r}, which sums signed parts")
         if self.of not in get_args(Of):
             raise InputError(
                 f"of={self.of!r}: expected 'log_odds' or 'log_probability_sum'; the gradient of a probability or of the loss "
@@ -208,12 +215,18 @@ class RightReasons(Where):
 
     @property
     def second_order(self) -> bool:
-        return True
+        return self.path == "exact"
 
     def check(self, model: Model, data: Encoded) -> None:
         super().check(model, data)
-        check_kernels(model, self.name)
         model.anatomy.check_gradients()
+        if self.path == "finite":
+            if next(model.module.parameters()).dtype not in (torch.float32, torch.float64):
+                raise Refused(
+                    f"{self.name}: path='finite' takes small differences, which 16 bits cannot hold: open the model in float32"
+                )
+            return
+        check_kernels(model, self.name)
         batch = data.batch([next(i for i, p in enumerate(data.positions[self.where]) if p)])
         with torch.enable_grad():
             x = Pass(model, batch, data, gradients=True).embedded.detach()
@@ -229,18 +242,36 @@ class RightReasons(Where):
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor:
         mask = self.mask(seen.batch, generator).to(seen.logits.device)
-        sizes = (
-            self.attributions(seen, generator).square().sum(-1)
-        )  # over dimensions last: opposite signs must not cancel
-        sizes = sizes[:, : mask.shape[1]]
-        inside = (sizes * mask).sum(1)
+        content = seen.batch.content.to(mask.device) | mask
+        if self.path == "finite":
+            inside, total = self._finite(seen, mask, content)
+        else:
+            sizes = (
+                self.attributions(seen, generator).square().sum(-1)
+            )  # over dimensions last: opposite signs must not cancel
+            sizes = sizes[:, : mask.shape[1]]
+            inside, total = (sizes * mask).sum(1), (sizes * content).sum(1)
         if self.form == "absolute":
             return inside.mean()
-        content = seen.batch.content.to(mask.device) | mask
-        total = (sizes * content).sum(1)
         share = inside / total.clamp_min(LEAST)
         some = mask.any(1)
         return ((1 - share if self.form == "outside" else share) * some).sum() / some.sum().clamp_min(1)
+
+    def _finite(self, seen: Pass, mask: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        """[row] sum over the mask, and over the content, of |g_t|^2, with gradients right to h^2: d|g| = v . dg along v = g / |g|."""
+        first = seen.again(gradients=True, create_graph=False)
+        g, x = first.gradient(self.value(first)), first.embedded
+        wide = [nn.functional.pad(m, (0, g.shape[1] - m.shape[1])) for m in (mask, content)]
+
+        def size(v: Tensor) -> Tensor:
+            n = v.flatten(1).norm(dim=1)[:, None, None]
+            h = STEP * x.detach().norm(dim=-1).mean()
+            ends = [x + sign * h * (v / n.clamp_min(LEAST)).to(x) for sign in (1, -1)]
+            up, down = (seen.again(edits=[Given(embeddings(seen.model), end)]) for end in ends)
+            return ((self.value(up) - self.value(down)) / (2 * h)).square()
+
+        inside = size(g * wide[0][..., None])
+        return inside, inside if self.form == "absolute" else size(g * wide[1][..., None])
 
     def value(self, seen: Pass) -> Tensor:
         """[row] what is differentiated."""

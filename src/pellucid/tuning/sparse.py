@@ -34,6 +34,7 @@ from pellucid.tuning.data import Encoded
 from pellucid.tuning.objective import NONE, Objective
 
 Kind = Literal["sparsemax", "entmax15"]
+ONE_HOT = 0.9
 FAR = 1e4  # below the largest score nothing is in the support
 
 
@@ -175,7 +176,7 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
     many keys a query at test time, without any training (add its accuracy from `right`).
 
     Over `layer` `zeros` (share of exact zeros among the keys that are no padding; of causal models among those a query sees), `support` (keys
-    that are not zero), `entropy` in nats, `marks` (share on marks of the tokenizer), `neuron_zeros`; and `accuracy`, `right` [text].
+    that are not zero), `entropy` in nats, `marks` (share on marks of the tokenizer), `neuron_zeros`, over [layer, head] `one_hot` (share of queries with .9 or more on one key); and `accuracy`, `right` [text].
 
     >>> sparsity(tuned.model, data, edits=tuned.edits)  # doctest: +SKIP
     """
@@ -185,6 +186,7 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
         made += [Largest(site, keep) for site in patterns]
     sums = np.zeros((len(patterns), 5))
     quiet, right = np.zeros((len(neurons), 2)), []
+    sure: list[Any] = [0] * len(patterns)
     causal = model.anatomy.stacks[0].causal
     for start in range(0, len(encoded), 32):
         batch = encoded.batch(range(start, min(start + 32, len(encoded))))
@@ -202,6 +204,7 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
                 float(((a == 0) & pairs).sum()), float(pairs.sum()), float(entropy[queries].sum()),
                 float((a * marks).sum(-1)[queries].sum()), float(queries.sum()),
             ]  # fmt: skip
+            sure[i] = sure[i] + ((a.amax(-1) >= ONE_HOT) & queries).sum((0, 2)).numpy()
         for i, site in enumerate(neurons):
             x = run.tensor(site).cpu()[real]
             quiet[i] += [float((x == 0).sum()), float(x.numel())]
@@ -214,6 +217,9 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
     }  # fmt: skip
     if len(neurons) == len(patterns):
         variables["neuron_zeros"] = "layer", quiet[:, 0] / quiet[:, 1]
+    one_hot = [np.asarray(n) * np.size(n) / r for n, r in zip(sure, rows, strict=True)]
+    if len({len(each) for each in one_hot}) == 1:
+        variables["one_hot"] = ("layer", "head"), np.stack(one_hot)
     found = xr.Dataset(variables, {"layer": [site.layer for site in patterns]})
     found["accuracy"] = found["right"].mean()
     return Result(

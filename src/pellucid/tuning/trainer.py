@@ -67,7 +67,9 @@ def trainer(
     seed = int(args.data_seed or args.seed)
     beside = drawn_beside(chosen.model, encoded, given, seed)
     own = {f"{name}/{k}": t for name, each in beside.items() for k, t in each.items()}
-    kept = frozenset([*chosen.masks, *(name for each in given for name in each.undecayed(chosen.model))])
+    kept = frozenset(
+        [*chosen.masks, *(name for each in given if each.weight > 0 for name in each.undecayed(chosen.model))]
+    )
     held_out = None if test is None else Encoded(model, test, truncate)
     for each_p in chosen.model.module.parameters():
         each_p.requires_grad_(False)
@@ -78,7 +80,7 @@ def trainer(
 
     class Tuning(base):
         loss_is_scaled_for_ga = False
-        tuned, beside_model = chosen.model, beside
+        tuned, tuned_beside = chosen.model, beside
         _at, _part = -1, 0
         _terms: Mapping[str, float] = MappingProxyType({})
 
@@ -141,16 +143,20 @@ def trainer(
 
     class Stepping(transformers.TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for t in own.values():
+                t.grad = None  # the Trainer clears its module's gradients, not these
             done = (int(state.global_step) + 1) / max(int(state.max_steps), 1)
             for each in given:
                 if each.weight > 0:
-                    each.after(chosen.parameters, chosen.model, done, seed)
+                    each.after(chosen.model, chosen.parameters, done, seed)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             grads = [p.grad for p in (*chosen.parameters.values(), *own.values()) if p.grad is not None]
             check_finite(
                 {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
             )
+            if own and args.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(own.values(), args.max_grad_norm)
 
     def rows(source: Encoded) -> list[dict[str, int]]:
         return [{"row": i} for i in range(len(source))]

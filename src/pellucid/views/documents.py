@@ -20,7 +20,7 @@ from pellucid.circuits import Circuit, EdgeScores
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.results import Result
-from pellucid.views import forms, kinds, looking, maps
+from pellucid.views import forms, kinds, looking, maps, watching
 from pellucid.views import schema as s
 from pellucid.views.schema import Code, Document
 from pellucid.views.source import code, origin
@@ -107,7 +107,7 @@ def _training(fitted: Any, losses: np.ndarray) -> Result:
 
 def _prompts(result: Result, data: s.View) -> str:
     """Which prompt is shown, where the result has several."""
-    if "prompt" not in result.main.dims or isinstance(data, s.Table):
+    if "prompt" not in result.main.dims or isinstance(data, s.Table) or watching.is_firings(result):
         return ""
     n = result.main.sizes["prompt"]
     which = "the mean over" if isinstance(data, s.Contributions) else "the first of"

@@ -18,6 +18,7 @@ from pellucid.errors import InputError
 from pellucid.results import Result
 from pellucid.statistics import spearman
 from pellucid.views import schema as s
+from pellucid.views import watching
 from pellucid.views.cells import ROWS, Cells, strongest
 from pellucid.views.markup import visible
 from pellucid.views.monitors import CHANCE, is_roc, roc
@@ -169,6 +170,8 @@ def is_grid(result: Result) -> bool:
     """Numbers over two dimensions, or three with few labels in one; along a window or steps they are curves, and rows of
     different units (`attrs["rows"]` is "unlike") have no colours in common."""
     dims, sizes = _dims(result), result.main.sizes
+    if watching.is_firings(result):
+        return True
     if not _numeric(result) or "prompt" in dims or is_selective(result) or _unlike(result):
         return False
     return (len(dims) == 2 and not _along(dims)) or (len(dims) == 3 and min(sizes[d] for d in dims) <= PLANES)
@@ -176,6 +179,8 @@ def is_grid(result: Result) -> bool:
 
 def grid(result: Result, unit: str = "") -> s.Grid:
     """Effects over two dimensions, or over three of which the one with the fewest labels is chosen by buttons."""
+    if watching.is_firings(result):
+        return watching.firings(result)
     data, main = _first(result.data), _first(result.data)[str(result.main.name)]
     dims = [str(d) for d in main.dims]
     third = min(dims, key=lambda d: (d != "part", main.sizes[d])) if len(dims) == 3 else None
@@ -265,7 +270,7 @@ def plain_grid(data: s.Grid) -> Cells:
 
 
 def is_curves(result: Result) -> bool:
-    if is_roc(result):
+    if is_roc(result) or result.kind in watching.CURVES:
         return True
     dims = _dims(result)
     if not _numeric(result) or "prompt" in dims:
@@ -279,6 +284,8 @@ def curves(result: Result) -> s.Curves:
     """Variables along the one dimension they share, with intervals; of two dimensions one line for each label of the other."""
     if is_roc(result):
         return roc(result)
+    if (made := watching.CURVES.get(result.kind)) is not None:
+        return made(result)
     data, main = _first(result.data), _first(result.data)[str(result.main.name)]
     dims = [str(d) for d in main.dims if d != "prompt"]
     along = "step" if "step" in dims else dims[-1]

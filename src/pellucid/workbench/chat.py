@@ -218,8 +218,16 @@ class Telling:
 async def streamed(start: Callable[[Tell], asyncio.Future[ChatEnd]], drop: Callable[[], None]) -> AsyncIterator[bytes]:
     """An answer as lines of JSON: its steps, then its end, or what went wrong. Who no longer listens ends it (`drop`)."""
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[ChatStep | None]()
-    future = start(lambda step: loop.call_soon_threadsafe(queue.put_nowait, step) and None)
-    future.add_done_callback(lambda _: queue.put_nowait(None))
+
+    def tell(step: ChatStep) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, step)
+
+    def ended(done: asyncio.Future[ChatEnd]) -> None:
+        _ = done.cancelled() or done.exception()  # who no longer listens asks for neither
+        queue.put_nowait(None)
+
+    future = start(tell)
+    future.add_done_callback(ended)
     try:
         while (step := await queue.get()) is not None:
             yield msgspec.json.encode(step) + b"\n"

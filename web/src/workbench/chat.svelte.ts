@@ -120,7 +120,7 @@ export function trace(monitor: MonitorCard, index: number, steps: readonly ChatS
   if (at >= 0) lines.push({ name: "fired", x: numbers([at]), y: numbers([y[at]]) });
   const labels = steps.map((s) => s.token || "…");
   return {
-    title,
+    "pellucid-view": 1, title,
     data: {
       kind: "curves", x: { name: "token", labels }, y: { name: "score" }, lines,
       levels: monitor.threshold === null ? [] : [{ name: "threshold", y: monitor.threshold }],
