@@ -48,6 +48,9 @@ def test_only_concepts_go_on_in_every_kind_of_model(family: str, tmp_path: Path)
     assert loaded.names == learnt.names == ["he", "long"]
     a, b = (made.model.run(batch.inputs, edits=e.edits(made.model)).logits for e in (learnt, loaded))
     assert torch.equal(a, b)
+    if family != "lora":  # whose adapters are no changes of the weights alone
+        again, edits = tu.load_tuned(model, made.save(tmp_path / "tuned"))
+        assert torch.equal(again.run(batch.inputs, edits=edits).logits, a)
     with pytest.raises(InputError, match="belongs to other weights"):
         loaded.check(model)
     with pytest.raises(InputError, match="belongs to other weights"):
@@ -59,16 +62,18 @@ def test_the_edit_is_its_formula_under_padding_on_either_side() -> None:
     encoded = Encoded(model, told("bert-class"))
     learnt: Any = tu.Bottleneck(hard=False, residual=3).begun(model, encoded, 0)
     learnt.parameters["head.concepts"].normal_(generator=torch.Generator().manual_seed(1))
-    batch, p = encoded.batch(range(4)), learnt.parameters
+    batch, p = encoded.batch(range(4)), learnt.state_["tensors"]
     edit = learnt.narrow(model)
     run = model.run(batch.inputs, keep=["layers.1.resid_post"], edits=[edit])
     clean = model.run(batch.inputs, keep=["layers.1.resid_post"])
     for b in range(4):
         n = int(batch.inputs.stream("").lengths[b])
         h = clean.tensor("layers.1.resid_post")[b, :n].mean(0)
-        h = (h - h.mean()) / (h.var(unbiased=False) + 1e-5).sqrt()
+        h = (h - h.mean()) / (h.var(unbiased=False) + 1e-5).sqrt() / len(h) ** 0.5
         z = 1 / (1 + torch.exp(-(p["head.concepts"] @ h + p["head.bias"])))
-        new = p["head.base"] + (z - 0.5) @ p["head.out"] + (p["head.down"] @ h) @ p["head.up"]
+        new = p["fixed.mean"] + p["fixed.spread"] * (
+            p["head.base"] + (z - 0.5) @ p["head.out"] + (p["head.down"] @ h) @ p["head.up"]
+        )
         assert torch.allclose(run.tensor("layers.1.resid_post")[b, :n], new.expand(n, -1), atol=1e-5)
     module = build("llama")
     decoder = pl.load(module, tokenizer=tokenizer(module))
@@ -90,7 +95,7 @@ def by_construction(residual: bool) -> tuple[pl.Model, Any, Encoded]:
     """Concept `he` drives the answer, or the residual does (and the concepts do nothing)."""
     model, own = fitted().model, fitted().objectives["objective"][0]
     learnt: Any = dataclasses.replace(own)
-    learnt.state_.update(own.state_, tensors=own.parameters)
+    learnt.state_.update(own.state_, tensors=dict(own.state_["tensors"]))
     name = "head.out" if residual else "head.up"
     learnt.state_["tensors"][name] = torch.zeros_like(learnt.parameters[name])
     return model, learnt, Encoded(model, told("bert-class", 16))

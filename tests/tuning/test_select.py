@@ -55,6 +55,10 @@ def test_other_words_in_the_places_left_out_change_no_bit(family: str, tmp_path:
     assert torch.equal(loaded.shown_tokens(made.model, batch, encoded), own)
     with pytest.raises(InputError, match="belongs to other weights"):
         loaded.check(model)
+    run, words = learnt.run(made.model, given.texts)
+    assert [len(w) for w in words] == own.sum(1).tolist() and len(run.logits) == 8
+    if family in ("bert-class", "deberta-class"):
+        assert torch.allclose(batch.read(run.logits), shown, atol=1e-5)
     found = made.result.data["measured"].sel(arm="objective")
     wanted = {
         "accuracy",

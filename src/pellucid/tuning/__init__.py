@@ -3,6 +3,7 @@
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.bottleneck import Bottleneck, interventions
 from pellucid.tuning.data import Rationales
+from pellucid.tuning.explained import Explained
 from pellucid.tuning.fit import Diverged, Tuned, fit, load_tuned
 from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
@@ -17,6 +18,7 @@ from pellucid.tuning.reasons import Augment, Consistency, RightReasons
 from pellucid.tuning.routing import Locality, Route, parts_off
 from pellucid.tuning.select import Select
 from pellucid.tuning.sparse import Largest, Sparse, SparseAttention, TopNeurons, entmax15, sparsemax, sparsity
+from pellucid.tuning.tested import reason_tests
 from pellucid.tuning.trainer import trainer
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Consistency",
     "Direction",
     "Diverged",
+    "Explained",
     "Largest",
     "Locality",
     "NeuronL1",
@@ -58,6 +61,7 @@ __all__ = [
     "load_tuned",
     "parts_off",
     "pruned",
+    "reason_tests",
     "reward",
     "sparsemax",
     "sparsity",

@@ -1,9 +1,9 @@
 """Concepts as a bottleneck: they are predicted at a layer, and only they go on.
 
-h is the mean of a text's values at the layer (of a causal stack that of the tokens so far), layer-normalised; every token's values become
+h is the mean of a text's values at the layer (of a causal stack that of the tokens so far), layer-normalised to length 1; every token's values become
 
     l = W h + a        z = sigma(l), or hard 1[l > 0] with the gradient of sigma          the concepts
-    x' = base + sum_k (z_k - 1/2) v_k + U D h                                             all that later layers see; D h, of `residual` numbers,
+    x' = mean + spread (base + sum_k (z_k - 1/2) v_k + U D h)                              all that later layers see; D h, of `residual` numbers,
                                                                                           is the channel that is no concept
     loss = cross-entropy + weight * mean over concepts of the binary cross-entropy of l
 
@@ -68,26 +68,28 @@ class Narrow(Edit):
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     def new(self, x: Tensor, place: Place) -> Tensor:
-        p = {name: v.to(x.device) for name, v in self.of.parameters.items()}
+        p = {name: v.to(x.device) for name, v in self.of.state_["tensors"].items()}
         real = (place.positions < place.stream.lengths[:, None]).to(x.device)[..., None]
         wide = x.float() * real
         if self.seen.get("causal") is not None:
             h = wide.cumsum(1) / real.float().cumsum(1).clamp_min(1)
         else:
             h = (wide.sum(1) / real.float().sum(1))[:, None]
-        h = layer_norm(h, h.shape[-1:])
+        h = layer_norm(h, h.shape[-1:]) / h.shape[-1] ** 0.5
         logits = h @ p["head.concepts"].T + p["head.bias"]
         z = self.of.said_as(logits)
         self.seen.update(logits=logits, narrow=h)
         if self.known is not None:
             known = self.known.to(x.device)[:, None]
             z = torch.where(known.isnan(), z, known.nan_to_num())
-        new = p["head.base"] + (z - 0.5) @ p["head.out"]
+        new = (
+            p["head.base"] + (z - 0.5) @ p["head.out"]
+        )  # in units of how far texts are apart there, so that one rate fits
         if self.of.residual:
             rest = h @ p["head.down"].T
             self.seen["rest"] = rest
             new = new + (rest if self.rest is None else self.rest.to(rest).expand_as(rest)) @ p["head.up"]
-        return new.expand(x.shape).to(x.dtype)
+        return (p["fixed.mean"] + p["fixed.spread"] * new).expand(x.shape).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,13 @@ class Bottleneck(Learnt):
         spread = means.std(0) if len(means) > 1 else means.abs()[0]
         drawn, d = torch.Generator().manual_seed(seed), x.shape[-1]
         tensors = {
-            "head.concepts": 0.02 * torch.randn(len(names), d, generator=drawn), "head.bias": torch.zeros(len(names)),
-            "head.out": torch.randn(len(names), d, generator=drawn) * spread, "head.base": means.mean(0),
+            "head.concepts": torch.randn(len(names), d, generator=drawn), "head.bias": torch.zeros(len(names)),
+            "head.out": torch.randn(len(names), d, generator=drawn), "head.base": torch.zeros(d),
+            "fixed.mean": means.mean(0), "fixed.spread": spread,
         }  # fmt: skip
         if self.residual:
-            tensors["head.down"] = torch.randn(self.residual, d, generator=drawn) / d**0.5
-            tensors["head.up"] = torch.randn(self.residual, d, generator=drawn) * spread
+            tensors["head.down"] = torch.randn(self.residual, d, generator=drawn)
+            tensors["head.up"] = torch.randn(self.residual, d, generator=drawn)
         made = replace(self)
         device = next(model.module.parameters()).device
         tensors = {k: v.to(device) for k, v in tensors.items()}

@@ -40,6 +40,7 @@ from pellucid.statistics import interval
 from pellucid.technique import technique
 from pellucid.training import Keeper, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
+from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
 from pellucid.tuning.objective import NONE, Beside, Objective, Pass, generator, parts
 from pellucid.tuning.parts import Chosen, choose
@@ -74,15 +75,21 @@ class Tuned:
 
     def save(self, folder: str | Path) -> Path:
         """Write what `load_tuned` opens again: the trained weights as changes of the model that was tuned, and the edits it is run
-        under (sparse attention, few neurons), tied to them. Tensors beside the model are kept in `tuned.beside` and by what learnt them.
+        under (sparse attention, few neurons), tied to them; of objectives that are kept with what they learnt a file each, which their
+        `load` opens. Other tensors beside the model are in `tuned.beside`.
 
         >>> tuned.save("tuned"); load_tuned(model, "tuned")  # doctest: +SKIP
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_changes(folder / "weights.safetensors")
-        if self.edits:
-            save_edits(self.edits, folder / "edits.safetensors", model=self.model)
+        kept = [each for each in self.objectives.get("objective", ()) if isinstance(each, Learnt) and each.weight > 0]
+        for each in kept:
+            each.save(folder / f"{type(each).__name__}.safetensors")
+        theirs = {edit for each in kept for edit in map(type, each.edits(self.model))}
+        plain = [edit for edit in self.edits if type(edit) not in theirs]
+        if plain:
+            save_edits(plain, folder / "edits.safetensors", model=self.model)
         else:
             (folder / "edits.safetensors").unlink(missing_ok=True)
         return folder
@@ -92,8 +99,8 @@ class Tuned:
 
 
 def load_tuned(model: Model, folder: str | Path) -> tuple[Model, tuple[Edit, ...]]:
-    """The tuned model that `Tuned.save` wrote, on the model that was tuned, and the edits it is to be run under. InputError for another
-    model's, or for a folder that holds none.
+    """The tuned model that `Tuned.save` wrote, on the model that was tuned, and the edits it is to be run under, those of a `Bottleneck`
+    among them. InputError for another model's, or for a folder that holds none.
 
     >>> tuned, edits = load_tuned(model, "tuned")  # doctest: +SKIP
     """
@@ -102,7 +109,13 @@ def load_tuned(model: Model, folder: str | Path) -> tuple[Model, tuple[Edit, ...
         raise InputError(f"{str(folder)!r} holds no tuned model: expected a folder that Tuned.save wrote")
     made = model.changed(folder / "weights.safetensors")
     edits = folder / "edits.safetensors"
-    return made, tuple(load_edits(edits, model=made)) if edits.exists() else ()
+    found = list(load_edits(edits, model=made)) if edits.exists() else []
+    for kind in Learnt.__subclasses__():
+        if (file := folder / f"{kind.__name__}.safetensors").exists():
+            learnt = kind.load(file)
+            learnt.belongs(made)
+            found += learnt.edits(made)
+    return made, tuple(found)
 
 
 @technique

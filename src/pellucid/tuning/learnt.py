@@ -29,7 +29,7 @@ class Learnt(Objective):
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        return dict(self.state_.get("tensors", {}))
+        return {name: t for name, t in self.state_.get("tensors", {}).items() if not name.startswith("fixed.")}
 
     def beside(self, model: Model, data: Encoded, seed: int) -> dict[str, Tensor]:
         return self.parameters
@@ -55,7 +55,10 @@ class Learnt(Objective):
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         plain = {k: v for k, v in self.state_.items() if k != "tensors" and not k.startswith("_")}
         return write_tensors(
-            path, f"pellucid_{type(self).__name__.lower()}", {"settings": settings, "state": plain}, self.parameters
+            path,
+            f"pellucid_{type(self).__name__.lower()}",
+            {"settings": settings, "state": plain},
+            self.state_["tensors"],
         )
 
     @classmethod

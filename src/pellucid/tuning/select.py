@@ -28,9 +28,9 @@ is a predictor trained on as many random tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -44,9 +44,10 @@ from pellucid.changed import Copied, Replaced, unchangeable
 from pellucid.engine.edits import Edit, Place
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import ordinary_ids
+from pellucid.engine.run import Run
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
-from pellucid.tuning.data import Batch, Encoded
+from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import plain, shown
 from pellucid.tuning.objective import NONE, Objective, Pass, embeddings
@@ -205,6 +206,25 @@ class Select(Learnt):
             return self._drawn(free, drawing(int(self.state_.get("seed", 0)), "random selection", batch.rows[0]))
         with torch.no_grad():
             return largest(self._rank(self.scores(model, batch)).cpu(), free, self.share)
+
+    def run(
+        self, model: Model, texts: Sequence[str], spans: Mapping[str, Sequence[Any]] = NONE
+    ) -> tuple[Run, list[list[str]]]:
+        """The tuned model on texts of which it sees what a fitted selector picks, and the tokens picked of each; `spans` where it
+        selects within one.
+
+        >>> run, words = selector.run(tuned.model, ["a fine film"])  # doctest: +SKIP
+        """
+        self.belongs(model)
+        told, paired = model.anatomy.answering.meaning, len(model.anatomy.stacks) > 1
+        labels: Any = [0] * len(texts) if told == "class" else [" a"] * len(texts) if paired else None
+        data = Encoded(model, Rationales(texts, labels, dict(spans)))
+        batch = data.batch(range(len(data)))
+        mask = self.shown_tokens(model, batch, data)
+        given = self.with_only(model, batch, data, mask, self.hide)
+        maps = [row.streams.get("encoder", row.stream("")).labels[0] for row in data.rows]
+        words = [[maps[b][k] for k in mask[b].nonzero()[:, 0].tolist()] for b in range(len(data))]
+        return model.run(given.inputs, edits=given.edits), words
 
     def _rank(self, scores: Tensor) -> Tensor:
         return _present(scores) if self.mask == "hard_kuma" else scores[..., 0]
