@@ -34,6 +34,16 @@ with torch.no_grad():
 ids = torch.tensor([[5, 17, 42, 8, 77, 3]])
 other = torch.tensor([[5, 17, 61, 8, 77, 3]])
 """
+TOKENIZER = """
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+words = Tokenizer(models.WordLevel({str(i): i for i in range(100)}, unk_token="0"))
+import tempfile
+from transformers import AutoTokenizer
+folder = tempfile.mkdtemp()
+PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", bos_token="0", eos_token="0").save_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
 OURS = MODULE + "import pellucid as pl\nmodel = pl.load(module)\n"
 
 # library -> how it opens the model, and pairs of (what, theirs, ours); "" where a side needs no number
@@ -42,7 +52,7 @@ LIBRARIES: dict[str, tuple[str, str, list[tuple[str, str, str]]]] = {
         "transformer-lens",
         """
         from transformer_lens.model_bridge import TransformerBridge
-        bridge = TransformerBridge.boot_transformers("local", hf_model=module, tokenizer=None)
+        bridge = TransformerBridge.boot_transformers("local", hf_model=module, tokenizer=tokenizer)
         """,
         [
             (
@@ -109,9 +119,6 @@ LIBRARIES: dict[str, tuple[str, str, list[tuple[str, str, str]]]] = {
         "nnsight",
         """
         from nnsight import TransformersModel
-        from transformers import PreTrainedTokenizerFast
-        from tokenizers import Tokenizer, models
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(100)}, unk_token="0")), pad_token="0")
         model = TransformersModel(module, tokenizer=tokenizer, task="text-generation")
         """,
         [
@@ -175,7 +182,7 @@ LIBRARIES: dict[str, tuple[str, str, list[tuple[str, str, str]]]] = {
                 value = IntegratedGradients(forward).attribute(vectors, torch.zeros_like(vectors), n_steps=64, method="gausslegendre").sum(-1)
                 """,
                 """
-                value = torch.tensor(pl.attribution.integrated_gradients(model, ids, 7, baseline="zero", steps=64).values)
+                value = torch.tensor(pl.attribution.integrated_gradients(model, ids, 7, baseline="zero", keep_first=False, steps=64).values)
                 """,
             ),
             (
@@ -284,7 +291,7 @@ def compared(python: str, library: str) -> dict[str, str]:
     made = {}
     for what, theirs, ours in pairs:
         try:
-            a = run(python, MODULE + dedent(opens) + dedent(theirs))
+            a = run(python, MODULE + TOKENIZER + dedent(opens) + dedent(theirs))
             b = run(sys.executable, OURS + dedent(ours))
             if len(a) != len(b):
                 made[what] = f"{len(a)} numbers there, {len(b)} here"

@@ -433,7 +433,7 @@ class ReferenceMetric:
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
         reference = _numbers(self.name, self.reference)
-        positions: Sequence[int] | None = (-1,) if self.positions == "answer" else self.positions  # type: ignore[assignment]
+        positions: Sequence[int] | None = (-1,) if self.positions == "answer" else self.positions
         if positions is not None:
             if (
                 isinstance(positions, str)

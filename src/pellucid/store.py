@@ -214,7 +214,8 @@ class ActivationStore:
         if like.dtype == torch.int8:
             return torch.cat([self._read(shard, name) for shard in shards])
         made = torch.empty(sum(s.rows for s in shards), *like.shape[1:], dtype=like.dtype)
-        room, at = memoryview(made.view(-1).view(torch.uint8).numpy()), 0
+        bytes_of: Any = made.view(-1).view(torch.uint8).numpy()
+        room, at = memoryview(bytes_of), 0
         for shard in shards:
             with (self.path / shard.file).open("rb", buffering=0) as file:
                 size = int.from_bytes(file.read(8), "little")

@@ -255,7 +255,8 @@ class Removed(Absence):
         if positions is None or "encoder" in self.case.streams:
             return positions
         return tuple(
-            max(p, -max(1, len(kept))) if p < 0 else max(0, min(sum(i < p for i in kept), len(kept) - 1)) for p in positions
+            max(p, -max(1, len(kept))) if p < 0 else max(0, min(sum(i < p for i in kept), len(kept) - 1))
+            for p in positions
         )
 
     def _forward(self, kept: list[list[int]]) -> Any:

@@ -55,7 +55,9 @@ def circuit(
     from pellucid.tasks import Prompts
     from pellucid.views.hosts import save_html
 
-    clean, corrupted, right, wrong = ([row[n] for row in rows] for n in ("prompt", "counterfactual", "target", "against"))
+    clean, corrupted, right, wrong = (
+        [row[n] for row in rows] for n in ("prompt", "counterfactual", "target", "against")
+    )
     pairs = Prompts.from_pairs(clean, corrupted, right, wrong, subject.tokenizer, name=data.stem)
     known, unseen = pairs[:cut], pairs[cut:]
     scores = circuits.edge_attribution(subject, known, how="resample", method=method, seed=seed)

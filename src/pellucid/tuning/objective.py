@@ -30,7 +30,7 @@ from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.kernels import exact_kernels
 
-NONE: Mapping[str, Tensor] = MappingProxyType({})
+NONE: Mapping[str, Any] = MappingProxyType({})
 Beside = Mapping[str, Mapping[str, Tensor]]  # tensors that objectives train beside the model, by their names
 
 
