@@ -396,7 +396,7 @@ class _Choice:
         return found
 
     def _chosen(self, ids: list[int], said: Tensor) -> int:
-        left = self.processors(torch.tensor([ids]), said.float().cpu())  # type: ignore[arg-type]
+        left = self.processors(torch.tensor([ids]), said.float().cpu())
         return int(left.argmax() if self.generator is None else torch.multinomial(left.softmax(-1), 1, generator=self.generator))  # fmt: skip
 
 
