@@ -135,8 +135,8 @@ def _title(model: Model, data: xr.Dataset, over: str | None) -> str:
         said += [f"{name} decides after block {i}" for name, i in to.items() if i not in both]
         for name in told:
             if name not in away and name not in to:
-                mean = float(data.share.sel(set=name).mean())
-                said.append(f"{name}: no block changes who wins (A's answer {mean:.0%} on average)")
+                won = float(data.share.sel(set=name).mean())
+                said.append(f"{name}: no block changes who wins (A's answer {won:.0%} on average)")
     if "control" in data:
         best = data.share.max(dim)
         equal = [n for n in told if float(best.sel(set=n)) > 0.1 and float(data.control.sel(set=n).max()) >= 0.9 * float(best.sel(set=n))]  # fmt: skip

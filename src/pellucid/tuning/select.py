@@ -208,7 +208,7 @@ class Select(Learnt):
             return largest(self._rank(self.scores(model, batch)).cpu(), free, self.share)
 
     def run(
-        self, model: Model, texts: Sequence[str], spans: Mapping[str, Sequence[Any]] = NONE
+        self, model: Model, texts: Sequence[str], spans: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[Run, list[list[str]]]:
         """The tuned model on texts of which it sees what a fitted selector picks, and the tokens picked of each; `spans` where it
         selects within one.
@@ -218,7 +218,7 @@ class Select(Learnt):
         self.belongs(model)
         told, paired = model.anatomy.answering.meaning, len(model.anatomy.stacks) > 1
         labels: Any = [0] * len(texts) if told == "class" else [" a"] * len(texts) if paired else None
-        data = Encoded(model, Rationales(texts, labels, dict(spans)))
+        data = Encoded(model, Rationales(texts, labels, dict(spans or {})))
         batch = data.batch(range(len(data)))
         mask = self.shown_tokens(model, batch, data)
         given = self.with_only(model, batch, data, mask, self.hide)
