@@ -132,6 +132,8 @@ class Encoded:
     """Data as one model reads it: every row by itself, its masks, and what is answered where."""
 
     def __init__(self, model: Model, data: Rationales, truncate: int | None = None) -> None:
+        if not isinstance(data, Rationales):
+            raise InputError(f"expected tuning.Rationales(texts, labels), got a {type(data).__name__}")
         self.model, self.data, told = model, data, model.anatomy.answering
         self.classes = told.meaning == "class"
         paired = len(model.anatomy.stacks) > 1
