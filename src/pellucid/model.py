@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pellucid.anatomy.fingerprint import Memo
-from pellucid.anatomy.loading import Loaded, read
+from pellucid.anatomy.loading import Loaded, Task, read
 from pellucid.anatomy.map import Anatomy
 from pellucid.anatomy.modes import differentiable, running
 from pellucid.anatomy.opening import open_module
@@ -39,13 +39,38 @@ from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
 T = TypeVar("T")
 
 
-def load(source: Any, *, tokenizer: Any = None, probe: Mapping[str, Any] | None = None, **options: Any) -> Model:
-    """Open a model: a hub id, a local directory, a `.gguf` file, or a module in memory with its tokenizer.
+def load(
+    source: Any,
+    *,
+    tokenizer: Any = None,
+    task: Task = "auto",
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    tp_plan: Any = None,
+    quantization_config: Any = None,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    probe: Mapping[str, Any] | None = None,
+) -> Model:
+    """Open a model: a hub id, a local directory, a `.gguf` file, a pipeline, or a module in memory with its tokenizer.
 
-    Options are those of `pellucid.anatomy.loading.read` (revision, dtype, device, device_map, task, ...); `probe` are
-    forward arguments to prove the map with, for models that take more than token ids. LoadError says what is missing
-    and what to do.
+    `tokenizer` is one, or where to read it; False is none (for token ids). `task` names the head; "auto" follows the checkpoint.
+    `dtype` is the checkpoint's own by default (float32 for GGUF), `device` one device, `device_map` transformers' map over
+    several, `tp_plan` splits weights over the processes of torchrun, `quantization_config` is transformers' own. `base` is the
+    model of an adapter that is kept alone. Pickles and code of the checkpoint's own are read only when asked for by name.
+    `probe` are forward arguments to prove the map with, for models that take more than token ids. LoadError says what is
+    missing and what to do.
     """
+    given = {
+        "task": task, "dtype": dtype, "device": device, "device_map": device_map, "tp_plan": tp_plan, "revision": revision, "base": base,
+        "quantization_config": quantization_config, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        k: v for k, v in given.items() if v is not None and v is not False and (k, v) != ("task", "auto")
+    }
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
     kept = "module" if isinstance(source, nn.Module) else "pipeline"
     words = [repr(model.name) if model.named else kept, *(f"{k}={v!r}" for k, v in options.items())]
