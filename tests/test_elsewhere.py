@@ -43,6 +43,8 @@ def test_a_technique_gives_elsewhere_what_it_gives_at_home(name: str, monkeypatc
                 fitted.cache_clear()
     there_, here = (getattr(x, "result", x).data for x in (far, home))
     for variable in getattr(here, "data_vars", {"": here}):
+        if (name, variable) == ("tuning.frontier", "cost"):  # CPU time
+            continue
         a, b = (np.asarray(x[variable] if variable else x) for x in (there_, here))
         if b.dtype.kind == "f":
             np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4, err_msg=variable)

@@ -184,6 +184,7 @@ def test_a_kind_of_view_is_one_row_of_one_table(monkeypatch: pytest.MonkeyPatch)
     row = kinds.Kind(
         Dial,
         lambda shown: (("amount",), [(shown.amount,)], 1),
+        lambda shown, ax, choice: None,
         lambda given: given.kind == "dial",
         lambda given: Dial(amount=float(given.values)),
     )
