@@ -48,7 +48,7 @@ docs: $(VENV)/.dev
 
 site: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs auto -b html docs docs/_build/site
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs auto -b html docs docs/_build/site
 	scripts/check_site.sh
 	@echo "Open docs/_build/site/index.html"
 

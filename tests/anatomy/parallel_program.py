@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,8 @@ def main(*folders: str) -> None:
         own = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in split.module.parameters())
         share = own / sum(p.numel() for p in whole.module.parameters())
         found = {"share": share, "proofs": proofs, "compared": compared(whole, split)}
-        print(json.dumps({"rank": dist.get_rank(), "folder": folder, **found}), flush=True)
+        rank = dist.get_rank()  # a file for each: what two processes print can run together
+        Path(folder, f"rank{rank}.json").write_text(json.dumps({"rank": rank, **found}))
         dist.barrier()
     dist.destroy_process_group()
 
