@@ -1,11 +1,11 @@
-"""Run by torchrun: a model split over two processes beside the same one as a whole. Prints one line of JSON for each process."""
+"""Run by torchrun: a model split over two processes beside the same one as a whole. Writes a file of JSON for each process."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
