@@ -399,8 +399,8 @@ class _Call:
         if isinstance(getattr(result, "provenance", None), Provenance):  # a result, a circuit
             made = self._provenance()
             object.__setattr__(result, "provenance", made)
-            if made.model.startswith("/") and isinstance(getattr(result, "title", None), str):
-                result.title = result.title.replace(made.model, Path(made.model).name)  # not all directories above it
+            if isinstance(getattr(result, "title", None), str):
+                result.title = result.title.replace(made.model, called(made.model))
         with suppress(AttributeError, TypeError):  # numbers, text and objects with slots remember nothing
             object.__setattr__(result, "_made", self.program)
         if dataclasses.is_dataclass(result):  # what a fitted thing has found: `fit(...).result_`
@@ -449,9 +449,18 @@ def generation(made: Generated) -> Result:
     return Result(
         xr.Dataset(frame, coords=coords),
         kind="generation",
-        title=f"What {made.model.name} wrote",
+        title=f"What {called(made.model.name)} wrote",
         provenance=of_generation(made, "result"),
     )
+
+
+def called(model: str) -> str:
+    """A model's name as titles say it: a local file's own, without all directories above it.
+
+    >>> called("/home/me/models/small.gguf"), called("gpt2")
+    ('small.gguf', 'gpt2')
+    """
+    return Path(model).name if model.startswith("/") else model
 
 
 def of_generation(made: Generated, name: str) -> Provenance:

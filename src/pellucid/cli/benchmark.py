@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pellucid.cli import options
-from pellucid.errors import InputError
+from pellucid.cli import files, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,8 +49,7 @@ def benchmark(
 
     If it is interrupted, the same command goes on where it stopped.
     """
-    if not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"cannot write {str(output)!r}: name a file in a directory that exists")
+    files.writable(output)
     from pellucid.attribution.evaluation.compare import compare
     from pellucid.attribution.evaluation.data import read_examples
     from pellucid.attribution.evaluation.page import page

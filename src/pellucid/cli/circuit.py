@@ -43,7 +43,7 @@ def circuit(
     opened: options.Open,
 ) -> None:
     """Score every edge, take the smallest circuit that is faithful enough, and judge it on pairs it was not found on."""
-    files.writable(output)
+    files.writable(output, *files.RESULT)
     rows = files.rows(data, "prompt", "counterfactual", "target", "against")
     cut = round(len(rows) * (1 - held_out))
     if not 0 < cut < len(rows):

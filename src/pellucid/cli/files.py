@@ -19,6 +19,7 @@ Output = Annotated[
         "--output", "-o", help="Where to write: NAME.html for a page (and NAME.zip, the result), or NAME.zip."
     ),
 ]
+RESULT = (".html", ".zip")  # how the name of what `told` writes may end
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON and nothing else.")]
 
 
@@ -56,14 +57,14 @@ def column(found: list[dict[str, Any]], name: str) -> list[Any] | None:
     return [row[name] for row in found]
 
 
-def writable(output: Path | None) -> None:
-    """Said before minutes of work, not after."""
+def writable(output: Path | None, *suffixes: str) -> None:
+    """InputError, before minutes of work and not after, where there can be no such file or its name ends otherwise."""
     if output is None:
         return
     if not output.parent.is_dir() or output.is_dir():
         raise InputError(f"cannot write {str(output)!r}: name a file in a directory that exists")
-    if output.suffix not in (".html", ".zip"):
-        raise InputError(f"cannot write {str(output)!r}: expected a name that ends in .html or .zip")
+    if suffixes and output.suffix not in suffixes:
+        raise InputError(f"cannot write {str(output)!r}: expected a name that ends in {' or '.join(suffixes)}")
 
 
 def told(result: Result, output: Path | None, as_json: bool) -> None:

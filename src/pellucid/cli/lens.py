@@ -25,7 +25,7 @@ def lens(
     opened: options.Open,
 ) -> None:
     """Read the residual stream after each layer as words, with rank, KL and entropy."""
-    files.writable(output)
+    files.writable(output, *files.RESULT)
     subject = opened(model)
     from pellucid.lenses import TunedLens, logit_lens
 

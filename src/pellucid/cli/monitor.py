@@ -54,11 +54,6 @@ def columns(rows: list[dict[str, Any]], labelled: bool = False) -> dict[str, Any
     return made | ({"labels": [bool(row["label"]) for row in rows]} if labelled else {})
 
 
-def _writable(output: Path) -> None:
-    if not output.parent.is_dir() or output.is_dir():
-        raise InputError(f"cannot write {str(output)!r}: name a file in a directory that exists")
-
-
 @monitor.command()
 @options.opens_models
 def fit(
@@ -73,7 +68,7 @@ def fit(
     opened: options.Open,
 ) -> None:
     """Fit a monitor to labelled conversations. It has no threshold yet: calibrate it on others."""
-    _writable(output)
+    files.writable(output)
     given = columns(read(data), labelled=True)
     from pellucid import safety
 
@@ -101,7 +96,7 @@ def calibrate(
     opened: options.Open,
 ) -> None:
     """Set the threshold on benign conversations (those labelled true are left out), and say what it promises."""
-    _writable(output or file)
+    files.writable(output or file)
     benign = [row for row in read(data) if not row.get("label")]
     if not benign:
         raise InputError(f"all conversations of {str(data)!r} are labelled true: a threshold is set on benign ones")
@@ -137,7 +132,7 @@ def watch(
     if (prompt is None) == (data is None):
         raise InputError("give a prompt to answer, or --data with labelled conversations")
     if output is not None:
-        _writable(output)
+        files.writable(output)
     rows = None if data is None else read(data)
     given = None if rows is None else columns(rows, labelled=True)
     from pellucid import safety

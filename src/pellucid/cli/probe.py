@@ -25,7 +25,7 @@ def probe(
     opened: options.Open,
 ) -> None:
     """Fit probes on every layer, judged on held-out texts, beside the same probes of a model with random weights."""
-    files.writable(output)
+    files.writable(output, *files.RESULT)
     rows = files.rows(data, "text", "label")
     subject = opened(model)
     from pellucid.probing import Examples, Protocol, Spans, beside_random

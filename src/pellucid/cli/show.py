@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from pellucid.cli import files
-from pellucid.errors import InputError
 
 
 def show(
@@ -18,10 +17,7 @@ def show(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A page (.html) that shows it.")] = None,
 ) -> None:
     """Print a saved result, the program that makes it again, or a page that shows it."""
-    if output is not None and (output.suffix != ".html" or not output.parent.is_dir()):
-        raise InputError(
-            f"cannot write {str(output)!r}: expected a name that ends in .html, in a directory that exists"
-        )
+    files.writable(output, ".html")
     from pellucid.results import Result
 
     found = Result.load(file)

@@ -28,7 +28,7 @@ def sweep(
     opened: options.Open,
 ) -> None:
     """Ablate every site that a pattern names, one at a time: the change of the answer, its interval and its p."""
-    files.writable(output)
+    files.writable(output, *files.RESULT)
     rows = files.rows(data, "prompt", "target")
     against = files.column(rows, "against")
     subject = opened(model)
