@@ -456,7 +456,13 @@ class Bench:
                     facts: Any = facts, name: str = f"spare-{kind}{name}", essence: Any = essence, more: Any = more
                 ) -> dict[str, Any]:
                     values = self.found(name, facts, (), more.get("search", Search(steps=STEPS)), essence)
-                    options = {"layers": LAYER, "covariance": self.covariance(), "contexts": (), "essence": essence, **more}
+                    options = {
+                        "layers": LAYER,
+                        "covariance": self.covariance(),
+                        "contexts": (),
+                        "essence": essence,
+                        **more,
+                    }
                     made = [edit(self.model, f, "emmet", values=values.one(i), **options) for i, f in enumerate(facts)]
                     return table(scoreboard(made, None, controls=(), max_new_tokens=0))
 

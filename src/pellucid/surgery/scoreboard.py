@@ -2,7 +2,7 @@
 
     efficacy        p(new) > p(true) after the fact's prompt; `exact`: the model says it
     paraphrase      the same after other wordings
-    neighbourhood   p(right) > p(new) of neighbours' facts; `kept`: of what was said before, what still is
+    neighbourhood   p(right) > p(new) of neighbours' facts (whose answer is another one); `kept`: of what was said before, what still is
     score           harmonic mean of these three                                        (Meng et al. 2022)
     same subject    what else was said of the subject and still is: essence             (its drift: KL of the next token)
     portability     what follows from the new fact and is said
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -68,8 +68,17 @@ def scoreboard(
 
     >>> scoreboard(edited, texts).data.value.sel(measure="efficacy", model="edited")  # doctest: +SKIP
     """
-    edits = [edited] if isinstance(edited, Edited) else list(edited)
-    if not edits or any(e.before is not edits[0].before for e in edits):
+    edits = [edited] if isinstance(edited, Edited | Model) else list(edited)
+    for name in [controls] if isinstance(controls, str) else controls:
+        if name not in get_args(Control) or isinstance(controls, str):
+            raise InputError(
+                f"controls={controls!r}: expected a list with some of {', '.join(map(repr, get_args(Control)))}"
+            )
+    if (
+        not edits
+        or not all(isinstance(e, Edited) for e in edits)
+        or any(e.before is not edits[0].before for e in edits)
+    ):
         raise InputError("expected one edit, or several of one and the same model")
     arms: dict[str, list[Model]] = {"before": [e.before for e in edits], "edited": [e.model for e in edits]}
     notes: dict[str, str] = {}
@@ -176,10 +185,14 @@ def _judged(
     drift = divergence(before[0], new)
     kind, fact = np.array([item[1] for item in items]), np.array([item[0] for item in items])
     more = np.where(np.isnan(p_right), np.nan, new.probability > p_right)
+    alike = np.array(
+        [n == a for _, _, _, n, a in items]
+    )  # a neighbour whose answer is the new one cannot be compared with it
+    less = np.where(np.isnan(p_right) | alike, np.nan, p_right > new.probability)
     columns = {
         "efficacy": ("efficacy", more), "efficacy exact": ("efficacy", new.exact),
         "paraphrase": ("paraphrase", more), "paraphrase exact": ("paraphrase", new.exact),
-        "neighbourhood": ("neighbourhood", p_right > new.probability), "neighbourhood KL": ("neighbourhood", drift),
+        "neighbourhood": ("neighbourhood", less), "neighbourhood KL": ("neighbourhood", drift),
         "neighbourhood kept": ("neighbourhood", np.where(before[1] == 1, exact_right, np.nan)),
         "same subject kept": ("same subject", np.where(before[1] == 1, exact_right, np.nan)),
         "same subject KL": ("same subject", drift), "portability exact": ("portability", exact_right),
@@ -287,8 +300,6 @@ def _control(edited: Edited, name: Control, seed: int) -> Model:
         return again(edited, covariance="off", values=edited.values).model
     if name == "random keys":
         return edited.before.changed(_random_keys(edited, seed))
-    if name != "wrong layer":
-        raise InputError(f"controls={name!r}: expected some of 'without C', 'wrong layer', 'random keys'")
     layers, covariance = _far_away(edited)
     return again(edited, layers=layers, covariance=covariance).model
 
@@ -348,6 +359,8 @@ def editing_by_layer(
     assert trace is not None
     effect = trace.data["effect"].values.reshape(-1)
     chosen = list(range(len(effect))) if layers is None else list(layers)
+    if not chosen:
+        raise InputError("layers=[]: expected the layers to edit at, or None for all")
     columns: dict[str, list[Any]] = {"new": [], "low": [], "high": [], "efficacy": [], "neighbourhood": []}
     for layer in progress(chosen, "layers"):
         try:
@@ -383,6 +396,8 @@ def editing_by_layer(
 @technique
 def traced_again(edited: Edited, *, windows: Sequence[int] = (10,), draws: int = 3, seed: int = 0) -> Result:
     """Where the new fact is recalled now: the edited model traced as `edit` traces (`causal.window_curve`), for its own answer."""
+    if not isinstance(edited, Edited):
+        raise InputError(f"expected what pl.surgery.edit gives, got a {type(edited).__name__}")
     n = len(edited.model.anatomy.stacks[0].blocks)
     subjects: Any = [f.subject for f in edited.facts]
     prompts: Any = [f.asked for f in edited.facts]
