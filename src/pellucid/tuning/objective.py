@@ -112,6 +112,10 @@ class Objective:
         """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
         return frozenset()
 
+    def pace(self, step: int) -> float:
+        """What the learning rate of the model's own weights is multiplied by at a step; what learns beside them keeps its own."""
+        return 1.0
+
     def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         """What it does to trained parameters after an update, in place; `done` is the share of steps that are done."""
 

@@ -76,7 +76,7 @@ class Select(Learnt):
     """The predictor sees a `share` of the tokens, picked by a trained selector of `blocks` blocks (see the module).
 
     `within` names the span to select from (None: the whole text); `teach` a span of tokens that people marked, whose binary cross-entropy is
-    added. An objective of `tuning.fit` with `steps` above `warm`; `shown_tokens` says what a fitted one picks. Refused where words reach the
+    added. From `warm` on the predictor's learning rate is multiplied by `slower`, the selector's is not. An objective of `tuning.fit` with `steps` above `warm`; `shown_tokens` says what a fitted one picks. Refused where words reach the
     answer by another way.
 
     >>> Select(share=0.3, mask="sparsemax").warm
@@ -91,16 +91,17 @@ class Select(Learnt):
     teach: str | None = field(default=None, kw_only=True)
     hide: bool = field(default=False, kw_only=True)
     temperature: float = field(default=1.0, kw_only=True)
+    slower: float = field(default=1.0, kw_only=True)
     random: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mask not in get_args(Mask):
             raise InputError(f"mask={self.mask!r}: expected one of {', '.join(get_args(Mask))}")
-        if not 0 < self.share < 1 or self.warm < 0 or self.blocks < 1 or self.temperature <= 0:
+        if not 0 < self.share < 1 or self.warm < 0 or self.blocks < 1 or self.temperature <= 0 or self.slower < 0:
             raise InputError(
-                f"share={self.share}, warm={self.warm}, blocks={self.blocks}, temperature={self.temperature}: expected a share between 0 "
-                "and 1, steps of at least 0, at least one block, and a temperature above 0"
+                f"share={self.share}, warm={self.warm}, blocks={self.blocks}, temperature={self.temperature}, slower={self.slower}: expected a "
+                "share between 0 and 1, steps of at least 0, at least one block, a temperature above 0, and a factor of at least 0"
             )
 
     def __hash__(self) -> int:
@@ -181,6 +182,9 @@ class Select(Learnt):
             self.state_["_selector"] = model.changed([Replaced(name, v, ties="together") for name, v in blocks.items()])
         found: Model = self.state_["_selector"]
         return found
+
+    def pace(self, step: int) -> float:
+        return 1.0 if step < self.warm else self.slower
 
     # ---- masks
 
