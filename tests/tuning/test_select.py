@@ -11,7 +11,7 @@ import torch
 
 import pellucid as pl
 from pellucid import tuning as tu
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError
 from pellucid.tuning.data import Encoded
 from pellucid.tuning.select import _present, _shape, budget, counts, f1, largest
 from tests.tuning.test_fit import KINDS, QUICK, data, equal, opened, weights
@@ -143,9 +143,6 @@ def test_bad_input_of_selectors() -> None:
         tu.fit(model, tu.Rationales(["he", "Mary"], [0, 1]), tu.Select(), **QUICK)
     with pytest.raises(InputError, match="was not fitted"):
         tu.Select().check(model)
-    transformers = pytest.importorskip("transformers")
-    with pytest.raises(Refused, match="use tuning.fit"):
-        tu.trainer(model, data(), tu.Select(), transformers.TrainingArguments("/tmp/none", use_cpu=True, report_to=[]))
 
 
 def test_bfloat16_and_plain_training_at_weight_zero() -> None:
