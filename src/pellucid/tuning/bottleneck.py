@@ -175,10 +175,10 @@ class Bottleneck(Learnt):
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor:
         edit = next(e for e in seen.batch.edits if isinstance(e, Narrow) and e.of is self)
         logits = where_read(edit.seen["logits"], seen.batch, seen.data)
-        truth = self._truth(seen.data)[list(seen.batch.rows)].to(logits)
-        told = ~truth.isnan()
+        every = self._truth(seen.data)
+        truth = every[list(seen.batch.rows)].to(logits)
         each = binary_cross_entropy_with_logits(logits, truth.nan_to_num(), reduction="none")
-        return (each * told).sum() / told.sum().clamp_min(1)
+        return (each * ~truth.isnan()).mean() / float((~every.isnan()).float().mean())
 
     def control(self) -> Objective:
         return replace(self, shuffled=True)

@@ -169,6 +169,7 @@ class Encoded:
                 self.among[i, list(own)] = True
                 if not self.among[i, self.labels[i]]:
                     raise InputError(f"the label of text {i} is {labels[i]!r}, which is not among {list(some)}")
+        self._shares: dict[tuple[str, ...], float] = {}
         self.cut = 0  # spans that truncation took away
         self.rows: list[Inputs] = []
         self.lengths: list[int] = []  # tokens of the prompt, which a label may follow
@@ -246,6 +247,15 @@ class Encoded:
             f"spans[{name!r}] of text {i}: no token stands for characters {list(characters)} "
             f"({self.data.texts[i][slice(*characters)]!r}); the nearest tokens are {shown}"
         )
+
+    def share(self, names: Sequence[str]) -> float:
+        """Of the texts, those in which one of some spans has a token: what a mean over these is divided by, so that a loss weighs
+        the same however a batch is split."""
+        key = tuple(names)
+        if key not in self._shares:
+            some = [any(self.positions[name][i] for name in key) for i in range(len(self))]
+            self._shares[key] = sum(some) / len(some)
+        return self._shares[key]
 
     def check_spans(self, names: Sequence[str], who: str) -> None:
         """InputError where data lacks a span that an objective names, or has it nowhere."""

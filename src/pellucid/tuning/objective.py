@@ -171,6 +171,13 @@ def parts(objectives: Any) -> tuple[Objective, ...]:
     raise InputError(f"objectives={objectives!r}: expected objectives such as tuning.Consistency('decoy')")
 
 
+def check_trained(model: Model, names: Iterable[str], who: str) -> None:
+    """InputError where none of some parameters requires a gradient, so that an objective about them would do nothing."""
+    named = dict(model.module.named_parameters())
+    if not any(named[name].requires_grad for name in names):
+        raise InputError(f"{who}: no matrix of these blocks is trained (frozen, or beside adapters)")
+
+
 def generator(seed: int, name: str, step: int) -> torch.Generator:
     """Of one purpose at one step."""
     return torch.Generator().manual_seed(((seed << 20) + step) ^ (zlib.crc32(name.encode()) << 16))
@@ -248,6 +255,11 @@ class Pass:
         """[row, position, d] of a sum at the token embeddings; with a graph of its own."""
         (found,) = torch.autograd.grad(value.sum(), [self.embedded], create_graph=self._create, retain_graph=True)
         return found if found.dtype == torch.float64 else found.float()
+
+    def mean_where(self, values: Tensor, names: Sequence[str]) -> Tensor:
+        """Of values [row] the mean over rows that have one of some spans; their share is that of the data, so that passes add up."""
+        some = torch.stack([self.batch.masks[name] for name in names]).any(0).any(1).to(values)
+        return (values * some).mean() / max(self.data.share(names), 1 / len(self.data))
 
     @cached_property
     def slopes(self) -> Tensor:

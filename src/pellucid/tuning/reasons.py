@@ -254,8 +254,7 @@ class RightReasons(Where):
         if self.form == "absolute":
             return inside.mean()
         share = inside / total.clamp_min(LEAST)
-        some = mask.any(1)
-        return ((1 - share if self.form == "outside" else share) * some).sum() / some.sum().clamp_min(1)
+        return seen.mean_where(1 - share if self.form == "outside" else share, self.spans)
 
     def _finite(self, seen: Pass, mask: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
         """[row] sum over the mask, and over the content, of |g_t|^2, with gradients right to h^2: d|g| = v . dg along v = g / |g|."""

@@ -260,7 +260,7 @@ class Select(Learnt):
         if self.teach is not None:
             marked = (seen.batch.masks[self.teach].to(free.device) & free).to(scores)
             each = binary_cross_entropy_with_logits(scores[..., 0], marked, reduction="none")
-            loss = loss + (each * free).sum() / free.sum().clamp_min(1)
+            loss = loss + ((each * free).sum(1) / free.sum(1).clamp_min(1)).mean()
         return loss
 
     def control(self) -> Objective:
