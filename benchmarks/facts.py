@@ -359,11 +359,71 @@ class Bench:
 
     # ---- bar 10
 
+    def validation(self) -> list[Fact]:
+        """12 facts whose subjects are not edited in any test."""
+        prompts = {f.asked for f in self.facts} | {p for f in self.facts for p, _ in f.neighbours}
+        draw, facts = random.Random(5), list[Fact]()
+        for name, n in (("country_capital_city", 3), ("country_language", 4), ("landmark_in_country", 6)):
+            here, (prompt, *others) = self.known[name], RELATIONS[name]
+            free = [s for s in sorted(here) if prompt.format(s) not in prompts]
+            free += [s for s in sorted(here) if s not in free and not any(f.subject == s for f in self.facts)]
+            for s in free[:n] if name != "landmark_in_country" else draw.sample(free, n):
+                new = draw.choice([a for a in sorted(set(here.values())) if a != here[s]])
+                near = [(prompt.format(o), here[o]) for o in draw.sample([o for o in sorted(here) if o != s], 2)]
+                facts.append(Fact(prompt, s, new, here[s], [p.format(s) for p in others], near))
+        return facts[:12]
+
+    def null_space(self) -> None:
+        """AlphaEdit's share of directions, and of the way, on the facts for validation, in one batch at LAYER."""
+        facts = self.validation()
+        values = self.found("validation", facts, self.contexts, Search(steps=STEPS))
+        memory, before = values.memory[0], None
+        for free in (0.6, 0.7, 0.8):
+            for share in (0.75, 0.9, 0.97):
+
+                def one(free: float = free, share: float = share) -> dict[str, float]:
+                    nonlocal before
+                    before = before or _judged(self.model, facts)
+                    solver = _Solver("alphaedit", self.covariance(), share, None, free, 1)
+                    left, right, _ = solver(memory.name, values.keys, values.delta, None)
+                    with self.moved(memory, left @ right):
+                        return means(_judged(self.model, facts, before[1])[0])
+
+                found = self.kept(f"null space {free} {share}", one)
+                print(
+                    f"validation, null space {free}, share {share}: "
+                    + ", ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                    flush=True,
+                )
+
+    def share(self) -> float:
+        """The share of the way that MEMIT moves values, chosen on the facts for validation."""
+        facts = self.validation()
+        found = {}
+        for share in (0.8, 0.9, 0.95, 0.98):
+
+            def one(share: float = share) -> dict[str, float]:
+                values = self.found("validation", facts, self.contexts, Search(steps=STEPS))
+                made = edit(
+                    self.model, facts, "memit", covariance=self.covariance(), layers=LAYERS, contexts=self.contexts, values=values, share=share
+                )  # fmt: skip
+                return means(_judged(made.model, facts)[0])
+
+            found[share] = self.kept(f"validation {share}", one)
+            print(
+                f"validation, share {share}: "
+                + ", ".join(f"{k} {v:.3f}" for k, v in found[share].items() if "KL" not in k),
+                flush=True,
+            )
+        return max(found, key=lambda s: (round(found[s]["score"], 3), -s))
+
     def memit(self) -> None:
+        print(f"share chosen on other facts: {self.share()}")
         values = self.edited().values
         options: dict[str, Any] = {"layers": LAYERS, "contexts": self.contexts, "values": values}
         for title, how, more in (
             ("MEMIT, penalty chosen on the model", "memit", {}),
+            ("MEMIT, share .98", "memit", {"share": 0.98}),
             ("MEMIT without C", "memit", {"covariance": "off"}),
             ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
             ("AlphaEdit", "alphaedit", {}),
@@ -552,13 +612,15 @@ class Bench:
         memory = values.memory[0]
         for count in (100, 30, 10):
             some, k, r = facts[:count], values.keys[:count], values.delta[:count]
-            for how in ("emmet", "memit", "alphaedit"):
+            less = [("memit", 0.75), ("memit", 0.6), ("alphaedit", 0.75), ("alphaedit", 0.6)] if count == 100 else []
+            for how, share in (("emmet", None), ("memit", None), ("alphaedit", None), *less):
 
-                def ours(how: Any = how, k: torch.Tensor = k, r: torch.Tensor = r) -> torch.Tensor:
-                    left, right, _ = _Solver(how, self.covariance(), None, None, 0.8, 1)(memory.name, k, r, None)
+                def ours(how: Any = how, share: Any = share, k: torch.Tensor = k, r: torch.Tensor = r) -> torch.Tensor:
+                    solver = _Solver(how, self.covariance(), share, None, 0.8, 1)
+                    left, right, _ = solver(memory.name, k, r, None)
                     return left @ right
 
-                self.curve(f"batch: {how}", some, memory, ours)
+                self.curve(f"batch: {how}{f', share {share}' if share else ''}", some, memory, ours)
             for how in ("ROME without C", "MEMIT 15,000", "AlphaEdit, 2e-2 and 10"):
                 self.curve(f"batch: {how} (published form)", some, memory,
                            lambda h=how, k=k, r=r: self.published(h, k.T, r.T, k.T[:, :0]))  # fmt: skip
@@ -608,8 +670,15 @@ class Bench:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             c = KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=TOKENS, checkpoint=file)
-        facts = [replace(f, neighbours=f.neighbours[:2], same_subject=()) for f in (*self.facts[:3], *self.facts[7:9])]
-        found = editing_by_layer(self.model, facts, covariance=c, layers=layers, contexts=(), search=Search(steps=10))
+        facts = [replace(f, neighbours=f.neighbours[:2], same_subject=()) for f in (*self.facts[:2], *self.facts[7:9])]
+        found = editing_by_layer(
+            self.model,
+            facts,
+            covariance=c,
+            layers=(2, 4, 6, 8, 10, 12, 14, 18, 22, 26),
+            contexts=(),
+            search=Search(steps=10),
+        )
         print(found.title)
         print(found.data.to_dataframe().round(2).to_string(), flush=True)
 
