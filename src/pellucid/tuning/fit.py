@@ -310,7 +310,7 @@ class Fit:
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
-        for name, p in self.parameters.items():
+        for name, p in zip(self.parameters, parameters, strict=True):
             fresh = name in self.chosen.head or (name not in self.chosen.parameters and COPIED not in name)
             rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
             groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
