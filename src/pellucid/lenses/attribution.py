@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pellucid.anatomy.frozen import Map, affine, linearised
 from pellucid.anatomy.layout import TOKENS
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
@@ -161,7 +162,7 @@ class Shares:
 
         handlers = {tap: heard(tap) for tap in dict.fromkeys((*writing, *taps))}
         with torch.no_grad(), Wiretap(anatomy.module, handlers, len(self.inputs)) as wire:
-            output = anatomy.module(**self.inputs.tensors)
+            output = anatomy.module(**{**uncached(anatomy.module), **self.inputs.tensors})
         session.check(wire)
         return kept, output
 
