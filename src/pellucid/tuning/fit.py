@@ -338,7 +338,7 @@ class Fit:
         def pace(done: float) -> float:  # no method: copies of the optimiser's groups must not copy this arm
             return math.prod(each.pace(round(done * s.steps)) for each in self.objectives if each.weight > 0)
 
-        for name, p in self.parameters.items():
+        for name, p in zip(self.parameters, parameters, strict=True):
             own = name in self.chosen.parameters
             fresh = name in self.chosen.head or (not own and COPIED not in name)
             rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
