@@ -328,14 +328,14 @@ def routing(four: Setting) -> None:
 
 def costs(two: Setting) -> None:
     """A step of every objective over one of plain training (CPU time, in turn, medians of three), eager attention."""
-    import pellucid.tuning.fit as fitting
     from pellucid.tuning.data import Encoded
+    from pellucid.tuning.fit import Fit, Settings, timed
 
-    fitting.TURNS = 3
+    sys.modules["pellucid.tuning.fit"].TURNS = 3  # type: ignore[attr-defined]
     two.model.module.trunk.set_attn_implementation("eager")
     train = rationales(two.train, PLANTED)
     train = replace(train, properties={"viewing": [bool(VIEWING.search(t)) for t in train.texts]})
-    settings = fitting.Settings(two.model, Encoded(two.model, train), slice(None), 60, 16, 1, 3e-4, 3e-3, 0.01, 5, 1.0)
+    settings = Settings(two.model, Encoded(two.model, train), slice(None), 60, 16, 1, 3e-4, 3e-3, 0.01, 5, 1.0)
     site = "layers.1.resid_post"
     halves = {v: tuning.Only(neurons={1: range(k, k + 768)}) for k, v in ((0, True), (768, False))}
     arms: dict[str, Any] = {
@@ -345,8 +345,8 @@ def costs(two: Setting) -> None:
         "locality": tuning.Locality(), "property along": tuning.ProbeTask("viewing", site), "unlearnt": tuning.Unlearn("viewing", site),
         "routed": tuning.Route("viewing", halves), "bottleneck": tuning.Bottleneck(), "selection": tuning.Select(warm=0, within="window"),
     }  # fmt: skip
-    fits = {name: fitting.Fit(settings, own if own == () else (own,), 0) for name, own in arms.items()}
-    found = fitting.timed(fits, "plain")
+    fits = {name: Fit(settings, own if own == () else (own,), 0) for name, own in arms.items()}
+    found = timed(fits, "plain")
     print("\n## Cost of a step over plain, eager: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
 
 
