@@ -2,7 +2,8 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.covariance import KeyCovariance
-from pellucid.surgery.early import draft_and_verify, generate_early
+from pellucid.surgery.draft import draft_and_verify
+from pellucid.surgery.early import generate_early
 from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.exit_calibration import calibrate, chosen_policy
 from pellucid.surgery.exit_head import ExitHead
