@@ -13,9 +13,9 @@ import pellucid as pl
 from pellucid.errors import InputError, Refused
 from pellucid.surgery import Exit, ExitHead, calibrate, chosen_policy, draft_and_verify, exits, generate_early
 from pellucid.surgery.exit_calibration import thresholds
-from pellucid.surgery.exits import Pass as _Pass
-from pellucid.surgery.exits import Read as _Read
-from pellucid.surgery.exits import judge as _judge
+from pellucid.surgery.exit_reading import Pass as _Pass
+from pellucid.surgery.exit_reading import Read as _Read
+from pellucid.surgery.exit_reading import judge as _judge
 from pellucid.surgery.walk import begun, plainly
 from tests.surgery.test_arranging import opened
 from tests.surgery.test_stitch import TEXTS
@@ -102,13 +102,21 @@ def test_calibration_on_a_model_and_what_its_policy_does() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_keys_and_values_are_the_full_models(family: str) -> None:
     model = opened(family)
-    walk, texts = begun(model, [PROMPT, "The city", "the capital of Italy is"], Exit("margin", 0.01, layers=(0, 1, 2)), "recompute")
+    walk, texts = begun(
+        model, [PROMPT, "The city", "the capital of Italy is"], Exit("margin", 0.01, layers=(0, 1, 2)), "recompute"
+    )
     rows, said = walk.begin(texts)
     seen: list[set[int | None]] = [set() for _ in rows]
     for step in range(10):
         for row, logits in zip(rows, said, strict=True):
             row.ids.append(int(logits.argmax()) if len(row.ids) % 3 else 9)
-        walk.follow(Exit("probability", float(np.median(said.softmax(-1).max(-1).values)) if step % 4 else math.inf, layers=(step % 3,)))
+        walk.follow(
+            Exit(
+                "probability",
+                float(np.median(said.softmax(-1).max(-1).values)) if step % 4 else math.inf,
+                layers=(step % 3,),
+            )
+        )
         said = walk.step(rows)
         for row, logits in zip(rows, said, strict=True):
             seen[row.number].add(row.exited)
@@ -129,11 +137,15 @@ def test_recomputed_keys_and_values_are_the_full_models(family: str) -> None:
                 torch.testing.assert_close(kept[None, :, -n:], wanted, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family,states", [*((f, "recompute") for f in FAMILIES), ("llama", "propagate"), ("gpt2", "propagate")])
+@pytest.mark.parametrize(
+    ("family", "states"), [*((f, "recompute") for f in FAMILIES), ("llama", "propagate"), ("gpt2", "propagate")]
+)
 def test_a_batch_is_its_rows_one_by_one(family: str, states: str) -> None:
     model, prompts = opened(family), [PROMPT, "The city", "the capital of Italy is in the"]
     residual = model.run(PROMPT, keep=["layers.1.resid_post"]).tensor("layers.1.resid_post")
-    middle = float(pl.lenses.unembed(model, residual)[0].softmax(-1).max(-1).values.median())  # rows part: some exit, some do not
+    middle = float(
+        pl.lenses.unembed(model, residual)[0].softmax(-1).max(-1).values.median()
+    )  # rows part: some exit, some do not
     policy = Exit("probability", middle, layers=(0, 1, 2))
     together = generate_early(model, prompts, policy, states=states, max_new_tokens=8)  # type: ignore[arg-type]
     apart = set()

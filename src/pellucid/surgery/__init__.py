@@ -9,6 +9,7 @@ from pellucid.surgery.exit_calibration import calibrate, chosen_policy
 from pellucid.surgery.exit_head import ExitHead
 from pellucid.surgery.exit_policy import Exit
 from pellucid.surgery.exits import exits
+from pellucid.surgery.gate import Gate
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
@@ -19,7 +20,7 @@ from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch
 from pellucid.surgery.stitching import stitching
 from pellucid.surgery.values import Search
-from pellucid.surgery.variants import Gate, chosen_variants, ensemble
+from pellucid.surgery.variants import chosen_variants, ensemble
 
 __all__ = [
     "Arranged",

@@ -52,7 +52,9 @@ def draft_and_verify(
             if row.ids[-1] in end:
                 break
         drafts = row.ids[sure:]
-        judged = walk.catch_up([row], False, every=True)[0].argmax(-1).tolist()[-len(drafts) - 1 :]  # after `sure` tokens, and each draft
+        judged = (
+            walk.catch_up([row], False, every=True)[0].argmax(-1).tolist()[-len(drafts) - 1 :]
+        )  # after `sure` tokens, and each draft
         passes += 1
         right = next((k for k, draft in enumerate(drafts) if draft != judged[k]), len(drafts))
         tried += len(drafts)

@@ -39,7 +39,7 @@ from pellucid.errors import InputError, Refused
 from pellucid.lenses.lens import logits
 from pellucid.model import Model
 from pellucid.surgery.exit_policy import Exit, confidence
-from pellucid.surgery.exits import costs, lens_cost
+from pellucid.surgery.exit_reading import costs, lens_cost
 
 States = Literal["recompute", "propagate"]
 
