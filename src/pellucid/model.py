@@ -353,7 +353,8 @@ class Model:
 
         Sites that are kept at some positions count as whole. A sweep's is `plan.peak`.
 
-        >>> model.memory(prompt, keep="layers.*.resid_post") / 2**20  # doctest: +SKIP
+        >>> round(model.memory(prompt, keep="layers.*.resid_post") / 2**20)  # MiB
+        1
         """
         with running(self.module):
             inputs, asked = self.inputs(prompt, decoder=decoder), None

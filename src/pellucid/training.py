@@ -111,7 +111,7 @@ def train(
 
     `loss(batch, step)` returns a scalar with a graph, or, where it has put gradients into the parameters itself, numbers to
     note. `batches` are a sequence, or a function from the first step wanted to all from there on, with `steps` of them in all.
-    `after(step)` follows each update (rows renormalised, frozen entries put back). `beside` are tensors that belong to the fit
+    A group of the optimiser may have a schedule of its own besides, as "pace". `after(step)` follows each update (rows renormalised, frozen entries put back). `beside` are tensors that belong to the fit
     and are no parameters; with a `keeper` they are kept and come back, like the optimiser's state.
     """
     total = steps if steps is not None else len(batches)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def train(
                     for p, g in zip(trained, torch.autograd.grad(found, trained, allow_unused=True), strict=True):
                         p.grad = g
                 for group, rate in zip(rule.param_groups, rates, strict=True):
-                    group["lr"] = rate * schedule(step / total)
+                    group["lr"] = rate * schedule(step / total) * group.get("pace", constant)(step / total)
                 whole = False
                 rule.step()
                 if after is not None:

@@ -164,7 +164,7 @@ def state(module: nn.Module) -> Hashable:
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """The modules a module is built of, in order: quicker than `modules()`, as it is asked at every turn."""
+    """The modules a module is built of, in order: quicker than `modules()`. What is built in twice comes twice."""
     found: list[nn.Module] = []
     queue = [module]
     while queue:

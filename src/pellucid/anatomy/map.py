@@ -18,6 +18,7 @@ from rich.tree import Tree
 
 from pellucid.anatomy.answering import Answering
 from pellucid.anatomy.fingerprint import Memo, parts
+from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Attention, Block, Mlp, Path, Proof, Stack, State, Unembedding
 from pellucid.anatomy.weights import is_packed, lets_gradients_through
 from pellucid.errors import Refused
@@ -58,12 +59,13 @@ class Anatomy:
 
     def __post_init__(self) -> None:
         self.memo = Memo(self.module)
-        self._parts = parts(self.module)
+        self.located: dict[Site, Any] = {}  # where sites are met, see `engine.locate`
+        self._built = [(m._modules, list(m._modules.values())) for m in parts(self.module)]
 
     @property
     def outdated(self) -> bool:
         """Whether modules were exchanged since: an adapter was put in or taken out, a layer was replaced."""
-        return self._parts != parts(self.module)
+        return any(list(now.values()) != then for now, then in self._built)
 
     def check(self) -> None:
         """Refused where it is outdated."""

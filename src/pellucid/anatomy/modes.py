@@ -7,14 +7,17 @@ what a run gives, and is as it was when the run is over.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+
+from pellucid.anatomy.fingerprint import parts
 
 _lock = threading.Lock()
 _inside_run: ContextVar[bool] = ContextVar("inside_run", default=False)
@@ -28,7 +31,7 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
     Compiled code does not call hooks that came after it.
     """
-    if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in module.modules()):
+    if not any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in parts(module)):
         yield
         return
     with _lock:
@@ -52,7 +55,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         entry = _evaluating.setdefault(module, [0, {}])
         entry[0] += 1
         if entry[0] == 1:
-            entry[1] = {m: m.training for m in module.modules() if m.training}
+            entry[1] = dict.fromkeys([m for m in parts(module) if m.training], True)
             for m in entry[1]:
                 m.training = False
     try:
@@ -64,6 +67,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
                 del _evaluating[module]
                 for m, training in entry[1].items():
                     m.training = training
+
+
+@contextlib.contextmanager
+def unmixed() -> Iterator[None]:
+    """Numbers in the module's own precision: an autocast of the caller is set aside while something is proven."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextlib.contextmanager
@@ -116,6 +129,19 @@ def accepted_by(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """The arguments that a module's forward names; those of its class where a wrapper was put in its place that only passes
     on what it is given.
     """
-    own = inspect.signature(module.forward).parameters
-    passes_on = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.values())
-    return inspect.signature(type(module).forward).parameters if passes_on else own
+    if "forward" in vars(module):
+        own = inspect.signature(module.forward).parameters
+        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own.values()):
+            return own
+    return _named(type(module).forward)
+
+
+@functools.lru_cache(256)
+def _named(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return dict(list(inspect.signature(forward).parameters.items())[1:])  # without the module itself
+
+
+def uncached(module: nn.Module) -> dict[str, Any]:
+    """What tells a model not to keep keys and values for a next pass: its output would hold them, a residual's size and more
+    for every layer."""
+    return {"use_cache": False} if "use_cache" in accepted_by(module) else {}

@@ -59,7 +59,9 @@ def deeplift(
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation), `score`, `baseline_score` and
     `gap` = sum of attributions - (score - baseline_score), which is rounding.
 
-    >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)  # doctest: +SKIP
+    >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)
+    position token special baseline_token attribution score baseline_score gap gradients evaluations
+    ...
     """
     if edits:
         raise Refused(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pellucid.anatomy.modes import accepted_by, evaluating
+from pellucid.anatomy.modes import accepted_by, evaluating, uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import TOKENS as SITE_DIMS
 from pellucid.anatomy.sites import Site
@@ -342,11 +342,6 @@ def spared(case: Case) -> tuple[dict[str, Any], int]:
         return forward, 0
     read = -min(bound.positions or (-1,))
     return {**forward, "logits_to_keep": read}, read
-
-
-def uncached(module: Any) -> dict[str, Any]:
-    """What tells a model not to keep keys and values for later."""
-    return {"use_cache": False} if "use_cache" in accepted_by(module) else {}
 
 
 def _cuts(module: nn.Module, x: Any, made: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Wiretap
@@ -107,10 +108,10 @@ def forward(
     handlers: dict[Tap, Step] = {}
     for tap, step in steps:
         handlers[tap] = _then(handlers[tap], step) if tap in handlers else step
-    logits = None
+    logits, module = None, wiring.model.module
     try:
-        with Wiretap(wiring.model.module, handlers, len(inputs)):
-            logits = main_output(wiring.model.module(**inputs.tensors))
+        with Wiretap(module, handlers, len(inputs)):
+            logits = main_output(module(**{**uncached(module), **inputs.tensors}))
     except _Stop:
         pass
     return seen[0], logits

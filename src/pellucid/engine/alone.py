@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import accepted_by, differentiable, running
+from pellucid.anatomy.modes import differentiable, running, uncached
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Block, Stack, Tap
 from pellucid.anatomy.trace import take
@@ -88,9 +88,7 @@ class Alone:
         broken = next((b for b in self.stack.blocks if not b.whole), None)
         if broken is not None:
             raise Refused(f"layer {broken.index} of this model is no module of its own, so it cannot be called alone")
-        accepted = accepted_by(self.anatomy.module)
-        options = {"use_cache": False} if "use_cache" in accepted else {}
-        calls = record(self.anatomy, self.stack, inputs, **options).calls
+        calls = record(self.anatomy, self.stack, inputs, **uncached(self.anatomy.module)).calls
         for block, call in zip(self.stack.blocks, calls, strict=True):  # caches remember: they are left out
             call.args = tuple(None if isinstance(a, Cache) else a for a in call.args)
             call.kwargs = {k: None if isinstance(v, Cache) else v for k, v in call.kwargs.items()}

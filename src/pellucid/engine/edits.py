@@ -356,6 +356,8 @@ def turned(values: Tensor, by: Tensor, axis: int) -> Tensor:
 
 def left_aligned(values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Values [batch, position, ...] with each row's first real token in column 0, and the rows' lengths, on the host."""
+    if bool(real.all()):
+        return values[:, : real.shape[1]], torch.full((len(real),), real.shape[1])
     real = real.long().cpu()
     lengths = real.sum(1)
     return turned(values, real.argmax(1), 1)[:, : int(lengths.max())], lengths

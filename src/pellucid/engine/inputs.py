@@ -52,7 +52,8 @@ class Stream:
     @cached_property
     def real(self) -> Tensor:
         """[batch, length] which tokens are real, on the host."""
-        return self.mask.bool().cpu()
+        real = self.mask.bool().cpu()
+        return everywhere(real) if bool(real.all()) else real
 
     @cached_property
     def starts(self) -> Tensor:
@@ -67,6 +68,11 @@ class Stream:
     @cached_property
     def padded(self) -> bool:
         return not bool(self.real.all())
+
+    @cached_property
+    def placed(self) -> dict[Any, Any]:
+        """Where edits of it are written, as `engine.writing` found it."""
+        return {}
 
     def find(self, at: Position) -> Tensor | None:
         """Columns [batch, n] of the positions `at` names in each row, on the host; None for every position."""
@@ -296,7 +302,7 @@ def read_inputs(
     ids = _ids(module, tensors)
     mask = tensors.get("attention_mask")
     if mask is None or mask.ndim != 2 or ("input_ids" not in tensors and mask.shape != ids.shape):
-        mask = torch.ones_like(ids)  # a 4-D mask is the model's business, and one of sound or pixels is no token's
+        mask = everywhere(ids)  # a 4-D mask is the model's business, and one of sound or pixels is no token's
     if "input_ids" in tensors or "inputs_embeds" in tensors:
         tensors.setdefault("attention_mask", mask)
     ids = ids[:: max(1, len(ids) // len(mask))]  # music decoders have a row of tokens per codebook
@@ -503,6 +509,11 @@ def _frames(module: Any, name: str, features: Tensor) -> int:
     return int((out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]).shape[1])
 
 
+def everywhere(like: Tensor) -> Tensor:
+    """One for each of these, in the memory of a single one: what is kept of a run must not hold a mask that says nothing."""
+    return torch.ones((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
 def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> Tensor:
     """The mask of ids that came without one, [batch, length]. InputError where padding cannot be told from text.
 
@@ -510,11 +521,11 @@ def inferred_mask(module: Any, tokenizer: Any, ids: Tensor, first: int = 0) -> T
     """
     pads, size = getattr(tokenizer, "pad_token_id", None), vocabulary(module)
     if pads is not None and size is not None and len(tokenizer) > size:
-        return torch.ones_like(ids)  # a tokenizer with words that the model has not is not this model's
+        return everywhere(ids)  # a tokenizer with words that the model has not is not this model's
     sure = pads is not None and pads not in {getattr(tokenizer, f"{role}_token_id", None) for role in (*ROLES, "unk")}
     if pads is None:
         pads = getattr(_text_config(module), "pad_token_id", None)
-    whole = torch.ones_like(ids)
+    whole = everywhere(ids)
     if not isinstance(pads, int) or ids.ndim != 2:
         return whole
     real = ids != pads

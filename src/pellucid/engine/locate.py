@@ -140,6 +140,13 @@ def unit_count(block: Block, site: Site) -> int:
 
 def locate(anatomy: Anatomy, site: Site) -> Spot:
     """Where a concrete site is met. SiteError if the model has no such site, Refused if a proof it needs failed."""
+    if site not in anatomy.located:
+        anatomy.located[site] = _locate(anatomy, site)
+    spot: Spot = anatomy.located[site]
+    return spot
+
+
+def _locate(anatomy: Anatomy, site: Site) -> Spot:
     if site.part == "embed":
         return replace(locate(anatomy, Site("resid_pre", 0, stack_of(anatomy, site).name)), site=site)
     if site.part in ("embed.tokens", "embed.positions"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
@@ -351,13 +352,14 @@ def execute(
         raise InputError("grad_of= needs keep=: name the sites whose gradient is wanted")
     if grad_of is not None:
         anatomy.check_gradients()
+    given = {**uncached(module), **inputs.tensors, **(forward or {})}
     with torch.set_grad_enabled(grad_of is not None or torch.is_grad_enabled()):
         if handlers:
             with Wiretap(module, handlers, len(inputs)) as wire:
-                output = module(**{**inputs.tensors, **(forward or {})})
+                output = module(**given)
             session.check(wire)
         else:
-            output = module(**{**inputs.tensors, **(forward or {})})
+            output = module(**given)
         run = Run(anatomy, inputs, output, session.kept, session.sites)
         run.edits = tuple(edits)
         if grad_of is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import accepted_by
+from pellucid.anatomy.modes import accepted_by, uncached
 from pellucid.anatomy.structure import Stack
 from pellucid.engine.edits import Ablate, Edit
 from pellucid.engine.inputs import Inputs
@@ -70,10 +70,8 @@ class Job:
     @cached_property
     def forward(self) -> dict[str, Any]:
         """Arguments that spare the model work nobody reads."""
-        options: dict[str, Any] = {}
+        options = uncached(self.anatomy.module)
         accepted = accepted_by(self.anatomy.module)
-        if "use_cache" in accepted:
-            options["use_cache"] = False
         positions = self.metric.positions
         if "logits_to_keep" in accepted and positions and max(positions) < 0 and not self.inputs.stream("").padded:
             options["logits_to_keep"] = -min(positions)

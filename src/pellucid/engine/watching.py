@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import running
+from pellucid.anatomy.modes import running, uncached
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.anatomy.wiretap import Handler, Wiretap
@@ -75,7 +75,7 @@ def pass_until(
         Wiretap(anatomy.module, wrapped, len(inputs)),
         suppress(_Enough),
     ):
-        anatomy.module(**inputs.tensors)
+        anatomy.module(**{**uncached(anatomy.module), **inputs.tensors})
     return met
 
 

@@ -14,11 +14,25 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.map import Anatomy
+from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
 from pellucid.engine.edits import Edit, Place, brought, like, turned
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.locate import Spot, block_of, spots
 from pellucid.errors import InputError, Refused, SiteError
+
+
+@dataclass(eq=False)
+class Chosen:
+    """Where an edit is written in a tensor of n positions, all on the host."""
+
+    everywhere: bool  # at every position, none named
+    columns: Tensor  # [batch, k] of the tensor
+    which: Tensor  # [batch, k] those of them that it is written to
+    real: Tensor  # [batch, n]
+    positions: Tensor  # [batch, k] counted from each row's first real token
+    any: bool
+    all: bool
 
 
 @dataclass(eq=False)
@@ -57,6 +71,36 @@ class Window:
         columns = torch.arange(self.offset, self.offset + n)
         return mask[:, columns.clamp(max=mask.shape[1] - 1)] | (columns >= mask.shape[1])
 
+    def chosen(self, edit: Edit, site: Site, n: int) -> Chosen:
+        """Where an edit of a site is written; of prompts it is told once, however many variants ask."""
+        key = (site.at, edit.tokens, self.offset, n)
+        known = self.stream.placed
+        if self.generating or id(edit) in self.history or key not in known:
+            found = self._chosen(edit, site, n)
+            if self.generating or id(edit) in self.history:
+                return found
+            known[key] = found
+        return known[key]
+
+    def _chosen(self, edit: Edit, site: Site, n: int) -> Chosen:
+        real, columns = self.real(n), self.stream.find(site.at)
+        everywhere = columns is None
+        if columns is None:
+            columns, which = torch.arange(n).expand(len(real), n), real
+        else:
+            columns = columns - self.offset
+            inside = (columns >= 0) & (columns < n)
+            columns = columns.clamp(0, n - 1)
+            which = inside & real.gather(1, columns)
+        positions = (columns + self.offset - self.stream.starts[:, None]).clamp_min(0)
+        if edit.tokens is not None:
+            first, end = (each[:, None] for each in edit.between(self.stream.lengths))
+            which = which & (positions >= first) & (positions < end)
+        allowed = self.allowed(edit, n)
+        if allowed is not None:
+            which = which & allowed.cpu().gather(1, columns)
+        return Chosen(everywhere, columns, which, real, positions, bool(which.any()), bool(which.all()))
+
     def allowed(self, edit: Edit, n: int) -> Tensor | None:
         """[batch, n] what the edit's condition said when each column was first computed; None: no condition."""
         decisions = self.history.get(id(edit))
@@ -76,44 +120,27 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
     values = (x if spot.unit is None else x.select(spot.unit_axis, spot.unit)).movedim(axis, 1)
     batch, n = values.shape[:2]
     window = window.of(spot, n)
-    columns = window.stream.find(spot.site.at)
-    everywhere = columns is None
-    if not window.fits(n) and (not everywhere or edit.sources or window.stream.padded):
+    if not window.fits(n) and (window.stream.find(spot.site.at) is not None or edit.sources or window.stream.padded):
         raise Refused(
             f"{str(spot.site)!r} has {n} positions for a prompt of {window.stream.ids.shape[1]} tokens: they cannot be told apart"
         )
-    real, starts = window.real(n), window.stream.starts
-    if columns is None:
-        columns = torch.arange(n).expand(batch, n)
-        chosen = real
-    else:
-        columns = columns - window.offset
-        inside = (columns >= 0) & (columns < n)
-        columns = columns.clamp(0, n - 1)
-        chosen = inside & real.gather(1, columns)
-    positions = (columns + window.offset - starts[:, None]).clamp_min(0)
-    if edit.tokens is not None:
-        first, end = (each[:, None] for each in edit.between(window.stream.lengths))
-        chosen = chosen & (positions >= first) & (positions < end)
-    allowed = window.allowed(edit, n)
-    if allowed is not None:
-        chosen = chosen & allowed.cpu().gather(1, columns)
-    if not bool(chosen.any()):
+    where = window.chosen(edit, spot.site, n)
+    if not where.any:
         return x
     keyed = "key" in spot.site.dims
     if keyed:
         by = window.first_key(n, values.shape[-1])
         values = turned(values, by, values.ndim - 1)
     rows = torch.arange(batch, device=x.device)[:, None]
-    index = brought(columns, x)  # a model spread over devices has its prompts on the first
-    old = values if everywhere else values[rows, index]
-    place = Place(spot.site, window.stream, values, real, positions, window.generating)
+    index = brought(where.columns, x)  # a model spread over devices has its prompts on the first
+    old = values if where.everywhere else values[rows, index]
+    place = Place(spot.site, window.stream, values, where.real, where.positions, window.generating)
     new = edit.new(old, place).to(x.dtype)
     if spot.site.part.endswith(".scores"):
         new = torch.where(old < MASKED, old, new)
-    if not bool(chosen.all()):
-        new = torch.where(like(chosen, old), new, old)
-    if not everywhere:
+    if not where.all:
+        new = torch.where(like(where.which, old), new, old)
+    if not where.everywhere:
         made = values.clone()
         made[rows, index] = new
         new = made

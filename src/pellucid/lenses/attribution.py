@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pellucid.anatomy.frozen import Map, affine, linearised
 from pellucid.anatomy.layout import TOKENS
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.proofs import TOLERANCE, error
 from pellucid.anatomy.structure import Attention, Block, Mlp, State, Tap
@@ -72,8 +73,10 @@ def direct_logit_attribution(
     Refused where the head is not linear after its norms (masked models with a transform), where an edit adds to the
     residual itself (it is no component), or a proof it needs failed. InputError for more than one position.
 
-    >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")  # doctest: +SKIP
-    >>> dla.top(3)  # doctest: +SKIP
+    >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")
+    >>> dla.top(3)
+    component layer part unit contribution total gap
+    ...
     """
     if not isinstance(by, str) or by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
@@ -161,7 +164,7 @@ class Shares:
 
         handlers = {tap: heard(tap) for tap in dict.fromkeys((*writing, *taps))}
         with torch.no_grad(), Wiretap(anatomy.module, handlers, len(self.inputs)) as wire:
-            output = anatomy.module(**self.inputs.tensors)
+            output = anatomy.module(**{**uncached(anatomy.module), **self.inputs.tensors})
         session.check(wire)
         return kept, output
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.anatomy.sites import Site
 from pellucid.anatomy.structure import Tap
@@ -151,7 +152,7 @@ class Objective:
 
         handlers: dict[Tap, Handler] = {self._entrance: embedded, self.tap: partial(kept.__setitem__, self.tap)}
         with Wiretap(module, handlers, len(rows)):
-            output = module(**inputs.tensors)
+            output = module(**{**uncached(module), **inputs.tensors})
         values = Run(self.model.anatomy, inputs, None, kept, [self.site.whole]).tensor(self.site)
         return self._unit(values), main_output(output) if self.speaks else None, leaves[0]
 

@@ -38,7 +38,7 @@ import xarray as xr
 from scipy.stats import t as student
 from torch import Tensor
 
-from pellucid.anatomy.modes import accepted_by
+from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.structure import Stack
 from pellucid.anatomy.trace import take
 from pellucid.causal.contrast import ask, numbers
@@ -230,9 +230,8 @@ def recorded(model: Model, given: Inputs) -> tuple[Run, Recording | None]:
     stack = model.anatomy.stacks[-1]
     if any(b.nth or not b.whole for b in stack.blocks):
         return kept_run(model, given), None
-    options = {"use_cache": False} if "use_cache" in accepted_by(model.module) else {}
     with torch.no_grad():
-        found = record(model.anatomy, stack, given, **options)
+        found = record(model.anatomy, stack, given, **uncached(model.module))
     kept: dict[Any, Tensor] = {}
     for block, call in zip(stack.blocks, found.calls, strict=True):
         for tap, x in (

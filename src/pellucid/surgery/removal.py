@@ -26,7 +26,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from pellucid.anatomy.modes import accepted_by, running
+from pellucid.anatomy.modes import running, uncached
 from pellucid.anatomy.opening import main_output
 from pellucid.causal.contrast import ask
 from pellucid.causal.grid import described
@@ -218,9 +218,8 @@ def _judged(
     for inputs in given:
         read = reading(inputs)
         for without, tree in progress(list(trees.items()), "shortened models"):
-            options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted_by(tree) else {}
             with running(tree):
-                value = read(main_output(tree(**inputs.tensors, **options)))
+                value = read(main_output(tree(**{**inputs.tensors, **uncached(tree)})))
             found.setdefault(without, []).append(value.double().reshape(len(value), -1).cpu().numpy())
     return {without: np.concatenate(each) for without, each in found.items()}
 

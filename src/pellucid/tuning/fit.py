@@ -38,7 +38,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
-from pellucid.training import Keeper, draws, train
+from pellucid.training import Keeper, constant, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
@@ -258,7 +258,10 @@ class Settings:
     def of(self) -> dict[str, Any]:
         told = {k: repr(v) for k, v in vars(self).items() if k not in ("model", "data")}
         rows = [row.stream("").ids for row in self.data.rows]
-        data = fingerprint(rows, self.data.positions, list(self.data.labels or ()))[:16]
+        among = self.data.among if self.data.among is None else self.data.among.tolist()
+        data = fingerprint(
+            rows, self.data.positions, list(self.data.labels or ()), *([] if among is None else [among])
+        )[:16]
         return told | {"model": self.model.digest, "data": data}
 
 
@@ -309,12 +312,22 @@ class Fit:
         return min(1.0, (done * self.settings.steps + 1) / w) if w else 1.0
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
+        s, groups = self.settings, dict[tuple[float, float, bool], list[Tensor]]()
+
+        def pace(done: float) -> float:  # no method: copies of the optimiser's groups must not copy this arm
+            return math.prod(each.pace(round(done * s.steps)) for each in self.objectives if each.weight > 0)
+
         for name, p in self.parameters.items():
-            fresh = name in self.chosen.head or (name not in self.chosen.parameters and COPIED not in name)
+            own = name in self.chosen.parameters
+            fresh = name in self.chosen.head or (not own and COPIED not in name)
             rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
-            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
-        return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
+            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay, own), []).append(p)
+        return torch.optim.AdamW(
+            [
+                {"params": ps, "lr": lr, "weight_decay": wd, "pace": pace if own else constant}
+                for (lr, wd, own), ps in groups.items()
+            ]
+        )
 
     def step(self, rows: Tensor, step: int) -> list[float]:
         s = self.settings

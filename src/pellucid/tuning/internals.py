@@ -115,8 +115,7 @@ class ProbePenalty(Objective):
         mask = seen.run.stream(site).mask if self.where is None else seen.batch.masks[self.where]
         score: Tensor = self.reader(mean(seen.run.tensor(site), mask.to(seen.run.tensor(site).device))).float()
         costs = scored(score, self.form)
-        some = mask.any(1).to(costs)
-        return (costs * some).sum() / some.sum().clamp_min(1)
+        return costs.mean() if self.where is None else seen.mean_where(costs, self.spans)
 
 
 def scored(score: Tensor, form: Form) -> Tensor:
