@@ -121,7 +121,8 @@ def compare(methods: Mapping[str, Result], title: str = "") -> Document:
     """Several results of one kind in one view, by name.
 
     Numbers of tokens stand beneath one another, with the rank correlations of their orders; lenses (logit and tuned) share
-    a grid, curves a chart, effects over the same rows and columns a grid, each shown by choice. InputError where they
+    a grid, curves a chart, effects over the same rows and columns a grid, attention of one prompt in several models a view
+    of heads, each shown by choice. One method on several models, before and after, has one scale. InputError where they
     are of different kinds, or not about the same tokens, layers or heads.
 
     >>> compare({"gradients": shares, "occlusion": drops}).save_html("words.html")    # doctest: +SKIP
