@@ -1,6 +1,6 @@
 """What does scale cost? Random weights, one thread, process CPU time. Every number is printed as it comes.
 
-    python -m benchmarks.scale growth 135      opening, a run, a sweep, EAP at one size (20, 135, 350, 1100 million parameters)
+    python -m benchmarks.scale growth 20 135   opening, a run, sweeps, EAP at these sizes (20, 135, 350, 1100 million parameters)
     python -m benchmarks.scale tokens          the same sweep at 16 to 2,048 tokens
     python -m benchmarks.scale prompts         1 to 1,000 prompts: ablation, patching, EAP, harvest
     python -m benchmarks.scale memory 135      peaks beside what `plan.explain()` and `model.memory` say
@@ -146,7 +146,12 @@ def _forward(module: Any, given: torch.Tensor) -> float:
         return median(cpu(lambda: module(given)) for _ in range(5))
 
 
-def growth(size: str) -> None:
+def growth(*sizes: str) -> None:
+    for size in sizes:
+        _growth(size)
+
+
+def _growth(size: str) -> None:
     path, given = folder(size), ids(TOKENS)
     opened = cpu(lambda: AutoModelForCausalLM.from_pretrained(path))
     module = AutoModelForCausalLM.from_pretrained(path).eval()

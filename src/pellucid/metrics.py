@@ -88,6 +88,17 @@ class BoundMetric:
             )
         return scores
 
+    def each(self, several: Sequence[Tensor]) -> Tensor:
+        """The scores of several batches of the same prompts, [variant, batch] or [variant, batch, outputs], as calling it for each
+        gives them; a formula of a few logits is worked out for all at once."""
+        apply = self.function
+        if not (isinstance(apply, partial) and apply.func is apply_formula and self.tokens is not None):
+            return torch.stack([self(logits) for logits in several])
+        formula, sets = apply.args
+        n, batch = len(several), len(several[0])
+        rows = [each if len(each.ids) == 1 else TokenSets(each.ids.repeat(n, 1), each.real.repeat(n, 1)) for each in sets]
+        return replace(self, function=partial(apply_formula, formula, rows))(torch.cat([*several])).view(n, batch)
+
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The score from the complete logits of a model, [batch, position, vocab] or [batch, classes].
 

@@ -55,6 +55,7 @@ class PackedPass(Wiretap):
         self.rows, self.length = inputs.stream(recording.stack.name).ids.shape
         blocks = self.stack_map.blocks
         self.modules = {b.module: anatomy.module.get_submodule(b.module) for b in blocks}
+        self.masks: dict[tuple[int, torch.device], Tensor] = {}  # of causal attention that was given none, by start
         self.parts = {anatomy.module.get_submodule(a.module): a.part for b in blocks for a in b.attentions.values()}
         super().__init__(anatomy.module, {}, batch=1)
 
@@ -146,10 +147,15 @@ class PackedPass(Wiretap):
                 where = self.spans.get(v)
                 if where is not None:
                     part = x[0, where].unflatten(0, (self.rows, self.length - v.start))
-                    x[0, where] = w.meet(tap, part, Window.on(self.inputs, w.spot, v.start)).flatten(0, 1)
+                    made = w.meet(tap, part, self._window(w, v.start), inside=True)
+                    if made is not part:
+                        x[0, where] = made.flatten(0, 1)
             return x
 
         return handler
+
+    def _window(self, w: Written, start: int) -> Window:
+        return Window.on(self.inputs, w.spot, start)
 
     # ---- attention
 
@@ -185,9 +191,12 @@ class PackedPass(Wiretap):
         """[1, head, tokens, e] -> [variants * batch, head, length - start, e]"""
         return x[0, :, where].unflatten(1, (-1, self.length - group.start)).transpose(0, 1)
 
-    def _repeat(self, x: Tensor, group: Group) -> Tensor:
+    def _repeat(self, x: Tensor, group: Group, view: bool = False) -> Tensor:
+        """Once for every variant; a view where one prompt's can be, and it is read only once."""
         n = len(group.variants)
-        return x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))
+        if n == 1:
+            return x
+        return x.expand(n, *x.shape[1:]) if view and len(x) == 1 else x.repeat(n, *[1] * (x.ndim - 1))
 
     def _attend(
         self, native: Callable[..., Any], module: nn.Module, group: Group, q: Tensor, k: Tensor, v: Tensor,
@@ -201,20 +210,22 @@ class PackedPass(Wiretap):
             if tap is None or tap not in self.writers:
                 return x
             self.met.add(tap)
+            mine = {id(variant): i for i, variant in enumerate(group.variants)}
+            here = [(mine[id(owner)], w) for owner, w in self.writers[tap] if id(owner) in mine]
+            if not here:
+                return x
             x = x.clone()
-            for i, variant in enumerate(group.variants):
-                for owner, w in self.writers[tap]:
-                    if owner is variant:
-                        rows = slice(i * self.rows, (i + 1) * self.rows)
-                        window = Window.on(self.inputs, w.spot, 0 if cross and port in "kv" else start)
-                        layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
-                        x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
+            layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
+            for i, w in here:
+                rows = slice(i * self.rows, (i + 1) * self.rows)
+                window = self._window(w, 0 if cross and port in "kv" else start)
+                x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
             return x
 
         q, k, v = meet("q", q), meet("k", k), meet("v", v)
         if start and not cross:
-            k = torch.cat([self._repeat(recorded.k[:, :, :start], group), k], 2)
-            v = torch.cat([self._repeat(recorded.v[:, :, :start], group), v], 2)
+            k = torch.cat([self._repeat(recorded.k[:, :, :start], group, view=True), k], 2)
+            v = torch.cat([self._repeat(recorded.v[:, :, :start], group, view=True), v], 2)
         kw = {key: self._from(value, group) if isinstance(value, Tensor) else value for key, value in kw.items()}
         mask = recorded.mask
         if isinstance(mask, Tensor):
@@ -222,7 +233,10 @@ class PackedPass(Wiretap):
         elif start and not cross and q.shape[2] > 1:
             causal = kw.get("is_causal")
             if getattr(module, "is_causal", True) if causal is None else causal:
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(start)[None, None]
+                if (start, q.device) not in self.masks:
+                    size = (q.shape[2], k.shape[2])
+                    self.masks[start, q.device] = torch.ones(size, dtype=torch.bool, device=q.device).tril(start)[None, None]
+                mask = self.masks[start, q.device]
         edited = [taps[p] for p in ("scores", "pattern")]
         if any(t in self.writers for t in edited if t is not None):
             z, _ = explicit_attention(module, q, k, v, mask, meet, **kw)
