@@ -96,7 +96,9 @@ class BoundMetric:
             return torch.stack([self(logits) for logits in several])
         formula, sets = apply.args
         n, batch = len(several), len(several[0])
-        rows = [each if len(each.ids) == 1 else TokenSets(each.ids.repeat(n, 1), each.real.repeat(n, 1)) for each in sets]
+        rows = [
+            each if len(each.ids) == 1 else TokenSets(each.ids.repeat(n, 1), each.real.repeat(n, 1)) for each in sets
+        ]
         return replace(self, function=partial(apply_formula, formula, rows))(torch.cat([*several])).view(n, batch)
 
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:

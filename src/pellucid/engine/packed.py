@@ -235,7 +235,9 @@ class PackedPass(Wiretap):
             if getattr(module, "is_causal", True) if causal is None else causal:
                 if (start, q.device) not in self.masks:
                     size = (q.shape[2], k.shape[2])
-                    self.masks[start, q.device] = torch.ones(size, dtype=torch.bool, device=q.device).tril(start)[None, None]
+                    self.masks[start, q.device] = torch.ones(size, dtype=torch.bool, device=q.device).tril(start)[
+                        None, None
+                    ]
                 mask = self.masks[start, q.device]
         edited = [taps[p] for p in ("scores", "pattern")]
         if any(t in self.writers for t in edited if t is not None):
