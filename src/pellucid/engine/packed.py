@@ -26,7 +26,6 @@ from pellucid.engine.recording import AttentionCall, Recording, Shapes
 from pellucid.engine.writing import Window, Written
 from pellucid.errors import SiteError
 
-
 FEW, SHORT, WASTE = 2, 64, 3  # groups, columns, and times its tokens, up to which a batch attends as whole rows
 
 
