@@ -3,7 +3,7 @@
     python -m benchmarks.scale growth 20 135   opening, a run, sweeps, EAP at these sizes (20, 135, 350, 1100 million parameters)
     python -m benchmarks.scale tokens          the same sweep at 16 to 2,048 tokens
     python -m benchmarks.scale prompts         1 to 1,000 prompts: ablation, patching, EAP, harvest
-    python -m benchmarks.scale memory 135      peaks beside what `plan.explain()` and `model.memory` say
+    python -m benchmarks.scale memory 135 128  peaks (of torch's allocator, and of the process) beside what `plan.explain()` and `model.memory` say
     python -m benchmarks.scale workers         180 patches and 270 heads over Processes(2) and Ray(2), one worker killed
     python -m benchmarks.scale harvest         two writers killed ten times; throughput; reading
     python -m benchmarks.scale stored          reading alone, of a store of 330 MB
@@ -36,7 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pellucid as pl
-from benchmarks.clock import cpu
+from benchmarks.clock import allocated, cpu
 from pellucid import store as stores
 from pellucid.store import ActivationStore, store_activations
 
@@ -275,9 +275,9 @@ def prompts() -> None:
 # ---- memory
 
 
-def memory(size: str) -> None:
+def memory(size: str, *lengths: str) -> None:
     model = pl.load(folder(size), tokenizer=False)
-    for n in (128, 512):
+    for n in map(int, lengths or ("128", "512")):
         given = ids(n)
         model.run(given)
         sites = ["layers.*.resid_post", "layers.*.attn.z", "layers.*.mlp.neurons"]
@@ -297,8 +297,13 @@ def memory(size: str) -> None:
             ("12 heads off", plan.run, plan.peak),
         ]  # fmt: skip
         for name, work, said in cases:
-            found = peak(work)
-            say(f"  {name}: predicted", said / 2**20, "measured", found / 2**20, "ratio", said / found)
+            found, counted = peak(work), allocated(work)[0]
+            say(
+                f"  {name}: predicted {said / 2**20:.0f} MB; torch's allocator {counted / 2**20:.0f}, ratio",
+                said / counted,
+                f"the process grew by {found / 2**20:.0f}, ratio",
+                said / found,
+            )
 
 
 # ---- workers
