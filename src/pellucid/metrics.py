@@ -91,14 +91,11 @@ class BoundMetric:
     def each(self, several: Sequence[Tensor]) -> Tensor:
         """The scores of several batches of the same prompts, [variant, batch] or [variant, batch, outputs], as calling it for each
         gives them; a formula of a few logits is worked out for all at once."""
-        apply = self.function
-        if not (isinstance(apply, partial) and apply.func is apply_formula and self.tokens is not None):
+        if self.sets is None or self.tokens is None:
             return torch.stack([self(logits) for logits in several])
-        formula, sets = apply.args
+        formula, sets = self.sets
         n, batch = len(several), len(several[0])
-        rows = [
-            each if len(each.ids) == 1 else TokenSets(each.ids.repeat(n, 1), each.real.repeat(n, 1)) for each in sets
-        ]
+        rows = [TokenSets(*(x if len(x) == 1 else x.repeat(n, 1) for x in (own.ids, own.real))) for own in sets]
         return replace(self, function=partial(apply_formula, formula, rows))(torch.cat([*several])).view(n, batch)
 
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
