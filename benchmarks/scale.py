@@ -236,11 +236,11 @@ def tokens() -> None:
         )
 
 
-def prompts() -> None:
+def prompts(*counts: str) -> None:
     model = pl.load(folder("20"), tokenizer=False)
     heads = [pl.Ablate(site) for site in map(str, model.sites("layers.*.attn.heads.*"))][:16]
     with tempfile.TemporaryDirectory() as made:
-        for n in (1, 8, 64, 256, 1000):
+        for n in map(int, counts or ("1", "8", "64", "256", "1000")):
             given, other = ids(TOKENS, n), ids(TOKENS, n, 1)
 
             def own(given: torch.Tensor = given) -> None:
