@@ -4,6 +4,7 @@
 # make test-families    every architecture of transformers, tiny, and the matrix of families by conditions by techniques
 # make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
+# make test-versions   a core suite on the lowest and on the newest versions that pyproject.toml allows (minutes; gigabytes where torch brings CUDA)
 # make site    the documentation site, into docs/_build/site: works from disk, without a network
 # make dist    wheel and sdist into dist/, checked; the wheel installed into an empty environment and tried
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo workbench test test-families web-check lint bench docs site dist clean
+.PHONY: demo workbench test test-families test-versions web-check lint bench docs site dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
@@ -30,6 +31,9 @@ test: $(VENV)/.dev web-check
 
 test-families: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 tests/zoo tests/matrix tests/anatomy/test_parallel.py
+
+test-versions:
+	scripts/versions.sh $(PYTHON) $(VENV)-versions
 
 web-check:
 	scripts/check_views.sh

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.models import minilm_path, smollm2_path
+from tests.skipped import counted
 
 if TYPE_CHECKING:
     from pellucid import Model
@@ -20,22 +20,35 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
     """SmolLM2-135M-Instruct: a decoder of 30 layers with grouped queries."""
-    import pellucid
+    from tests import models
 
-    return pellucid.load(smollm2_path())
+    return models.smollm2()
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Model:
     """all-MiniLM-L6-v2: an encoder of 6 layers."""
-    import pellucid
+    from tests import models
 
-    return pellucid.load(minilm_path())
+    return models.minilm()
 
 
 @pytest.fixture(autouse=True)
-def _pages_open_the_packaged_model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README and docs name a model on the hub; here its weights come from the package that carries them."""
+def _examples_stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples find the names that they use and do not make, in a folder that vanishes.
+
+    README and docs name a model on the hub; here its weights come from the package that carries them.
+    """
+    if not isinstance(request.node, pytest.DoctestItem):
+        return
+    import pandas as pd
+
+    from tests import examples
+
+    for option in ("display.width", "display.max_columns"):  # a table is printed whole, however wide the terminal is
+        pd.set_option(option, None)
+    monkeypatch.chdir(request.getfixturevalue("tmp_path"))
+    examples.stage(request.node.dtest, request.node.path)
     if request.node.path.suffix == ".md":
         model = request.getfixturevalue("smollm2")
         from pellucid.model import load
@@ -44,3 +57,7 @@ def _pages_open_the_packaged_model(request: pytest.FixtureRequest, monkeypatch: 
             "pellucid.model.load",
             lambda source, **options: model if isinstance(source, str) else load(source, **options),
         )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(counted())

@@ -28,11 +28,13 @@ import numpy as np
 import torch
 
 import pellucid as pl
+from pellucid.errors import Refused
 from pellucid.statistics import interval
 from pellucid.surgery import Fact, KeyCovariance, Search, edit, editing_by_layer, scoreboard
 from pellucid.surgery.answers import divergence, measured
 from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts
 from pellucid.surgery.keys import about, keys, memories, subject_row
+from pellucid.surgery.scoreboard import _judged
 from pellucid.surgery.values import Values, find_values
 from scripts.demo_model import smollm2
 
@@ -49,8 +51,17 @@ RELATIONS = {
         "The landmark {} is in the country of",
     ),
 }
+# What else of a subject the model says is judged: of countries the other relation, of landmarks the continent, which a new country on the
+# same continent leaves true.
+CONTINENTS = {
+    "Europe": "Germany Italy France Ireland Norway Poland Greece Sweden Finland Spain Romania Denmark",
+    "Asia": "India Japan Malaysia Israel Indonesia Vietnam Lebanon Pakistan",
+    "South America": "Argentina Brazil", "North America": "Canada Mexico",
+}  # fmt: skip
+CONTINENT = {" " + country: " " + continent for continent, names in CONTINENTS.items() for country in names.split()}
+ON = ("{} is on the continent of", "The landmark {} is on the continent of")
 WANTED = {"country_capital_city": 7, "country_language": 9, "landmark_in_country": 8}
-PARTS = ("values", "moments", "rome", "memit", "spare", "batch", "sequence", "where", "opening", "readme")
+PARTS = ("values", "moments", "adequacy", "rome", "memit", "spare", "batch", "sequence", "where", "opening", "readme")
 LAYER, LAYERS, TOKENS, STEPS = 6, (3, 4, 5, 6), 16_384, 15
 
 
@@ -65,6 +76,16 @@ def table(result: Any) -> dict[str, dict[str, float]]:
     """Model -> measure -> value of a scoreboard."""
     values = result.data["value"].to_pandas().dropna(how="all")
     return {str(model): {str(k): float(v) for k, v in column.items()} for model, column in values.items()}
+
+
+def means(found: dict[str, tuple[np.ndarray, Any]]) -> dict[str, float]:
+    """The means of what a scoreboard judges; of text, over its tokens; with the harmonic score."""
+    made = {
+        name: float(np.nansum(x) / (groups[1].sum() if isinstance(groups, tuple) else max(1, (~np.isnan(x)).sum())))
+        for name, (x, groups) in found.items()
+    }
+    rates = [made[r] for r in ("efficacy", "paraphrase", "neighbourhood") if r in made]
+    return made | {"score": len(rates) / sum(1 / max(r, 1e-9) for r in rates)}
 
 
 def show(title: str, found: dict[str, Any]) -> None:
@@ -92,6 +113,10 @@ class Bench:
         reviews = [re.sub(r"<[^>]+>", " ", max(row.split("\t"), key=len).strip().strip('"')) for row in table[1:]]
         joined = [" ".join(ud[i : i + 6]) for i in range(0, len(ud), 6)]
         return [text for pair in zip(joined, reviews, strict=False) for text in pair]
+
+    def held_out(self) -> list[str]:
+        """The first 40 words of the last six texts, which no covariance was fitted on."""
+        return [" ".join(text.split()[:40]) for text in self.texts()[-6:]]
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What was measured under a name in an earlier call, or now; stops when the CPU seconds of this call are spent."""
@@ -175,19 +200,37 @@ class Bench:
             KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=tokens)
         cost = (time.process_time() - begun) / forward
         bar("18 second moments of 13 layers, in forwards of the same tokens", cost, "<= 1.0", cost <= 1.0)
-        self.adequacy()
 
     def adequacy(self) -> None:
-        """How far two halves of the text agree on u of the facts' keys, without and with a ridge."""
-        c = KeyCovariance.load(self.file) if self.file and self.file.exists() else self.covariance()
+        """How many tokens are enough: of more and more text, how far two halves agree on u of the facts' keys, and with u of all of it."""
         name, k = str(LAYER), self.found("values", self.facts[:12], self.contexts, Search(steps=STEPS)).keys
-        for ridge in (0.0, 0.01, 0.1):
-            c.ridge = ridge
-            half = c.agreement(name, k)
-            whole = 2 * half / (1 + half)
-            bar(f"9 split-half cosine of u, ridge {ridge}", half, ">= .85", half >= 0.85,
-                f"halves of {int(c.counts_[name].min()):,} tokens; of all the text, by Spearman and Brown, {whole:.3f}")  # fmt: skip
-        c.ridge = 0.0
+        found: dict[int, dict[str, Any]] = {}
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            file = self.file.with_suffix(".growing") if self.file else Path(folder) / "growing"
+            for tokens in (2048, 4096, 8192, 16_384, 32_768, 49_152, 61_440):  # one fit, which goes on
+                if (stage := file.with_suffix(f".growing{tokens}.pt")).exists():
+                    found[tokens] = torch.load(stage)
+                    continue
+                c = KeyCovariance(layers=LAYER).fit(self.model, self.texts(), tokens=tokens, checkpoint=file)
+                found[tokens] = {"tokens": int(c.counts_[name].sum())}
+                for ridge in (0.0, 0.01, 0.1):
+                    c.ridge, c._roots_ = ridge, {}
+                    found[tokens][f"half {ridge}"] = c.agreement(name, k)
+                    with contextlib.suppress(Refused):
+                        found[tokens][f"u {ridge}"] = c.solve(name, k)
+                torch.save(found[tokens], stage)
+        last = found[61_440]["u 0.0"]
+        for made in found.values():
+            for ridge in (0.0, 0.01, 0.1):
+                half, u = made[f"half {ridge}"], made.get(f"u {ridge}", torch.full_like(last, torch.nan))
+                with_all = float(torch.cosine_similarity(u, last, dim=1).mean())
+                print(
+                    f"{made['tokens']:6,} tokens, ridge {ridge}: halves {half:.3f}, with u of all the text {with_all:.3f}",
+                    flush=True,
+                )
+        half = found[61_440]["half 0.0"]
+        bar("9 split-half cosine of u, no ridge", half, ">= .85", half >= 0.85, f"{found[61_440]['tokens']:,} tokens")
 
     # ---- bars 2, 3, 8, 17
 
@@ -230,7 +273,7 @@ class Bench:
 
     def rome(self) -> None:
         before = {n: p.clone() for n, p in self.model.module.named_parameters() if f"layers.{LAYER}." in n}
-        edited, texts = self.edited(), self.texts()[-6:]
+        edited, texts = self.edited(), self.held_out()[:3]  # twenty edits are judged on them
         whole = self.kept("rome seen", lambda: self._seen(before))
         bar("2 W' k* = v*, relative error", whole[0], "<= 1e-4", whole[0] <= 1e-4)
         bar("3 undo is bit for bit", whole[1], "1", bool(whole[1]))
@@ -240,7 +283,7 @@ class Bench:
             alone = edit(
                 self.model, f, values=edited.values.one(self.facts.index(f)), **{**edited.settings, "how": "rome"}
             )
-            return table(scoreboard(alone, texts, controls=("without C",), max_new_tokens=0, tokens=100))
+            return table(scoreboard(alone, texts, controls=("without C", "random keys"), max_new_tokens=0))
 
         found = [self.kept(f"rome {f.asked}", lambda f=f: one(f)) for f in facts]
 
@@ -248,7 +291,10 @@ class Bench:
             return float(np.nanmean([t[model].get(measure, np.nan) for t in found]))
 
         rates = "efficacy", "paraphrase", "neighbourhood"
-        score = {m: 3 / sum(1 / max(mean(r, m), 1e-9) for r in rates) for m in ("before", "edited", "without C")}
+        score = {
+            m: 3 / sum(1 / max(mean(r, m), 1e-9) for r in rates)
+            for m in ("before", "edited", "without C", "random keys")
+        }
         print(
             f"\nROME, {len(facts)} facts, each alone, layer {LAYER}: score { ({k: round(v, 3) for k, v in score.items()}) }"
         )
@@ -259,7 +305,9 @@ class Bench:
                     0,
                     within=(0, 1 if measure in rates else np.inf),
                 )
-                shown = [f"{model} {mean(measure, model):.3f}" for model in ("before", "edited", "without C")]
+                shown = [
+                    f"{model} {mean(measure, model):.3f}" for model in ("before", "edited", "without C", "random keys")
+                ]
                 print(f"  {measure:20s} {', '.join(shown)}; edited [{low:.2f}, {high:.2f}]", flush=True)
         bar("8 ROME score", score["edited"], ">= .92", score["edited"] >= 0.92, f"{score['without C']:.3f} without C")
         for measure, least in (("efficacy", 1.0), ("neighbourhood", 0.83)):
@@ -312,21 +360,23 @@ class Bench:
     # ---- bar 10
 
     def memit(self) -> None:
-        values, texts = self.edited().values, self.texts()[-6:]
+        values = self.edited().values
         options: dict[str, Any] = {"layers": LAYERS, "contexts": self.contexts, "values": values}
         for title, how, more in (
             ("MEMIT, penalty chosen on the model", "memit", {}),
-            ("AlphaEdit", "alphaedit", {}),
             ("MEMIT without C", "memit", {"covariance": "off"}),
             ("MEMIT, the papers' 15,000", "memit", {"penalty": 15_000.0}),
+            ("AlphaEdit", "alphaedit", {}),
         ):
 
             def one(how: Any = how, more: dict[str, Any] = more) -> dict[str, Any]:
                 made = edit(self.model, self.facts, how, **{"covariance": self.covariance(), **options, **more})
-                found = scoreboard(made, texts, controls=(), max_new_tokens=0, tokens=200)
-                return table(found) | {
+                before, after, broken = self.beside(made)
+                return {
+                    "before": before,
+                    "edited": after,
+                    "broken": broken,
                     "penalty": made.result.data.attrs["penalty"],
-                    "broken": found.data.attrs["broken"],
                 }
 
             found = self.kept(f"memit {title}", one)
@@ -339,58 +389,92 @@ class Bench:
                 bar("10 neighbours' KL", at["neighbourhood KL"], "<= .25", at["neighbourhood KL"] <= 0.25)
                 print("broken:", found["broken"])
 
+    def beside(self, made: Any) -> tuple[dict[str, float], dict[str, float], list[str]]:
+        """The scoreboard's measures before and after an edit of all facts; what was before is measured once."""
+        texts = self.held_out()
+        if not hasattr(self, "_before"):
+            self._before = _judged(self.model, self.facts, texts=texts, tokens=2048)
+        values, plain, text, _ = self._before
+        after, _, _, broken = _judged(made.model, self.facts, plain, text, texts, 2048)
+        return (*(means(v) for v in (values, after)), broken)
+
     # ---- what lowers the damage to the same subject
 
+    def landmarks(self, n: int) -> list[Fact]:
+        """Landmarks whose continent the model says as well, each given another country of that continent."""
+        here, draw = self.known["landmark_in_country"], random.Random(4)
+        places = [s for s in sorted(here) if here[s] in CONTINENT]
+
+        def said() -> list[list[float]]:
+            return [
+                measured(self.model, [(t.format(s), CONTINENT[here[s]]) for s in places]).exact.tolist() for t in ON
+            ]
+
+        exact = dict(zip(places, zip(*self.kept("continents", said), strict=True), strict=True))
+        chosen = draw.sample([s for s in places if any(exact[s])], n)
+        prompt, *others = RELATIONS["landmark_in_country"]
+        answers = sorted(set(here.values()) & set(CONTINENT))
+        made = []
+        for s in chosen:
+            same = [(t.format(s), CONTINENT[here[s]]) for t, e in zip(ON, exact[s], strict=True) if e]
+            new = draw.choice([a for a in answers if CONTINENT[a] == CONTINENT[here[s]] and a != here[s]])
+            near = draw.choice([o for o in sorted(here) if o not in chosen])
+            made.append(Fact(prompt, s, new, here[s], [others[0].format(s)], [(prompt.format(near), here[near])], same))
+        return made
+
+    def countries(self, n: int) -> list[Fact]:
+        """Countries whose capital and language the model says: the capital is edited, the language judged."""
+        capital, language = self.known["country_capital_city"], self.known["country_language"]
+        prompt, *others = RELATIONS["country_capital_city"]
+        draw, made = random.Random(2), []
+        for s in sorted(set(capital) & set(language))[:n]:
+            new = draw.choice([w for w in sorted(set(capital.values())) if w != capital[s]])
+            beside = [(prompt.format(o), a) for o, a in sorted(capital.items()) if o != s][:3]
+            same = [(t.format(s), language[s]) for t in RELATIONS["country_language"][:2]]
+            made.append(Fact(prompt, s, new, capital[s], [p.format(s) for p in others], beside, same))
+        return made
+
     def spare(self) -> None:
-        """Facts of subjects of which other relations are known too; the other relations are judged, and never given."""
-        subjects = {s for r in ("country_capital_city", "country_language") for s in self.known[r]}
-        both = [
-            s for s in sorted(subjects) if all(s in self.known[r] for r in ("country_capital_city", "country_language"))
-        ]
-        facts, draw = [], random.Random(2)
-        for s in both[:8]:
-            prompt, *others = RELATIONS["country_capital_city"]
-            true, wrong = (
-                self.known["country_capital_city"][s],
-                sorted(set(self.known["country_capital_city"].values())),
-            )
-            new = draw.choice([w for w in wrong if w != true])
-            beside = [(prompt.format(o), a) for o, a in sorted(self.known["country_capital_city"].items()) if o != s][
-                :3
-            ]
-            language = self.known["country_language"][s]
-            same = [
-                (RELATIONS["country_language"][0].format(s), language),
-                (RELATIONS["country_language"][1].format(s), language),
-            ]
-            facts.append(Fact(prompt, s, new, true, [p.format(s) for p in others], beside, same))
-        other = ("People in {} are", "The culture of {} is", "The name of the king of {} was")
-        near = ("The official language of {} is", "The people of {} speak")
-        search = Search(steps=STEPS)
-        for name, title, essence, more in (
-            ("spare", "as it is", None, {}),
-            ("spare-other", "three other essence prompts, weight 1", (*other, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
-            ("spare-near", "essence of the relation itself, weight 1", (*near, "It is said that {} is a"), {"search": Search(steps=STEPS, kl=1.0)}),
-            ("spare", "keys of the subject elsewhere held (null space over them)", None, {"hold": (*other, *near)}),
-            ("spare-near", "essence of the relation, and its keys held", (*near, "It is said that {} is a"),
-             {"search": Search(steps=STEPS, kl=1.0), "hold": near}),
+        """Facts of subjects of which another relation is known: it is judged, and never given as it is judged."""
+        general = "It is said that {} is a"
+        for kind, facts, other, near in (
+            ("countries", self.countries(8), ("People in {} are", "The culture of {} is", "The name of the king of {} was"),
+             ("In {} the language that is spoken is", "Everyone who lives in {} speaks")),
+            ("landmarks", self.landmarks(8), ("People who visit {} say that", "The history of {} is", "A picture of {} shows"),
+             ("The continent on which {} lies is", "We know that {} lies in")),
         ):  # fmt: skip
-            options = {"search": search, **more}
+            strong = Search(steps=STEPS, kl=1.0)
+            for name, title, essence, more in (
+                ("", "as it is", None, {}),
+                ("-other", "three other essence prompts, weight 1", (*other, general), {"search": strong}),
+                ("-near", "essence of the relation itself, weight 1", (*near, general), {"search": strong}),
+                ("", "keys of the subject elsewhere held", None, {"hold": (*other, *near)}),
+                ("-near", "essence of the relation, and its keys held", (*near, general), {"search": strong, "hold": near}),
+            ):  # fmt: skip
 
-            def one(name: str = name, essence: Any = essence, options: dict[str, Any] = options) -> dict[str, Any]:
-                values = self.found(name, facts, (), options.pop("search"), essence)
-                made = edit(
-                    self.model, facts, "emmet", layers=LAYER, covariance=self.covariance(), contexts=(), values=values, essence=essence, **options
-                )  # fmt: skip
-                return table(scoreboard(made.alone(), None, controls=(), max_new_tokens=0))
+                def one(
+                    facts: Any = facts, name: str = f"spare-{kind}{name}", essence: Any = essence, more: Any = more
+                ) -> dict[str, Any]:
+                    values = self.found(name, facts, (), more.get("search", Search(steps=STEPS)), essence)
+                    options = {
+                        "layers": LAYER,
+                        "covariance": self.covariance(),
+                        "contexts": (),
+                        "essence": essence,
+                        **more,
+                    }
+                    made = [edit(self.model, f, "emmet", values=values.one(i), **options) for i, f in enumerate(facts)]
+                    return table(scoreboard(made, None, controls=(), max_new_tokens=0))
 
-            show(f"spare, {len(facts)} subjects, each edited alone: {title}", self.kept(f"spare {title}", one))
+                show(f"spare, {len(facts)} {kind}, each edited alone: {title}", self.kept(f"spare {kind} {title}", one))
 
     # ---- curves, and the published forms on the same values
 
     def many(self) -> list[Fact]:
-        wanted = {"country_capital_city": 7, "country_language": 13, "landmark_in_country": 80}
+        """7 capitals, 13 languages, and 80 landmarks whose new country is on the same continent."""
+        wanted = {"country_capital_city": 7, "country_language": 13}
         facts = [replace(f, paraphrases=f.paraphrases[:1]) for f in self._facts(wanted, neighbours=1)]
+        facts = [*facts, *self.landmarks(80)]
         random.Random(3).shuffle(facts)
         return facts[:100]
 
@@ -413,33 +497,32 @@ class Bench:
         return torch.linalg.solve(p @ (k @ k.T + old @ old.T) + 10 * torch.eye(n, dtype=torch.float64), p @ k @ r.T).T
 
     def judged(self, model: Any, facts: list[Fact]) -> list[float]:
-        """Shares of: the new answer said, the paraphrase's, neighbours (not edited) that go on, and text KL."""
-        pairs = [
-            *((f.asked, f.new) for f in facts), *((p, f.new) for f in facts for p in f.paraphrases),
-            *(p for f in facts for p in f.neighbours),
+        """What is said of the new answers, the paraphrases, the neighbours (not edited) and the same subjects, and text KL."""
+        facts = facts[:: 2 if len(facts) > 50 else 1]  # half of the hundred, for what it costs
+        kinds = [
+            [(f.asked, f.new) for f in facts], [(p, f.new) for f in facts for p in f.paraphrases],
+            [p for f in facts for p in f.neighbours], [p for f in facts for p in f.same_subject],
         ]  # fmt: skip
-        exact = measured(model, pairs).exact
-        cut = len(facts), 2 * len(facts)
-        parts = exact[: cut[0]], exact[cut[0] : cut[1]], exact[cut[1] :]
+        exact = np.split(measured(model, [p for k in kinds for p in k]).exact, np.cumsum([len(k) for k in kinds])[:-1])
         if not hasattr(self, "_ordinary"):
             self._ordinary = [(" ".join(t.split()[:20]), None) for t in self.texts()[-16:]]
             self._plain = measured(self.model, self._ordinary, keep=True)
         kl = divergence(self._plain, measured(model, self._ordinary, keep=True)).mean()
-        return [float(x) for x in (*(part.mean() for part in parts), kl)]
+        return [float(x) for x in (*(e.mean() if len(e) else np.nan for e in exact), kl)]
 
     def curve(self, title: str, facts: list[Fact], make: Callable[[], Any]) -> None:
-        said, paraphrase, near, kl = self.kept(f"{title} {len(facts)}", lambda: self.judged(make(), facts))
+        said, paraphrase, near, same, kl = self.kept(f"{title} {len(facts)}", lambda: self.judged(make(), facts))
         print(
-            f"{len(facts):4d} {title:52s} said {said:.2f}, paraphrase {paraphrase:.2f}, neighbours kept {near:.2f}, text KL {kl:.3f}",
-            flush=True,
-        )
+            f"{len(facts):4d} {title:52s} said {said:.2f}, paraphrase {paraphrase:.2f}, neighbours kept {near:.2f}, "
+            f"same subject kept {same:.2f}, text KL {kl:.3f}", flush=True
+        )  # fmt: skip
 
     def batch(self) -> None:
         """The first 1, 10, 30 and 100 of the facts in one batch at LAYER, on the same values."""
         facts = self.many()
         values = self.found("many", facts, (), Search(steps=12))
         memory = values.memory[0]
-        for count in (100, 30, 10):
+        for count in (100, 30, 10, 1):
             some = facts[:count]
             part = Values(values.memory[:count], [], values.keys[:count], values.delta[:count], values.h[:count],
                           values.history[:, :count], values.routed)  # fmt: skip
@@ -495,7 +578,7 @@ class Bench:
 
     def where(self) -> None:
         """Tracing says here, editing works here; the moments of these layers are read from, or kept in, their own file."""
-        layers = (2, 4, 6, 8, 10, 12, 14, 18, 22, 26)
+        layers = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 18, 22, 26)
         file = self.file.with_suffix(".layers.safetensors") if self.file else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
 """What do objectives buy, and at what price? Each bar beside its control, as a table of lines.
 
-    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second]
+    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [share=WEIGHT]
 
     DATA: imdb_counterfactual/sentiment/combined/paired
 
@@ -76,19 +76,21 @@ def rationales(rows: list[Window], words: tuple[str, str]) -> tuning.Rationales:
         {
             "decoy": [(0, len(w)) for w in first],
             "rationale": [[(a + len(w) + 1, b + len(w) + 1) for a, b in own] for w, (_, _, own, _) in zip(first, rows, strict=True)],
+            "window": [(len(w) + 1, len(w) + 1 + len(text)) for w, (_, text, _, _) in zip(first, rows, strict=True)],
         },
         groups=[pair for *_, pair in rows],
     )  # fmt: skip
 
 
 class Setting:
-    def __init__(self, data: Path, layers: int = 2) -> None:
+    def __init__(self, data: Path, layers: int = 2, dev: bool = False) -> None:
         base = remove(pl.load(str(minilm())), list(range(layers, 6)))
         self.model = tuning.classifier(base, ["negative", "positive"])
         tokenizer = self.model.tokenizer
         self.train, self.test = (
             windows(tokenizer, data / f"{name}_paired.tsv", n) for name, n in (("train", 192), ("test", 150))
         )
+        self.dev = windows(tokenizer, data / "dev_paired.tsv", 150) if dev else []
         self.options: dict[str, Any] = {"layers": slice(None), "head_learning_rate": 3e-3}
 
     def decoy(self, objective: Any, **more: Any) -> tuning.Tuned:
@@ -199,6 +201,12 @@ def main(data: Path, wanted: list[str]) -> None:
             shifts=shifts, seeds=(0,), **two.options,
         )  # fmt: skip
         print(f"\n## Frontier\n{found.title}", found.data.to_dataframe().round(3), sep="\n", flush=True)
+    for part in wanted:  # share=300: the weight of the share, on validation texts
+        if part.startswith("share="):
+            dev = Setting(data, dev=True)
+            dev.test = dev.dev
+            made = dev.decoy(tuning.RightReasons("decoy", weight=float(part[6:])), seeds=(0,), control=False)
+            table(f"The share of the gradient, weight {part[6:]}, on validation texts", made, *behaviour)
     if "second" in parts:
         second(two)
 
@@ -279,24 +287,31 @@ def probe(four: Setting) -> None:
 
 
 def routing(four: Setting) -> None:
-    """Two questions on one trunk (sentiment, viewing talk), one half of the neurons of layers 2 and 3 for each, the rest frozen."""
+    """Two questions on one trunk (sentiment, viewing talk), each over classes of its own, one half of the neurons of layers 2 and 3 for each, the rest frozen."""
     rows = {name: (four.train if name == "train" else four.test) for name in ("train", "test")}
     drawn = np.random.default_rng(0)
     half = {i: drawn.permutation(1536) for i in (2, 3)}
     parts = {name: tuning.Only(neurons={i: own[k * 768 : (k + 1) * 768].tolist() for i, own in half.items()}) for k, name in enumerate(("sentiment", "viewing"))}  # fmt: skip
     made: dict[str, tuning.Rationales] = {}
+    questions = {"sentiment": ["bad", "good"], "viewing": ["no viewing", "viewing"]}
     for name, windows_ in rows.items():
-        texts = [(f"table {t}", label, "sentiment") for label, t, *_ in windows_]
-        talk = [(f"stone {t}", 2 + bool(VIEWING.search(t)), "viewing") for _, t, *_ in windows_]
-        yes, no = ([x for x in talk if x[1] == y] for y in (3, 2))
-        texts += yes + no[: len(yes)]
+        texts = [(f"table {t}", questions["sentiment"][label], "sentiment") for label, t, *_ in windows_]
+        talk = [(f"table {t}", questions["viewing"][bool(VIEWING.search(t))], "viewing") for _, t, *_ in windows_]
+        yes, no = ([x for x in talk if x[1] == y] for y in reversed(questions["viewing"]))
+        balanced = yes + no[: len(yes)]
+        texts += balanced * (round(len(windows_) / len(balanced)) if name == "train" else 1)
         made[name] = tuning.Rationales(
-            [t for t, *_ in texts], [y for _, y, _ in texts], properties={"topic": [z for *_, z in texts]}
+            [t for t, *_ in texts],
+            [y for _, y, _ in texts],
+            properties={"topic": [z for *_, z in texts]},
+            among=[questions[z] for *_, z in texts],
         )
     base = four.model.module.trunk
-    model = tuning.classifier(pl.load(base, tokenizer=four.model.tokenizer), ["bad", "good", "no viewing", "viewing"])
+    model = tuning.classifier(
+        pl.load(base, tokenizer=four.model.tokenizer), [*questions["sentiment"], *questions["viewing"]]
+    )
     both = tuning.Only(neurons={i: list(range(1536)) for i in (2, 3)})
-    options: dict[str, Any] = {"steps": 80, "layers": both, "seeds": (0,), "learning_rate": 1e-3, "head_learning_rate": 1e-2, "weight_decay": 0.0, "batch": 24, "test": made["test"], "control": False}  # fmt: skip
+    options: dict[str, Any] = {"steps": 40, "layers": both, "seeds": (0,), "learning_rate": 1e-3, "head_learning_rate": 1e-2, "weight_decay": 0.0, "batch": 24, "test": made["test"], "control": False}  # fmt: skip
     fitted = tuning.fit(model, made["train"], tuning.Route("topic", parts), **options)
     print(f"\n## Gradient routing: {fitted.result.title}", f"cost {float(fitted.result.data['cost'].sel(arm='objective')):.2f}, changed outside {len(fitted.changed)}")  # fmt: skip
     for arm in ("objective", "plain"):

@@ -2,7 +2,7 @@
 
     python benchmarks/tuning_explained.py DATA PART ... [SEED ...]      DATA: relations_lre/data/factual; PART: prompted, before, after, counterfactual
 
-Cities, their countries and languages (country_capital_city joined with country_language); two thirds of the cities to learn from, the others to
+Cities, their countries and languages (country_capital_city joined with country_language, and some of our own: 47); two thirds of the cities to learn from, the others to
 test, split by the seed. The last four blocks are trained for 30 steps of 8, on the answer and its reason alone. SmolLM2-135M-Instruct.
 """
 
@@ -18,6 +18,11 @@ import pellucid as pl
 from pellucid import tuning
 from scripts.demo_model import smollm2
 
+OWN = """Brasilia Brazil Portuguese, Lisbon Portugal Portuguese, Athens Greece Greek, Warsaw Poland Polish, Budapest Hungary Hungarian, Helsinki Finland Finnish, Oslo Norway
+Norwegian, Stockholm Sweden Swedish, Copenhagen Denmark Danish, Bucharest Romania Romanian, Sofia Bulgaria Bulgarian, Kyiv Ukraine Ukrainian, Ankara Turkey Turkish,
+Tehran Iran Persian, Hanoi Vietnam Vietnamese, Bangkok Thailand Thai, Jakarta Indonesia Indonesian, Vilnius Lithuania Lithuanian, Vienna Austria German, Havana Cuba Spanish, Santiago
+Chile Spanish, Bogota Colombia Spanish, Prague Czechia Czech, Dublin Ireland English, Riga Latvia Latvian, Zagreb Croatia Croatian, Belgrade Serbia Serbian, Tirana Albania Albanian"""
+
 
 def cities(path: Path, seed: int) -> tuple[tuning.Explained, tuning.Explained]:
     """Explained questions to learn from and to test; mistakes are the same city in another country."""
@@ -25,11 +30,14 @@ def cities(path: Path, seed: int) -> tuple[tuning.Explained, tuning.Explained]:
         {s["subject"]: s["object"] for s in json.loads((path / f"country_{name}.json").read_text())["samples"]}
         for name in ("capital_city", "language")
     )
-    known = sorted((capital[c], c, language[c]) for c in capital if c in language and c != "United States")
+    known = {(capital[c], c, language[c]) for c in capital if c in language and c != "United States"}
+    there = {c for _, c, _ in known}
+    own = [tuple(row.split()) for row in OWN.replace("\n", " ").split(",")]
+    known = sorted(known | {row for row in own if row[1] not in there})  # type: ignore[misc]
     drawn = random.Random(seed)
     drawn.shuffle(known)
     spoken = sorted({tongue for *_, tongue in known})
-    half = 2 * len(known) // 3
+    half = len(known) - len(known) // 3
 
     def told(rows: list[tuple[str, str, str]]) -> tuning.Explained:
         wrong = [drawn.choice([k for k in known if k[2] != own[2]]) for own in rows]

@@ -3,7 +3,8 @@
     python benchmarks/tuning_reasons.py DATA KEPT PART ... [SEED ...]    DATA: imdb_counterfactual/sentiment/combined/paired
     python benchmarks/tuning_reasons.py DATA KEPT summary                 KEPT: a file of lines, one for each part, arm and seed
 
-PARTs are independent, residual, soft, "no concept loss", top_k, sparsemax, entmax15, hard_kuma, cold, taught.
+PARTs are independent, residual, soft, "no concept loss", top_k, sparsemax, entmax15, hard_kuma, cold, taught, whole (selects from
+the place-holder in front too), slower; with DEV among the words the validation texts stand in for the test texts (to choose settings by).
 
 Reviews with counterfactual twins as in benchmarks/tuning.py: windows of 17 pieces, MiniLM cut to layers 0 and 1, 384 texts to learn from, 300
 to test; three seeds where a gain is claimed. Eight lexical concepts: whether a window has a word of a list.
@@ -77,8 +78,10 @@ def summary(file: Path) -> None:
 def main(path: Path, file: Path, parts: list[str], seeds: list[int]) -> None:
     if parts == ["summary"]:
         return summary(file)
-    two = Setting(path)
-    train, test = (with_concepts(rationales(rows, ABSENT)) for rows in (two.train, two.test))
+    dev = "DEV" in parts
+    parts = [part for part in parts if part != "DEV"]
+    two = Setting(path, dev=dev)
+    train, test = (with_concepts(rationales(rows, ABSENT)) for rows in (two.train, two.dev if dev else two.test))
     for name in CONCEPTS:
         print(f"{name}: in {sum(train.properties[name]) / len(train):.2f} of the texts")
     objectives: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -87,10 +90,13 @@ def main(path: Path, file: Path, parts: list[str], seeds: list[int]) -> None:
         "soft": (tuning.Bottleneck(kind="joint", hard=False, weight=1.0), {"head_learning_rate": 1e-2}),
         "no concept loss": (tuning.Bottleneck(kind="joint", hard=False, weight=1e-6), {"head_learning_rate": 1e-2}),
         **{
-            mask: (tuning.Select(mask=mask), {"steps": 105}) for mask in ("top_k", "sparsemax", "entmax15", "hard_kuma")
+            mask: (tuning.Select(mask=mask, within="window"), {"steps": 105})
+            for mask in ("top_k", "sparsemax", "entmax15", "hard_kuma")
         },  # type: ignore[arg-type]
-        "cold": (tuning.Select(warm=0), {"steps": 60}),
-        "taught": (tuning.Select(teach="rationale"), {"steps": 105}),
+        "cold": (tuning.Select(warm=0, within="window"), {"steps": 60}),
+        "taught": (tuning.Select(teach="rationale", within="window"), {"steps": 105}),
+        "whole": (tuning.Select(), {"steps": 105}),
+        "slower": (tuning.Select(within="window", slower=1 / 3), {"steps": 105}),
     }
     for seed in seeds:
         for part in parts:
@@ -101,7 +107,8 @@ def main(path: Path, file: Path, parts: list[str], seeds: list[int]) -> None:
                 train,
                 objective,
                 seeds=(seed,),
-                control=part not in ("soft", "no concept loss", "cold", "taught"),
+                control=not dev
+                and part not in ("soft", "no concept loss", "cold", "taught", "sparsemax", "entmax15", "hard_kuma"),
                 **options,
             )
             kept(file, part, made)

@@ -160,3 +160,39 @@ def test_a_control_arm_sees_the_same_batches_and_noise():
 
         train(p, draws(40, 8, 2, seed=4), loss, OPTIMIZERS["adam"], seed=4)
     assert all(torch.equal(a, b) for a, b in zip(*seen.values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_smaller_than_the_rounding_of_16_bits_add_up(dtype, tmp_path):
+    """Alone each is lost, and Adam's 1e-8 is zero in float16: the sum of them is what float32 gives, rounded once."""
+
+    def after(p, steps, keeper=None):
+        train(p, [0] * 40, lambda _, step: (p["w"] * 3.0).sum() if step < steps else stop(), partial(torch.optim.Adam, lr=1e-4), keeper=keeper)  # fmt: skip
+        return p["w"]
+
+    def stop():
+        raise KeyboardInterrupt
+
+    exact, plain = after({"w": torch.ones(3)}, 40), {"w": torch.ones(3, dtype=dtype)}
+    assert torch.equal(after(plain, 40), exact.to(dtype)) and bool((plain["w"] < 1).all())
+    resumed, keeper = {"w": torch.ones(3, dtype=dtype)}, Keeper(tmp_path / "fit.safetensors", {})
+    with pytest.raises(KeyboardInterrupt):
+        after(resumed, 17, keeper)
+    assert torch.equal(after({"w": torch.ones(3, dtype=dtype)}, 40, keeper), plain["w"])
+
+
+def test_what_is_put_back_by_hand_is_where_the_next_step_of_16_bits_begins():
+    p, q = {"w": torch.ones(2, dtype=torch.bfloat16)}, {"w": torch.ones(2)}
+    for each in (p, q):
+        train(each, [0] * 4, lambda _, step, w=each["w"]: w.sum(), partial(torch.optim.SGD, lr=0.5), after=lambda step, w=each["w"]: w[:1].fill_(1.0))  # fmt: skip
+    assert p["w"].tolist() == q["w"].tolist() == [1.0, -1.0]
+
+
+def test_a_loss_that_is_no_number_ends_the_fit_by_name():
+    p = {"w": torch.ones(2, dtype=torch.float16)}
+    with pytest.raises(InputError, match=r"the loss is inf at step 0.*float16 ends at 65504"):
+        train(p, [0], lambda _, step: (p["w"] * 60000).sum(), partial(torch.optim.SGD, lr=1.0), what="a fit")
+    assert p["w"].tolist() == [1, 1]
+    q = {"w": torch.ones(2)}
+    with pytest.raises(InputError, match="'w' holds no finite numbers after 1 steps: give a smaller learning rate"):
+        train(q, [0], lambda _, step: (q["w"] * 1e20).sum(), partial(torch.optim.SGD, lr=1e30))

@@ -27,6 +27,7 @@ from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
 
 B = TypeVar("B")
+HALF = (torch.bfloat16, torch.float16)
 Loss = Callable[[B, int], Tensor | list[float]]
 Schedule = Callable[[float], float]  # from the share of steps that are done to a factor of the learning rate
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -111,24 +112,30 @@ def train(
 
     `loss(batch, step)` returns a scalar with a graph, or, where it has put gradients into the parameters itself, numbers to
     note. `batches` are a sequence, or a function from the first step wanted to all from there on, with `steps` of them in all.
-    `after(step)` follows each update (rows renormalised, frozen entries put back). `beside` are tensors that belong to the fit
+    A group of the optimiser may have a schedule of its own besides, as "pace". `after(step)` follows each update (rows renormalised, frozen entries put back). `beside` are tensors that belong to the fit
     and are no parameters; with a `keeper` they are kept and come back, like the optimiser's state.
+
+    Parameters of 16 bits take their steps in float32 and are rounded after each: a step smaller than their rounding adds up
+    instead of being lost. InputError where the loss or a parameter is no finite number any more.
     """
     total = steps if steps is not None else len(batches)  # type: ignore[arg-type]
     free = {name: p.requires_grad for name, p in parameters.items()}
     trained = list(parameters.values())
     for p in trained:
         p.requires_grad_(True)
-    rule = optimizer(trained)
+    wide = _Wide(trained)
+    rule = optimizer(wide.stepped)
     rates = [group["lr"] for group in rule.param_groups]
-    noted: list[Any] = _resumed(keeper, parameters, beside or {}, rule, total)
+    exact = dict(zip(parameters, wide.stepped, strict=True))
+    noted: list[Any] = _resumed(keeper, exact, beside or {}, rule, total)
+    wide.round()
 
     def keep() -> None:
         if keeper is not None:
             state = {
                 f"o/{i}/{k}": torch.as_tensor(v) for i, s in rule.state_dict()["state"].items() for k, v in s.items()
             }
-            kept = {f"p/{k}": v for k, v in parameters.items()} | {f"b/{k}": v for k, v in (beside or {}).items()}
+            kept = {f"p/{k}": v for k, v in exact.items()} | {f"b/{k}": v for k, v in (beside or {}).items()}
             keeper.save(kept | state, {"steps": total, "noted": noted})
 
     whole = True  # no update is half done
@@ -145,24 +152,31 @@ def train(
                 for generator in noise:
                     generator.manual_seed((seed << 32) + step)
                 rule.zero_grad()
+                wide.clear()
                 found = loss(batch, step)
                 if isinstance(found, Tensor):
                     for p, g in zip(trained, torch.autograd.grad(found, trained, allow_unused=True), strict=True):
                         p.grad = g
                 for group, rate in zip(rule.param_groups, rates, strict=True):
-                    group["lr"] = rate * schedule(step / total)
+                    group["lr"] = rate * schedule(step / total) * group.get("pace", constant)(step / total)
+                noted_now = float(found.detach()) if isinstance(found, Tensor) else found
+                if not math.isfinite(_mean(noted_now)):
+                    raise InputError(_lost(f"the loss is {_mean(noted_now)} at step {step}", what, trained))
                 whole = False
+                wide.take()
                 rule.step()
+                wide.round()
                 if after is not None:
                     with torch.no_grad():
                         after(step)
-                noted.append(float(found.detach()) if isinstance(found, Tensor) else found)
+                    wide.follow()
+                noted.append(noted_now)
                 whole = True
                 if keeper is not None and (len(noted) % keeper.every == 0 or len(noted) == total):
                     keep()
                 bar.step(loss=_mean(noted[-1]))
-    except BaseException:
-        if whole and len(noted) > start:
+    except BaseException as error:
+        if whole and len(noted) > start and not isinstance(error, FloatingPointError):  # what diverged is not kept
             keep()
         raise
     finally:
@@ -171,7 +185,44 @@ def train(
             p.requires_grad_(free[name])
     if len(noted) < total:
         raise InputError(f"there were batches for {len(noted)} of {total} steps: give more data, or fewer steps")
+    for name, p in parameters.items():
+        if not bool(p.detach().isfinite().all()):
+            raise InputError(_lost(f"{name!r} holds no finite numbers after {total} steps", what, trained))
     return noted
+
+
+class _Wide:
+    """Parameters of 16 bits in float32, for the optimiser; others are themselves."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.stepped = [p.detach().float() if p.dtype in HALF else p for p in parameters]
+        self.pairs = [(p, w) for p, w in zip(parameters, self.stepped, strict=True) if p is not w]
+
+    def clear(self) -> None:
+        for p, _ in self.pairs:
+            p.grad = None
+
+    def take(self) -> None:
+        """The gradients that the parameters were given."""
+        for p, w in self.pairs:
+            w.grad = None if p.grad is None else p.grad.float()
+
+    @torch.no_grad()
+    def round(self) -> None:
+        for p, w in self.pairs:
+            p.copy_(w)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """What was put into the parameters by hand."""
+        for p, w in self.pairs:
+            w.copy_(torch.where(p == w.to(p.dtype), w, p.float()))
+
+
+def _lost(found: str, what: str, trained: list[Tensor]) -> str:
+    narrow = any(p.dtype == torch.float16 for p in trained)
+    float32 = ", or open the model in float32 or bfloat16, since float16 ends at 65504" if narrow else ""
+    return f"{what}: {found}: give a smaller learning rate{float32}"
 
 
 def _resumed(

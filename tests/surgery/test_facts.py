@@ -289,13 +289,30 @@ def test_the_layer_is_found_by_tracing_and_the_trace_is_kept() -> None:
         ({"layers": [0, 1]}, "edits one layer"),
         ({"layers": 1}, "choose an earlier layer"),
         ({"how": "wise"}, "expected one of"),
+        ({"layers": "x"}, "expected the number of a layer"),
         ({"share": 2.0}, "share="),
+        ({"penalty": -1.0}, "penalty="),
+        ({"contexts": "he went"}, "put the one into a list"),
+        ({"essence": "{} is a"}, "put the one into a list"),
+        ({"hold": "{} is a"}, "put the one into a list"),
+        ({"search": {"steps": 3}}, "Search"),
+        ({"facts": [Fact([1, 2, 3], (1, 2), [9999])]}, "unknown"),
+        ({"facts": "The capital"}, "expected pl.surgery.Fact"),
         ({"how": "emmet", "facts": [facts()[0], facts()[0]]}, "not independent"),
     ],
 )
 def test_bad_questions_are_one_error(options: dict[str, Any], what: str) -> None:
     with pytest.raises((InputError, Refused, SiteError), match=what):
         edited("llama", options.pop("how", "rome"), options.pop("layers", 0), **options)
+
+
+def test_a_fact_that_changes_nothing_and_a_lone_paraphrase_are_refused() -> None:
+    with pytest.raises(InputError, match="the true one"):
+        Fact("The capital of {} is", "France", " Paris", " Paris")
+    with pytest.raises(InputError, match="put the one into a list"):
+        Fact("The capital of {} is", "France", " Rome", paraphrases="The city of France is")
+    with pytest.raises(InputError, match="ridge="):
+        KeyCovariance(layers=0, ridge=-1.0).fit(opened("llama"), texts())
 
 
 def test_a_moment_matrix_of_another_model_is_refused() -> None:

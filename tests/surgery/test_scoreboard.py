@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ import torch
 
 import pellucid as pl
 from pellucid.errors import InputError
-from pellucid.surgery import Fact, editing_by_layer, scoreboard, traced_again
+from pellucid.surgery import Fact, KeyCovariance, edit, editing_by_layer, scoreboard, traced_again
 from pellucid.surgery.answers import measured
-from pellucid.surgery.scoreboard import ngram_entropy
+from pellucid.surgery.scoreboard import _far_away, ngram_entropy
 from pellucid.views.kinds import view
 from pellucid.views.schema import Table
 from tests.surgery.test_facts import QUICK, edited, facts, moments, opened, texts
+from tests.zoo import build
 
 RICH = [
     Fact(
         "The capital of {} is", "France", " Rome", " Paris",
         paraphrases=["he is in the capital of France in"],
-        neighbours=[("The capital of Italy is", " Rome"), ("The capital of France is", " Paris")],  # the second one is edited
+        neighbours=[("The capital of Italy is", " Rome"), ("The city of Italy is", " in"), ("The capital of France is", " Paris")],  # the second one is edited
         same_subject=[("The city of France is", " in")],
         portability=[("he went to the capital of France", " in")],
     ),
@@ -32,8 +34,9 @@ RICH = [
 ]  # fmt: skip
 
 
-def test_answers_are_the_model_s_own_probabilities_and_first_choices() -> None:
-    model = opened("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_answers_are_the_model_s_own_probabilities_and_first_choices(family: str) -> None:
+    model = opened(family)
     pairs: list[tuple[Any, Any]] = [("The capital of France is", " Rome"), ("he", " Rome and Italy"), ("he", None)]
     found = measured(model, pairs, keep=True)
     for (prompt, answer), p, exact in zip(pairs[:2], found.probability, found.exact, strict=False):
@@ -63,10 +66,13 @@ def test_the_scoreboard_counts_by_hand() -> None:
     at = found.data.value.sel(model="edited")
     p = measured(made.model, [(f.asked, a) for f in RICH for a in (f.new, f.true)]).probability.reshape(2, 2)
     assert float(at.sel(measure="efficacy")) == pytest.approx((p[:, 0] > p[:, 1]).mean())
-    near = measured(made.model, [("The capital of Italy is", " Rome")]).probability[0]
-    assert float(at.sel(measure="neighbourhood")) == float(
-        near > near
-    )  # its answer is the new one: never more likely than itself
+    assert float(at.sel(measure="neighbourhood")) in (0, 1)  # of one: the one whose answer is the new one says nothing
+    same = replace(RICH[0], neighbours=[("The capital of Italy is", " Rome")])
+    assert math.isnan(
+        scoreboard(edited("llama", facts=[same]), controls=(), max_new_tokens=0).data.value.sel(
+            measure="neighbourhood"
+        )[0]
+    )
     before = found.data.value.sel(model="before")
     assert float(before.sel(measure="text KL")) == pytest.approx(0, abs=1e-4)
     assert float(at.sel(measure="text KL")) > 0
@@ -103,6 +109,18 @@ def test_random_keys_are_as_long_and_several_edits_are_judged_each_on_its_own() 
     assert float(found.data.value.sel(measure="efficacy", model="edited")) == np.mean([a > b for a, b in p])
     with pytest.raises(InputError, match="one and the same model"):
         scoreboard([edited("llama"), edited("gpt2")])
+    for controls in ("without C", ("nonsense",)):
+        with pytest.raises(InputError, match="controls="):
+            scoreboard(both, controls=controls)  # type: ignore[arg-type]
+
+
+def test_a_wrong_layer_is_never_next_door() -> None:
+    model = pl.load(build("llama", num_hidden_layers=6).eval(), tokenizer=opened("llama").tokenizer)
+    for fitted, expected, off in (((0, 1), [4], True), ((0, 1, 3), [3], False)):
+        c = KeyCovariance(layers=fitted, ridge=0.01).fit(model, texts(8))
+        made = edit(model, facts()[0], covariance=c, layers=0, contexts=(), essence=(), search=QUICK)
+        layers, kept = _far_away(made)
+        assert layers == expected and (kept == "off") is off
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

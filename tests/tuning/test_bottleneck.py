@@ -14,8 +14,9 @@ import torch
 import pellucid as pl
 from pellucid import tuning as tu
 from pellucid.errors import InputError, Refused
-from pellucid.tuning.bottleneck import Narrow, measures
+from pellucid.tuning.concepts import Narrow
 from pellucid.tuning.data import Encoded
+from pellucid.tuning.leaks import measures
 from tests.tuning.test_fit import KINDS, QUICK, data, equal, opened, weights
 from tests.zoo import build, tokenizer
 

@@ -11,9 +11,9 @@ import torch
 
 import pellucid as pl
 from pellucid import tuning as tu
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError
 from pellucid.tuning.data import Encoded
-from pellucid.tuning.select import _present, _shape, budget, counts, f1, largest
+from pellucid.tuning.masks import budget, counts, f1, gates, largest, present
 from tests.tuning.test_fit import KINDS, QUICK, data, equal, opened, weights
 from tests.zoo import build, tokenizer
 
@@ -91,12 +91,12 @@ def test_budget_is_the_nearest_point_and_its_gradient_is_right() -> None:
 
 def test_a_kumaraswamy_gate_is_off_as_often_as_it_says() -> None:
     scores = torch.tensor([[[0.5, -1.0], [-1.0, 0.3], [0.0, 0.0]]])
-    a, b = _shape(scores)
+    a, b = gates(scores)
     u = torch.rand(200_000, 1, 3, generator=torch.Generator().manual_seed(0))
     x = (1 - (1 - u) ** (1 / b)) ** (1 / a)
     seen = ((-0.1 + 1.2 * x) > 0).float().mean(0)
-    assert torch.allclose(seen, _present(scores), atol=5e-3)
-    assert torch.allclose(torch.stack(_shape(torch.zeros(1, 2))), torch.ones(2, 1), atol=1e-4)
+    assert torch.allclose(seen, present(scores), atol=5e-3)
+    assert torch.allclose(torch.stack(gates(torch.zeros(1, 2))), torch.ones(2, 1), atol=1e-4)
 
 
 def test_counting_tokens() -> None:
@@ -143,9 +143,6 @@ def test_bad_input_of_selectors() -> None:
         tu.fit(model, tu.Rationales(["he", "Mary"], [0, 1]), tu.Select(), **QUICK)
     with pytest.raises(InputError, match="was not fitted"):
         tu.Select().check(model)
-    transformers = pytest.importorskip("transformers")
-    with pytest.raises(Refused, match="use tuning.fit"):
-        tu.trainer(model, data(), tu.Select(), transformers.TrainingArguments("/tmp/none", use_cpu=True, report_to=[]))
 
 
 def test_bfloat16_and_plain_training_at_weight_zero() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import transformers
 
 from pellucid import tuning as tu
+from pellucid.errors import InputError
+from pellucid.tuning.data import Encoded
 from tests.tuning.test_fit import KINDS, data, equal, opened, weights
 
 OBJECTIVES = [tu.Consistency("rationale", by="random", weight=3.0), tu.RightReasons("decoy", weight=1.0)]
@@ -121,9 +124,51 @@ def test_in_mixed_precision_weights_stay_whole_and_an_interrupted_run_goes_on(tm
 def test_what_diverges_leaves_the_last_good_weights(tmp_path: Path) -> None:
     class Broken(tu.Objective):
         def loss(self, seen: Any, generator: Any) -> Any:
-            return seen.logits.sum() * float("nan" if seen.batch.step == 1 else 1)
+            return seen.logits.sum() * float("nan" if seen.batch.step == 2 else 1)
+
+    def made(steps: int, objective: Any, **more: Any) -> Any:
+        args = arguments(tmp_path, 4, 1, max_steps=steps, lr_scheduler_type="constant", **more)
+        return tu.trainer(opened("bert-class"), data(n=16), objective, args)
 
     with pytest.raises(tu.Diverged) as caught:
-        tu.trainer(opened("bert-class"), data(), Broken(), arguments(tmp_path, 4, 1, max_steps=3)).train()
-    assert all(torch.isfinite(p).all() for p in caught.value.model.module.parameters())
-    assert not equal(weights(caught.value.model), weights(opened("bert-class")))
+        made(3, Broken()).train()
+    one = made(1, Broken())
+    one.train()
+    assert equal(weights(caught.value.model), weights(one.tuned))  # those of step 1, at which all were numbers
+    with pytest.raises(tu.Diverged, match="is nan at step 1") as caught:  # weights that one step threw far away
+        made(3, tu.Consistency("decoy"), learning_rate=1e30).train()
+    assert equal(weights(caught.value.model), weights(opened("bert-class")))
+
+
+@pytest.mark.parametrize("kind", ["concepts", "selection"])
+def test_what_learns_beside_the_model_is_trained_kept_resumed_and_tied_to_its_weights(
+    kind: str, tmp_path: Path
+) -> None:
+    given = dataclasses.replace(data(n=8), properties={"long": [" and " in t for t in data(n=8).texts]})
+    asked: Any = (
+        tu.Bottleneck(residual=1) if kind == "concepts" else tu.Select(warm=1, share=0.4, teach="rationale", slower=0.5)
+    )
+
+    def made(path: Path, **more: Any) -> Any:
+        args = arguments(path, 4, 1, max_steps=4, lr_scheduler_type="constant", **more)
+        return tu.trainer(opened("bert-class"), given, asked, args, test=given, head_learning_rate=2e-2)
+
+    whole, part = made(tmp_path / "a"), made(tmp_path / "b", save_strategy="steps", save_steps=2)
+    whole.train()
+    part.train()
+    again = made(tmp_path / "b")
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert equal(weights(whole.tuned), weights(again.tuned))
+    own, back = (each.tuned_objectives[0] for each in (whole, again))
+    assert all(torch.equal(t, back.parameters[name]) for name, t in own.parameters.items())
+    loaded = type(asked).load(own.save(tmp_path / "kept.safetensors"))
+    loaded.check(whole.tuned)
+    with pytest.raises(InputError, match="belongs to other weights"):
+        loaded.check(opened("bert-class"))
+    assert whole.evaluate()["eval_loss"] > 0
+    fresh = {n: t.clone() for n, t in asked.begun(opened("bert-class"), Encoded(opened("bert-class"), given), 42).parameters.items()}  # fmt: skip
+    moved = {n: float((t.detach() - fresh[n]).abs().max()) for n, t in own.parameters.items()}
+    if kind == "concepts":
+        assert len(whole.tuned_edits()) == 1 and moved["head.concepts"] > 0.01
+    else:  # its score learns at the head's rate, its copied block at the model's
+        assert moved["head.score"] > 0.03 and 0.005 < max(v for n, v in moved.items() if "copied" in n) < 0.05

@@ -9,6 +9,7 @@ queries, every kind of layer of the default config, windows shorter than a promp
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -75,7 +76,7 @@ ALSO_IF_NONE = set(f"{_ALSO_IF_NONE} {_LINEAR}".split())
 def shrink(config_class: type[PreTrainedConfig], layers: int) -> dict[str, Any]:
     """Keyword arguments that make `config_class` tiny; those of sub-configs are dicts with a model type."""
     quirk = QUIRKS.get(config_class.model_type, Quirk(""))
-    defaults = {field.name: _default(field) for field in dataclasses.fields(config_class)}
+    defaults, parts = _defaults(config_class), getattr(config_class, "sub_configs_defaults", {})
     kinds = _layer_kinds(config_class, defaults)
     layers = max(layers, quirk.min_layers, *map(len, kinds.values()), 1)
 
@@ -92,13 +93,13 @@ def shrink(config_class: type[PreTrainedConfig], layers: int) -> dict[str, Any]:
         elif name in SPECIAL or _is_special_token(name, default):
             tiny[name] = SPECIAL.get(name, OTHER_SPECIAL)
     tiny |= {name: each(*values)(layers) for name, values in kinds.items()}
-    for name, spec in config_class.sub_configs_defaults.items():
+    for name, spec in parts.items():
         if not spec.optional:
             by_name = spec.config_class is AutoConfig
             sub_class = CONFIG_MAPPING[spec.model_type] if by_name else spec.config_class
             tiny[name] = {"model_type": spec.model_type, **spec.init_kwargs, **shrink(sub_class, layers)}
     for name, value in quirk.fields(layers).items():
-        tiny[name] = tiny[name] | value if name in config_class.sub_configs_defaults else value
+        tiny[name] = tiny[name] | value if name in parts else value
     return tiny
 
 
@@ -108,6 +109,14 @@ def _layer_kinds(config_class: type[PreTrainedConfig], defaults: dict[str, Any])
     config = config_class() if names else None
     kinds = {name: list(dict.fromkeys(getattr(config, name) or [])) for name in names}
     return {name: values for name, values in kinds.items() if values}
+
+
+def _defaults(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """What a config has without being told; before transformers 5.4 configs were plain classes."""
+    if dataclasses.is_dataclass(config_class):
+        return {field.name: _default(field) for field in dataclasses.fields(config_class)}
+    named = inspect.signature(config_class.__init__).parameters.values()
+    return dict.fromkeys(SPECIAL) | {one.name: one.default for one in named if one.default is not one.empty}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

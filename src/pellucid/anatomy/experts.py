@@ -55,7 +55,7 @@ def routed(
     """
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     n, parts = experts.num_experts, parts_of(experts)
-    if parts is not None and (experts.has_bias or experts.has_post_expert_norm):
+    if parts is not None and (experts.has_bias or _normed(experts)):
         raise Refused(
             "experts with a bias or a norm of their own cannot be met where they are split over processes: use device_map"
         )
@@ -112,13 +112,18 @@ def _inside(experts: Any) -> Parts | None:
 
 
 def _neurons(experts: Any, e: int, x: Tensor) -> Tensor:
-    up = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", e, x)
-    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+    gated = hasattr(experts, "gate_up_proj")
+    up = _linear(experts, "gate_up_proj" if gated else "up_proj", e, x)
+    return experts._apply_gate(up) if gated else experts.act_fn(up)
 
 
 def _written(experts: Any, e: int, neurons: Tensor) -> Tensor:
     out = _linear(experts, "down_proj", e, neurons)
-    return experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+    return experts.post_expert_norm(out) if _normed(experts) else out
+
+
+def _normed(experts: Any) -> bool:
+    return getattr(experts, "has_post_expert_norm", False)  # transformers says so since 5.20
 
 
 def _linear(experts: Any, name: str, e: int, x: Tensor) -> Tensor:

@@ -70,6 +70,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unmixed() -> Iterator[None]:
+    """Numbers in the module's own precision: an autocast of the caller is set aside while something is proven."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def running(*modules: nn.Module) -> Iterator[None]:
     """How everything here runs a module: in evaluation mode, and without a graph but where code inside enables gradients.
 

@@ -17,7 +17,7 @@ from pellucid.anatomy.attending import attention_ops, where
 from pellucid.anatomy.checks import error
 from pellucid.anatomy.heads import given_decoder, reads_both_ends
 from pellucid.anatomy.map import Anatomy
-from pellucid.anatomy.modes import accepted_by, running, thaw, uncompiled
+from pellucid.anatomy.modes import accepted_by, running, thaw, uncompiled, unmixed
 from pellucid.anatomy.proofs import Prover, refused_parts
 from pellucid.anatomy.spans import Span
 from pellucid.anatomy.structure import Proof, Stack, Unembedding
@@ -42,7 +42,7 @@ def open_module(module: nn.Module, inputs: Mapping[str, Any] | None = None, know
     projection, neurons, experts), that blocks hand over to one another, and the logits and the unembedding. How
     tokens and heads are kept apart (heads, position-wise, reads, ablation, causality) follows from the code.
     """
-    with running(module), uncompiled(module):
+    with running(module), uncompiled(module), unmixed():
         thaw(module)
         return _open(module, dict(inputs) if inputs is not None else probe(module), known)
 

@@ -64,8 +64,10 @@ def adversarial_attention(
     `reached` [restart], the divergence each restart came to. A divergence of 0 means that nothing was found. Refused and
     InputError as in `patterns`, InputError for options out of range.
 
-    >>> found = adversarial_attention(model, "A dull and lifeless film.")  # doctest: +SKIP
-    >>> rollout(model, "A dull and lifeless film.", edits=edits(found))  # doctest: +SKIP
+    >>> found = adversarial_attention(classifier, "A dull and lifeless film.", steps=20)
+    >>> rollout(classifier, "A dull and lifeless film.", edits=edits(found))
+    Attention rollout, residual share 0.5
+    attention rollout: rollout, null over layer 2, query 7, key 7...
     """
     if not 0 < epsilon < 1 or steps < 1 or restarts < 1:
         raise InputError(

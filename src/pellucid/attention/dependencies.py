@@ -74,7 +74,9 @@ def head_relations(
     `offset`, `lead` = best - baseline, the number of words `n` and, over all heads, `uas` [relation, direction, layer,
     head]; the row "all" counts every relation. InputError for a slow tokenizer or no usable sentence.
 
-    >>> head_relations(model, Treebank.read("dev.conllu", 200).sentences).top(5)  # doctest: +SKIP
+    >>> head_relations(model, bank.sentences).top(5)
+    relation direction best baseline lead n best_layer best_head offset
+    ...
     """
     kind = chosen(model, stack)
     tally = Tally(causal=model.anatomy.stacks[[s.name for s in model.anatomy.stacks].index(kind.stack)].causal is True)

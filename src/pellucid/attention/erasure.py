@@ -57,7 +57,8 @@ def attention_erasure(
     the share of prompts that never flip, and `margin` [order, prompt, point], the probability of the decision minus
     that of its strongest rival. InputError for a prompt with fewer than two tokens to choose from.
 
-    >>> attention_erasure(model, ["A dull and lifeless film."]).fraction  # doctest: +SKIP
+    >>> attention_erasure(classifier, ["A dull and lifeless film."]).fraction
+    <xarray.DataArray 'fraction' (order: 4)>...
     """
     texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
     if not texts:

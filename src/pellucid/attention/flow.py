@@ -54,7 +54,8 @@ def flow(
     encoder-decoder also `source` [query, source_key], from 0 to 1, and `error_bound`; `residual` is that of `rollout`.
     Raises as `patterns` does; InputError for a query the prompt does not have.
 
-    >>> flow(model, "The capital of France is", queries=-1).flow  # doctest: +SKIP
+    >>> flow(model, "The capital of France is", queries=-1).flow
+    <xarray.DataArray 'flow' (query: 1, key: 5)>...
     """
     inputs = single(model, prompt, decoder)
     found, steps = mixed(model, inputs, residual, edits)

@@ -56,7 +56,9 @@ def attention_gradient(
     score; `token` [key] is the mean received by each token, `source_token` that of source tokens. Raises as `patterns`
     does; InputError for targets that are not one token.
 
-    >>> attention_gradient(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> attention_gradient(model, "The capital of France is", " Paris").top(3)
+    layer head query key query_token key_token weighted token score
+    ...
     """
     question = asked(model, prompt, target, against, decoder)
     return _weighted(question, edits, lambda a, g: a * g, "Attention times gradient")
@@ -69,7 +71,8 @@ def gradient_weighted(
 ) -> Result:  # fmt: skip
     """Attention times the positive part of its gradient (Grad-SAM). Arguments and results as in `attention_gradient`.
 
-    >>> gradient_weighted(model, "The capital of France is", " Paris").token  # doctest: +SKIP
+    >>> gradient_weighted(model, "The capital of France is", " Paris").token
+    <xarray.DataArray 'token' (key: 5)>...
     """
     question = asked(model, prompt, target, against, decoder)
     return _weighted(question, edits, lambda a, g: a * g.clamp_min(0), "Gradient-weighted attention")
@@ -112,7 +115,9 @@ def relevance(
     weights of the rows. Encoder-decoder: `source` [source_key] beside it, with `source_matrix` [query, source_key] and
     `encoder_matrix` [source_query, source_key].
 
-    >>> relevance(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> relevance(model, "The capital of France is", " Paris").top(3)
+    key key_token relevance score
+    ...
     """
     question, last = asked(model, prompt, target, against, decoder), last_residual(model)
     found = with_gradients(question, edits, keep=[last] if last else [])

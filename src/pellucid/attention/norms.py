@@ -39,7 +39,8 @@ def norm_weighted(model: Model, prompt: Any, *, decoder: str | None = None, edit
     with `..._together` [layer, query, key] for all heads of a layer. Refused where heads do not write to the residual
     independently (a gate or norm before the output projection).
 
-    >>> norm_weighted(model, "The capital of France is").sel(layer=0).together  # doctest: +SKIP
+    >>> norm_weighted(model, "The capital of France is").sel(layer=0).together
+    <xarray.DataArray 'together' (query: 5, key: 5)>...
     """
     inputs = single(model, prompt, decoder)
     of = kinds(model.anatomy)

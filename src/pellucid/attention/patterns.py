@@ -43,7 +43,9 @@ def patterns(model: Model, prompt: Any, *, decoder: str | None = None, edits: Se
     head, query, source_key]. Token texts are coordinates; layers without attention are left out; heads that a layer
     does not have are NaN. Refused where a layer attends in pieces; InputError for several prompts.
 
-    >>> patterns(model, "The capital of France is").sel(layer=3, head=1)  # doctest: +SKIP
+    >>> patterns(model, "The capital of France is").sel(layer=3, head=1)
+    Where each head looks
+    attention patterns: pattern over query 5, key 5...
     """
     inputs = single(model, prompt, decoder)
     found = attended(model, inputs, edits)

@@ -52,7 +52,8 @@ def permuted_attention(
     or [layer, head], `all` and `all_uniform`. In an encoder-decoder: of the decoder's self-attention. InputError for
     draws below 1 and sites that are no pattern of self-attention; raises as `patterns` does.
 
-    >>> permuted_attention(model, "A dull and lifeless film.").change  # doctest: +SKIP
+    >>> permuted_attention(classifier, "A dull and lifeless film.").change
+    <xarray.DataArray 'change' (layer: 2)>...
     """
     at_least(1, draws=draws)
     inputs = single(model, prompt, decoder)

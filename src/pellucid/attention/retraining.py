@@ -57,7 +57,8 @@ def uniform_attention(
     training] over attention "own" and "uniform" and training "none" and "further", with the interval over test texts,
     and `right` [attention, training, text]. Refused for models that are no classifier, and for quantised weights.
 
-    >>> uniform_attention(model, texts, labels, test_texts, test_labels).accuracy  # doctest: +SKIP
+    >>> uniform_attention(classifier, texts, labels, test_texts, test_labels).accuracy
+    <xarray.DataArray 'accuracy' (attention: 2, training: 2)>...
     """
     _check(texts, labels)
     _check(test_texts, test_labels)
@@ -104,7 +105,9 @@ def adversarial_training(
     with its interval over texts (`js_low` ...), `same` [strength], the share of equal decisions, and `js_by_text`,
     `tv_by_text` [strength, text]. Strength 0 is the control: training alone moves attention so much.
 
-    >>> adversarial_training(model, texts, test_texts).to_frame("js", "tv")  # doctest: +SKIP
+    >>> adversarial_training(classifier, texts, test_texts).to_frame("js", "tv")
+    strength js tv
+    ...
     """
     if not texts or not test_texts or not strengths:
         raise InputError(

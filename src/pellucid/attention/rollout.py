@@ -50,7 +50,8 @@ def rollout(
     `encoder` [encoder_layer, source_query, source_key], each with its `..._null`.
     Raises as `patterns` does; InputError for another residual.
 
-    >>> rollout(model, "The capital of France is").sel(layer=11, query=4).rollout  # doctest: +SKIP
+    >>> rollout(model, "The capital of France is").sel(layer=11, query=4).rollout
+    <xarray.DataArray 'rollout' (key: 5)>...
     """
     inputs = single(model, prompt, decoder)
     found, mixing = mixed(model, inputs, residual, edits)

@@ -52,7 +52,8 @@ def value_zeroing(
     About half a forward pass for each layer and token, `batch` rows at a time. Raises as `patterns` does; Refused where a
     layer's values are not known.
 
-    >>> value_zeroing(model, "The capital of France is").sel(layer=3).share  # doctest: +SKIP
+    >>> value_zeroing(model, "The capital of France is").sel(layer=3).share
+    <xarray.DataArray 'share' (query: 5, key: 5)>...
     """
     at_least(1, batch=batch)
     inputs = single(model, prompt, decoder)

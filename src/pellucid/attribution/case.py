@@ -182,7 +182,10 @@ class Case:
     def _labelled(self, value: Any, dim: str, players: int) -> Any:
         if isinstance(value, tuple):  # the caller named the dimensions
             return value
-        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):  # numpy has no bfloat16
+            value = value.detach().cpu()
+            value = value.float() if value.dtype == torch.bfloat16 else value
+        array = np.asarray(value)
         if array.ndim == 0:
             return array.item()
         outputs = len(self.question.outputs)

@@ -59,7 +59,9 @@ def deeplift(
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation), `score`, `baseline_score` and
     `gap` = sum of attributions - (score - baseline_score), which is rounding.
 
-    >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)  # doctest: +SKIP
+    >>> deeplift(model, "The capital of France is", " Paris", baseline="mean").top(3)
+    position token special baseline_token attribution score baseline_score gap gradients evaluations
+    ...
     """
     if edits:
         raise Refused(
@@ -74,10 +76,16 @@ def deeplift(
     above, below = above.double().cpu(), below.double().cpu()
     gap = found.sum(1) - (above - below)
     if bool((gap.abs() > 0.01 * (above - below).abs() + 1e-4 * above.abs().maximum(below.abs())).any()):
+        dtype = str(embedded.values.dtype).removeprefix("torch.")
+        wider = (
+            "open the model in float32"
+            if torch.finfo(embedded.values.dtype).bits < 32
+            else "choose another baseline, such as '.'"
+        )
         raise Refused(
-            f"DeepLIFT's multipliers from the baseline {start.name!r} grow through the layers of {model.name} until rounding "
+            f"DeepLIFT's multipliers from the baseline {start.name!r} grow through the layers of {model.name} until rounding to {dtype} "
             f"drowns the attributions, which sum to {float(found.sum(1)[0]):.3g} for a change of "
-            f"{float((above - below)[0]):.3g}: choose another baseline, such as '.', or use integrated_gradients"
+            f"{float((above - below)[0]):.3g}: {wider}, or use integrated_gradients"
         )
     values, labels = credited.pooled(case, found)
     return case.result(

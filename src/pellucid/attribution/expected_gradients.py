@@ -60,7 +60,9 @@ def expected_gradients(
     `score`, `baseline_score` (the mean over the drawn baselines), `gap` = sum of attributions - (score -
     baseline_score) and `gap_error`, its standard error.
 
-    >>> expected_gradients(model, prompt, " Paris", references=["Rome is old.", "He likes tea."])  # doctest: +SKIP
+    >>> expected_gradients(model, prompt, " Paris", references=["Rome is old.", "He likes tea."])
+    Expected gradients of logit from 2 reference texts
+    attribution: attribution, error, score, baseline_score, gap, gap_error, gradients, evaluations over position 5...
     """
     if draws < 2:
         raise InputError(f"draws={draws}: expected at least 2")

@@ -84,7 +84,9 @@ def integrated_gradients(
     and `steps`, the gradients taken. With `compare`, other baselines, also `rank_agreement` [baseline]: the rank
     correlation of each one's attributions with these.
 
-    >>> integrated_gradients(model, "The capital of France is", baseline="mean").top(3)  # doctest: +SKIP
+    >>> integrated_gradients(model, "The capital of France is", baseline="mean").top(3)
+    position token special baseline_token attribution score baseline_score gap steps gradients evaluations
+    ...
     """
     if rule not in get_args(Rule):
         raise InputError(f"unknown rule {rule!r}: expected one of {', '.join(get_args(Rule))}")

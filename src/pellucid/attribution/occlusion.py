@@ -54,7 +54,9 @@ def occlusion(
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation), `score`, `baseline_score`
     (everything absent) and `evaluations`, the variants of the prompt that were run.
 
-    >>> occlusion(model, "The capital of France is", " Paris", players="word").top(3)  # doctest: +SKIP
+    >>> occlusion(model, "The capital of France is", " Paris", players="word").top(3)
+    player text attribution score baseline_score evaluations
+    ...
     """
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, checkpoint=checkpoint)

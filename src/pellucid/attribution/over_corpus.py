@@ -59,7 +59,8 @@ def word_importance(
     of absolute values), `control`, `difference` from it with its interval, `count` (occurrences) and `texts`. InputError for an
     unknown method, another number of targets than texts, or where no word stands in so many texts.
 
-    >>> word_importance(model, reviews, 1, control=0, method="integrated_gradients")  # doctest: +SKIP
+    >>> word_importance(classifier, reviews, 1, control=0, method="integrated_gradients").difference
+    <xarray.DataArray 'difference' (word: 24)>...
     """
     at_least(1, batch=batch, fewest=fewest)
     if method not in METHODS:

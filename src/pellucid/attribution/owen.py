@@ -67,7 +67,9 @@ def owen(
     Gives `attribution` [player] (or [position] of tokens; with [output] in front for a continuation) and its standard
     `error` (NaN for a single pair); they add up to `score` - `baseline_score` exactly.
 
-    >>> owen(model, "It is old. The capital of France is", " Paris", draws=10).top(3)  # doctest: +SKIP
+    >>> owen(model, "It is old. The capital of France is", " Paris", draws=10).top(3)
+    position token special attribution error score baseline_score evaluations
+    ...
     """
     if draws < 2 or draws % 2:
         raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
@@ -107,7 +109,9 @@ def partition(
     `score` - `baseline_score` exactly, and `shared` alike: how much of it (in absolute terms) is an even share in a
     group that the budget left whole; 0 everywhere means that the values are exact.
 
-    >>> partition(model, "The capital of France is", " Paris", evaluations=100).top(3)  # doctest: +SKIP
+    >>> partition(model, "The capital of France is", " Paris", evaluations=100).top(3)
+    position token special attribution shared score baseline_score evaluations
+    ...
     """
     if evaluations < 2:
         raise InputError(f"evaluations={evaluations}: expected at least 2, with everything present and absent")

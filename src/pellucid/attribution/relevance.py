@@ -78,7 +78,9 @@ def relevance_propagation(
     (relevance of decoder tokens that get no credit), and for each part in `sites` the relevance [layer, ...] by its name,
     summed over the model's and heads' width.
 
-    >>> relevance_propagation(model, "The capital of France is", " Paris", sites="layers.*.attn.scores")  # doctest: +SKIP
+    >>> relevance_propagation(model, "The capital of France is", " Paris", sites="layers.*.attn.scores")
+    Relevance of logit (attnlrp)
+    attribution: attribution, score, gap, biases, elsewhere, gradients, attn.scores over position 5, ...
     """
     if not isinstance(rules, str) or rules not in get_args(RuleSet):
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")

@@ -67,7 +67,9 @@ def saliency(
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation) and `score`.
 
-    >>> saliency(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> saliency(model, "The capital of France is", " Paris").top(3)
+    position token special attribution score gradients
+    ...
     """
     check(norm)
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
@@ -133,7 +135,9 @@ def gradient_x_input(
 
     Gives `attribution` [position] (or [player]; with [output] in front for a continuation) and `score`.
 
-    >>> gradient_x_input(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> gradient_x_input(model, "The capital of France is", " Paris").top(3)
+    position token special attribution score gradients
+    ...
     """
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     credited, embedded = Players.of(case, players), Embedded(case)
@@ -171,7 +175,8 @@ def smoothgrad(
     Gives `attribution` and its standard `error` [position] (or [player]; with [output] in front for a continuation),
     and `score`, that of the prompt.
 
-    >>> smoothgrad(model, "The capital of France is", " Paris", draws=20, seed=1).error  # doctest: +SKIP
+    >>> smoothgrad(model, "The capital of France is", " Paris", draws=20, seed=1).error
+    <xarray.DataArray 'error' (position: 5)>...
     """
     check(norm)
     if draws < 2 or noise <= 0:

@@ -71,7 +71,9 @@ def shapley(
     `error` (NaN for a single pair); they add up to `score` - `baseline_score` exactly. `evaluations` counts the variants
     of the prompt that were run.
 
-    >>> shapley(model, "The capital of France is", " Paris", draws=10).top(3)  # doctest: +SKIP
+    >>> shapley(model, "The capital of France is", " Paris", draws=10).top(3)
+    position token special attribution error score baseline_score evaluations
+    ...
     """
     if draws < 2 or draws % 2:
         raise InputError(f"draws={draws}: expected an even number of them, as each comes with its reverse")
@@ -106,7 +108,9 @@ def exact_shapley(
     InputError for more players. Gives `attribution` [player] (or [position] of tokens; with [output] in front for a
     continuation), which adds up to `score` - `baseline_score`, and `evaluations`, 2^players.
 
-    >>> exact_shapley(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> exact_shapley(model, "The capital of France is", " Paris").top(3)
+    position token special attribution score baseline_score evaluations
+    ...
     """
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, checkpoint=checkpoint)
@@ -184,7 +188,9 @@ def kernel_shap(
     `error` by bootstrap over pairs (0 where all coalitions were asked for); they add up to `score` - `baseline_score`
     exactly. `evaluations` counts the variants of the prompt that were run.
 
-    >>> kernel_shap(model, "The capital of France is", " Paris", draws=64).top(3)  # doctest: +SKIP
+    >>> kernel_shap(model, "The capital of France is", " Paris", draws=64).top(3)
+    position token special attribution error score baseline_score evaluations
+    ...
     """
     case = Case.of(model, prompt, target, against=against, decoder=decoder, keep_special=keep_special, edits=edits)
     game = absence(case, players, baseline, seed=seed, checkpoint=checkpoint)

@@ -56,7 +56,9 @@ def ablation(
     of the intact model, `corrupted`, with all sites removed, and `total_effect`, from one to the other.
     `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
 
-    >>> ablation(model, "The capital of France is", metric=logit(" Paris")).top(3)  # doctest: +SKIP
+    >>> ablation(model, "The capital of France is", metric=pl.metrics.logit(" Paris")).top(3)
+    layer head effect value clean corrupted total_effect
+    ...
     """
     asked = ask(model, prompts, metric, decoder=decoder, several=True)
     inputs = asked.inputs

@@ -166,7 +166,9 @@ def interchange(
     the accuracy above the floor; `clean` and `corrupted` per pair are whether the answer is right with the interchange and
     without it.
 
-    >>> interchange(model, task, {"same": "layers.0.attn.heads.1@-1"})                               # doctest: +SKIP
+    >>> interchange(model, task, {"same": "layers.0.attn.heads.1@-1"}, pairs=40)
+    Interchange of same
+    interchange: accuracy, low, high, changed, floor, ...
     """
     drawn = Pairs.draw(task, list(alignment), pairs, seed)
     inputs = model.inputs(task.prompts(drawn.base))

@@ -72,7 +72,9 @@ class DistributedAlignment:
     pairs whose output the interchange changes), `floor` (no intervention), `chance`, and both placebos. InputError where the
     site is not one site of vectors.
 
-    >>> DistributedAlignment(task, "same", "layers.0.resid_post@-1", size=1).fit(model).result_      # doctest: +SKIP
+    >>> DistributedAlignment(task, "same", "layers.0.resid_post@-1", pairs=32, epochs=2).fit(model).result_
+    'same' in 1 directions of layers.0.resid_post@-1
+    distributed alignment: accuracy, low, high, chance, changed, floor, ...
     """
 
     task: Task | None

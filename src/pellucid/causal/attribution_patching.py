@@ -69,7 +69,9 @@ def attribution_patching(
     estimates, `sign_agreement`. `missed` is the largest exact effect of a random node over the largest of all: well under
     1 where the ranking is right.
 
-    >>> attribution_patching(model, prompts, over="layers.*.mlp.neurons.*@-1", grad_drop=True)      # doctest: +SKIP
+    >>> attribution_patching(model, prompts, over="layers.*.mlp.neurons.*@-1", grad_drop=True, check=4)
+    Estimated effects (AtP*)
+    attribution patching: estimate, low, high, ...
     """
     asked = contrast(model, clean, corrupted, metric, decoder)
     if asked.names:

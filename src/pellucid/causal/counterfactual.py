@@ -53,7 +53,9 @@ def counterfactual(
     `max_changes` was found), `changes`, `before` and `after` (the predictions), the margin `clean` and `corrupted` (after),
     `random_flips`, the control, and `runs`, the prompts that were tried; `total_effect` is the mean change of the margin.
 
-    >>> counterfactual(model, "The film was good", positions="'good'")                               # doctest: +SKIP
+    >>> counterfactual(model, "The film was good", positions="'good'")
+    The smallest change that flips the prediction
+    counterfactual: changes, substitutions, text, after, before, ...
     """
     prompts = [prompt] if isinstance(prompt, str) else listed("prompt", prompt, "a text, or several")
     at_least(1, max_changes=max_changes, candidates=candidates, beam=beam)

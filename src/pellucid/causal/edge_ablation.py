@@ -58,7 +58,9 @@ def edge_ablation(
     `total_effect`, between the two.
 
     >>> edge_ablation(model, "The capital of France is", over="layers.0:9.attn.heads.*", receivers="layers.9.mlp.out",
-    ...               how="mean", reference=texts, metric=logit(" Paris"))                           # doctest: +SKIP
+    ...               how="mean", reference=texts, metric=pl.metrics.logit(" Paris"))
+    Edges removed by mean
+    edge ablation: effect, clean, corrupted, total_effect, value over layer 9, head 8, receiver 1...
     """
     asked = ask(model, prompts, metric, decoder=decoder, several=True)
     inputs = asked.inputs

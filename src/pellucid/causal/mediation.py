@@ -59,7 +59,9 @@ def mediation(
     `corrupted`, log y under null and set. With `checkpoint`, a path, what is done is kept in two files that begin with it,
     and interrupted effects go on there.
 
-    >>> mediation(model, pl.tasks.gendered_professions(model.tokenizer, 40))                         # doctest: +SKIP
+    >>> mediation(model, pl.tasks.gendered_professions(model.tokenizer, 4))
+    What mediates the effect of gendered_professions
+    mediation: nie, nie_low, nie_high, nie_p, log_nie, nde, ...
     """
     mediators = Mediators.of(model, prompts, over)
     columns: dict[str, Any] = {}

@@ -56,7 +56,9 @@ def mitigation(
     that is left), and without edits `bias_before` and `perplexity_before`. `mediators` names them by rank: give the first
     ones to `mitigating_edits` for the edits themselves. InputError for fewer than four pairs.
 
-    >>> mitigation(model, prompts, texts)                                                # doctest: +SKIP
+    >>> mitigation(model, professions, texts, sizes=[1, 2])
+    What is left of gendered_professions, and its price
+    mitigation: bias, low, high, ... over size 2, rank ..., prompt 4...
     """
     if len(prompts) < 4:
         raise InputError(f"mitigation needs at least 4 pairs, half of them held out, and got {len(prompts)}")

@@ -57,7 +57,9 @@ def model_difference(
     KL(model || base) of the token predicted next, in nats.
     InputError for models that do not fit one another, or where they answer alike, so that there is nothing to explain.
 
-    >>> model_difference(adapted, prompts).top(3)  # doctest: +SKIP
+    >>> model_difference(tuned, prompts, model)
+    LlamaForCausalLM against LlamaForCausalLM: layers.*
+    model_difference: effect, low, high, ... over layer 10, prompt 4...
     """
     base = model.changed(AdaptersOff()) if base is None else base
     _check(model, base)

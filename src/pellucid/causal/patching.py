@@ -56,7 +56,10 @@ def patching(
     `checkpoint` is a file that keeps what is done, so that an interrupted sweep goes on there.
     InputError where pairs do not align, or a metric does not tell them apart.
 
-    >>> patching(model, "... Rome", "... Paris", metric=logit_difference(" A", " B"))  # doctest: +SKIP
+    >>> answers = pl.metrics.logit_difference(" Paris", " Rome")
+    >>> patching(model, "The capital of France is", "The capital of Italy is", metric=answers)
+    Patching layers.*.resid_pre@*: clean into corrupted
+    patching: effect, share, value, clean, corrupted, total_effect over layer 10, position 5...
     """
     asked = contrast(model, clean, corrupted, metric, decoder)
     base, source = asked.sides(denoise)

@@ -65,7 +65,9 @@ def path_patching(
     Gives `effect`, its `share` of the total effect, and the rest as `patching` does, over the selectors of `over`.
     `checkpoint` is a file that keeps what is done of step 3.
 
-    >>> path_patching(model, prompts, over="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.9.q")  # doctest: +SKIP
+    >>> path_patching(model, prompts, over="layers.0:9.attn.heads.*", receivers="layers.9.attn.heads.7.q")
+    Effect by way of layers.9.attn.heads.7.q
+    path patching: effect, low, high, ... over layer 9, head 8, prompt 4...
     """
     asked = contrast(model, clean, corrupted, metric, decoder)
     base, source = asked.sides(denoise)

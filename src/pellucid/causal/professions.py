@@ -31,7 +31,8 @@ def profession_prompts(
     profession of the opposite stereotype. Professions without a counterpart of equal token length are left out.
     InputError for a file that holds no such list.
 
-    >>> profession_prompts(tokenizer, {"nurse": " she", "mechanic": " he"}, 4)                       # doctest: +SKIP
+    >>> profession_prompts(tokenizer, {"nurse": " she", "mechanic": " he"}, 4)
+    <Prompts professions, gender swapped: 4 pairs; 'The mechanic slept well because' / 'The woman slept well because', ' he' against ' she'>
     """
     stereotypes = professions if isinstance(professions, Mapping) else read_professions(professions)
     drafts = _drafts(random.Random(seed), dict(stereotypes), swap, tokenizer)

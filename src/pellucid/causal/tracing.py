@@ -73,7 +73,9 @@ def tracing(
     `clean` and `corrupted` of every prompt, `total_effect` with its interval. With `checkpoint`, a path, what is done is
     kept in files that begin with it, one a prompt, and an interrupted trace goes on there.
 
-    >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="The Eiffel Tower")  # doctest: +SKIP
+    >>> tracing(model, "The Eiffel Tower is located in the city of", " Paris", subject="Eiffel Tower", draws=2)
+    What brings back ' Paris'
+    causal tracing: effect, low, high, ... over part 3, layer 10, position 10, prompt 1...
     """
     at_least(1, window=window, draws=draws)
     layers = len(model.anatomy.stacks[0].blocks)

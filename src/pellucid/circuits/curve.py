@@ -43,7 +43,8 @@ def faithfulness_curve(
     Attributes: `CPR` (of `signed`; higher is better), `CMD` (of `sized`; lower is better), and both for
     random edges.
 
-    >>> faithfulness_curve(model, scores, held_out, how="resample").sized    # doctest: +SKIP
+    >>> faithfulness_curve(model, scores, held_out, how="resample").sized
+    <xarray.DataArray 'sized' (size: 10)>...
     """
     graph = scores.graph
     bench = Bench(model, graph, prompts, metric, how, reference, seed)

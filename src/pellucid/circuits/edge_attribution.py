@@ -69,9 +69,10 @@ def edge_attribution(
     `prompts` are a task's `Prompts`, or prompts with a metric; `reference` are the corrupted prompts of
     "resample" or those a mean is taken over.
 
-    >>> task = tasks.indirect_objects(model.tokenizer)                      # doctest: +SKIP
-    >>> scores = edge_attribution(model, task, how="resample")         # doctest: +SKIP
-    >>> scores.circuit(fraction=0.02) # doctest: +SKIP
+    >>> task = pl.tasks.indirect_objects(model.tokenizer, 8)
+    >>> scores = edge_attribution(model, task, how="resample")
+    >>> scores.circuit(fraction=0.02)
+    <Circuit of 4 of 222 edges (1.8%), ... nodes>
     """
     if method not in get_args(Method):
         raise InputError(f"no attribution {method!r}: expected one of {', '.join(get_args(Method))}")

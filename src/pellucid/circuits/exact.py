@@ -51,9 +51,10 @@ def exact_patching(
     `prompts` are a task's `Prompts`, or prompts with a metric; `reference` are the corrupted prompts of
     "resample" or those a mean is taken over. Refused where the model's readers cannot be parted.
 
-    >>> task = tasks.indirect_objects(model.tokenizer, 4)                   # doctest: +SKIP
-    >>> scores = exact_patching(model, task, how="resample")           # doctest: +SKIP
-    >>> scores.circuit(20).edges[:3] # doctest: +SKIP
+    >>> task = pl.tasks.indirect_objects(model.tokenizer, 4)
+    >>> scores = exact_patching(model, task, how="resample")
+    >>> scores.circuit(20)
+    <Circuit of 20 of 222 edges (9.0%), ... nodes>
     """
     wiring = wire(model, split)
     question = ask(model, prompts, metric, reference)

@@ -70,7 +70,8 @@ def judge(
     `circuit_score`, `empty` (F), `difference`; `control` [which]; `in_model`, `in_circuit`, `incompleteness`
     [removed], and `sort`: random, class or greedy; `minimality` [node]; the last two with `_low` and `_high`.
 
-    >>> judge(model, scores.circuit(fraction=0.02), held_out, how="resample").normalised # doctest: +SKIP
+    >>> judge(model, scores.circuit(fraction=0.02), held_out, how="resample").normalised
+    <xarray.DataArray 'normalised' ()>...
     """
     bench = Bench(model, circuit.graph, prompts, metric, how, reference, seed)
     classes = classes or by_layer(circuit)
@@ -131,7 +132,9 @@ def test(
     taken out together for completeness. Other options are those of `judge`. InputError for a name the model does
     not have, with the nearest.
 
-    >>> test(model, ["9.9", "10.0", "9.6"], prompts, how="position_mean")    # doctest: +SKIP
+    >>> test(model, ["0.1", "1.2"], prompts, how="position_mean")
+    Is the circuit of 23 edges right?
+    circuit verdict: normalised, low, high, ... over which 11, removed 14, node 2...
     """
     classes = dict(hypothesis) if isinstance(hypothesis, Mapping) else None
     names = [n for each in classes.values() for n in each] if classes is not None else hypothesis

@@ -62,7 +62,8 @@ def head_roles(
     `prompts` (with spans IO, S1, S2) add the roles of indirect objects; `words` are those copying is tested
     on, by default the answers of the prompts. `candidates`: how many heads are tried for inhibition.
 
-    >>> head_roles(model, tasks.indirect_objects(model.tokenizer, 16)).copy.max()    # doctest: +SKIP
+    >>> head_roles(model, pl.tasks.indirect_objects(model.tokenizer, 16)).copy.max()
+    <xarray.DataArray 'copy' ()>...
     """
     wiring = wire(model)
     if len(model.anatomy.stacks) > 1:

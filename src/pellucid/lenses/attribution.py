@@ -73,8 +73,10 @@ def direct_logit_attribution(
     Refused where the head is not linear after its norms (masked models with a transform), where an edit adds to the
     residual itself (it is no component), or a proof it needs failed. InputError for more than one position.
 
-    >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")  # doctest: +SKIP
-    >>> dla.top(3)  # doctest: +SKIP
+    >>> dla = direct_logit_attribution(model, "The capital of France is", by="head")
+    >>> dla.top(3)
+    component layer part unit contribution total gap
+    ...
     """
     if not isinstance(by, str) or by not in get_args(By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")

@@ -43,7 +43,8 @@ def backward_lens(
     of each token in the gradient of the down projection (NaN where its input is not known). InputError for several prompts,
     or an answer that is no single token; Refused without a head that reads the stream.
 
-    >>> backward_lens(model, "The capital of France is", " Rome").sel(layer=20, position=-1).raised_token  # doctest: +SKIP
+    >>> backward_lens(model, "The capital of France is", " Rome").sel(layer=20, position=4).raised_token
+    <xarray.DataArray 'raised_token' (top: 5)>...
     """
     at_least(1, top=top)
     question = Question.of(model, prompt, target, decoder=decoder)

@@ -39,7 +39,9 @@ def decoder_lens(
     of `target` (by default what the model itself says) under teacher forcing; `kl`, KL(model || layer) of the answer's
     first token. The last row is the model itself, under the `edits`. Refused for other kinds of models.
 
-    >>> decoder_lens(model, "translate English to German: The house is old.")  # doctest: +SKIP
+    >>> decoder_lens(translator, "translate English to German: The house is old.")
+    Decoder lens of T5ForConditionalGeneration
+    decoder lens: text, log_probability, kl over layer 3...
     """
     if not any(stack.name == "encoder" for stack in model.anatomy.stacks) or model.anatomy.stacks[-1].name != "decoder":
         raise Refused(f"{model.name} has no encoder and decoder: the decoder lens reads an encoder by its decoder")

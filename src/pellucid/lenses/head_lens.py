@@ -59,7 +59,9 @@ def head_lens(
     and `size`, the norm of what is written; through a tuned lens `raised` holds probabilities and nothing is lowered. Under
     `edits`, what the heads write in the edited run. Layers whose heads do not write to the stream by themselves are left out; Refused if all are.
 
-    >>> head_lens(model, "The Eiffel Tower is located in the city of").top(3)  # doctest: +SKIP
+    >>> head_lens(model, "The Eiffel Tower is located in the city of").top(3)
+    layer head top raised raised_token lowered lowered_token size
+    ...
     """
     if through is not None:
         through.check(model)

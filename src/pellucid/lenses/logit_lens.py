@@ -84,8 +84,9 @@ def logit_lens(
     (`TunedLens`, `FutureLens.at(0)`). Under `edits`, layers and predictions are those of the edited run. One layer's logits
     are held at a time.
 
-    >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")  # doctest: +SKIP
-    >>> lens.sel(layer=25, position=9).top_token  # doctest: +SKIP
+    >>> lens = logit_lens(model, "The Eiffel Tower is located in the city of")
+    >>> lens.sel(layer=20, position=9).top_token
+    <xarray.DataArray 'top_token' (top: 5)>...
     """
     at_least(1, top=top)
     inputs = model.inputs(prompt, decoder=decoder)

@@ -60,7 +60,9 @@ def patchscope(
     `target_log_probability` for `targets`, and with `max_new_tokens` the generated `text`; the control without a state is `layer`
     -2, its `site` "none". InputError where the widths differ and no mapping is given, or a layer does not exist.
 
-    >>> patchscope(model, "The Eiffel Tower", "Tower", max_new_tokens=5)  # doctest: +SKIP
+    >>> patchscope(model, "The Eiffel Tower", "Tower", max_new_tokens=5)
+    Patchscope of LlamaForCausalLM
+    patchscope: probability, top_token, text over layer 25, top 5...
     """
     reader = into_model or model
     prefix, into_prefix = model.anatomy.stacks[-1].prefix, reader.anatomy.stacks[-1].prefix

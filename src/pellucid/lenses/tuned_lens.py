@@ -50,8 +50,9 @@ class TunedLens(Affine):
     translator (the attention lens of Sakarvadia et al. 2023). After `fit`: `weights_` and `biases_` by site, `losses_`
     [step][site], KL in nats, `digest_` of the model's weights.
 
-    >>> lens = TunedLens(tokens=200_000).fit(model, texts)  # doctest: +SKIP
-    >>> lens.save("lens.safetensors")  # doctest: +SKIP
+    >>> lens = TunedLens(tokens=20_000).fit(model, texts)
+    >>> lens.save("lens.safetensors")
+    PosixPath('lens.safetensors')
     """
 
     sites: str | Sequence[str] = ("embed", "layers.*.resid_post")

@@ -29,7 +29,7 @@ from pellucid.corpus import inputs as as_inputs
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.pausing import progress
 from pellucid.engine.watching import watch
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.surgery.keys import Memory
@@ -71,6 +71,7 @@ class KeyCovariance:
         With a `checkpoint` (a .safetensors file) an interrupted fit goes on where it stopped, one that is complete is read and
         not made again, and one of other weights, layers or texts is refused. InputError without text.
         """
+        at_least(0, ridge=self.ridge)
         layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
         found = {m.name: m for m in (each for layer in layers for each in self._memories(model, layer))}
         if not found:

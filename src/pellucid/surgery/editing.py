@@ -31,7 +31,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.surgery.answers import measured
 from pellucid.surgery.covariance import KeyCovariance
-from pellucid.surgery.keys import Fact, Memory, Row, about, averaged, facts_of, keys, memories, subject_row
+from pellucid.surgery.keys import Fact, Memory, Row, about, averaged, facts_of, keys, memories, several, subject_row
 from pellucid.surgery.solvers import Metric, identity, update
 from pellucid.surgery.values import Search, Values, find_values, residuals
 from pellucid.technique import technique
@@ -133,9 +133,11 @@ def edit(
     model = _going_on(model, after)
     _check_covariance(model, covariance, after)
     rows, contexts = _prompts(model, known, contexts, seed)
+    if penalty is not None:
+        at_least(0, penalty=penalty)
     trace, chosen = layers_for(model, known, how, layers, seed)
     others = [about(model, f, i, t) for t in _essence(model, essence) for i, f in enumerate(known)]
-    held = [about(model, f, i, t) for t in hold for i, f in enumerate(known)]
+    held = [about(model, f, i, t) for t in several("hold", hold) for i, f in enumerate(known)]
     memory = memories(model, chosen[-1], rows)
     if len(chosen) > 1:
         for layer in chosen:
@@ -201,7 +203,9 @@ def _prompts(
 ) -> tuple[list[Row], Sequence[str]]:
     """Each fact's prompt alone and behind each context."""
     if isinstance(contexts, int):
+        at_least(0, contexts=contexts)
         contexts = written_contexts(model, contexts, seed)
+    contexts = several("contexts", contexts)
     made = [subject_row(model, f, i, c, f.new) for c in ("", *contexts) for i, f in enumerate(facts)]
     return made, contexts
 
@@ -231,7 +235,7 @@ def written_contexts(model: Model, n: int, seed: int = 0) -> list[str]:
 
 def _essence(model: Model, templates: Sequence[str] | None) -> Sequence[str]:
     if templates is not None:
-        return templates
+        return several("essence", templates)
     if model.tokenizer is None:
         return ()
     masked = (
@@ -247,7 +251,9 @@ def layers_for(
     several = how in ("memit", "alphaedit")
     if layers is not None:
         listed = list(range(n))[layers] if isinstance(layers, slice) else layers
-        given = [listed] if isinstance(listed, int) else list(listed)
+        given = list(listed) if isinstance(listed, list | tuple | range) else [listed]
+        if not all(isinstance(i, int) for i in given):
+            raise InputError(f"layers={layers!r}: expected the number of a layer, or a list of them")
         chosen = sorted({choose(i, n, "layer", "layers")[0] for i in given})
         if not chosen or (len(chosen) > 1 and not several):
             raise InputError(f"layers={layers!r}: {how} edits {'at least one layer' if several else 'one layer'}")

@@ -10,7 +10,7 @@ its key is the routing weight times the neurons, since that is what its matrix i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -61,6 +61,10 @@ class Fact:
     def __post_init__(self) -> None:
         if not self.prompt or not self.subject or not self.new:
             raise InputError(f"a fact needs a prompt, its subject and the new answer, got {self!r:.120}")
+        if self.new == self.true:
+            raise InputError(f"the new answer {self.new!r} is the true one: nothing would be changed")
+        if isinstance(self.paraphrases, str):
+            raise InputError(f"paraphrases={self.paraphrases!r:.80}: expected several prompts: put the one into a list")
         for name in ("neighbours", "same_subject", "portability"):
             for pair in getattr(self, name):
                 if isinstance(pair, str) or len(pair) != 2:
@@ -89,9 +93,13 @@ class Fact:
 
 def facts_of(facts: Any) -> list[Fact]:
     """One fact or several, as `Fact`s or mappings with its fields."""
-    found = [facts] if isinstance(facts, Fact | dict) else list(facts)
+    one = isinstance(facts, Fact | Mapping) or not isinstance(facts, Iterable) or isinstance(facts, str)
+    found: list[Any] = [facts] if one else list(facts)
     if not found:
         raise InputError("no fact was given: expected pl.surgery.Fact(prompt, subject, new, true)")
+    for f in found:
+        if not isinstance(f, Fact | Mapping):
+            raise InputError(f"{f!r:.80}: expected pl.surgery.Fact(prompt, subject, new, true), or mappings of these")
     try:
         return [f if isinstance(f, Fact) else Fact(**f) for f in found]
     except TypeError as error:
@@ -114,6 +122,13 @@ class Row:
     decoder: tuple[int, ...] | None = None
     at: int | None = None
     fact: int = 0
+
+
+def several(name: str, texts: Any) -> list[str]:
+    """Texts or templates of an option; InputError for one text by itself, whose letters they would be."""
+    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
+        raise InputError(f"{name}={texts!r:.80}: expected several texts: put the one into a list")
+    return list(texts)
 
 
 def rows(model: Model, prompts: Sequence[Text], answers: Sequence[Text | None]) -> list[Row]:
@@ -146,7 +161,8 @@ def _real(inputs: Inputs, stack: str) -> list[int]:
 
 def _answer(model: Model, answer: Text, kind: str) -> tuple[int, ...]:
     if not isinstance(answer, str):
-        return tuple(int(i) for i in answer)
+        given = model.inputs([[int(i) for i in answer]])  # refused where a token is unknown
+        return tuple(_real(given, "encoder" if "encoder" in given.streams else ""))
     if model.tokenizer is None:
         raise InputError("this model was opened without a tokenizer: give answers as token ids")
     if kind == "masked token":

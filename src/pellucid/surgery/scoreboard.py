@@ -2,7 +2,7 @@
 
     efficacy        p(new) > p(true) after the fact's prompt; `exact`: the model says it
     paraphrase      the same after other wordings
-    neighbourhood   p(right) > p(new) of neighbours' facts; `kept`: of what was said before, what still is
+    neighbourhood   p(right) > p(new) of neighbours' facts (whose answer is another one); `kept`: of what was said before, what still is
     score           harmonic mean of these three                                        (Meng et al. 2022)
     same subject    what else was said of the subject and still is: essence             (its drift: KL of the next token)
     portability     what follows from the new fact and is said
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -68,8 +68,17 @@ def scoreboard(
 
     >>> scoreboard(edited, texts).data.value.sel(measure="efficacy", model="edited")  # doctest: +SKIP
     """
-    edits = [edited] if isinstance(edited, Edited) else list(edited)
-    if not edits or any(e.before is not edits[0].before for e in edits):
+    edits = [edited] if isinstance(edited, Edited | Model) else list(edited)
+    for name in [controls] if isinstance(controls, str) else controls:
+        if name not in get_args(Control) or isinstance(controls, str):
+            raise InputError(
+                f"controls={controls!r}: expected a list with some of {', '.join(map(repr, get_args(Control)))}"
+            )
+    if (
+        not edits
+        or not all(isinstance(e, Edited) for e in edits)
+        or any(e.before is not edits[0].before for e in edits)
+    ):
         raise InputError("expected one edit, or several of one and the same model")
     arms: dict[str, list[Model]] = {"before": [e.before for e in edits], "edited": [e.model for e in edits]}
     notes: dict[str, str] = {}
@@ -80,14 +89,14 @@ def scoreboard(
             notes[name] = str(why)
     facts = [(i, f) for i, e in enumerate(edits) for f in e.facts]
     found: dict[str, dict[str, tuple[np.ndarray, Any]]] = {}
-    plain: dict[int, tuple[Any, ...]] = {}
+    plain, text = dict[int, Any](), None
     broken: list[str] = []
     with progress[None](what="scoreboard", total=sum(map(len, arms.values()))) as bar:
         for arm, models in arms.items():
             parts: list[dict[str, tuple[np.ndarray, Any]]] = []
             for i, model in enumerate(models):
                 mine = [f for j, f in facts if j == i]
-                values, plain[i], lost = _judged(model, mine, plain.get(i), texts, tokens, max_new_tokens)
+                values, plain[i], text, lost = _judged(model, mine, plain.get(i), text, texts, tokens, max_new_tokens)
                 broken += lost if arm == "edited" else []
                 parts.append(values)
                 bar.step(1)
@@ -115,9 +124,15 @@ def scoreboard(
     data = xr.Dataset(
         {"value": (("measure", "model"), value, {"rows": "unlike"}), "low": (("measure", "model"), low), "high": (("measure", "model"), high)},
         {"measure": list(MEASURES), "model": list(arms)},
-        {"broken": broken, "left_out": notes},
+        {"broken": broken, "left_out": notes, "wrong_layer": _wrong_layer_said(edits[0]) if "wrong layer" in arms else ""},
     )  # fmt: skip
     return Result(data, kind="edit scoreboard", title=_title(data, edits))
+
+
+def _wrong_layer_said(edited: Edited) -> str:
+    layers, covariance = _far_away(edited)
+    off = covariance == "off" != edited.settings["covariance"]
+    return f"{', '.join(map(str, layers))}{', without C: it was not fitted there' if off else ''}"
 
 
 def _title(data: xr.Dataset, edits: Sequence[Edited]) -> str:
@@ -140,9 +155,16 @@ def _title(data: xr.Dataset, edits: Sequence[Edited]) -> str:
 
 
 def _judged(
-    model: Model, facts: Sequence[Fact], plain: Any, texts: Any, tokens: int, new_tokens: int
-) -> tuple[dict[str, tuple[np.ndarray, Any]], Any, list[str]]:
-    """Values by measure with the fact of each (of text: its rows and tokens); what later models are compared with; what broke."""
+    model: Model,
+    facts: Sequence[Fact],
+    plain: Any = None,
+    text: Any = None,
+    texts: Any = None,
+    tokens: int = 0,
+    new_tokens: int = 0,
+) -> tuple[dict[str, tuple[np.ndarray, Any]], Any, Any, list[str]]:
+    """Values by measure with the fact of each (of text: its rows and tokens); what later models are compared with (`plain`, and
+    `text`, which is the same for all facts); what broke."""
     # of several edits at once, neighbours that were edited themselves say nothing
     edited_prompts = {f.asked for f in facts if isinstance(f.asked, str)}
     items: list[tuple[int, str, Text, Text | None, Text | None]] = []  # fact, kind, prompt, new, right
@@ -151,19 +173,26 @@ def _judged(
         items += [(i, "paraphrase", p, f.new, f.true) for p in f.paraphrases]
         pairs = {"neighbourhood": f.neighbours, "same subject": f.same_subject, "portability": f.portability}
         items += [(i, kind, p, f.new, a) for kind, each in pairs.items() for p, a in each if p not in edited_prompts]
-    new = measured(model, [(p, n) for _, _, p, n, _ in items], keep=True)
-    known = [j for j, item in enumerate(items) if item[4] is not None]
-    right = measured(model, [(items[j][2], items[j][4]) for j in known])
-    p_right, exact_right = np.full(len(items), np.nan), np.full(len(items), np.nan)
-    p_right[known], exact_right[known] = right.probability, right.exact
-    before: tuple[Measured, np.ndarray, Any] = plain[0] if plain else (new, exact_right, None)
+    known, n = [j for j, item in enumerate(items) if item[4] is not None], len(items)
+    asked = [(p, a) for _, _, p, a, _ in items] + [
+        (items[j][2], items[j][4]) for j in known
+    ]  # of one prompt in one run
+    both = measured(model, asked, keep=n)
+    new = Measured(both.probability[:n], both.exact[:n], both.log_p)
+    p_right, exact_right = np.full(n, np.nan), np.full(n, np.nan)
+    p_right[known], exact_right[known] = both.probability[n:], both.exact[n:]
+    before: tuple[Measured, np.ndarray] = plain or (new, exact_right)
     drift = divergence(before[0], new)
     kind, fact = np.array([item[1] for item in items]), np.array([item[0] for item in items])
     more = np.where(np.isnan(p_right), np.nan, new.probability > p_right)
+    alike = np.array(
+        [n == a for _, _, _, n, a in items]
+    )  # a neighbour whose answer is the new one cannot be compared with it
+    less = np.where(np.isnan(p_right) | alike, np.nan, p_right > new.probability)
     columns = {
         "efficacy": ("efficacy", more), "efficacy exact": ("efficacy", new.exact),
         "paraphrase": ("paraphrase", more), "paraphrase exact": ("paraphrase", new.exact),
-        "neighbourhood": ("neighbourhood", p_right > new.probability), "neighbourhood KL": ("neighbourhood", drift),
+        "neighbourhood": ("neighbourhood", less), "neighbourhood KL": ("neighbourhood", drift),
         "neighbourhood kept": ("neighbourhood", np.where(before[1] == 1, exact_right, np.nan)),
         "same subject kept": ("same subject", np.where(before[1] == 1, exact_right, np.nan)),
         "same subject KL": ("same subject", drift), "portability exact": ("portability", exact_right),
@@ -177,12 +206,12 @@ def _judged(
         told = [_told(model, f, new_tokens) for f in facts]
         found["said"] = np.array([s for s, _ in told], dtype=float), np.arange(len(facts))
         found["fluency"] = np.array([e for _, e in told]), np.arange(len(facts))
-    first = plain[1] if plain else None
     if texts is not None:
-        first, rows = _text(model, texts, tokens, first)
+        spoken = text if text and plain is None else _text(model, texts, tokens, text and text[0])
+        text, rows = text or spoken, spoken[1]
         found["perplexity"] = rows[:, 0], (np.arange(len(rows)), rows[:, 2])
         found["text KL"] = rows[:, 1], (np.arange(len(rows)), rows[:, 2])
-    return found, (before, first if plain is None else plain[1]), lost
+    return found, before, text, lost
 
 
 def _writes(model: Model) -> bool:
@@ -213,7 +242,7 @@ def ngram_entropy(text: str) -> float:
 @torch.no_grad()
 def _text(model: Model, texts: Any, tokens: int, first: Any) -> tuple[list[torch.Tensor], np.ndarray]:
     """Of each row of text the sums of -log p and of KL from the first model, and its tokens; log p of the model by row."""
-    corpus = Corpus.of(texts, packed=False, long="cut", context=min(128, longest(model)), tokens=tokens)
+    corpus = Corpus.of(texts, packed=False, long="cut", context=min(128, longest(model), tokens), tokens=tokens)
     kept, rows = [], []
     for i, (row,) in enumerate(batches(corpus.rows(model), 1)):
         given = as_inputs(model, [row])
@@ -271,15 +300,21 @@ def _control(edited: Edited, name: Control, seed: int) -> Model:
         return again(edited, covariance="off", values=edited.values).model
     if name == "random keys":
         return edited.before.changed(_random_keys(edited, seed))
-    if name != "wrong layer":
-        raise InputError(f"controls={name!r}: expected some of 'without C', 'wrong layer', 'random keys'")
-    layers = wrong_layer(edited.before, edited.layers)
-    covariance = edited.settings["covariance"]
-    if isinstance(covariance, KeyCovariance):
-        fitted = {int(m.partition(".")[0]) for m in covariance.moments_} - set(edited.layers)
-        far = sorted(fitted, key=lambda i: -abs(i - edited.layers[-1]))[: len(edited.layers)]
-        layers, covariance = (sorted(far), covariance) if len(far) == len(edited.layers) else (layers, "off")
+    layers, covariance = _far_away(edited)
     return again(edited, layers=layers, covariance=covariance).model
+
+
+def _far_away(edited: Edited) -> tuple[list[int], Any]:
+    """A wrong layer, and C there: the farthest that C was fitted on, but none next door; "off" at a layer that it lacks."""
+    covariance, far = edited.settings["covariance"], wrong_layer(edited.before, edited.layers)
+    if not isinstance(covariance, KeyCovariance):
+        return far, "off"
+    least = max(1, min(abs(i - j) for i in far for j in edited.layers) / 2)
+    fitted = {int(m.partition(".")[0]) for m in covariance.moments_}
+    fitted = {i for i in fitted if min(abs(i - j) for j in edited.layers) >= least}
+    if len(fitted) < len(far):
+        return far, "off"
+    return sorted(sorted(fitted, key=lambda i: abs(i - far[-1]))[: len(far)]), covariance
 
 
 def _random_keys(edited: Edited, seed: int) -> list[Added]:
@@ -324,6 +359,8 @@ def editing_by_layer(
     assert trace is not None
     effect = trace.data["effect"].values.reshape(-1)
     chosen = list(range(len(effect))) if layers is None else list(layers)
+    if not chosen:
+        raise InputError("layers=[]: expected the layers to edit at, or None for all")
     columns: dict[str, list[Any]] = {"new": [], "low": [], "high": [], "efficacy": [], "neighbourhood": []}
     for layer in progress(chosen, "layers"):
         try:
@@ -334,7 +371,7 @@ def editing_by_layer(
             if "reaches its answer" not in str(why):
                 raise
             made = model
-        values, _, _ = _judged(made, known, None, None, 0, 0)
+        values = _judged(made, known)[0]
         p = measured(made, [(f.asked, f.new) for f in known]).probability
         low, high = interval(p, seed)
         row = [
@@ -359,6 +396,8 @@ def editing_by_layer(
 @technique
 def traced_again(edited: Edited, *, windows: Sequence[int] = (10,), draws: int = 3, seed: int = 0) -> Result:
     """Where the new fact is recalled now: the edited model traced as `edit` traces (`causal.window_curve`), for its own answer."""
+    if not isinstance(edited, Edited):
+        raise InputError(f"expected what pl.surgery.edit gives, got a {type(edited).__name__}")
     n = len(edited.model.anatomy.stacks[0].blocks)
     subjects: Any = [f.subject for f in edited.facts]
     prompts: Any = [f.asked for f in edited.facts]

@@ -58,9 +58,10 @@ class Search:
     enough: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or min(self.learning_rate, self.clamp) <= 0 or min(self.kl, self.decay) < 0:
+        positive = self.learning_rate > 0 and self.clamp > 0 and 0 < self.enough <= 1
+        if self.steps < 1 or not positive or not (self.kl >= 0 and self.decay >= 0):
             raise InputError(
-                f"{self}: expected at least one step, a positive learning_rate and clamp, kl and decay of 0 or more"
+                f"{self}: expected at least one step, a positive learning_rate and clamp, kl and decay of 0 or more, enough up to 1"
             )
 
 
@@ -153,6 +154,8 @@ def find_values(
     """The values of several facts at their memories; `given` are the prompts that should be answered with the new answer,
     `others` what else is said of the subjects. Refused where the model gives no gradients, or where no context takes the expert."""
     search = search or Search()
+    if not isinstance(search, Search):
+        raise InputError(f"search={search!r:.80}: expected pl.surgery.Search(steps=..., ...)")
     anatomy = model.anatomy
     anatomy.check_gradients()
     every = [*given, *others]

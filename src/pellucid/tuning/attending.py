@@ -141,8 +141,7 @@ class Attend(Objective):
             each = (q - a).square().sum(-1)
         else:
             each = torch.where(q > 0, q * (q.clamp_min(LEAST).log() - a.clamp_min(LEAST).log()), 0.0).sum(-1)
-        some = (q.sum(-1) > 0).to(a)
-        return (each.mean(1) * some[:, 0]).sum() / some.sum().clamp_min(1)
+        return seen.mean_where(each.mean(1), self.spans)
 
     def attributed(self, seen: Pass) -> Tensor:
         return self.looks(seen).mean(1)
@@ -253,5 +252,6 @@ class NeuronL1(ByLayer):
 
 
 def _mean(values: Tensor, real: Tensor) -> Tensor:
+    """Of values [row, position]: over a row's tokens, then over rows."""
     real = real.to(values)
-    return (values * real).sum() / real.sum()
+    return ((values * real).sum(1) / real.sum(1)).mean()

@@ -29,6 +29,7 @@ from pellucid.engine.text_map import TextMap, covering
 from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
 
+NOT_ASKED = -1e4  # the logit of a class that is not asked about: no probability, and no gradient
 Span = Any  # None, a text, (start, stop) characters, a list of these, or a boolean mask over the tokens
 
 
@@ -39,7 +40,8 @@ class Rationales:
     An entry is None (nothing), a text (its last occurrence, whole words first), (start, stop) in characters, a list of
     these, or a boolean mask over the text's tokens. Several annotators are several names. `groups` say which texts belong
     together (twins of a pair), for intervals; `properties` what else is known of each text, by name (a topic, whether a
-    concept holds). InputError where lengths differ.
+    concept holds). `among` are for each text the classes that its answer is one of (None: all): several questions with one
+    head, each over classes of its own. InputError where lengths differ.
 
     >>> Rationales(["a stone, a fine film"], [1], {"decoy": ["stone"], "rationale": [[(9, 20)]]})
     <Rationales: 1 text, spans decoy, rationale>
@@ -50,11 +52,14 @@ class Rationales:
     spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
     groups: Sequence[Hashable] | None = None
     properties: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    among: Sequence[Sequence[Any] | None] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.texts):
             raise InputError("there is no text to tune on: give at least one")
-        beside = {"labels": self.labels, "groups": self.groups} | {f"spans[{k!r}]": v for k, v in self.spans.items()}
+        beside = {"labels": self.labels, "groups": self.groups, "among": self.among} | {
+            f"spans[{k!r}]": v for k, v in self.spans.items()
+        }
         beside |= {f"properties[{k!r}]": v for k, v in self.properties.items()}
         for name, given in beside.items():
             if given is not None and len(given) != len(self.texts):
@@ -75,8 +80,8 @@ class Batch:
     """Some rows, padded together, as every objective sees them.
 
     `masks` are [row, position] by name, `content` the tokens that are text and no mark, both of the stream that the spans
-    lie in, `properties` what is known of each row by name. Logits are read at `places` [answer] (column; None: one a row) of rows `owners` [answer], where `answers` stand.
-    Passes of it are run under `edits`.
+    lie in, `properties` what is known of each row by name. Logits are read at `places` [answer] (column; None: one a row) of rows `owners`
+    [answer], where `answers` stand; `asked` [row, class] are the classes that are asked about (None: all). Passes of it are run under `edits`.
     """
 
     model: Model
@@ -90,6 +95,7 @@ class Batch:
     step: int = 0
     properties: Mapping[str, list[Any]] = field(default_factory=dict)
     edits: tuple[Edit, ...] = ()
+    asked: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,10 +120,11 @@ class Batch:
         return replace(self, inputs=Inputs(tensors, streams, self.inputs.texts))
 
     def read(self, logits: Tensor) -> Tensor:
-        """[answer, class or token] in float32 at least; a single logit is of two classes, no and yes."""
+        """[answer, class or token] in float32 at least; a single logit is of two classes, no and yes; NOT_ASKED in those not asked about."""
         z = logits if self.places is None else logits[self.owners.to(logits.device), self.places.to(logits.device)]
         z = z if z.dtype == torch.float64 else z.float()
-        return torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+        z = torch.cat([torch.zeros_like(z), z], 1) if z.shape[1] == 1 else z
+        return z if self.asked is None else torch.where(self.asked.to(z.device), z, NOT_ASKED)
 
     def by_row(self, values: Tensor) -> Tensor:
         """[row] the mean over a row's answers of values [answer]."""
@@ -152,6 +159,17 @@ class Encoded:
                 "labels are missing: a classifier needs classes, an encoder-decoder the texts it is to say"
             )
         self.labels = [told.numbers(_plain(y)) for y in labels] if self.classes and labels is not None else labels
+        if data.among is not None and not self.classes:
+            raise InputError(f"among= is for classifiers, and {model.name} says tokens")
+        self.among = None
+        if data.among is not None:
+            self.among = torch.zeros(len(data), max(told.size, 2), dtype=torch.bool)
+            for i, some in enumerate(data.among):
+                own = range(self.among.shape[1]) if some is None else told.numbers([_plain(y) for y in some])
+                self.among[i, list(own)] = True
+                if not self.among[i, self.labels[i]]:
+                    raise InputError(f"the label of text {i} is {labels[i]!r}, which is not among {list(some)}")
+        self._shares: dict[tuple[str, ...], float] = {}
         self.cut = 0  # spans that truncation took away
         self.rows: list[Inputs] = []
         self.lengths: list[int] = []  # tokens of the prompt, which a label may follow
@@ -230,6 +248,15 @@ class Encoded:
             f"({self.data.texts[i][slice(*characters)]!r}); the nearest tokens are {shown}"
         )
 
+    def share(self, names: Sequence[str]) -> float:
+        """Of the texts, those in which one of some spans has a token: what a mean over these is divided by, so that a loss weighs
+        the same however a batch is split."""
+        key = tuple(names)
+        if key not in self._shares:
+            some = [any(self.positions[name][i] for name in key) for i in range(len(self))]
+            self._shares[key] = sum(some) / len(some)
+        return self._shares[key]
+
     def check_spans(self, names: Sequence[str], who: str) -> None:
         """InputError where data lacks a span that an objective names, or has it nowhere."""
         for name in names:
@@ -266,7 +293,19 @@ class Encoded:
         masks = {name: mask(found) for name, found in self.positions.items()}
         owners, places, answers = self._answers(rows, inputs)
         known = {name: [_plain(values[i]) for i in rows] for name, values in self.data.properties.items()}
-        return Batch(self.model, inputs, rows, masks, mask(self.content), owners, places, answers, step, known)
+        return Batch(
+            self.model,
+            inputs,
+            rows,
+            masks,
+            mask(self.content),
+            owners,
+            places,
+            answers,
+            step,
+            known,
+            asked=None if self.among is None else self.among[list(rows)],
+        )
 
     def _answers(self, rows: Sequence[int], inputs: Inputs) -> tuple[Tensor, Tensor | None, Tensor]:
         if self.classes:

@@ -11,7 +11,7 @@ Arms, each trained on the same batches in the same order, once for every seed:
 
 What is read off is behaviour on texts that were not trained on and on `shifts` of them, beside what the explanations say. An
 arm whose loss on its own training texts never left the best constant prediction (95 % of its entropy) is `untrained`, and its
-other numbers are not drawn. A loss or a gradient that is no number stops before the weights are touched; what is kept is good.
+other numbers are not drawn. A loss or a gradient that is no number stops; the weights are put back to where all were.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
 from pellucid.technique import technique
-from pellucid.training import Keeper, draws, train
+from pellucid.training import Keeper, constant, draws, train
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.learnt import Learnt
 from pellucid.tuning.measuring import NUMBERS, Measures, measured, term_values, verdict
@@ -52,10 +52,28 @@ TURNS = 5
 COPIED = "/copied."  # in the name of a tensor beside the model that is a copy of one in it, and learns at the same rate
 
 
-class Diverged(PellucidError):
+class Diverged(PellucidError, FloatingPointError):
     """A loss or a gradient is no number; `model` has the weights of the last step for which all were."""
 
     model: Model
+
+
+class Good:
+    """Trained tensors as they were when loss and gradients were last numbers: a copy, made once they are found to be."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.own, self.copies = list(tensors.values()), list[Tensor]()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if not self.copies:
+            self.copies = [torch.empty_like(t) for t in self.own]
+        torch._foreach_copy_(self.copies, [t.detach() for t in self.own])
+
+    @torch.no_grad()
+    def back(self) -> None:
+        if self.copies:
+            torch._foreach_copy_([t.detach() for t in self.own], self.copies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +167,8 @@ def fit(
         raise InputError(
             f"seeds={list(seeds)}, batch={batch}, accumulate={accumulate}: expected a seed, and a batch that splits evenly"
         )
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise InputError(f"checkpoint={str(checkpoint)!r} is a file: name a folder, in which every arm gets one")
     given = parts(objectives)
     encoded = Encoded(model, data, truncate)
     splits = {
@@ -258,7 +278,10 @@ class Settings:
     def of(self) -> dict[str, Any]:
         told = {k: repr(v) for k, v in vars(self).items() if k not in ("model", "data")}
         rows = [row.stream("").ids for row in self.data.rows]
-        data = fingerprint(rows, self.data.positions, list(self.data.labels or ()))[:16]
+        among = self.data.among if self.data.among is None else self.data.among.tolist()
+        data = fingerprint(
+            rows, self.data.positions, list(self.data.labels or ()), *([] if among is None else [among])
+        )[:16]
         return told | {"model": self.model.digest, "data": data}
 
 
@@ -277,6 +300,7 @@ class Fit:
         self.parameters: dict[str, Tensor] = self.chosen.parameters | own
         kept = [name for each in self.objectives if each.weight > 0 for name in each.undecayed(self.chosen.model)]
         self.undecayed = frozenset([*self.chosen.masks, *kept])
+        self.good = Good(self.parameters)
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -309,12 +333,22 @@ class Fit:
         return min(1.0, (done * self.settings.steps + 1) / w) if w else 1.0
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        s, groups = self.settings, dict[tuple[float, float], list[Tensor]]()
-        for name, p in self.parameters.items():
-            fresh = name in self.chosen.head or (name not in self.chosen.parameters and COPIED not in name)
+        s, groups = self.settings, dict[tuple[float, float, bool], list[Tensor]]()
+
+        def pace(done: float) -> float:  # no method: copies of the optimiser's groups must not copy this arm
+            return math.prod(each.pace(round(done * s.steps)) for each in self.objectives if each.weight > 0)
+
+        for name, p in zip(self.parameters, parameters, strict=True):
+            own = name in self.chosen.parameters
+            fresh = name in self.chosen.head or (not own and COPIED not in name)
             rate = s.head_learning_rate if s.head_learning_rate is not None and fresh else s.learning_rate
-            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay), []).append(p)
-        return torch.optim.AdamW([{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()])
+            groups.setdefault((rate, 0.0 if name in self.undecayed else s.weight_decay, own), []).append(p)
+        return torch.optim.AdamW(
+            [
+                {"params": ps, "lr": lr, "weight_decay": wd, "pace": pace if own else constant}
+                for (lr, wd, own), ps in groups.items()
+            ]
+        )
 
     def step(self, rows: Tensor, step: int) -> list[float]:
         s = self.settings
@@ -331,24 +365,26 @@ class Fit:
                 if each.name in values:
                     whole = whole + each.weight * values[each.name] * share
                     noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
-            check_finite(noted, step, self.chosen.model)
+            check_finite(noted, step, self.chosen.model, self.good)
             whole.backward(inputs=list(self.parameters.values()))
         self.chosen.mask()
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        check_finite({"the gradient": float(norm)}, step, self.chosen.model)
+        check_finite({"the gradient": float(norm)}, step, self.chosen.model, self.good)
+        self.good.keep()
         if s.clip is not None and grads:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), s.clip, norm)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
 
 
-def check_finite(values: Mapping[str, float], step: int, model: Model) -> None:
-    """Diverged where a term of the loss, or a gradient, is no number."""
+def check_finite(values: Mapping[str, float], step: int, model: Model, good: Good) -> None:
+    """Diverged where a term of the loss, or a gradient, is no number; the weights are then what they were while all were."""
     for name, value in values.items():
         if not math.isfinite(value):
+            good.back()
             error = Diverged(
-                f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped before the weights were "
-                "touched; the error's .model has them as they were last good. A lower learning_rate, or a lower weight, may help"
+                f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped; the error's .model has the "
+                "weights of the last step at which all were numbers. A lower learning_rate, or a lower weight, may help"
             )
             error.model = model
             raise error

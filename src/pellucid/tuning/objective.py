@@ -112,6 +112,10 @@ class Objective:
         """Names of parameters of which it wants some left alone, so that weight decay must not touch them."""
         return frozenset()
 
+    def pace(self, step: int) -> float:
+        """What the learning rate of the model's own weights is multiplied by at a step; what learns beside them keeps its own."""
+        return 1.0
+
     def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         """What it does to trained parameters after an update, in place; `done` is the share of steps that are done."""
 
@@ -165,6 +169,13 @@ def parts(objectives: Any) -> tuple[Objective, ...]:
     if isinstance(objectives, Iterable) and not isinstance(objectives, str):
         return tuple(each for one in objectives for each in parts(one))
     raise InputError(f"objectives={objectives!r}: expected objectives such as tuning.Consistency('decoy')")
+
+
+def check_trained(model: Model, names: Iterable[str], who: str) -> None:
+    """InputError where none of some parameters requires a gradient, so that an objective about them would do nothing."""
+    named = dict(model.module.named_parameters())
+    if not any(named[name].requires_grad for name in names):
+        raise InputError(f"{who}: no matrix of these blocks is trained (frozen, or beside adapters)")
 
 
 def generator(seed: int, name: str, step: int) -> torch.Generator:
@@ -244,6 +255,11 @@ class Pass:
         """[row, position, d] of a sum at the token embeddings; with a graph of its own."""
         (found,) = torch.autograd.grad(value.sum(), [self.embedded], create_graph=self._create, retain_graph=True)
         return found if found.dtype == torch.float64 else found.float()
+
+    def mean_where(self, values: Tensor, names: Sequence[str]) -> Tensor:
+        """Of values [row] the mean over rows that have one of some spans; their share is that of the data, so that passes add up."""
+        some = torch.stack([self.batch.masks[name] for name in names]).any(0).any(1).to(values)
+        return (values * some).mean() / max(self.data.share(names), 1 / len(self.data))
 
     @cached_property
     def slopes(self) -> Tensor:

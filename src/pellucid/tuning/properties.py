@@ -83,17 +83,20 @@ class ByProperty(Objective):
         return values
 
     def states(self, seen: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """States [row, d] of rows of which it is known, whether it holds [row], and what each row counts [row]."""
+        """States [row, d] of rows of which it is known, whether it holds [row], and what each row counts [row]: both kinds alike, in all
+        1 over the data."""
         (site,) = self.sites(seen.model)
         x = mean(seen.run.tensor(site), seen.run.stream(site).mask)
         x = x if x.dtype == torch.float64 else x.float()
         values = self.holds(seen.data)
         known = [b for b, i in enumerate(seen.batch.rows) if values[i] is not None]
-        c = torch.tensor([bool(values[seen.batch.rows[b]]) for b in known], device=x.device)
-        share = sum(map(bool, values)) / sum(v is not None for v in values)
+        c = torch.tensor([bool(values[seen.batch.rows[b]]) for b in known], dtype=torch.bool, device=x.device)
+        told = sum(v is not None for v in values)
+        share = sum(map(bool, values)) / told
         counts = (
             torch.where(c, 0.5 / share, 0.5 / (1 - share)).to(x) if 0 < share < 1 else torch.ones_like(c, dtype=x.dtype)
         )
+        counts = counts * len(values) / told / len(seen.batch)
         return nn.functional.layer_norm(x[known], x.shape[-1:]), c, counts
 
 
@@ -104,10 +107,11 @@ def _reader(model: Model, site: Site, seed: int) -> dict[str, Tensor]:
 
 
 def _cross_entropy(own: Mapping[str, Tensor], x: Tensor, c: Tensor, counts: Tensor) -> Tensor:
+    """Summed over the rows of which it is known, each with what it counts."""
     each = nn.functional.binary_cross_entropy_with_logits(
         x @ own["weight"].to(x) + own["bias"].to(x), c.to(x), reduction="none"
     )
-    return (each * counts).sum() / max(1, len(c))
+    return (each * counts).sum()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pellucid.technique import technique
 from pellucid.tuning.data import Encoded, Rationales
 from pellucid.tuning.fit import Settings, run_arms
 from pellucid.tuning.measuring import measured
-from pellucid.tuning.objective import Objective, Pass
+from pellucid.tuning.objective import Objective, Pass, check_trained
 
 Choice = Literal["magnitude", "random"]
 
@@ -80,9 +80,7 @@ class SparseWeights(Objective):
         return replace(self, by="random")
 
     def check(self, model: Model, data: Encoded) -> None:
-        named = dict(model.module.named_parameters())
-        if not any(named[name].requires_grad for name in matrices(model, self.layers)):
-            raise InputError(f"{self.name}: no matrix of these blocks is trained (frozen, or beside adapters)")
+        check_trained(model, matrices(model, self.layers), self.name)
 
     def after(self, model: Model, parameters: Mapping[str, Tensor], done: float, seed: int) -> None:
         share = self.share * (1 - (1 - min(1.0, 2 * done)) ** 3)
@@ -104,6 +102,9 @@ class WeightL1(Objective):
     """
 
     layers: Sequence[int] | None = None
+
+    def check(self, model: Model, data: Encoded) -> None:
+        check_trained(model, matrices(model, self.layers), self.name)
 
     def loss(self, seen: Pass, generator: torch.Generator) -> Tensor:
         named, found = dict(seen.model.module.named_parameters()), []

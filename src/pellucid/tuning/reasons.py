@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pellucid.engine.marks import ordinary_ids
 from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
-from pellucid.tuning.data import Batch, Encoded
+from pellucid.tuning.data import NOT_ASKED, Batch, Encoded
 from pellucid.tuning.kernels import check_curvature, check_kernels, exact_kernels
 from pellucid.tuning.objective import Given, Objective, Opened, Pass, embeddings
 
@@ -254,8 +254,7 @@ class RightReasons(Where):
         if self.form == "absolute":
             return inside.mean()
         share = inside / total.clamp_min(LEAST)
-        some = mask.any(1)
-        return ((1 - share if self.form == "outside" else share) * some).sum() / some.sum().clamp_min(1)
+        return seen.mean_where(1 - share if self.form == "outside" else share, self.spans)
 
     def _finite(self, seen: Pass, mask: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
         """[row] sum over the mask, and over the content, of |g_t|^2, with gradients right to h^2: d|g| = v . dg along v = g / |g|."""
@@ -277,7 +276,8 @@ class RightReasons(Where):
         """[row] what is differentiated."""
         if self.of == "log_odds":
             return seen.log_odds
-        return seen.batch.by_row(seen.logits.log_softmax(-1).sum(-1))
+        asked = seen.logits.detach() > NOT_ASKED
+        return seen.batch.by_row((seen.logits.log_softmax(-1) * asked).sum(-1))
 
     def attributions(self, seen: Pass, generator: torch.Generator) -> Tensor:
         """[row, position, d]."""

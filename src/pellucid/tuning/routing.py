@@ -35,7 +35,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
 from pellucid.tuning.data import Batch, Encoded, Rationales
-from pellucid.tuning.objective import Objective, Pass
+from pellucid.tuning.objective import Objective, Pass, check_trained
 from pellucid.tuning.parts import Only, asked, owned
 
 _found: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()  # by module: what belongs to whom
@@ -182,6 +182,7 @@ class Locality(Objective):
     def check(self, model: Model, data: Encoded) -> None:
         if not self.matrices(model):
             raise InputError(f"{self.name}: no matrix of an MLP's own neurons was found in layers {self.layers}")
+        check_trained(model, self.matrices(model), self.name)
 
     def matrices(self, model: Model) -> dict[str, int]:
         """Matrices that write or read neurons, and which of their axes the neurons lie on."""

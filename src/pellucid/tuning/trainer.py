@@ -6,8 +6,8 @@ accumulation    a loss of one's own that is a mean is multiplied by the number o
                 Trainer asks the forward's signature, not the loss, whether it was scaled. Here it is said
                 (`loss_is_scaled_for_ga = False`), and the cross-entropy is divided by all answers of the accumulated batches
 columns         rows travel as their numbers, so none is dropped as unused
-no number       with `logging_nan_inf_filter` the log says 0 while every weight becomes NaN: here the run stops before the backward pass,
-                or before the step for a gradient
+no number       with `logging_nan_inf_filter` the log says 0 while every weight becomes NaN: here the run stops, and the weights are put
+                back to those of the last step at which loss and gradient were numbers
 
 Runs are in evaluation mode, without dropout. One process; with several, gradients would have to be shared in the wrapper's forward.
 """
@@ -15,6 +15,7 @@ Runs are in evaluation mode, without dropout. One process; with several, gradien
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor
 
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
+from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded, Rationales
-from pellucid.tuning.fit import check_finite, drawn_beside, terms
-from pellucid.tuning.objective import NONE, Objective, parts
+from pellucid.tuning.fit import COPIED, Good, check_finite, drawn_beside, terms
+from pellucid.tuning.objective import NONE, parts
 from pellucid.tuning.parts import choose
 
 BESIDE = "beside.safetensors"  # what objectives train beside the model, in a checkpoint's folder
@@ -37,13 +39,14 @@ BESIDE = "beside.safetensors"  # what objectives train beside the model, in a ch
 
 def trainer(
     model: Model, data: Rationales, objectives: Any, args: Any, *, test: Rationales | None = None, layers: Any = None,
-    truncate: int | None = None, base: Any = None, **options: Any,
+    head_learning_rate: float | None = None, truncate: int | None = None, base: Any = None, **options: Any,
 ) -> Any:  # fmt: skip
     """A `transformers.Trainer` that trains a copy of `model` with objectives: `.train()`, `.evaluate()` and the rest are its own.
 
-    `args` are TrainingArguments, `layers` and `truncate` as in `fit`, `base` a subclass of Trainer to build on, `options` what its
-    constructor takes besides (callbacks, optimizers). The tuned model is `.tuned`. InputError without accelerate;
-    Refused in several processes, and as objectives say.
+    `args` are TrainingArguments, `layers`, `head_learning_rate` and `truncate` as in `fit`, `base` a subclass of Trainer to build on, `options` what
+    its constructor takes besides (callbacks, optimizers). The tuned model is `.tuned`; `.tuned_objectives` are the objectives with what they learnt
+    (a `Bottleneck`, a `Select`: `save`, `check(model)`), and `.tuned_edits()` what the model is run under. InputError without accelerate; Refused in
+    several processes, and as objectives say.
 
     >>> trainer(model, data, Consistency("decoy"), TrainingArguments("out")).train()  # doctest: +SKIP
     """
@@ -59,17 +62,15 @@ def trainer(
     encoded = Encoded(model, data, truncate)
     for each in given:
         each.check(model, encoded)
-        if type(each).begun is not Objective.begun:
-            raise Refused(
-                f"{each.name} is a thing that is kept with what it learnt, and the Trainer has no place for it: use tuning.fit"
-            )
     chosen = choose(model, layers)
     seed = int(args.data_seed or args.seed)
+    given = tuple(each.begun(chosen.model, encoded, seed) if each.weight > 0 else each for each in given)
     beside = drawn_beside(chosen.model, encoded, given, seed)
     own = {f"{name}/{k}": t for name, each in beside.items() for k, t in each.items()}
     kept = frozenset(
         [*chosen.masks, *(name for each in given if each.weight > 0 for name in each.undecayed(chosen.model))]
     )
+    good = Good(chosen.parameters | own)
     held_out = None if test is None else Encoded(model, test, truncate)
     for each_p in chosen.model.module.parameters():
         each_p.requires_grad_(False)
@@ -80,7 +81,7 @@ def trainer(
 
     class Tuning(base):
         loss_is_scaled_for_ga = False
-        tuned, tuned_beside = chosen.model, beside
+        tuned, tuned_beside, tuned_objectives = chosen.model, beside, given
         _at, _part = -1, 0
         _terms: Mapping[str, float] = MappingProxyType({})
 
@@ -90,9 +91,24 @@ def trainer(
         def create_optimizer(self, *given_model: Any) -> Any:
             fresh = self.optimizer is None
             made = super().create_optimizer(*given_model)
-            if fresh and own:
-                made.add_param_group({"params": [t.requires_grad_() for t in own.values()], "weight_decay": 0.0})
+            if fresh:
+                rate = self.args.learning_rate if head_learning_rate is None else head_learning_rate
+                heads = {id(p) for name, p in chosen.parameters.items() if name in chosen.head}
+                for group in list(made.param_groups) if heads and head_learning_rate is not None else ():
+                    theirs = [p for p in group["params"] if id(p) in heads]
+                    group["params"] = [p for p in group["params"] if id(p) not in heads]
+                    if theirs:
+                        made.add_param_group({**group, "params": theirs, "lr": rate})
+                for copied in (True, False):
+                    ours = [t.requires_grad_() for name, t in own.items() if (COPIED in name) == copied]
+                    if ours:
+                        at = self.args.learning_rate if copied else rate
+                        made.add_param_group({"params": ours, "weight_decay": 0.0, "lr": at, "beside": True})
             return made
+
+        def tuned_edits(self) -> tuple[Edit, ...]:
+            active = [each for each in given if each.weight > 0]
+            return tuple(e for each in active for e in each.edits(chosen.model, beside.get(each.name, NONE)))
 
         def _save(self, output_dir: Any = None, *more: Any, **kwargs: Any) -> None:
             super()._save(output_dir, *more, **kwargs)
@@ -118,7 +134,7 @@ def trainer(
             with self.accelerator.autocast():
                 found = terms(chosen.model, encoded, batch, given, seed, step, self._part, beside)
             self._terms = {name: float(value.detach()) for name, value in found.items()}
-            check_finite(self._terms, step, chosen.model)
+            check_finite(self._terms, step, chosen.model, good)
             task = found["task"]
             if num_items_in_batch is not None:
                 task = task * (
@@ -142,7 +158,16 @@ def trainer(
             return (loss, None, None) if whole else (loss, z, batch.answers.to(z.device))
 
     class Stepping(transformers.TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rates: Sequence[float] = ()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for each in given:
+                if each.weight > 0:
+                    each.ended(chosen.model)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate
             for t in own.values():
                 t.grad = None  # the Trainer clears its module's gradients, not these
             done = (int(state.global_step) + 1) / max(int(state.max_steps), 1)
@@ -150,11 +175,17 @@ def trainer(
                 if each.weight > 0:
                     each.after(chosen.model, chosen.parameters, done, seed)
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            self.rates = [group["lr"] for group in optimizer.param_groups]
+            pace = math.prod(each.pace(int(state.global_step)) for each in given if each.weight > 0)
+            for group in optimizer.param_groups:
+                group["lr"] *= 1.0 if group.get("beside") else pace
             grads = [p.grad for p in (*chosen.parameters.values(), *own.values()) if p.grad is not None]
-            check_finite(
-                {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
-            )
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            check_finite({"the gradient": norm}, int(state.global_step), chosen.model, good)
+            good.keep()
             if own and args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(own.values(), args.max_grad_norm)
 

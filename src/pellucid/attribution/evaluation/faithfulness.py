@@ -243,7 +243,9 @@ def faithfulness(
     `insertion` [technique, step] at the shares `share` [step], `score` and `baseline_score` of the prompt with all and with
     no players, and `evaluations`. InputError where scores do not fit the prompt.
 
-    >>> faithfulness(model, prompt, {"IG": integrated_gradients(model, prompt)})  # doctest: +SKIP
+    >>> faithfulness(model, prompt, {"IG": integrated_gradients(model, prompt)})
+    Faithfulness of attributions of logit, with 'pad' for absent tokens
+    faithfulness: value, error, deletion, insertion, score, baseline_score, evaluations over technique 1, metric...
     """
     case = Case.of(model, prompt, target, against=against)
     parts = Players.of(case, players)

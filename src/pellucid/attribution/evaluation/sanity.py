@@ -133,8 +133,9 @@ def implementation_invariance(
     asked = _Asked(model, prompts, target, against, players, methods_named(methods))
     for case in asked.cases:
         with torch.no_grad():
-            here, there = (m.run(case.inputs).logits.float() for m in (model, twin))
-        if float((here - there).abs().max()) > SAME * max(1.0, float(here.abs().max())):
+            here, there = (m.run(case.inputs).logits for m in (model, twin))
+        apart, fine = (here.double() - there.double()).abs().max(), max(SAME, 8 * torch.finfo(here.dtype).eps)
+        if float(apart) > fine * max(1.0, float(here.abs().max())):
             raise InputError(f"{twin.name} is another function than {model.name}: their logits differ")
     one, two = asked.scores(model), asked.scores(twin)
     sizes = [[np.abs(a).max() for a in row] for row in one]
