@@ -166,7 +166,10 @@ def trace_failure(
         prices = [meter(m.at("1:"), m.model) for m in progress(all_, "prices")]
         columns |= {key: np.array([p[key] for p in prices]) for key in ("kl", "top1")}
     columns["control"] = np.array([m.control for m in all_])
-    data = xr.Dataset({k: ("mitigation", v) for k, v in columns.items()}, {"mitigation": list(named)})
+    first = "preferred" if goal == "right" else "gap"  # what a view shows
+    data = xr.Dataset(
+        {k: ("mitigation", columns[k]) for k in dict.fromkeys((first, *columns))}, {"mitigation": list(named)}
+    )
     kinds = np.unique(test.groups)
     each = (out[0] > 0).astype(float) if goal == "right" else gap
     data = data.assign(
