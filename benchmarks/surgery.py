@@ -1,6 +1,6 @@
 """Layers of SmolLM2 as parts: what files keep, who needs which layer, which layers can go, what snapshots' layers mix.
 
-    python -m benchmarks.surgery [files|importance|removal|hybrids ...] [--texts paired.tsv] [--treebank train.conllu]
+    python -m benchmarks.surgery [files|importance|removal|hybrids|variants ...] [--texts paired.tsv] [--treebank train.conllu]
 
 The bars of section 6 of the evidence on surgery that the room `layers` carries (4, 5, 6, 11, 15, 16), each beside its control.
 CPU time of one thread; a plain forward is one run of the same texts by the module itself. `--texts` is a file of lines
@@ -199,13 +199,18 @@ def sets(model: pl.Model, texts: list[str], options: Any) -> None:
 # ---- bar 15
 
 
-def hybrids(model: pl.Model, texts: list[str], options: Any) -> None:
-    chosen = range(8, 20)
-    kinds = {"reviews": reviews(options.texts, 40), "treebank": sentences(options.treebank, 40)}
-    held = {name: [model.inputs(t, truncate=96) for t in each[-8:]] for name, each in kinds.items()}
+CHOSEN = range(8, 20)
 
-    def trained(each: list[str]) -> pl.Model:
-        names = [n for n, _ in model.module.named_parameters() if any(f"layers.{i}." in n for i in chosen)]
+
+def snapshots(model: pl.Model, options: Any) -> tuple[dict[str, pl.Model], dict[str, list[str]]]:
+    """Two versions of layers 8 to 19, ten steps on reviews and on a treebank; and 40 texts of each kind: the first 20 were trained on."""
+    kinds = {"reviews": reviews(options.texts, 40), "treebank": sentences(options.treebank, 40)}
+
+    def trained(name: str, each: list[str]) -> pl.Model:
+        kept = None if options.snapshots is None else Path(options.snapshots) / f"{name}.safetensors"
+        if kept is not None and kept.exists():
+            return model.changed(kept)
+        names = [n for n, _ in model.module.named_parameters() if any(f"layers.{i}." in n for i in CHOSEN)]
         made = model.changed(Copied(tuple(names)))
         made.module.requires_grad_(False)
         weights = [made.module.get_parameter(n).requires_grad_(True) for n in names]
@@ -219,7 +224,43 @@ def hybrids(model: pl.Model, texts: list[str], options: Any) -> None:
             loss.backward()
             optimiser.step()
         made.module.requires_grad_(False)
+        if kept is not None:
+            made.save_changes(kept)
         return made
+
+    return {name: trained(name, each[:20]) for name, each in kinds.items()}, kinds
+
+
+def variants(model: pl.Model, texts: list[str], options: Any) -> None:
+    both, kinds = snapshots(model, options)
+    fitted = [t for pair in zip(*(each[20:32] for each in kinds.values()), strict=True) for t in pair]
+    held = {name: each[-8:] for name, each in kinds.items()}
+    gate = pl.surgery.Gate(tokens=1500, context=64).fit(model, both, pl.Corpus(fitted, packed=False, long="cut"), layers=list(CHOSEN))  # fmt: skip
+    print(f"\nvariants: the gate names the better one in {gate.right_:.2f} of what is at stake in {len(fitted)} texts of its fit", flush=True)  # fmt: skip
+    corpus = pl.Corpus([t for each in held.values() for t in each], packed=False, long="cut")
+    found = pl.surgery.ensemble(model, both, corpus, layers=list(CHOSEN), gate=gate, context=64, tokens=1024)
+    print(found.title)
+    for route in found.data["route"].values:
+        at = found.data.sel(route=route)
+        taken = ", ".join(f"{n} {float(x):.2f}" for n, x in zip(both, at.taken.values, strict=True))
+        print(f"| {route} | {float(at.nll):.3f} [{float(at.low):.2f}, {float(at.high):.2f}] | below random {float(at.gain):+.3f} [{float(at.gain_low):.3f}, {float(at.gain_high):.3f}] | {taken} |", flush=True)  # fmt: skip
+    for name, each in held.items():
+        for route in ("gate", "confidence"):
+            chosen = [
+                pl.surgery.chosen_variants(
+                    model, both, model.inputs(t, truncate=64), layers=list(CHOSEN), route=route, gate=gate
+                ).data
+                for t in each[:4]
+            ]  # type: ignore[arg-type]
+            shares = np.mean([float((d.chosen == 0).mean()) for d in chosen])
+            print(f"{route}, on {name}: {shares:.2f} of tokens take the variant of reviews", flush=True)
+        first = chosen[0]
+        print(" ".join(f"{t}{'RT'[int(c)]}" for t, c in zip(first.token.values[:24].tolist(), first.chosen.values[:24].tolist(), strict=True)))  # fmt: skip
+
+
+def hybrids(model: pl.Model, texts: list[str], options: Any) -> None:
+    (a, b), kinds = (lambda made: (made[0].values(), made[1]))(snapshots(model, options))
+    chosen, held = CHOSEN, {name: [model.inputs(t, truncate=96) for t in each[-8:]] for name, each in kinds.items()}
 
     def nll(one: pl.Model) -> np.ndarray:
         rows = []
@@ -229,7 +270,6 @@ def hybrids(model: pl.Model, texts: list[str], options: Any) -> None:
             rows.append(float(-scores.gather(1, given.tensors["input_ids"][0, 1:, None]).mean()))
         return np.array(rows)
 
-    a, b = trained(kinds["reviews"][:20]), trained(kinds["treebank"][:20])
     both = {"a": a, "b": b}
     order = [("b" if i in chosen and i % 2 else "a", i) for i in range(LAYERS)]
     neighbour = [*range(10), 11, 10, *range(12, LAYERS)]
@@ -250,7 +290,7 @@ def hybrids(model: pl.Model, texts: list[str], options: Any) -> None:
         print(f"| {name} | {rows[:half].mean():.3f} | {rows[half:].mean():.3f} | {rows.mean():.3f} | {(rows - parents).mean():+.3f} [{float(low):.3f}, {float(high):.3f}] |", flush=True)  # fmt: skip
 
 
-BARS = {"files": files, "importance": importance, "removal": sets, "hybrids": hybrids}
+BARS = {"files": files, "importance": importance, "removal": sets, "hybrids": hybrids, "variants": variants}
 
 
 def main() -> None:
@@ -262,6 +302,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=2048, help="tokens of text that importance is measured on")
     parser.add_argument("--prompts", type=int, default=12, help="of each capability")
     parser.add_argument("--most", type=int, default=5)
+    parser.add_argument("--snapshots", help="a folder that keeps the two trained snapshots of hybrids and variants")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = pl.load(smollm2())

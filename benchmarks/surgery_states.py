@@ -1,6 +1,6 @@
 """What splices, stitches, exits and drafts say of SmolLM2, each bar beside its control; costs in plain forwards.
 
-    python -m benchmarks.surgery_states [splice|cost|stitch|self|exits|draft|guarantee ...] [--texts paired.tsv]
+    python -m benchmarks.surgery_states [splice|cost|stitch|identity|self|exits|draft|guarantee ...] [--texts paired.tsv]
 
 `--texts` is a file of lines `label <tab> text <tab> ...` with ordinary text (IMDB's paired reviews, as measured); CPU time, one
 thread. The bars are those of section 6 of the evidence on surgery that issue 14 names.
@@ -105,17 +105,41 @@ def stitch(model: pl.Model, path: str) -> None:
     )
 
 
+def identity(model: pl.Model, path: str) -> None:
+    """Bar 13, what the identity stitch costs: the evidence counts blocks (after 6, 15, 25 of them), `after` names one (6 is the seventh)."""
+    texts, layers = reviews(path, 24), [5, 6, 14, 15, 24, 25]
+    for seed in range(3):
+        other, _ = rotated(model, seed)
+        made = {
+            i: pl.surgery.Stitch("identity", after=i, into=i, tokens=64).fit(model, other, texts[:2]) for i in layers
+        }
+        found = {i: s.penalty(model, other, texts[2:], tokens=768).data for i, s in made.items()}
+        print(f"rotation {seed}, after block:", {i: f"{float(d.penalty):+.2f} [{float(d.low):.2f}, {float(d.high):.2f}]" for i, d in found.items()}, flush=True)  # fmt: skip
+
+
 def self_stitch(model: pl.Model, path: str) -> None:
-    """Bar 13, second half: one model's own depths; the penalty grows with the distance."""
-    layers = [3, 9, 15, 21, 27]
-    found = pl.surgery.stitching(model, model, reviews(path, 100), after=layers, into=layers, tokens=1400, held_out=96,
-                                 kinds=["identity", "affine"], controls=["tokens"])  # fmt: skip
+    """Bar 13, second half: one model's own depths, beside what knows nothing, and beside similarity of the same states."""
+    layers, texts = [3, 11, 19, 27], reviews(path, 100)
+    found = pl.surgery.stitching(model, model, texts, after=layers, into=layers, tokens=1300, held_out=96,
+                                 kinds=["identity", "affine"], controls=["tokens", "permuted", "redrawn", "redrawn receiver"])  # fmt: skip
+    print(found.title)
+    apart = np.abs(np.subtract.outer(np.arange(len(layers)), np.arange(len(layers))))
+
+    def told(name: str, values: np.ndarray) -> None:
+        by = {8 * int(d): round(float(values[apart == d].mean()), 2) for d in range(len(layers))}
+        print(f"{name}: by distance {by}; Spearman with the distance {pl.statistics.spearman(apart.ravel(), values.ravel()):.2f}\n", values.round(2), flush=True)  # fmt: skip
+
     for name in found.data["map"].values:
-        penalty = found.data.penalty.sel(map=name).values
-        print(name, "rows after, columns into\n", penalty.round(2))
-        apart = np.abs(np.subtract.outer(np.arange(len(layers)), np.arange(len(layers))))
-        print(name, "by distance", {6 * int(d): round(float(penalty[apart == d].mean()), 2) for d in range(len(layers))}, "Spearman with the distance", round(pl.statistics.spearman(apart.ravel(), penalty.ravel()), 2), flush=True)  # fmt: skip
-    print("tokens alone, affine\n", found.data.control_penalty.sel(map="affine").values[0].round(2))
+        told(f"{name}, rows after, columns into", found.data.penalty.sel(map=name).values)
+        for control in found.data["control"].values:
+            known = found.data.control_penalty.sel(map=name, control=control).values
+            if np.isfinite(known).all():
+                told(f"  control {control}, {name}", known)
+    like = pl.surgery.similarity(model, model, texts[:30], layers=layers, other_layers=layers)
+    print(like.title)
+    for name in like.data["measure"].values:
+        told(str(name), like.data.similarity.sel(measure=name).values)
+        told(f"  rows in another order, {name}", like.data.control.sel(measure=name).values)
 
 
 def exits(model: pl.Model, path: str) -> None:
@@ -143,14 +167,30 @@ def exits(model: pl.Model, path: str) -> None:
 
 
 def guarantee(model: pl.Model, path: str) -> None:
-    """Learn then Test: the threshold that agrees in nine of ten cases, by saturation and by a trained head."""
-    texts, every = reviews(path, 240), tuple(range(12, 29, 3))
-    head = pl.surgery.ExitHead(layers=every, tokens=4000, context=64).fit(model, texts[120:])
-    for policy in (pl.surgery.Exit("cosine", layers=every), pl.surgery.Exit("head", layers=every, head=head)):
-        safe = pl.surgery.calibrate(
-            model, pl.Corpus(texts[:120], packed=False, long="cut"), policy, delta=0.1, epsilon=0.05, context=48
-        )
-        print(policy.by, "|", safe.title, "|", int(safe.data.cases), "cases")
+    """Learn then Test at delta .1, epsilon .05: the curve, the threshold, whether fresh texts keep it, and what time it takes."""
+    texts, every = reviews(path, 720), tuple(range(12, 29, 3))
+    fresh, fitted, texts = texts[:150], texts[150:210], texts[210:510]
+    made = {"cosine": pl.surgery.Exit("cosine", layers=every), "margin": pl.surgery.Exit("margin", layers=every)}
+    head = pl.surgery.ExitHead(layers=every, tokens=2000, context=48).fit(model, fitted)
+    made["head"] = pl.surgery.Exit("head", layers=every, head=head)
+    for name, policy in made.items():
+        found, again = (pl.surgery.calibrate(model, pl.Corpus(t, packed=False, long="cut"), policy, delta=0.1, epsilon=0.05, context=32)
+                        for t in (texts, fresh))  # fmt: skip
+        print(f"{name}: {found.title}; {int(found.data.cases)} cases")
+        chosen = float(found.data.chosen)
+        for i in range(0, found.data.sizes["threshold"], 4):
+            at = found.data.isel(threshold=i)
+            print(f"| {name} >= {float(at.threshold):.4f} | agrees {float(at.agreement):.3f} | p {float(at.p):.3f} | blocks {float(at['layer']):.1f} | fresh {float(again.data.agreement[i]):.3f} |")  # fmt: skip
+        if np.isfinite(chosen):
+            kept = again.data.sel(threshold=chosen)
+            print(f"chosen {chosen:.4f}: blocks {float(found.data['layer'].sel(threshold=chosen)):.2f}; {int(again.data.cases)} fresh texts agree {float(kept.agreement):.3f} (promised .9)", flush=True)  # fmt: skip
+        prompts = [" ".join(t.split()[:8]) for t in fresh[:4]]
+        for threshold in dict.fromkeys([chosen, 0.99, 0.95, 0.9]):
+            for given in (prompts[0], prompts):
+                at = pl.surgery.generate_early(
+                    model, given, pl.surgery.Exit(name, threshold, every, head=policy.head), max_new_tokens=10
+                ).data  # type: ignore[arg-type]
+                print(f"| {name} >= {threshold:.4f} | {1 if isinstance(given, str) else 4} rows | blocks {np.nanmean(at['layer']):.1f} | paid {np.nanmean(at.blocks):.1f} of {float(at.blocks_full):.1f} | agrees {float(at.share_agreeing):.2f} | time {float(at.time):.2f} |", flush=True)  # fmt: skip
 
 
 def draft(model: pl.Model, path: str, n: int = 20) -> None:
@@ -171,6 +211,7 @@ WORK = {
     "splice": splice,
     "cost": cost,
     "stitch": stitch,
+    "identity": identity,
     "self": self_stitch,
     "exits": exits,
     "draft": draft,

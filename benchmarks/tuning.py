@@ -1,6 +1,6 @@
 """What do objectives buy, and at what price? Each bar beside its control, as a table of lines.
 
-    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second]
+    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [share=WEIGHT]
 
     DATA: imdb_counterfactual/sentiment/combined/paired
 
@@ -201,14 +201,12 @@ def main(data: Path, wanted: list[str]) -> None:
             shifts=shifts, seeds=(0,), **two.options,
         )  # fmt: skip
         print(f"\n## Frontier\n{found.title}", found.data.to_dataframe().round(3), sep="\n", flush=True)
-    if "share_weight" in wanted:
-        dev = Setting(data, dev=True)
-        shifts = {"absent": rationales(dev.dev, ABSENT), "reversed": rationales(dev.dev, REVERSED)}
-        found = tuning.frontier(
-            dev.model, rationales(dev.train, PLANTED), tuning.RightReasons("decoy"), weights=(100, 300, 1000), measure="swap_effect",
-            test=rationales(dev.dev, PLANTED), shifts=shifts, seeds=(0,), **dev.options,
-        )  # fmt: skip
-        print(f"\n## The weight of the share, on validation texts\n{found.title}", found.data.to_dataframe().round(3), sep="\n", flush=True)  # fmt: skip
+    for part in wanted:  # share=300: the weight of the share, on validation texts
+        if part.startswith("share="):
+            dev = Setting(data, dev=True)
+            dev.test = dev.dev
+            made = dev.decoy(tuning.RightReasons("decoy", weight=float(part[6:])), seeds=(0,), control=False)
+            table(f"The share of the gradient, weight {part[6:]}, on validation texts", made, *behaviour)
     if "second" in parts:
         second(two)
 

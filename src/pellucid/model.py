@@ -181,7 +181,9 @@ class Model:
         trained since) is kept as whole parameters. InputError, and nothing written, for a model without changes and for one
         that holds a foreign module.
 
-        >>> edited.save_changes("edit.safetensors")  # doctest: +SKIP
+        >>> edited = model.changed(pl.changed.Copied(("model.norm.weight",)))
+        >>> edited.save_changes("edit.safetensors")
+        PosixPath('edit.safetensors')
         """
         if self.base is None:
             raise InputError(f"{self.name} carries no changes: there is nothing to save")
@@ -273,6 +275,17 @@ class Model:
     def beside(self, several: Sequence[Inputs], times: Sequence[int]) -> Inputs:
         """Unpadded prompts as one batch, the i-th times[i] times, with the positions their padding needs."""
         return self._padding.fit(beside(several, times, pad_index(self.module, self.tokenizer)))
+
+    def flush(self, rows: Sequence[Sequence[int]]) -> Inputs:
+        """Token ids of several lengths as one batch, padded on the left as generating needs it, with the positions this takes."""
+        width, pad = max(map(len, rows)), pad_index(self.module, self.tokenizer)
+        device = next(self.module.parameters()).device
+        ids = torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        stream = Stream(ids, mask, (("",) * width,) * len(rows))
+        given = Inputs({"input_ids": ids, "attention_mask": mask}, {"": stream}, ("",) * len(rows))
+        with running(self.module):
+            return self._padding.fit(given, generating=True)
 
     @property
     def paddable(self) -> bool:

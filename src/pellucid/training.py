@@ -175,8 +175,8 @@ def train(
                 if keeper is not None and (len(noted) % keeper.every == 0 or len(noted) == total):
                     keep()
                 bar.step(loss=_mean(noted[-1]))
-    except BaseException:
-        if whole and len(noted) > start:
+    except BaseException as error:
+        if whole and len(noted) > start and not isinstance(error, FloatingPointError):  # what diverged is not kept
             keep()
         raise
     finally:

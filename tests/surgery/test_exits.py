@@ -12,11 +12,11 @@ import torch
 import pellucid as pl
 from pellucid.errors import InputError, Refused
 from pellucid.surgery import Exit, ExitHead, calibrate, chosen_policy, draft_and_verify, exits, generate_early
-from pellucid.surgery.early import _begun, _greedy
 from pellucid.surgery.exit_calibration import thresholds
-from pellucid.surgery.exits import Pass as _Pass
-from pellucid.surgery.exits import Read as _Read
-from pellucid.surgery.exits import judge as _judge
+from pellucid.surgery.exit_reading import Pass as _Pass
+from pellucid.surgery.exit_reading import Read as _Read
+from pellucid.surgery.exit_reading import judge as _judge
+from pellucid.surgery.walk import begun, plainly
 from tests.surgery.test_arranging import opened
 from tests.surgery.test_stitch import TEXTS
 
@@ -102,34 +102,61 @@ def test_calibration_on_a_model_and_what_its_policy_does() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputed_keys_and_values_are_the_full_models(family: str) -> None:
     model = opened(family)
-    walk = _begun(model, PROMPT, Exit("margin", 0.01, layers=(0, 1, 2)), "recompute")
-    said = walk.begin()
-    seen = set()
-    for _ in range(10):
-        walk.ids.append(int(said.argmax()) if len(walk.ids) % 3 else 9)
-        walk.policy = Exit("margin", 0.0 if len(walk.ids) % 4 else math.inf, layers=(len(walk.ids) % 3,))
-        walk.checked = walk.policy.checked(model)
-        walk.sites = {i: f"layers.{i}.resid_post" for i in walk.checked}
-        said = walk.step()
-        seen.add(walk.exited)
-        if walk.exited is None:
-            full = model.run([walk.ids]).logits[0, -1]
-            torch.testing.assert_close(said[0], full, atol=1e-4, rtol=1e-4)
-        else:
-            state = model.run([walk.ids], keep=[f"layers.{walk.exited}.resid_post"]).tensor(
-                f"layers.{walk.exited}.resid_post"
+    walk, texts = begun(
+        model, [PROMPT, "The city", "the capital of Italy is"], Exit("margin", 0.01, layers=(0, 1, 2)), "recompute"
+    )
+    rows, said = walk.begin(texts)
+    seen: list[set[int | None]] = [set() for _ in rows]
+    for step in range(10):
+        for row, logits in zip(rows, said, strict=True):
+            row.ids.append(int(logits.argmax()) if len(row.ids) % 3 else 9)
+        walk.follow(
+            Exit(
+                "probability",
+                float(np.median(said.softmax(-1).max(-1).values)) if step % 4 else math.inf,
+                layers=(step % 3,),
             )
-            torch.testing.assert_close(said[0], pl.lenses.unembed(model, state)[0, -1], atol=1e-4, rtol=1e-4)
-    assert None in seen and len(seen) > 2
-    if walk.whole < len(walk.ids):
-        walk.catch_up(False)
-    with torch.no_grad():
-        made = model.module(input_ids=torch.tensor([walk.ids]), use_cache=True)
-    made = made.cache if hasattr(made, "cache") else made.past_key_values
-    for mine, theirs in zip(walk.cache.layers, made.layers, strict=True):
-        n = theirs.keys.shape[2]  # a sliding layer keeps its window
-        torch.testing.assert_close(mine.keys[:, :, -n:], theirs.keys, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(mine.values[:, :, -n:], theirs.values, atol=1e-5, rtol=1e-4)
+        )
+        said = walk.step(rows)
+        for row, logits in zip(rows, said, strict=True):
+            seen[row.number].add(row.exited)
+            name = "layers.3.resid_post" if row.exited is None else f"layers.{row.exited}.resid_post"
+            state = model.run([row.ids], keep=[name]).tensor(name)
+            torch.testing.assert_close(logits, pl.lenses.unembed(model, state)[0, -1], atol=1e-4, rtol=1e-4)
+    assert any(None in each and len(each) > 2 for each in seen)
+    behind = [row for row in rows if row.whole < len(row.ids)]
+    if behind:
+        walk.catch_up(behind, False)
+    for row in rows:
+        with torch.no_grad():
+            made = model.module(input_ids=torch.tensor([row.ids]), use_cache=True)
+        made = made.cache if hasattr(made, "cache") else made.past_key_values
+        for mine, theirs in zip(walk.cache.layers, made.layers, strict=True):
+            n = theirs.keys.shape[2]  # a sliding layer keeps its window
+            for kept, wanted in zip(mine.rows[row.number], (theirs.keys, theirs.values), strict=True):
+                torch.testing.assert_close(kept[None, :, -n:], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "states"), [*((f, "recompute") for f in FAMILIES), ("llama", "propagate"), ("gpt2", "propagate")]
+)
+def test_a_batch_is_its_rows_one_by_one(family: str, states: str) -> None:
+    model, prompts = opened(family), [PROMPT, "The city", "the capital of Italy is in the"]
+    residual = model.run(PROMPT, keep=["layers.1.resid_post"]).tensor("layers.1.resid_post")
+    middle = float(
+        pl.lenses.unembed(model, residual)[0].softmax(-1).max(-1).values.median()
+    )  # rows part: some exit, some do not
+    policy = Exit("probability", middle, layers=(0, 1, 2))
+    together = generate_early(model, prompts, policy, states=states, max_new_tokens=8)  # type: ignore[arg-type]
+    apart = set()
+    for i, prompt in enumerate(prompts):
+        alone = generate_early(model, prompt, policy, states=states, max_new_tokens=8)  # type: ignore[arg-type]
+        row = together.data.isel(prompt=i, position=slice(0, alone.data.sizes["position"]))
+        assert row.id.values.tolist() == alone.data.id.values.tolist()
+        assert (row.layer == alone.data.layer).all() and (row.agrees == alone.data.agrees).all()
+        apart |= set(row.layer.values.tolist())
+    assert len(apart) > 1 and np.isnan(together.data.layer.values[together.data.id.values < 0]).all()
+    assert "<" in together._repr_html_() and len(together.data.attrs["text"]) == 3
 
 
 @pytest.mark.parametrize("states", ["recompute", "propagate"])
@@ -146,15 +173,14 @@ def test_generating_early_says_where_each_token_was_chosen_and_what_it_cost(fami
     assert (some.data.layer[1:] == 2).all() and int(some.data.layer[0]) == 4 and float(some.data.time) > 0
     assert (some.data.blocks[1:] > 2).all() and "<" in some._repr_html_()
     if states == "propagate":  # a block's keys and values are those of the exit's state
-        walk = _begun(model, PROMPT, Exit("margin", 0.0, layers=(1,)), "propagate")
-        walk.begin()
-        walk.ids.append(7)
-        walk.step()
-        n = len(walk.ids)
-        assert [layer.keys.shape[2] for layer in walk.cache.layers] == [n] * 4
-        state = model.run([walk.ids], keep=["layers.1.resid_post"]).tensor("layers.1.resid_post")
-        put = model.run([walk.ids], edits=[pl.Patch("layers.2.resid_post@-1", state[:, -1:])], keep=["layers.*.attn.v"])
-        value, kept = put.tensor("layers.3.attn.v")[0, -1], walk.cache.layers[3].values[0, :, -1]
+        walk, texts = begun(model, PROMPT, Exit("margin", 0.0, layers=(1,)), "propagate")
+        (row,), _ = walk.begin(texts)
+        row.ids.append(7)
+        walk.step([row])
+        assert walk.cache.tokens(0) == [len(row.ids)] * 4
+        state = model.run([row.ids], keep=["layers.1.resid_post"]).tensor("layers.1.resid_post")
+        put = model.run([row.ids], edits=[pl.Patch("layers.2.resid_post@-1", state[:, -1:])], keep=["layers.*.attn.v"])
+        value, kept = put.tensor("layers.3.attn.v")[0, -1], walk.cache.layers[3].rows[0][1][:, -1]
         if value.shape == kept.shape:  # one row for each kept head; not where the map repeats them
             torch.testing.assert_close(kept, value, atol=1e-4, rtol=1e-4)
 
@@ -165,7 +191,8 @@ def test_draft_and_verify_is_greedy_token_for_token(family: str) -> None:
     for number, text in enumerate(TEXTS[:3]):
         found = draft_and_verify(model, text, layers=1 + number, ahead=2 + number, max_new_tokens=9)
         ids = [int(i) for i in model.inputs(text).stream("").ids[0]]
-        assert found.data.id.values.tolist() == _greedy(model, ids, 9, {2})[0]
+        (greedy,) = plainly(model, [ids], 9)
+        assert found.data.id.values.tolist() == greedy[: greedy.index(2) + 1 if 2 in greedy else 9]
         assert 0 <= float(found.data.accepted) <= 1
 
 
@@ -211,8 +238,8 @@ def test_what_cannot_exit_is_refused_by_name() -> None:
             exits(opened(family), [("the", "of")] if family == "t5" else TEXTS[:2], Exit())
         with pytest.raises(Refused, match="no early exit"):
             generate_early(opened(family), "The city", Exit())
-    with pytest.raises(InputError, match="one at a time"):
-        generate_early(model, ["The", "the city"], Exit())
+    with pytest.raises(InputError, match="2 prompts: expected one"):
+        draft_and_verify(model, ["The", "the city"], layers=1)
     with pytest.raises(InputError, match="by='size'"):
         Exit("size")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="go together"):

@@ -55,6 +55,12 @@ def test_confidence_takes_the_lower_entropy_after_the_next_block_token_by_token(
     model = opened("llama")
     variants = {"a": changed(model, 1), "b": changed(model, 2)}
     found = chosen_variants(model, variants, TEXTS[0], layers=1)
+    ids = model.inputs(TEXTS[0]).tensors["input_ids"]
+    padded = {
+        "input_ids": torch.nn.functional.pad(ids, (3, 0)),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), (3, 0)),
+    }
+    assert (chosen_variants(model, variants, padded, layers=1).data.chosen == found.data.chosen).all()
     states = [m.run(TEXTS[0], keep=["layers.1.resid_post"]).tensor("layers.1.resid_post") for m in variants.values()]
     entropy = []
     for state in states:
@@ -101,12 +107,16 @@ def test_what_cannot_stand_side_by_side_is_refused() -> None:
         "differs outside": lambda: ensemble(model, {"a": a, "b": changed(model, 3, layer=2)}, TEXTS, layers=1),
         "own after them": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=[2, 3]),
         "expected neighbours": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=[0, 2]),
-        "another shape": lambda: ensemble(model, {"a": a, "b": opened("gpt2")}, TEXTS, layers=1),
         "needs gate": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=1, routes=["gate"]),
         "chooses nothing": lambda: chosen_variants(model, {"a": a, "b": b}, "The", layers=1, route="mean"),
     }.items():
         with pytest.raises(InputError, match=said):
             work()
+    kinds = opened("gemma3_text")  # a sliding and a full layer that changed places would be given each other's masks
+    with pytest.raises(Refused, match="layer_types"):
+        ensemble(kinds, {"a": kinds, "b": pl.surgery.swap(kinds, 0, 1)}, TEXTS, layers=[0, 1])
+    with pytest.raises(Refused, match="one is a"):
+        ensemble(model, {"a": a, "b": opened("gpt2")}, TEXTS, layers=1)
     for family in ("bert", "t5"):
         other = opened(family)
         with pytest.raises(Refused, match="left to right"):

@@ -172,15 +172,22 @@ def test_an_arm_that_never_left_the_constant_is_untrained() -> None:
     assert made.result.data["untrained"].all() and "ntrained" in made.result.title
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched() -> None:
+def test_a_loss_that_is_no_number_stops_and_the_last_good_weights_are_kept() -> None:
+    at = [2]
+
     class Broken(tu.Objective):
         def loss(self, seen: Any, generator: Any) -> Any:
-            return seen.logits.sum() * float("nan" if seen.batch.step == 2 else 1)
+            return seen.logits.sum() * float("nan" if seen.batch.step == at[0] else 1)
 
     with pytest.raises(tu.Diverged, match="Broken is nan at step 2") as caught:
         tu.fit(opened("bert-class"), data(), Broken(), control=False, **QUICK)
-    assert all(torch.isfinite(p).all() for p in caught.value.model.module.parameters())
-    assert not equal(weights(caught.value.model), weights(opened("bert-class")))
+    at[0] = 99
+    one = tu.fit(opened("bert-class"), data(), Broken(), control=False, **QUICK | {"steps": 1})
+    assert equal(weights(caught.value.model), weights(one.model))  # those of step 1, at which all were numbers
+    far = QUICK | {"learning_rate": 1e30}
+    with pytest.raises(tu.Diverged, match="is nan at step 1") as caught:  # weights that one step threw far away
+        tu.fit(opened("bert-class"), data(), (), **far)
+    assert equal(weights(caught.value.model), weights(opened("bert-class")))
 
 
 def test_only_what_is_chosen_changes_weight_decay_included() -> None:
@@ -225,6 +232,9 @@ def test_bad_input_has_one_clear_error_each() -> None:
         (InputError, "of text 0: 'elephant' is not in it", lambda: tu.fit(model, tu.Rationales(given.texts, given.labels, {"decoy": ["elephant"] * 8}), (), **QUICK)),
         (InputError, "of text 0: no token stands for characters .* nearest tokens are 'is'", lambda: tu.fit(spaced(), tu.Rationales(["he is in Rome"] * 2, [0, 1], {"decoy": [(5, 6)] * 2}), (), **QUICK)),
         (InputError, "vanishes as the model gets sure", lambda: tu.RightReasons("decoy", of="probability")),  # type: ignore[arg-type]
+        (InputError, "layers by number, slice or list", lambda: tu.fit(model, given, (), layers="all", **QUICK)),
+        (InputError, "is a mask of 3 tokens, and the text has", lambda: tu.fit(model, tu.Rationales(["he is"] * 2, [0, 1], {"decoy": [torch.ones(3).bool()] * 2}), (), **QUICK)),
+        (InputError, "is a file: name a folder", lambda: tu.fit(model, given, (), checkpoint=__file__, **QUICK)),
         (InputError, "there is no layer 9", lambda: tu.fit(model, given, (), layers=[9], **QUICK)),
         (InputError, "one for each text", lambda: tu.Rationales(["a"], [0, 1])),
         (InputError, "is no class", lambda: tu.fit(model, tu.Rationales(["he is", "Mary is"], [0, 7]), (), **QUICK)),

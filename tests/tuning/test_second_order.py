@@ -115,6 +115,39 @@ def test_integrated_gradients_add_up_to_what_the_baseline_takes_away_and_are_dif
         assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float(found[name][3, 5]), rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize("through", ["integrated", "expected"])
+def test_penalties_on_paths_are_those_of_texts_one_by_one(through: str) -> None:
+    """Points, baselines and gradients by hand, a text at a time, through the model's own inputs_embeds."""
+    model = copy("eager", torch.float64)
+    encoded = Encoded(model, data(n=4))
+    batch, table = encoded.batch(range(4)), model.module.get_input_embeddings()
+    drawn, total = torch.Generator().manual_seed(3), torch.zeros(4, batch.ids.shape[1], 32, dtype=torch.float64)
+    for k in range(2):
+        donors = [int(torch.randint(4, (1,), generator=drawn)) for _ in range(4)] if through == "expected" else []
+        at = torch.rand(4, 1, 1, generator=drawn) if donors else torch.full((4, 1, 1), (k + 0.5) / 2)
+        for b in range(4):
+            ids, n = batch.ids[b], int(batch.inputs.stream("").lengths[b])
+            base = ids.clone()
+            for i, place in enumerate(encoded.content[b]):
+                given = encoded.content[donors[b]] if donors else []
+                base[place] = batch.ids[donors[b], given[i % len(given)]] if donors else model.tokenizer.mask_token_id
+            x, x0 = table(ids[:n]).detach(), table(base[:n]).detach()
+            point = (x0 + at[b].double() * (x - x0)).requires_grad_()
+            with torch.enable_grad():
+                z = model.module(inputs_embeds=point[None]).logits[0]
+                y = int(batch.answers[b])
+                (g,) = torch.autograd.grad(z[y] - z[1 - y], point)
+            total[b, :n] += (x - x0) * g / 2
+    sizes, mask = total.square().sum(-1), batch.masks["decoy"]
+    slow = (sizes * mask).sum(1) / (sizes * batch.content).sum(1).clamp_min(1e-12)  # 0 where a text is its own baseline
+    for form, value in (("share", slow), ("outside", 1 - slow), ("absolute", (sizes * mask).sum(1))):
+        objective = tu.RightReasons("decoy", through=through, steps=2, form=form)  # type: ignore[arg-type]
+        with torch.enable_grad():
+            seen = Pass(model, batch, encoded, gradients=True)
+            found = float(objective.loss(seen, torch.Generator().manual_seed(3)).detach())
+        assert found == pytest.approx(float(value.mean()), rel=1e-6)
+
+
 def test_occlusion_is_the_divergence_of_two_predictions_written_out() -> None:
     model = copy("eager", torch.float64)
     encoded = Encoded(model, data(n=3))

@@ -124,12 +124,20 @@ def test_in_mixed_precision_weights_stay_whole_and_an_interrupted_run_goes_on(tm
 def test_what_diverges_leaves_the_last_good_weights(tmp_path: Path) -> None:
     class Broken(tu.Objective):
         def loss(self, seen: Any, generator: Any) -> Any:
-            return seen.logits.sum() * float("nan" if seen.batch.step == 1 else 1)
+            return seen.logits.sum() * float("nan" if seen.batch.step == 2 else 1)
+
+    def made(steps: int, objective: Any, **more: Any) -> Any:
+        args = arguments(tmp_path, 4, 1, max_steps=steps, lr_scheduler_type="constant", **more)
+        return tu.trainer(opened("bert-class"), data(n=16), objective, args)
 
     with pytest.raises(tu.Diverged) as caught:
-        tu.trainer(opened("bert-class"), data(), Broken(), arguments(tmp_path, 4, 1, max_steps=3)).train()
-    assert all(torch.isfinite(p).all() for p in caught.value.model.module.parameters())
-    assert not equal(weights(caught.value.model), weights(opened("bert-class")))
+        made(3, Broken()).train()
+    one = made(1, Broken())
+    one.train()
+    assert equal(weights(caught.value.model), weights(one.tuned))  # those of step 1, at which all were numbers
+    with pytest.raises(tu.Diverged, match="is nan at step 1") as caught:  # weights that one step threw far away
+        made(3, tu.Consistency("decoy"), learning_rate=1e30).train()
+    assert equal(weights(caught.value.model), weights(opened("bert-class")))
 
 
 @pytest.mark.parametrize("kind", ["concepts", "selection"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import pellucid as pl
+from pellucid.changed import Replaced
 from pellucid.errors import InputError
 from pellucid.results import Result
 from pellucid.views import schema as s
@@ -34,6 +36,34 @@ def test_methods_on_one_prompt_stand_side_by_side_with_their_agreement() -> None
     assert "data-pellucid" in shown._repr_html_()
     with pytest.raises(InputError, match="other tokens"):
         pl.views.compare({"one": words([1, 2, 3], ["a", "b", "c"]), "two": words([1, 2, 3], ["a", "b", "d"])})
+
+
+def test_one_method_before_and_after_a_change_has_one_scale_and_attention_is_shown_by_choice(llama: pl.Model) -> None:
+    with torch.no_grad():
+        other = llama.changed(Replaced("model.layers.1.mlp.down_proj.weight", torch.zeros(32, 48)))
+    models = {"before": llama, "after": other}
+    own = {name: pl.attribution.occlusion(m, PROMPT) for name, m in models.items()}
+    shown = pl.views.compare(own).data
+    largest = max(float(np.abs(r.data["attribution"]).max()) for r in own.values())
+    assert isinstance(shown, s.Tokens) and shown.full == pytest.approx(largest)
+    several = {"occlusion": own["before"], "gradients": pl.attribution.saliency(llama, PROMPT)}
+    assert pl.views.compare(several).data.full is None  # other methods have other units
+    looks = pl.views.compare({name: pl.attention.patterns(m, PROMPT) for name, m in models.items()}).data
+    assert isinstance(looks, s.Attention) and [each.name for each in looks.stacks] == ["before", "after"]
+    with pytest.raises(InputError, match="other tokens"):
+        pl.views.compare({"a": pl.attention.patterns(llama, PROMPT), "b": pl.attention.patterns(llama, "When Mary")})
+
+
+def test_a_frontier_is_a_line_over_the_weights_with_the_others_as_points() -> None:
+    numbers = {"accuracy": [1, 0.9, 0.8, 0.5], "low": [1, 0.8, 0.7, 0.4], "high": [1, 1, 0.9, 0.6], "swap_effect": [9, 3, 1, 0],
+               "cost": [1, 2, 2, 2], "weight": [0, 1, 10, 10], "untrained": [False, False, False, True]}  # fmt: skip
+    points = {"point": ["plain", "weight 1", "weight 10", "control"]}
+    data = xr.Dataset({k: ("point", np.asarray(v)) for k, v in numbers.items()}, points)
+    shown = document(Result(data, kind="frontier", title="t")).data
+    assert isinstance(shown, s.Curves) and [line.name for line in shown.lines] == ["plain", "weights 1, 10"]
+    assert (
+        shown.lines[1].x.array().tolist() == [3, 1] and shown.lines[1].low is not None and shown.x.name == "swap effect"
+    )
 
 
 def test_logit_and_tuned_lens_share_a_grid_each_with_its_own_numbers(llama: pl.Model) -> None:

@@ -282,6 +282,7 @@ export interface Tokens {
   tracks: Track[];
   unit?: string;
   comparison?: Fact[];
+  full?: number | null;
 }
 
 /** What a probe or monitor says at every token, by layer. */

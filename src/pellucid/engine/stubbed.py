@@ -35,6 +35,17 @@ def grow(tree: Any, n: int, rows: int) -> Any:
     return tree
 
 
+def picked(tree: Any, chosen: Any, rows: int) -> Any:
+    """These rows of tensors of batch size `rows`, inside tuples, lists and mappings too."""
+    if isinstance(tree, Tensor):
+        return tree[chosen] if tree.ndim and len(tree) == rows else tree
+    if isinstance(tree, (tuple, list)) and not hasattr(tree, "_fields"):
+        return type(tree)(picked(t, chosen, rows) for t in tree)
+    if type(tree) is dict:
+        return {k: picked(v, chosen, rows) for k, v in tree.items()}
+    return tree
+
+
 @contextmanager
 def skipping(anatomy: Anatomy, recording: Recording | None, before: int, n: int, rows: int) -> Iterator[None]:
     """Blocks before `before` return their recorded output, in this thread only."""

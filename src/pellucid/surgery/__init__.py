@@ -2,12 +2,14 @@
 
 from pellucid.surgery.arranging import Arranged, parallel, remove, reorder, repeat, swap
 from pellucid.surgery.covariance import KeyCovariance
-from pellucid.surgery.early import draft_and_verify, generate_early
+from pellucid.surgery.draft import draft_and_verify
+from pellucid.surgery.early import generate_early
 from pellucid.surgery.editing import Edited, edit
 from pellucid.surgery.exit_calibration import calibrate, chosen_policy
 from pellucid.surgery.exit_head import ExitHead
 from pellucid.surgery.exit_policy import Exit
 from pellucid.surgery.exits import exits
+from pellucid.surgery.gate import Gate
 from pellucid.surgery.importance import layer_importance
 from pellucid.surgery.keys import Fact
 from pellucid.surgery.remix import Recipe, remix, take
@@ -18,7 +20,7 @@ from pellucid.surgery.splice import splice
 from pellucid.surgery.stitch import Stitch
 from pellucid.surgery.stitching import stitching
 from pellucid.surgery.values import Search
-from pellucid.surgery.variants import Gate, chosen_variants, ensemble
+from pellucid.surgery.variants import chosen_variants, ensemble
 
 __all__ = [
     "Arranged",

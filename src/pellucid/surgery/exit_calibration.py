@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from pellucid.engine.pausing import progress
@@ -21,7 +20,7 @@ from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import binomial_p, fixed_sequence
 from pellucid.surgery.exit_policy import Exit
-from pellucid.surgery.exits import Pass, Read, costs, judge, passed
+from pellucid.surgery.exit_reading import costs, judge, passed
 from pellucid.technique import technique
 
 GRID = 40  # thresholds that are tried
@@ -54,11 +53,13 @@ def calibrate(
     policy.check(model)
     layers, n = policy.checked(model), costs(model)[1]
     rows = corpus_rows(model, texts, tokens, context)
-    passes = [passed(model, row, [policy]) for row in progress(rows, "calibration")]
     rng = np.random.default_rng(seed)
     if per_text is not None:
         at_least(1, per_text=per_text)
-        passes = [_at(each, rng.permutation(len(each.final))[:per_text]) for each in passes if len(each.final)]
+    passes = []
+    for row in progress([row for row in rows if len(row.ids) > 1], "calibration"):
+        at = None if per_text is None else np.sort(rng.permutation(len(row.ids) - 1)[:per_text])
+        passes.append(passed(model, row, [policy], at=at))
     grid = thresholds(policy.by, len(layers), _vocabulary(model))
     judged = [judge(passes, 0, layers, n, float(t)) for t in grid]
     wrong = np.array([(1 - j.agrees).sum() for j in judged])
@@ -97,9 +98,3 @@ def thresholds(by: str, checks: int, tokens: int) -> np.ndarray:
     if by == "stable":
         return np.arange(checks, 0, -1.0)
     return -np.geomspace(1e-3, np.log(tokens), GRID) if by == "entropy" else 1 - np.geomspace(1e-4, 1, GRID)
-
-
-def _at(each: Pass, chosen: np.ndarray) -> Pass:
-    at = torch.as_tensor(np.sort(chosen))
-    read = [Read(r.said[:, at], r.nll[:, at], r.sure[:, at]) for r in each.read]
-    return Pass(each.final[at], each.plain[at], read, {})

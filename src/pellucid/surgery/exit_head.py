@@ -17,7 +17,7 @@ from pellucid.errors import InputError
 from pellucid.lenses.tuned_lens import corpus_rows
 from pellucid.model import Model
 from pellucid.surgery.exit_policy import Exit
-from pellucid.surgery.exits import passed
+from pellucid.surgery.exit_reading import passed
 from pellucid.technique import technique
 
 
@@ -43,6 +43,7 @@ class ExitHead:
         from sklearn.linear_model import LogisticRegression
 
         policy = Exit(layers=self.layers, lens=self.lens)
+        policy.check(model)
         made = [
             passed(model, row, [policy], states=True)
             for row in progress(corpus_rows(model, texts, self.tokens, self.context), "exit head")

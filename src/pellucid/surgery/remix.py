@@ -126,7 +126,7 @@ def remix(
             raise InputError(f"the recipe speaks of {name!r}, which is none of the models{nearest(name, models) or f': {list(models)}'}")  # fmt: skip
     first, last = (models[recipe.slices[i][0]] for i in (0, -1))
     for each in dict.fromkeys(name for name, _, _ in recipe.slices):
-        _check_alike(first, models[each], each)
+        check_alike(first, models[each], each)
     order = [i for _, i in recipe.layers]
     arranged: tuple[Change, ...] = ()
     if order != list(range(len(stack_named(first, stack).blocks))):
@@ -149,7 +149,7 @@ def take(model: Model, other: Model, layers: Layers, *, stack: str = "") -> Mode
     found = stack_named(model, stack)
     chosen = layer_set(found, layers)
     n = len(found.blocks)
-    _check_alike(model, other, "the other")
+    check_alike(model, other, "the other")
     blocks = block_list(found)
     return model.changed([c for i in range(n) if i in chosen for c in _differing(model, other, f"{blocks}.{i}", f"{blocks}.{i}", "apart")])  # fmt: skip
 
@@ -173,7 +173,7 @@ def _differing(first: Model, other: Model, module: str, place: str, ties: Any) -
         yield Replaced(f"{place}.{name}", tensor.detach(), ties=ties)
 
 
-def _check_alike(first: Model, other: Model, name: str) -> None:
+def check_alike(first: Model, other: Model, name: str) -> None:
     """Refused where two models are not of one shape or do not speak of the same tokens."""
     if other is first:
         return

@@ -91,7 +91,17 @@ def similarity(
                       {"measure": list(MEASURES), "layer": [*a], "other": [*b]})  # fmt: skip
     high = [m for m, v, c in zip(MEASURES, values, control, strict=True) if c.mean() > 0.5 * v.mean()]
     note = f"; mostly what unrelated rows give: {', '.join(high)}" if high else ""
-    return Result(data, kind="similarity", title=f"{model.name} and {other.name}, layer by layer{note}")
+    return Result(data, kind="similarity", title=f"{model.name} and {other.name}: {_told(data)}{note}")
+
+
+def _told(data: xr.Dataset) -> str:
+    """The most and the least alike layers, by a measure that unrelated rows do not raise and by nearest neighbours."""
+    said = []
+    for name in ("unbiased_cka", "neighbours"):
+        flat = data.similarity.sel(measure=name).stack(pair=("layer", "other"))
+        most, least = flat[int(flat.values.argmax())], flat[int(flat.values.argmin())]
+        said.append(f"{name} {float(most):.2f} (layers {int(most.layer)}, {int(most.other)}) to {float(least):.2f} ({int(least.layer)}, {int(least.other)})")  # fmt: skip
+    return ", ".join(said)
 
 
 def longer(found: Sequence[dict[str, Tensor]], site: str) -> float:

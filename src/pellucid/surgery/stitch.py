@@ -142,12 +142,10 @@ class Stitch:
             {0: (into, [self.translate(m[after][p.columns]) for p, m in zip(found, mine, strict=True)])},
         )
         low, high = interval((values[0] - plain) * sizes, seed, over=sizes)
-        mean = (values[0] @ sizes, plain @ sizes)
-        data = xr.Dataset({"penalty": (mean[0] - mean[1]) / sizes.sum(), "low": low, "high": high,
-                           "nll": mean[0] / sizes.sum(), "receiver": mean[1] / sizes.sum()})  # fmt: skip
-        return Result(
-            data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}"
-        )
+        nll, own = values[0] @ sizes / sizes.sum(), plain @ sizes / sizes.sum()
+        data = xr.Dataset({"penalty": nll - own, "low": low, "high": high, "nll": nll, "receiver": own})
+        found = f"costs {nll - own:+.3f} nats a token [{float(low):.3f}, {float(high):.3f}]"
+        return Result(data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}: {found}")  # fmt: skip
 
     # ---- files
 

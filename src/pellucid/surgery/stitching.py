@@ -94,7 +94,21 @@ def stitching(
         known = [_knowing_nothing(table, name, sender, receiver, seed).values for name in controls]
         data["control_penalty"] = (("control", *dims), (np.stack(known) - plain) @ sizes / size)
         data = data.assign_coords(control=controls)
-    return Result(data, kind="stitching", title=f"What it costs to go on from another's residual{_warned(data)}")
+    return Result(data, kind="stitching", title=f"{sender.name} into {receiver.name}: {_told(data)}{_warned(data)}")
+
+
+def _told(data: xr.Dataset) -> str:
+    """The cheapest and the dearest join of every map, and the best that a control does."""
+    said = []
+    for name in data["map"].values:
+        flat = data.penalty.sel(map=name).stack(join=("after", "into")).dropna("join")
+        if flat.size:
+            low, high = flat[int(flat.values.argmin())], flat[int(flat.values.argmax())]
+            said.append(f"{name} {float(low):+.2f} nats (block {int(low.after)} into {int(low['into'])}) to {float(high):+.2f} ({int(high.after)} into {int(high['into'])})")  # fmt: skip
+    if "control_penalty" in data:
+        best = data.control_penalty.min(("map", "after", "into"))
+        said.append(f"knowing nothing {float(best.min()):+.2f} ({best['control'].values[int(best.values.argmin())]})")
+    return ", ".join(said)
 
 
 def _warned(data: xr.Dataset) -> str:

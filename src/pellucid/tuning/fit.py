@@ -11,7 +11,7 @@ Arms, each trained on the same batches in the same order, once for every seed:
 
 What is read off is behaviour on texts that were not trained on and on `shifts` of them, beside what the explanations say. An
 arm whose loss on its own training texts never left the best constant prediction (95 % of its entropy) is `untrained`, and its
-other numbers are not drawn. A loss or a gradient that is no number stops before the weights are touched; what is kept is good.
+other numbers are not drawn. A loss or a gradient that is no number stops; the weights are put back to where all were.
 """
 
 from __future__ import annotations
@@ -52,10 +52,28 @@ TURNS = 5
 COPIED = "/copied."  # in the name of a tensor beside the model that is a copy of one in it, and learns at the same rate
 
 
-class Diverged(PellucidError):
+class Diverged(PellucidError, FloatingPointError):
     """A loss or a gradient is no number; `model` has the weights of the last step for which all were."""
 
     model: Model
+
+
+class Good:
+    """Trained tensors as they were when loss and gradients were last numbers: a copy, made once they are found to be."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.own, self.copies = list(tensors.values()), list[Tensor]()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        if not self.copies:
+            self.copies = [torch.empty_like(t) for t in self.own]
+        torch._foreach_copy_(self.copies, [t.detach() for t in self.own])
+
+    @torch.no_grad()
+    def back(self) -> None:
+        if self.copies:
+            torch._foreach_copy_([t.detach() for t in self.own], self.copies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +167,8 @@ def fit(
         raise InputError(
             f"seeds={list(seeds)}, batch={batch}, accumulate={accumulate}: expected a seed, and a batch that splits evenly"
         )
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise InputError(f"checkpoint={str(checkpoint)!r} is a file: name a folder, in which every arm gets one")
     given = parts(objectives)
     encoded = Encoded(model, data, truncate)
     splits = {
@@ -280,6 +300,7 @@ class Fit:
         self.parameters: dict[str, Tensor] = self.chosen.parameters | own
         kept = [name for each in self.objectives if each.weight > 0 for name in each.undecayed(self.chosen.model)]
         self.undecayed = frozenset([*self.chosen.masks, *kept])
+        self.good = Good(self.parameters)
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -344,24 +365,26 @@ class Fit:
                 if each.name in values:
                     whole = whole + each.weight * values[each.name] * share
                     noted[each.name] = noted.get(each.name, 0.0) + float(values[each.name].detach()) * share
-            check_finite(noted, step, self.chosen.model)
+            check_finite(noted, step, self.chosen.model, self.good)
             whole.backward(inputs=list(self.parameters.values()))
         self.chosen.mask()
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        check_finite({"the gradient": float(norm)}, step, self.chosen.model)
+        check_finite({"the gradient": float(norm)}, step, self.chosen.model, self.good)
+        self.good.keep()
         if s.clip is not None and grads:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), s.clip, norm)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]
 
 
-def check_finite(values: Mapping[str, float], step: int, model: Model) -> None:
-    """Diverged where a term of the loss, or a gradient, is no number."""
+def check_finite(values: Mapping[str, float], step: int, model: Model, good: Good) -> None:
+    """Diverged where a term of the loss, or a gradient, is no number; the weights are then what they were while all were."""
     for name, value in values.items():
         if not math.isfinite(value):
+            good.back()
             error = Diverged(
-                f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped before the weights were "
-                "touched; the error's .model has them as they were last good. A lower learning_rate, or a lower weight, may help"
+                f"{name if name != 'task' else 'the cross-entropy'} is {value} at step {step}: stopped; the error's .model has the "
+                "weights of the last step at which all were numbers. A lower learning_rate, or a lower weight, may help"
             )
             error.model = model
             raise error

@@ -155,6 +155,10 @@ def asked(model: Model, only: Only, named: Mapping[str, Tensor]) -> tuple[list[s
     n = len(stack.blocks)
     chosen: list[str] = []
     layers = only.layers if only.layers is not None else []
+    if not isinstance(layers, int | slice) and (isinstance(layers, str) or not all(isinstance(i, int) for i in layers)):
+        raise InputError(
+            f"layers={layers!r}: expected layers by number, slice or list (slice(None): all), or Only(...)"
+        )
     for i in range(n)[layers] if isinstance(layers, slice) else [layers] if isinstance(layers, int) else layers:
         if not -n <= i < n:
             raise InputError(f"there is no layer {i}: this stack has {n} (0 to {n - 1})")

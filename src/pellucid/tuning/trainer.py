@@ -6,8 +6,8 @@ accumulation    a loss of one's own that is a mean is multiplied by the number o
                 Trainer asks the forward's signature, not the loss, whether it was scaled. Here it is said
                 (`loss_is_scaled_for_ga = False`), and the cross-entropy is divided by all answers of the accumulated batches
 columns         rows travel as their numbers, so none is dropped as unused
-no number       with `logging_nan_inf_filter` the log says 0 while every weight becomes NaN: here the run stops before the backward pass,
-                or before the step for a gradient
+no number       with `logging_nan_inf_filter` the log says 0 while every weight becomes NaN: here the run stops, and the weights are put
+                back to those of the last step at which loss and gradient were numbers
 
 Runs are in evaluation mode, without dropout. One process; with several, gradients would have to be shared in the wrapper's forward.
 """
@@ -30,7 +30,7 @@ from pellucid.engine.edits import Edit
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded, Rationales
-from pellucid.tuning.fit import COPIED, check_finite, drawn_beside, terms
+from pellucid.tuning.fit import COPIED, Good, check_finite, drawn_beside, terms
 from pellucid.tuning.objective import NONE, parts
 from pellucid.tuning.parts import choose
 
@@ -70,6 +70,7 @@ def trainer(
     kept = frozenset(
         [*chosen.masks, *(name for each in given if each.weight > 0 for name in each.undecayed(chosen.model))]
     )
+    good = Good(chosen.parameters | own)
     held_out = None if test is None else Encoded(model, test, truncate)
     for each_p in chosen.model.module.parameters():
         each_p.requires_grad_(False)
@@ -133,7 +134,7 @@ def trainer(
             with self.accelerator.autocast():
                 found = terms(chosen.model, encoded, batch, given, seed, step, self._part, beside)
             self._terms = {name: float(value.detach()) for name, value in found.items()}
-            check_finite(self._terms, step, chosen.model)
+            check_finite(self._terms, step, chosen.model, good)
             task = found["task"]
             if num_items_in_batch is not None:
                 task = task * (
@@ -182,9 +183,9 @@ def trainer(
             for group in optimizer.param_groups:
                 group["lr"] *= 1.0 if group.get("beside") else pace
             grads = [p.grad for p in (*chosen.parameters.values(), *own.values()) if p.grad is not None]
-            check_finite(
-                {"the gradient": float(torch.nn.utils.get_total_norm(grads))}, int(state.global_step), chosen.model
-            )
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            check_finite({"the gradient": norm}, int(state.global_step), chosen.model, good)
+            good.keep()
             if own and args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(own.values(), args.max_grad_norm)
 

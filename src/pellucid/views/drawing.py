@@ -113,8 +113,9 @@ def tokens(data: s.Tokens, ax: Axes, choice: str | None) -> None:
         track = _chosen(data.tracks, choice, "method")
         return _bars(ax, data.tokens, track.values.array().astype(float), data.unit or track.name, order=False)
     each = [t.values.array().astype(float) for t in data.tracks]
-    scaled = np.stack([v / (np.nanmax(np.abs(v), initial=0.0) or 1.0) for v in each])
-    _heat(ax, scaled, signed=any(t.signed for t in data.tracks), unit="share of the method's largest")
+    scaled = np.stack([v / (data.full or np.nanmax(np.abs(v), initial=0.0) or 1.0) for v in each])
+    unit = "share of the method's largest" if data.full is None else "share of the largest of all"
+    _heat(ax, scaled, signed=any(t.signed for t in data.tracks), unit=unit)
     _ticks(ax, "y", [t.name for t in data.tracks])
     _ticks(ax, "x", data.tokens)
 

@@ -51,6 +51,7 @@ def token_view(result: Result) -> s.Tokens:
 
 def tokens(methods: Mapping[str, Result], unit: str = "") -> s.Tokens:
     """One text under several methods, each a number per token; how far their orders agree is said beside them.
+    One method on several models (before and after a change) has one scale, so that what has become small looks small.
 
     InputError where they are not about the same tokens.
     """
@@ -67,11 +68,18 @@ def tokens(methods: Mapping[str, Result], unit: str = "") -> s.Tokens:
     told = np.any(
         [v != 0 for v in arrays.values()], axis=0
     )  # a token that every method leaves out says nothing about agreement
+    made = [r.provenance for r in methods.values()]
+    models = {p.digest for p in made if p is not None and p.digest is not None}
+    asked = [
+        (p.method, str({k: v for k, v in p.arguments.items() if k not in ("target", "against")})) for p in made if p
+    ]
+    alike = len(models) == len(made) > 1 and len(set(asked)) == 1
     pairs = [(a, b) for i, a in enumerate(arrays) for b in list(arrays)[i + 1 :]]
     agreement = tuple(
         Fact(name=f"{a} and {b}", value=f"{spearman(arrays[a][told], arrays[b][told]):.2f}") for a, b in pairs
     )
-    return s.Tokens(tokens=texts, positions=positions, tracks=tracks, unit=unit or ("" if len(arrays) > 1 else next(iter(arrays))), comparison=agreement)  # fmt: skip
+    return s.Tokens(tokens=texts, positions=positions, tracks=tracks, unit=unit or ("" if len(arrays) > 1 else next(iter(arrays))), comparison=agreement,
+                    full=float(np.nanmax([np.abs(v) for v in arrays.values()])) or None if alike else None)  # fmt: skip
 
 
 def plain_tokens(data: s.Tokens) -> Cells:

@@ -50,7 +50,14 @@ KINDS = [
         s.Contributions, forms.plain_contributions, drawing.contributions, forms.is_contributions, forms.contributions
     ),
     Kind(s.Traces, monitors.plain_traces, drawing.traces, monitors.is_traces, monitors.traces),
-    Kind(s.Attention, looking.plain_attention, drawing.attention, looking.is_attention, looking.attention),
+    Kind(
+        s.Attention,
+        looking.plain_attention,
+        drawing.attention,
+        looking.is_attention,
+        looking.attention,
+        looking.attentions,
+    ),
     Kind(s.Tokens, forms.plain_tokens, drawing.tokens, forms.is_tokens, forms.token_view, forms.tokens),
     Kind(s.Curves, forms.plain_curves, drawing.curves, forms.is_curves, forms.curves, forms.charts),
     Kind(s.Grid, forms.plain_grid, drawing.grid, forms.is_grid, forms.grid, forms.grids),

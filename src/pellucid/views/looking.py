@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from msgspec import structs
 
 from pellucid.errors import InputError
 from pellucid.results import Result
@@ -57,6 +58,19 @@ def attention(patterns: Result, *more: Result, first: tuple[int, int] | None = N
         roles = {at: role for result in more for at, role in roles_of(result, name).items()}
         made.append(_stack(name, found[name], flows, roles, first if name in ("pattern", "decoder") else None))
     return s.Attention(stacks=tuple(made))
+
+
+def attentions(results: Mapping[str, Result]) -> s.Attention:
+    """One prompt's attention in several models, before and after a change, shown by choice. InputError for other tokens."""
+    made = {name: attention(result).stacks for name, result in results.items()}
+    first = next(iter(made.values()))
+    for name, stacks in made.items():
+        if [(a.name, a.queries, a.keys) for a in stacks] != [(a.name, a.queries, a.keys) for a in first]:
+            raise InputError(f"{name!r} is about other tokens than {next(iter(made))!r}: compare models on one prompt")
+    own = ((name, stack) for name, stacks in made.items() for stack in stacks)
+    return s.Attention(
+        stacks=tuple(structs.replace(a, name=f"{name}, {a.name}" if a.name else name) for name, a in own)
+    )
 
 
 def _stack(name: str, pattern: xr.DataArray, flows: tuple[s.Flow, ...], roles: Roles, first: tuple[int, int] | None) -> s.Looking:  # fmt: skip

@@ -61,6 +61,7 @@ class Question:
     other_options: list[Option] = field(default_factory=list)  # on the counterfactual
     scores: tuple[float, ...] = ()  # the metric on the prompt and, if there is one, on the counterfactual
     made: str = ""  # how the counterfactual was made, if pellucid made it
+    searched: bool = False  # and that it was chosen because it changes the answer
     notes: tuple[str, ...] = ()
     asked: Asked | None = None  # as the methods ask it, where a word or a span is part of the question
     beside: str = ""  # the text that a sentence's vector is compared with

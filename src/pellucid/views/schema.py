@@ -119,6 +119,7 @@ class Tokens(Shown, frozen=True):
     tracks: tuple[Track, ...]
     unit: str = ""
     comparison: tuple[Fact, ...] = ()  # how far the methods agree
+    full: float | None = None  # of the scale that all tracks share; None: each has its own
 
 
 class Head(Struct, frozen=True):

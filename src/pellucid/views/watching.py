@@ -125,8 +125,27 @@ def _short(text: str, n: int = 28) -> str:
     return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
+def frontier(result: Result) -> s.Curves:
+    """Accuracy (the worst of any shift, where there is one) against what was bought: a line over the weights, the others as points."""
+    data = result.data
+    measure = next(str(n) for n in data.data_vars if n not in FRONTIER)
+    y = "shifted" if "shifted" in data else "accuracy"
+    points = [p for p in data["point"].values.tolist() if not bool(data["untrained"].sel(point=p))]
+    tried = [p for p in points if p.startswith("weight")]
+    groups = {"plain": ["plain"], f"weights {', '.join(p.split()[1] for p in tried)}": tried} | {p: [p] for p in points if p not in ("plain", *tried)}  # fmt: skip
+    lines = []
+    for name, some in groups.items():
+        own = data.sel(point=[p for p in some if p in points])
+        if own.sizes["point"]:
+            ends = {n: Numbers.of(own[n].values) for n in ("low", "high")} if y == "accuracy" else {}
+            lines.append(s.Line(name=name, x=Numbers.of(own[measure].values), y=Numbers.of(own[y].values), **ends))
+    return s.Curves(x=s.Ruler(name=measure.replace("_", " ")), y=s.Ruler(name="accuracy, worst split" if y == "shifted" else y), lines=tuple(lines))  # fmt: skip
+
+
+FRONTIER = ("accuracy", "low", "high", "cost", "weight", "untrained", "shifted")
 CURVES: Mapping[str, Callable[[Result], s.Curves]] = {
     "monitor evaluation": evaluation,
     "strengths": sweep,
     "honesty": beliefs,
+    "frontier": frontier,
 }
