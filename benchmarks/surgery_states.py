@@ -120,27 +120,27 @@ def identity(model: pl.Model, path: str) -> None:
 
 def self_stitch(model: pl.Model, path: str) -> None:
     """Bar 13, second half: one model's own depths, beside what knows nothing, and beside similarity of the same states."""
-    layers, texts = [3, 11, 19, 27], reviews(path, 100)
-    found = pl.surgery.stitching(model, model, texts, after=layers, into=layers, tokens=1300, held_out=96,
-                                 kinds=["identity", "affine"], controls=["tokens", "permuted", "redrawn", "redrawn receiver"])  # fmt: skip
-    print(found.title)
+    layers, texts = [3, 15, 27], reviews(path, 60)
     apart = np.abs(np.subtract.outer(np.arange(len(layers)), np.arange(len(layers))))
 
     def told(name: str, values: np.ndarray) -> None:
-        by = {8 * int(d): round(float(values[apart == d].mean()), 2) for d in range(len(layers))}
+        by = {12 * int(d): round(float(values[apart == d].mean()), 2) for d in range(len(layers))}
         print(f"{name}: by distance {by}; Spearman with the distance {pl.statistics.spearman(apart.ravel(), values.ravel()):.2f}\n", values.round(2), flush=True)  # fmt: skip
 
-    for name in found.data["map"].values:
-        told(f"{name}, rows after, columns into", found.data.penalty.sel(map=name).values)
-        for control in found.data["control"].values:
-            known = found.data.control_penalty.sel(map=name, control=control).values
-            if np.isfinite(known).all():
-                told(f"  control {control}, {name}", known)
-    like = pl.surgery.similarity(model, model, texts[:30], layers=layers, other_layers=layers)
+    like = pl.surgery.similarity(model, model, texts[:12], tokens=600, layers=layers, other_layers=layers)
     print(like.title)
     for name in like.data["measure"].values:
         told(str(name), like.data.similarity.sel(measure=name).values)
         told(f"  rows in another order, {name}", like.data.control.sel(measure=name).values)
+    for controls in (["permuted"], ["redrawn receiver"], ["redrawn"]):
+        found = pl.surgery.stitching(model, model, texts, after=layers, into=layers, tokens=640, held_out=64, kinds=["identity", "ridge"], controls=controls)  # fmt: skip
+        print(found.title)
+        for name in found.data["map"].values:
+            told(f"{name}, rows after, columns into", found.data.penalty.sel(map=name).values)
+            for control in found.data["control"].values:
+                known = found.data.control_penalty.sel(map=name, control=control).values
+                if np.isfinite(known).all():
+                    told(f"  control {control}, {name}", known)
 
 
 def exits(model: pl.Model, path: str) -> None:

@@ -8,6 +8,7 @@ passing many tokens at once costs little more than one, and a block that one row
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,7 @@ def generate_early(
     width = max(map(len, new))
     plainly(model, texts, width)
     full_seconds = time.perf_counter() - started
-    told = {k: (GRID, _filled(v, np.nan, width)) for k, v in {"layer": layers, "blocks": paid}.items()}
+    told = {"layer": (GRID, _filled(layers, np.nan, width)), "blocks": (GRID, _filled(paid, np.nan, width))}
     written = _written(model, texts, new, choices, width)
     data = xr.Dataset(told, attrs=written.attrs).merge(written)
     data = data.assign(blocks_full=walk.n + walk.unembedding, time=seconds / full_seconds)
@@ -119,7 +120,7 @@ def _written(
                       {"text": ["" if words is None else words.decode(own) for own in new]})  # fmt: skip
 
 
-def _filled(values: list[list[Any]], empty: Any, width: int) -> np.ndarray:
+def _filled(values: Sequence[Sequence[Any]], empty: Any, width: int) -> np.ndarray:
     return np.array([[*v, *[empty] * (width - len(v))] for v in values])
 
 

@@ -113,8 +113,8 @@ def ensemble(
     alone, ways = data.sel(route=list(variants)), data.sel(route=asked)
     one, best = (each.isel(route=int(each.nll.values.argmin())) for each in (alone, ways))
     where = f"layer {span.first}" if span.first == span.last else f"layers {span.first} to {span.last}"
-    found = f"{best.route.item()} of {len(variants)} variants of {where} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
-    return Result(data, kind="ensemble", title=found[0].upper() + found[1:] + note)
+    said = f"{best.route.item()} of {len(variants)} variants of {where} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
+    return Result(data, kind="ensemble", title=said[0].upper() + said[1:] + note)
 
 
 @technique
