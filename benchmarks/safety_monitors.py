@@ -302,13 +302,13 @@ def shift_table(model: pl.Model, data: Path) -> None:
 # ---- a reader in the objective
 
 
-def evasion(model: pl.Model, data: Path, steps: int = 40) -> None:
+def evasion(model: pl.Model, data: Path, steps: int = 32) -> None:
     """Bar 18, no number asked for: blocks 10 to 14 trained until a probe of harmful requests at 14 says nothing, kept near the plain model at block 20;
     then the old probe, new ones there and later, new ones from few labels, and what it cost."""
     kept = json.loads((data / "refusal_alpaca/docs/demo-data/condition_harmful.json").read_text())["test"]
-    texts = [chat(row[kind]) for row in kept[:120] for kind in ("harmful", "harmless")]
-    holds = [True, False] * 120
-    fit, test = slice(0, 96), slice(96, 240)
+    texts = [chat(row[kind]) for row in kept[:72] for kind in ("harmful", "harmless")]
+    holds = [True, False] * 72
+    fit, test = slice(0, 64), slice(64, 144)
     reader = pl.tuning.direction(model, pl.tuning.Rationales(texts[fit]), holds[fit], SITE)
     prefixes = tuple(f"{model.anatomy.stacks[0].blocks[i].module}." for i in range(10, 15))
     names = tuple(n for n, p in model.module.named_parameters() if n.startswith(prefixes) and p.is_floating_point())
@@ -326,7 +326,7 @@ def evasion(model: pl.Model, data: Path, steps: int = 40) -> None:
         away = (run.tensor(later) - before)[inside].square().sum() / before[inside].square().sum()
         return score.square().mean() + 3 * away
 
-    batches = draws(96, 8, 4, 0)[:steps]
+    batches = draws(64, 8, 4, 0)[:steps]
     train({k: own[k] for k in names}, batches, loss, lambda ps: torch.optim.Adam(ps, lr=1e-4), schedule=linear, seed=0)
     found = pl.tuning.evasion(model, made, texts[test], holds[test], reader)
     print(f"evasion: {found.title}")

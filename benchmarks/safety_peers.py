@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 import pellucid as pl
-from benchmarks.clock import beside
+from benchmarks.clock import beside, cpu
 from benchmarks.safety_steering import LAYERS, Bench, chat
-from pellucid.safety import Contrast, export_gguf, import_vectors
+from pellucid.safety import Contrast, Vector, export_gguf, import_vectors
 
 
 def cosine(a: Any, b: Any) -> float:
@@ -32,9 +32,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--reps", type=int, default=3)
+    parser.add_argument("--writing", action="store_true", help="only what a vector costs while writing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(given.data)
+    if given.writing:
+        with pl.quiet():
+            drawn = torch.randn(bench.model.anatomy.stacks[0].d_model, generator=torch.Generator().manual_seed(0))
+            writing(bench.model, bench.model.tokenizer, Vector("layers.12.resid_post", drawn, 159.0), 3 * given.reps)
+        return
     model, module, tokenizer = bench.model, bench.model.module, bench.model.tokenizer
     outputs = [o for o in bench.read("repe_facts/data/emotions/all_truncated_outputs.json") if o.strip()]
     begun = outputs[: given.pairs]
@@ -135,41 +141,63 @@ def main() -> None:
                 for i, v in ((i, made["mean"].at(i)) for i in LAYERS)
             ]
             print(f"our GGUF read by repeng, bit-equal by layer: {equal}; blocks {sorted(read)}", flush=True)
-        # ---- one of them on, while writing
-        ids = tokenizer([chat("Write about your morning.")], return_tensors="pt")
-        v = made["mean"].at(12)
+    writing(model, tokenizer, made["mean"].at(12), 5 * given.reps)
 
-        def writing() -> None:
-            module.generate(**ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
 
-        def steered() -> None:
-            model.generate(ids["input_ids"], max_new_tokens=16, min_new_tokens=16, edits=[v.edit(0.15)])
+def writing(model: pl.Model, tokenizer: Any, v: Any, rounds: int) -> None:
+    """16 tokens with a vector on, in plain generations of the same round; all arms take turns, for one round alone says +-10 %."""
+    module = model.module
+    ids = tokenizer([chat("Write about your morning.")], return_tensors="pt")
+    push = v.direction * 0.15 * v.unit
 
-        print(
-            f"writing 16 tokens with a vector, in plain generations: pellucid {beside(writing, steered, given.reps)}",
-            flush=True,
-        )
-        if found:
+    def plain() -> None:
+        module.generate(**ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
 
-            def with_theirs() -> None:
-                with found[-1].apply(module, multiplier=1.0):
-                    writing()
+    def ours() -> None:
+        model.generate(ids["input_ids"], max_new_tokens=16, min_new_tokens=16, edits=[v.edit(0.15)])
 
-            print(f"  steering-vectors {beside(writing, with_theirs, given.reps)}", flush=True)
-        wrapped = ControlModel(module, list(LAYERS))
-        wrapped.set_control(control["pca_diff"], 1.0)
+    def by_hand() -> None:
+        layer = module.get_submodule(model.anatomy.stacks[0].blocks[12].module)
+        hook = layer.register_forward_hook(lambda m, a, o: (o[0] + push, *o[1:]) if isinstance(o, tuple) else o + push)
+        plain()
+        hook.remove()
 
-        def with_repeng() -> None:
+    arms = {"plain": plain, "pellucid, generate": lambda: model.generate(ids["input_ids"], max_new_tokens=16, min_new_tokens=16), "pellucid, a vector on": ours, "a forward hook by hand": by_hand}  # fmt: skip
+    try:
+        from steering_vectors import SteeringVector
+    except ImportError as why:
+        print(f"steering-vectors is not installed: {why}")
+    else:
+        theirs = SteeringVector({12: push}, "decoder_block")
+
+        def applied() -> None:
+            with theirs.apply(module, multiplier=1.0):
+                plain()
+
+        arms["steering-vectors"] = applied
+    try:
+        np.float_ = np.float64
+        from repeng import ControlModel, ControlVector
+    except ImportError as why:
+        print(f"repeng is not installed: {why}")
+    else:
+
+        def controlled() -> None:
+            wrapped = ControlModel(module, [12])
+            wrapped.set_control(ControlVector("llama", {12: push.numpy()}), 1.0)
             wrapped.generate(**ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
+            wrapped.unwrap()
 
-        def reset() -> None:
-            wrapped.reset()
-            writing()
-
-        print(
-            f"  repeng {beside(reset, lambda: (wrapped.set_control(control['pca_diff'], 1.0), with_repeng()), given.reps)}",
-            flush=True,
-        )
+        arms["repeng"] = controlled
+    spent: dict[str, list[float]] = {name: [] for name in arms}
+    for each in arms.values():
+        each()
+    for _ in range(rounds):
+        for name, each in arms.items():
+            spent[name].append(cpu(each))
+    for name, times in spent.items():
+        ratios = np.array(times) / np.array(spent["plain"])
+        print(f"writing, {name:24} median {np.median(ratios):.3f} [{ratios.min():.2f}, {ratios.max():.2f}], least of each {min(times) / min(spent['plain']):.3f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ titles, dimensions, shapes.
 from __future__ import annotations
 
 import ast
+import atexit
 import builtins
 import doctest
 import importlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -53,6 +56,7 @@ class Anywhere:
     """What means the same in every room."""
 
     pl = staticmethod(lambda: pl)
+    Path = staticmethod(lambda: Path)
 
     @once
     def tokenizer() -> Any:
@@ -197,11 +201,125 @@ class Lenses(Anywhere):
         return pl.load(T5ForConditionalGeneration(config).eval(), tokenizer=words)
 
 
+class Neurons(Anywhere):
+    @once
+    def texts() -> list[str]:
+        return said(64)
+
+    @once
+    def held_out() -> list[str]:
+        return said(96)[64:]
+
+    @once
+    def found() -> Any:
+        return pl.neurons.harvest(Anywhere.model(), said(32), "layers.3.mlp.neurons")
+
+    @once
+    def units() -> list[str]:
+        return [f"layers.3.mlp.neurons.{i}" for i in (5, 17, 20)]
+
+    @once
+    def contexts() -> Any:
+        return pl.neurons.read_contexts(Anywhere.model(), Neurons.found(), Neurons.units())
+
+    @once
+    def dictionary() -> Any:
+        from pellucid.neurons.dictionaries import SparseAutoencoder, TopKLoss
+
+        rows = Anywhere.model().run(said(16), keep=["layers.3.resid_post"]).tensor("layers.3.resid_post")
+        sae = SparseAutoencoder("layers.3.resid_post", features=64, objective=TopKLoss(4), steps=20, batch=64)
+        return sae.fit(rows.flatten(0, 1)).dictionary_
+
+    @once
+    def tags() -> list[str]:
+        return ["noun", "verb", "noun", "name"] * 64
+
+    @once
+    def activations() -> Any:
+        return torch.rand(256, 3, generator=torch.Generator().manual_seed(0)).numpy()
+
+    @once
+    def where() -> list[int]:
+        """The text that each token belongs to."""
+        return [i // 8 for i in range(256)]
+
+
+class Probing(Anywhere):
+    @once
+    def model() -> Any:
+        return llama(layers=2)
+
+    @once
+    def features() -> Any:
+        return pl.probing.read(Probing.model(), Anywhere.bank().tags())
+
+    @once
+    def texts() -> list[str]:
+        made = {"{} is in {}.": (("Rome", "Lima"), ("Italy", "Peru")), "{} says {}.": (("A dog", "A cat"), ("woof", "meow")),
+                "One can {} {}.": (("eat", "drive"), ("bread", "cars"))}  # fmt: skip
+        return [text.format(a, b) for text, (one, other) in made.items() for a in one for b in other]
+
+    @once
+    def truth() -> list[bool]:
+        return [True, False, False, True] * 3
+
+    @once
+    def topics() -> list[str]:
+        return ["places"] * 4 + ["sounds"] * 4 + ["uses"] * 4
+
+
+class Store(Anywhere):
+    @once
+    def store() -> Any:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return pl.store.store_activations(Anywhere.model(), Anywhere.texts(), ["layers.3.resid_post"], folder)
+
+
+class Views(Anywhere):
+    @once
+    def model() -> Any:
+        return llama(layers=2)
+
+    @once
+    def prompts() -> Any:
+        return Circuits.prompts()
+
+    @once
+    def shares() -> Any:
+        return pl.attribution.gradient_x_input(Views.model(), Anywhere.prompt(), " Paris")
+
+    @once
+    def drops() -> Any:
+        return pl.attribution.occlusion(Views.model(), Anywhere.prompt(), " Paris")
+
+    attributions = shares
+
+    @once
+    def logits() -> Any:
+        return pl.lenses.logit_lens(Views.model(), Anywhere.prompt())
+
+    @once
+    def tuned() -> Any:
+        lens = pl.lenses.TunedLens(tokens=600).fit(Views.model(), said(64))
+        return pl.lenses.logit_lens(Views.model(), Anywhere.prompt(), through=lens)
+
+    @once
+    def found() -> Any:
+        return Circuits.scores().circuit(fraction=0.02)
+
+
+FILES = {"dev.conllu": conllu}
+
 ROOMS: dict[str, type[Anywhere]] = {
     "attribution": Attribution,
     "causal": Causal,
     "circuits": Circuits,
     "lenses": Lenses,
+    "neurons": Neurons,
+    "probing": Probing,
+    "store": Store,
+    "views": Views,
 }
 
 
@@ -234,6 +352,9 @@ def _names(node: ast.AST) -> list[ast.Name]:
 def stage(test: doctest.DocTest, path: Path) -> None:
     """Give a test what its examples need."""
     things, *public = room(path)
+    for name, content in FILES.items():
+        if any(name in example.source for example in test.examples):
+            Path(name).write_text(content(), encoding="utf-8")
     for name in needed(test.examples, set(test.globs)):
         if hasattr(things, name):
             test.globs[name] = getattr(things, name)()

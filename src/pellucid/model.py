@@ -181,7 +181,9 @@ class Model:
         trained since) is kept as whole parameters. InputError, and nothing written, for a model without changes and for one
         that holds a foreign module.
 
-        >>> edited.save_changes("edit.safetensors")  # doctest: +SKIP
+        >>> edited = model.changed(pl.changed.Copied(("model.norm.weight",)))
+        >>> edited.save_changes("edit.safetensors")
+        PosixPath('edit.safetensors')
         """
         if self.base is None:
             raise InputError(f"{self.name} carries no changes: there is nothing to save")

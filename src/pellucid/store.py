@@ -154,7 +154,8 @@ class ActivationStore:
         """Every row once in random order, `size` at a time (the last may be smaller): shards in random order, read from end to end,
         and the rows of `window` of them mixed. The order depends on the seed alone. Of several sites: tuples, row by row alike.
 
-        >>> for x in store.shuffled("layers.3.resid_post", 1024, seed=1): ...  # doctest: +SKIP
+        >>> next(store.shuffled("layers.3.resid_post", 64, seed=1)).shape
+        torch.Size([64, 32])
         """
         several = not isinstance(sites, str | Site)
         names = [self._name(sites)] if isinstance(sites, str | Site) else [self._name(site) for site in sites]
@@ -268,7 +269,8 @@ def store_activations(
     folder holds activations of other sites, another model, or of texts that did not begin like these; PellucidError where the disk
     is full: finished shards stay.
 
-    >>> store_activations(model, corpus, ["layers.15.resid_post"], "store", dtype=torch.int8, on=pl.Processes(2))  # doctest: +SKIP
+    >>> store_activations(model, texts, ["layers.15.resid_post"], "store", dtype=torch.int8).sites
+    ['layers.15.resid_post']
     """
     names = [str(s) for pattern in sites for s in model.sites(pattern)]
     if not (dtype.is_floating_point or dtype == torch.int8):

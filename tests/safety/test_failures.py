@@ -112,3 +112,69 @@ def test_what_cannot_be_traced_is_refused() -> None:
             call()
     with pytest.raises(Refused, match="next token"):
         trace_failure(opened("t5"), failing, passing, right, wrong)
+
+
+@cache
+def bias() -> tuple[pl.Model, pl.tasks.Prompts]:
+    """Twins that differ in one name, turned both ways: the first half to fit on, the second held out."""
+    model = opened("gpt2")
+    ends = ["went to the store", "gave the drink to Paris", "is in the city", "is in Rome", "went to Italy", "gave a drink"]  # fmt: skip
+    made: list[list[str]] = [[], [], [], []]
+    for end in ends:
+        sides, said = [f"When {name} {end} and" for name in ("Mary", "John")], [" he", " Mary"]
+        for turn in (1, -1):
+            for list_, x in zip(made, (*sides[::turn], *said[::turn]), strict=True):
+                list_.append(x)
+    return model, pl.tasks.Prompts.from_pairs(*made, model.tokenizer)
+
+
+def test_the_bias_protocol_is_a_failure_whose_twins_should_be_answered_alike() -> None:
+    """`gap` is the bias of `causal.mitigation`, with and without its edits; a gap is what single runs say; a group's is its mean."""
+    model, prompts = bias()
+    alone = pl.causal.mitigation(model, prompts, ["he is in the city"], sizes=(2,), draws=1)
+    edits = pl.causal.mitigating_edits(model, prompts[:6], [str(s) for s in alone.mediators.values[:2]])
+    right, wrong = ([i[0][0] for i in side] for side in (prompts.wrong_ids, prompts.answer_ids))
+    task = (["John is in", "Mary is in", "he went to", "Mary"], pl.metrics.logit_difference(" Rome", " Paris"))
+    found = trace_failure(
+        model, prompts.clean, prompts.corrupted, right, wrong, groups=[i // 2 for i in range(12)], held_out=[3, 4, 5], goal="alike",
+        layers=[0, 1], top=2, exact=4, draws=1, tasks={"other": task}, also={"mitigation": edits},
+    )  # fmt: skip
+    d = found.result.data
+    assert float(d.gap[0]) == pytest.approx(float(alone["bias_before"]), abs=1e-5)
+    assert float(d.gap.sel(mitigation="mitigation")) == pytest.approx(float(alone.bias.sel(size=2)), abs=1e-5)
+    ablated = next(n for n in found.mitigations if n.endswith("by attribution"))
+    for name in ("none", ablated, "projection at layer 0", "projection at layer 1"):
+        if name in d.mitigation.values:
+            m = found.mitigations.get(name)
+            gaps = [
+                margin(model, prompts.corrupted[i], right[i], wrong[i], m.edits if m else ())
+                - margin(model, prompts.clean[i], right[i], wrong[i], m.edits if m else ())
+                for i in range(6, 12)
+            ]
+            here = d.sel(mitigation=name)
+            assert float(here.gap) == pytest.approx(np.mean(gaps), abs=1e-4)
+            assert np.allclose(here.by_group.values, np.reshape(gaps, (3, 2)).mean(1), atol=1e-4)
+            said = [margin(model, p, *(model.tokenizer.convert_tokens_to_ids(t) for t in ("▁Rome", "▁Paris")), m.edits if m else ()) > 0 for p in task[0]]  # fmt: skip
+            assert float(here.other) == np.mean(said[1::2])
+    name = str(
+        d.checked.values[0]
+    )  # to first order: what failing twins gain less what passing ones do, held at the mean of both
+    site, sides, moved = f"{name}@-1", (prompts.clean[:6], prompts.corrupted[:6]), []
+    states = [[model.run([p], keep=[site]).tensor(site)[0, 0] for p in side] for side in sides]
+    mean = torch.stack([*states[0], *states[1]]).mean(0)
+    for side, here in zip(sides, states, strict=True):
+        runs = [model.run([p], keep=[site], grad_of=pl.metrics.logit_difference(a, b)) for p, a, b in zip(side, right, wrong, strict=False)]  # fmt: skip
+        moved.append(np.mean([float(((mean - h) * run.grad(site)[0, 0]).sum()) for h, run in zip(here, runs, strict=True)]))  # fmt: skip
+    assert float(d.attribution.sel(component=name)) == pytest.approx(moved[0] - moved[1], abs=1e-4)
+    edit, gaps = [pl.Patch(site, mean[None])], []
+    for given in ((), edit):
+        gaps.append(np.mean([margin(model, p, a, b, given) - margin(model, f, a, b, given) for p, f, a, b in zip(sides[1], sides[0], right, wrong, strict=False)]))  # fmt: skip
+    assert float(d.exact.sel(checked=name)) == pytest.approx(abs(gaps[0]) - abs(gaps[1]), abs=1e-4)
+    assert found.result.main.name == "gap" and "nats apart" in found.result.title and not any(n.startswith("steering") for n in found.mitigations)
+    for call, said_ in (
+        (lambda: trace_failure(model, prompts.clean, prompts.corrupted, right, wrong, goal="alike", retrain=[1]), "retrain"),
+        (lambda: trace_failure(model, prompts.clean, prompts.clean, right, wrong, goal="alike"), "answered alike"),
+        (lambda: trace_failure(model, prompts.clean, prompts.clean, right, wrong, goal="fair"), "'right' or 'alike'"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said_):
+            call()

@@ -74,23 +74,6 @@ def test_the_prompt_is_read_row_by_row_under_left_padding() -> None:
         assert np.allclose(np.nanmax(here), float((states @ read.vector).max() + 0.1), atol=1e-5)
 
 
-def test_a_row_is_stopped_and_no_other_notices() -> None:
-    model, read = opened("llama"), reader("llama")
-    plain = model.generate(PROMPTS, max_new_tokens=6, monitors=sf.Monitor(read))
-    top = np.nanmax(plain.firings.statistic.values[:, 0], 1)
-    row = int(top.argmax())
-    level = float(np.sort(top)[-2:].mean())
-    made = model.generate(
-        PROMPTS, max_new_tokens=6, monitors=sf.Monitor(read, threshold=level, then=pl.Stop(), name="tripwire")
-    )
-    at = int(np.flatnonzero(plain.firings.statistic.values[row, 0] > level)[0])
-    assert made.ended[row] == "watcher" and made.because[row].startswith("tripwire: ")
-    assert made.ids(row) == plain.ids(row)[:at]
-    assert made.firings.acted.values[:, 0].tolist() == [at if r == row else -1 for r in range(len(PROMPTS))]
-    for other in {0, 1, 2} - {row}:
-        assert made.ids(other) == plain.ids(other)
-
-
 def test_every_action_does_what_it_says() -> None:
     model, read = opened("llama"), reader("llama")
     seen: list[sf.Alarm] = []

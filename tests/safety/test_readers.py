@@ -16,8 +16,9 @@ from pellucid.errors import InputError
 from pellucid.safety import ConceptReader, Statements
 from pellucid.safety.ccs import search
 from pellucid.safety.judging import calibration_error, judged, within
+from pellucid.safety.learning import searched, vectors, weight
 from pellucid.safety.networks import learn
-from pellucid.safety.readers import Kind, _weight, vectors
+from pellucid.safety.readers import Kind
 from tests.zoo import build, tokenizer
 
 NAMES = ("Paris", "Rome", "Mary", "John", "the dog", "the cat", "the city", "the store")
@@ -59,7 +60,7 @@ def test_the_mass_mean_probe_is_the_mean_difference_through_the_covariance_withi
     plus, minus = drawn()
     cov = (np.cov(plus.numpy().T, bias=True) + np.cov(minus.numpy().T, bias=True)) / 2
     expected = np.linalg.solve(cov, (plus.mean(0) - minus.mean(0)).numpy())
-    np.testing.assert_allclose(_weight("mass_mean", plus, minus, np.arange(80), 0), expected, rtol=1e-4)
+    np.testing.assert_allclose(weight("mass_mean", plus, minus, np.arange(80), 0), expected, rtol=1e-4)
 
 
 def test_the_search_is_the_search_of_the_paper_one_by_one() -> None:
@@ -328,5 +329,5 @@ def test_the_planted_speaker_is_drawn_apart_from_which_member_comes_first() -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pellucid.safety.ccs.search", search)
         with pytest.raises(InterruptedError):
-            reader._searched(x, data, 0)
+            searched(reader, x, data, 0)
     assert 0 < float(seen[0].mean()) < 1

@@ -30,7 +30,7 @@ def quiet(family: str) -> Any:
 
 def reader(seed: int = 0) -> tu.Direction:
     drawn = torch.Generator().manual_seed(seed)
-    return tu.Direction(SITE, torch.randn(32, generator=drawn), torch.randn(20, 32, generator=drawn))
+    return tu.Direction.standardised(SITE, torch.randn(32, generator=drawn), torch.randn(20, 32, generator=drawn))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -84,8 +84,8 @@ def test_the_gradient_is_that_of_the_penalty_written_out(tmp_path: Path) -> None
         h = module(**given, output_hidden_states=True).hidden_states[1]
         mask = given["attention_mask"][..., None].float()
         own = reader()
-        z = (h * mask).sum(1) / mask.sum(1) @ own.weight
-        states = own.states @ own.weight
+        z = (h * mask).sum(1) / mask.sum(1) @ own.vector
+        states = own.states @ own.vector
         loss = 2 * ((z - states.mean()) / states.std()).square().mean()
         (g,) = torch.autograd.grad(loss, [dict(module.named_parameters())[name]])
     assert torch.allclose(found[1][name] - found[0][name], g, atol=1e-5 * float(g.abs().max()) + 1e-7)

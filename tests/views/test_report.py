@@ -10,6 +10,8 @@ import torch
 
 import pellucid as pl
 from pellucid.errors import InputError
+from pellucid.tasks.world import LANDMARKS
+from pellucid.views import counterfactual
 from pellucid.views.counterfactual import unrelated
 from pellucid.views.evidence import Evidence, Foreign
 from pellucid.views.question import ask
@@ -138,9 +140,33 @@ def test_an_encoder_decoder_is_shown_writing_with_all_three_attentions() -> None
 
 def test_a_foreign_state_that_does_as_well_takes_the_trust_away() -> None:
     own = Evidence(restored=1.0, foreign=Foreign(places=4, own=1.0, other=0.9, prompts=3))
-    question = SimpleNamespace(made="")
+    question = SimpleNamespace(searched=False)
     assert trust._patches(question, own).verdict == "a hint"  # type: ignore[arg-type,union-attr]
     apart = Evidence(restored=1.0, foreign=Foreign(places=4, own=1.0, other=0.05, prompts=3))
     assert trust._patches(question, apart).verdict == "solid"  # type: ignore[arg-type,union-attr]
+    searched = SimpleNamespace(searched=True)
+    assert trust._patches(searched, apart).verdict == "likely"  # type: ignore[arg-type,union-attr]
+    demo = Evidence(restored=0.88, foreign=Foreign(places=4, own=0.88, other=0.36, prompts=3))
+    assert trust._patches(question, demo).verdict == "a hint"  # type: ignore[arg-type,union-attr]
     read = Evidence(settled="3", leads={"a": [False, True], "b": [True, True]})
     assert trust._layers(read).verdict == "a hint"  # type: ignore[union-attr]
+
+
+def test_a_question_that_a_relation_knows_is_asked_of_another_subject(smollm2: pl.Model) -> None:
+    question = ask(smollm2, "The Eiffel Tower is located in the city of", None, None, 5, None)
+    made = counterfactual.make(question)
+    assert made is not None and made.known and "whose own answer" in made.how
+    other = re.search("replaced by “(.+?)”, whose own answer, “(.+?)”", made.how)
+    assert other is not None and other[1] in made.prompt and dict(LANDMARKS)[other[1]] == other[2] != "Paris"
+    answer = smollm2.run(made.prompt).logits[0, -1].argmax()
+    assert other[2].startswith(smollm2.tokenizer.decode([int(answer)]).strip())
+
+
+def test_the_first_screen_says_how_far_each_finding_can_be_trusted(report: Report) -> None:
+    verdicts = {s.id: s.verdict for s in report.sections if s.verdict}
+    table = next(s for s in report.sections if s.id == "trust").views[0].data
+    assert isinstance(table, Table)
+    said = next(c for c in table.columns if c.name == "verdict")
+    assert sorted(verdicts.values()) == sorted(said.texts or ()) and {"words", "heads"} <= verdicts.keys()
+    first = report.html.partition("</header>")[0]
+    assert all(f">{v}</a>" in first for s in report.sections if s.finding and (v := s.verdict))

@@ -215,7 +215,9 @@ def unit_clusters(
     `silhouette_chance` and `stability_chance` (means over `draws`) and `stability_spread`, its standard deviation.
     InputError as `UnitClusters.fit`.
 
-    >>> unit_clusters(UnitVectors.activations(found), UnitClusters(16, "kmeans"))  # doctest: +SKIP
+    >>> unit_clusters(UnitVectors.activations(found), UnitClusters(4, "kmeans"))
+    4 clusters of units by activations
+    unit clusters: cluster, product, size, ... over unit 64, cluster_number 4...
     """
     from sklearn.metrics import adjusted_rand_score
 

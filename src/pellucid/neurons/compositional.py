@@ -170,7 +170,9 @@ def compositional(
     firings with `control_formula`, and `density`, how often the unit fires. A unit that never fires has IoU 0. InputError
     for masks that do not fit.
 
-    >>> compositional(activations, Concepts.labels(tags), groups=texts).to_frame()  # doctest: +SKIP
+    >>> compositional(activations, Concepts.labels(tags), groups=where)
+    What units fire on
+    compositional explanations: iou, score, formula, ... over unit 3...
     """
     beam = beam or Beam()
     firing = firings(activations, quantile)

@@ -127,7 +127,8 @@ def logit_effects(model: Model, units: str | Sequence[str] | Mapping[str, Tensor
     `size`, the norm of the direction. InputError without units; Refused where the way from the unit to the logits is not
     linear but for norms (masked models with a transform, blocks that norm the residual itself), or there is no head.
 
-    >>> logit_effects(model, "layers.20.mlp.neurons.*").sel(unit="layers.20.mlp.neurons.17").raised_token  # doctest: +SKIP
+    >>> logit_effects(model, "layers.20.mlp.neurons.*").sel(unit="layers.20.mlp.neurons.17").raised_token
+    <xarray.DataArray 'raised_token' (rank: 10)>...
     """
     if isinstance(units, Mapping) and not all(isinstance(v, Tensor) for v in units.values()):
         raise InputError(f"units={units!r}: expected directions by name, each a tensor [d_model]")

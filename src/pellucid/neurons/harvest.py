@@ -345,8 +345,9 @@ def harvest(
     continues. InputError for sites of several stacks or without positions, for a folder that holds another harvest, and for
     texts that are none, by their number.
 
-    >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")  # doctest: +SKIP
-    >>> found.top("layers.3.mlp.neurons.17")[0]  # doctest: +SKIP
+    >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")
+    >>> found.top("layers.3.mlp.neurons.17")[0]
+    Moment(value=..., prompt=..., position=...)
     """
     context = min(CONTEXT, longest(model)) if context is None else context
     at_least(1, top=top, sample=sample, context=context, batch_tokens=batch_tokens)

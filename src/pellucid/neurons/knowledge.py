@@ -54,7 +54,9 @@ def knowledge_attribution(model: Model, prompt: Any, target: Answers, *, steps: 
     zero. InputError for a target of several tokens or a prompt with no or several masks, Refused where no layer has
     neurons.
 
-    >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)  # doctest: +SKIP
+    >>> knowledge_attribution(model, "The capital of France is", " Paris").top(3)
+    layer neuron site attribution activation score nothing
+    ...
     """
     at_least(1, steps=steps)
     inputs, position = _asked(model, prompt)
@@ -225,7 +227,9 @@ def knowledge_effect(
     `factors`: 0 suppresses, 2 amplifies. InputError without neurons, or for
     some that the model does not have.
 
-    >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 1234), (23, 77)])  # doctest: +SKIP
+    >>> knowledge_effect(model, "The capital of France is", " Paris", [(20, 12), (23, 7)])
+    Scaling 2 neurons
+    knowledge effect: effect, spread, clean over group 3, factor 2...
     """
     at_least(1, draws=draws, factors=len(factors))
     inputs, position = _asked(model, prompt)

@@ -86,7 +86,8 @@ Explainer = Callable[[UnitContexts], Description | str]
 def describe(contexts: Sequence[UnitContexts], explainer: Explainer | None = None) -> list[Description]:
     """What each unit stands for, from the contexts that are `shown`; by default by counting (`StatisticalExplainer`).
 
-    >>> describe(read_contexts(model, found, units))  # doctest: +SKIP
+    >>> describe(read_contexts(model, found, units))
+    [Description(text='...'), ...]
     """
     _check_contexts(contexts)
     explainer = explainer or StatisticalExplainer()

@@ -54,7 +54,8 @@ def neuron_page(
     weights the head reads. Over `relation` x `near` `similarity` and `neighbour`. And `mean`, `std`, `positive` (the share
     of tokens), `tokens`. InputError for a unit that was not harvested or another model's harvest.
 
-    >>> neuron_page(model, found, "layers.3.mlp.neurons.17").save_html("neuron.html")  # doctest: +SKIP
+    >>> neuron_page(model, found, "layers.3.mlp.neurons.17").save_html("neuron.html")
+    PosixPath('neuron.html')
     """
     at_least(0, each=each, window=min(window))
     at_least(1, contexts=contexts, top=top, neighbours=neighbours)

@@ -49,7 +49,8 @@ def export_neuronpedia(
     unit's entry in `descriptions`.
     InputError for units of several sites, or that were not harvested, or another model's harvest.
 
-    >>> export_neuronpedia(model, found, ["layers.3.mlp.neurons.17"], "out", name="gpt2", source="3-mlp")  # doctest: +SKIP
+    >>> export_neuronpedia(model, found, ["layers.3.mlp.neurons.17"], "out", name="gpt2", source="3-mlp")
+    [PosixPath('out/batch-0.json')]
     """
     at_least(1, contexts=contexts, top=top)
     at_least(0, each=each, window=min(window))

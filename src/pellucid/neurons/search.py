@@ -90,7 +90,9 @@ def activating_inputs(
     InputError for another unit, a text that cannot be written, or a `fluency` the model does not have; Refused where no
     gradient reaches the embeddings.
 
-    >>> activating_inputs(model, "layers.12.mlp.neurons.7", fluency=0.5)  # doctest: +SKIP
+    >>> activating_inputs(model, "layers.12.mlp.neurons.7", fluency=0.5, length=4, steps=2, restarts=1)
+    Inputs that activate layers.12.mlp.neurons.7
+    activating inputs: objective, activation, nats, ... over restart 1, position 4, step 3, control 2...
     """
     at_least(1, length=length, steps=steps, restarts=restarts)
     if isinstance(texts, str):

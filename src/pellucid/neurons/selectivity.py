@@ -62,8 +62,9 @@ def neuron_selectivity(
     `held_out` AUROC with its 95 % interval `low` to `high`. Activations are read in as many passes as `memory` bytes need.
     InputError for labels that do not fit, places without tokens, and sites of the decoder of an encoder-decoder.
 
-    >>> words = bank.spans  # doctest: +SKIP
-    >>> neuron_selectivity(model, words.texts, words.where, bank.tags().labels).found  # doctest: +SKIP
+    >>> words = bank.spans
+    >>> neuron_selectivity(model, words.texts, words.where, bank.tags().labels, "layers.3.mlp.neurons").found
+    <xarray.DataArray 'found' (concept: 5, rank: 5)>...
     """
     at_least(1, draws=draws, best=best)
     for name, given, known in (("pool", pool, ("last", "mean")), ("shuffle", shuffle, ("all", "within texts"))):

@@ -4,6 +4,7 @@ from pellucid.probing.amnesic import amnesic
 from pellucid.probing.conllu import Treebank
 from pellucid.probing.controls import beside_random, control_task, random_twin, selectivity
 from pellucid.probing.description import online_code, variational_code
+from pellucid.probing.direction import Direction
 from pellucid.probing.edges import Training, edge_probing
 from pellucid.probing.erasure import Erase, Inlp, Leace, RandomSubspace
 from pellucid.probing.examples import Examples, Spans
@@ -17,6 +18,7 @@ from pellucid.probing.structural import structural
 from pellucid.probing.traces import ProbeTraces
 
 __all__ = [
+    "Direction",
     "Erase",
     "Examples",
     "Features",

@@ -67,7 +67,8 @@ def edge_probing(
     `weight` of each in the mix of all. Means over `seeds` splits and trainings. Layers are numbered from 0, the first
     site that was read.
 
-    >>> edge_probing(model, bank.relations())["expected_layer"]  # doctest: +SKIP
+    >>> edge_probing(model, bank.relations())["expected_layer"]
+    <xarray.DataArray 'expected_layer' ()>...
     """
     training = training or Training()
     features = features_of(source, examples, sites, pool)

@@ -112,7 +112,8 @@ def questions(
     them; `by_topic` [layer, topic]. Among the strengths `l2` the choice is by leaving out further topics. From a model,
     the last token is read.
 
-    >>> questions(model, relation_statements("relations/factual", ["city_in_country", "country_language"]))  # doctest: +SKIP
+    >>> questions(model, statements(texts, truth, topics)).accuracy
+    <xarray.DataArray 'accuracy' (layer: 3)>...
     """
     if kind not in get_args(Kind):
         raise InputError(f"cannot probe by {kind!r}: expected one of {', '.join(get_args(Kind))}")

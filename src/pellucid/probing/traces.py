@@ -46,7 +46,7 @@ class ProbeTraces:
     mean over shuffles) and their range `shuffled_low` to `shuffled_high`, `threshold`; and `true_positive` [layer,
     false_positive].
 
-    >>> found = ProbeTraces("false").fit(model, statements(texts, truth, topics)).trace(model, "Paris is in Peru.")  # doctest: +SKIP
+    >>> found = ProbeTraces("false").fit(model, statements(texts, truth, topics)).trace(model, "Paris is in Peru.")
     """
 
     label: str = ""

@@ -1,10 +1,11 @@
 """What a model believes, monitors and gates while it speaks, steering with its price, abstention, auditors, the loop that mends."""
 
+from pellucid.probing.direction import Direction
 from pellucid.safety.abstention import abstain, answered_right
 from pellucid.safety.auditors import audit
 from pellucid.safety.calibrating import calibrate, conversation_scores, evaluate
 from pellucid.safety.contrast import Contrast, vector
-from pellucid.safety.failures import Failure, Mitigation, trace_failure
+from pellucid.safety.failures import Failure, trace_failure
 from pellucid.safety.fitting import fit_monitor
 from pellucid.safety.formats import export_gguf, import_vectors, in_weights
 from pellucid.safety.gates import Cascade, compare_stages
@@ -13,7 +14,8 @@ from pellucid.safety.honesty import Pressure, honesty
 from pellucid.safety.improving import Improved, improve
 from pellucid.safety.inspect import inspect_model, inspect_solver
 from pellucid.safety.learnt import LearntEdit
-from pellucid.safety.monitors import ABSTAIN, Direction, Feature, Monitor, Words, load_monitor
+from pellucid.safety.mending import Mitigation
+from pellucid.safety.monitors import ABSTAIN, Feature, Monitor, Words, load_monitor
 from pellucid.safety.readers import ConceptReader
 from pellucid.safety.rules import Rule, ema, k_of
 from pellucid.safety.semantic import ConfidenceProbe, semantic_entropy

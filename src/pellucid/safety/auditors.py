@@ -39,8 +39,8 @@ from pellucid.probing.splits import folds
 from pellucid.question import Question
 from pellucid.results import Result
 from pellucid.safety.judging import Numbers, as_well, judged, scaled_scores, text_scores
+from pellucid.safety.learning import vectors
 from pellucid.safety.networks import Learnt, Linear, learn
-from pellucid.safety.readers import vectors
 from pellucid.safety.statements import Statements, text_of
 from pellucid.tasks.tokens import single_id
 from pellucid.technique import technique

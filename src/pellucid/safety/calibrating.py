@@ -150,7 +150,8 @@ def calibrate(
 
     At most a share `alarms` of conversations like these will set it off, by `promise` "average" or "confidence"
     (`pellucid.safety.thresholds`). Of a cascade it is the second stage's, so that the promise is the whole cascade's.
-    `groups` says which conversations belong together. InputError where there are too few: 19 for 5 % on average, 299 for 1 %
+    `groups` says which conversations belong together. The promise is for answers as long as those it was set on: give `max_new_tokens` (or replies)
+    of the length that will be written, for a longer answer has more tokens at which to fire. InputError where there are too few: 19 for 5 % on average, 299 for 1 %
     with confidence.
 
     >>> monitor = calibrate(model, monitor, benign, alarms=0.05)  # doctest: +SKIP
@@ -161,7 +162,8 @@ def calibrate(
     )
     scores = conversation_scores(model, monitor, prompts, replies=replies, max_new_tokens=max_new_tokens, batch=batch)
     found = threshold(scores, alarms, promise=promise, confidence=confidence, groups=groups)
-    return replace(monitor, threshold=found).tie(model)
+    written = 0 if replies is not None or getattr(monitor, "reads", "") == "prompt" else max_new_tokens
+    return replace(monitor, threshold=replace(found, tokens=written)).tie(model)
 
 
 @technique

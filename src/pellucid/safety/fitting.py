@@ -24,12 +24,13 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.probing.direction import Direction
 from pellucid.probing.linear import STRENGTHS, LogisticProbe
 from pellucid.results import Result
 from pellucid.safety.calibrating import several, traces
 from pellucid.safety.guarding import Seen
 from pellucid.safety.judging import as_well, form_scores, judged, text_scores
-from pellucid.safety.monitors import Direction, Monitor, Monitored, Reads
+from pellucid.safety.monitors import Monitor, Monitored, Reads
 from pellucid.safety.rules import Rule, ema
 from pellucid.technique import technique
 

@@ -34,6 +34,7 @@ from pellucid.engine.steps import Action, Redirect, Say, Stop
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.neurons.dictionaries import Dictionary
+from pellucid.probing.direction import Direction
 from pellucid.results import Result
 from pellucid.safety.guarding import Guard, Seen
 from pellucid.safety.rules import Rule
@@ -44,23 +45,6 @@ KEY = "pellucid_monitor"
 ABSTAIN = Say("I am not sure.")
 
 # ---- readers
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """Reads `values @ vector + offset` at a site."""
-
-    site: str
-    vector: Tensor = field(repr=False)
-    offset: float = 0.0
-
-    def __call__(self, values: Tensor) -> Tensor:
-        vector = torch.as_tensor(self.vector).to(values)
-        if vector.ndim != 1 or values.shape[-1] != len(vector):
-            raise InputError(
-                f"a direction of {list(vector.shape)} numbers cannot read {values.shape[-1]} at {self.site!r}"
-            )
-        return values @ vector + self.offset
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,7 +161,7 @@ def _tested(
 def _beside(vector: Vector, draws: int, seed: int) -> list[Vector]:
     """The vector, its negative, and random ones."""
     drawn = random_directions(draws, vector.direction, seed=seed)
-    return [vector, -vector, *(replace(vector, direction=u, name=f"random {i + 1}") for i, u in enumerate(drawn))]
+    return [vector, -vector, *(replace(vector, vector=u, name=f"random {i + 1}") for i, u in enumerate(drawn))]
 
 
 class _Half:

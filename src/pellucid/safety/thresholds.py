@@ -28,7 +28,8 @@ Promise = Literal["average", "confidence"]
 @dataclass(frozen=True)
 class Threshold:
     """A score from which on it is an alarm (`value`, itself excluded), and what that rests on: at most a share `alarms` of
-    benign conversations, by `promise` (with `confidence`), from `n` benign ones of which `above` lay above it."""
+    benign conversations, by `promise` (with `confidence`), from `n` benign ones of which `above` lay above it. `tokens` is how long the answers
+    were allowed to be that the model wrote for it (0: replies were given, or none read): a longer answer has more tokens to fire at."""
 
     value: float
     alarms: float
@@ -36,10 +37,12 @@ class Threshold:
     confidence: float = 0.95
     n: int = 0
     above: int = 0
+    tokens: int = 0
 
     def __str__(self) -> str:
         sure = "on average" if self.promise == "average" else f"with {self.confidence:.0%} confidence"
-        return f"{self.value:.4g} (at most {self.alarms:.3g} of benign conversations, {sure}; from {self.n})"
+        long = f" of up to {self.tokens} tokens" if self.tokens else ""
+        return f"{self.value:.4g} (at most {self.alarms:.3g} of benign conversations, {sure}; from {self.n}{long})"
 
 
 def needed(alarms: float, promise: Promise = "average", confidence: float = 0.95) -> int:

@@ -21,7 +21,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -36,6 +36,7 @@ from pellucid.engine.locate import stack_of
 from pellucid.engine.steps import Step, Watch
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.probing.direction import Direction
 from pellucid.safety.thresholds import Threshold
 
 Form = Literal["add", "norm_kept", "project", "scale", "clamp", "angular"]
@@ -55,15 +56,15 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Vector:
+class Vector(Direction):
     """A direction [d] of length 1 at a site, which is also a reader: called with values [..., d] it gives their part along it.
 
     unit: the mean length of the values there, without first tokens; first [d]: the mean first residual, each at length 1;
     digest: of the weights it belongs to, "" where it is tied to none.
     """
 
-    site: str
-    direction: Tensor
+    offset: float = field(default=0.0, init=False)
+    states: None = field(default=None, init=False)
     unit: float = 1.0
     first: Tensor | None = None
     digest: str = ""
@@ -74,22 +75,19 @@ class Vector:
             raise InputError(
                 f"{self.site!r}: a vector belongs to a site, so leave '@' out and say tokens= of its edits"
             )
-        d = torch.as_tensor(self.direction).detach().float().cpu()
+        d = torch.as_tensor(self.vector).detach().float().cpu()
         if d.ndim != 1 or not bool(d.isfinite().all()) or not float(d.norm()) > 0:
             raise InputError(
                 f"the direction at {self.site!r} is {list(d.shape)}: expected [d] finite numbers, not all 0"
             )
-        object.__setattr__(self, "direction", d / d.norm())
+        object.__setattr__(self, "vector", d / d.norm())
 
     def __repr__(self) -> str:
         named = f"{self.name}, " if self.name else ""
         return f"<Vector {named}{self.site}, {len(self.direction)} wide, unit {self.unit:.4g}>"
 
-    def __call__(self, values: Tensor) -> Tensor:
-        return values @ self.direction.to(values)
-
     def __neg__(self) -> Vector:
-        return replace(self, direction=-self.direction, name=f"-{self.name}" if self.name else "")
+        return replace(self, vector=-self.direction, name=f"-{self.name}" if self.name else "")
 
     @property
     def sink(self) -> float:
@@ -103,7 +101,7 @@ class Vector:
         if self.first is None:
             raise InputError(f"what the first token holds at {self.site!r} is not known: make the vector from prompts")
         s = torch.nn.functional.normalize(self.first.float(), dim=0)
-        return replace(self, direction=self.direction - (self.direction @ s) * s)
+        return replace(self, vector=self.direction - (self.direction @ s) * s)
 
     def check(self, model: Model) -> None:
         """InputError where it belongs to other weights."""

@@ -1,5 +1,6 @@
 """Models trained so that their reasons can be read, with the price and the control beside the promise."""
 
+from pellucid.probing.direction import Direction
 from pellucid.tuning.attending import Attend, AttentionEntropy, NeuronL1
 from pellucid.tuning.bottleneck import Bottleneck
 from pellucid.tuning.data import Rationales
@@ -7,7 +8,7 @@ from pellucid.tuning.explained import Explained
 from pellucid.tuning.fit import Diverged, Tuned, fit, load_tuned
 from pellucid.tuning.frontier import frontier
 from pellucid.tuning.heads import classifier
-from pellucid.tuning.internals import Direction, ProbePenalty, direction, evasion
+from pellucid.tuning.internals import ProbePenalty, direction, evasion
 from pellucid.tuning.interventions import interventions
 from pellucid.tuning.objective import Objective
 from pellucid.tuning.outside import reward, with_internals

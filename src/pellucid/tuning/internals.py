@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pellucid.anatomy.sites import Site
-from pellucid.controls import random_directions, shuffled_labels
+from pellucid.controls import shuffled_labels
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
+from pellucid.probing.direction import Direction
 from pellucid.results import Result
 from pellucid.technique import technique
 from pellucid.tuning.data import Encoded
@@ -43,25 +44,6 @@ from pellucid.tuning.objective import Objective, Pass
 
 Form = Literal["square", "lower", "raise"]
 KINDS = ("linear", "mlp", "max over tokens")
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
-    """A reader: (h . weight - mean) / scale, standardised over the texts it was fitted on."""
-
-    site: str
-    weight: Tensor
-    states: Tensor = field(repr=False)  # [text, d], on which it was standardised
-
-    def __call__(self, values: Tensor) -> Tensor:
-        own = self.states.to(values) @ self.weight.to(values)
-        return (values @ self.weight.to(values) - own.mean()) / own.std().clamp_min(1e-8)
-
-    def random(self, seed: int = 0) -> Direction:
-        """Another direction of the same norm."""
-        return replace(
-            self, weight=random_directions(1, len(self.weight), norm=float(self.weight.norm()), seed=seed)[0]
-        )
 
 
 def direction(model: Model, data: Any, holds: Sequence[bool], site: str) -> Direction:
@@ -72,7 +54,8 @@ def direction(model: Model, data: Any, holds: Sequence[bool], site: str) -> Dire
     x = pooled(model, Encoded(model, data), [Site.parse(site)])[0][0]
     y = _labels(holds, len(x))
     fitted = LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000).fit(x, y)
-    return Direction(site, torch.tensor(fitted.coef_[0], dtype=torch.float32), torch.tensor(x, dtype=torch.float32))
+    weight, states = (torch.tensor(v, dtype=torch.float32) for v in (fitted.coef_[0], x))
+    return Direction.standardised(site, weight, states)
 
 
 @dataclass(frozen=True, eq=False)

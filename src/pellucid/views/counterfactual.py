@@ -1,11 +1,12 @@
 """Which other prompt would the model answer differently, if the user names none?
 
-One word of the prompt is replaced by another of the same kind and length in tokens: among the words the answer is most
+A prompt that asks for a fact of `tasks.RELATIONS` (“The Eiffel Tower is located in the city of”) is asked of another
+subject (“The Colosseum ...”) whose own answer the model gives. Otherwise one word of the prompt is replaced by another of the same kind and length in tokens: among the words the answer is most
 sensitive to, each is tried with words whose embeddings lie near (for a word of several tokens: with near tokens, drawn
 by a seed). Kept is the word whose replacements cost the answer most log-probability on average, and of its
 replacements the one that makes another answer of the same kind most likely.
 
-This finds a contrast that works, not one that means what the reader has in mind: a report says how it was made.
+The second finds a contrast that works, not one that means what the reader has in mind: a report says how it was made.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids
 from pellucid.errors import InputError, PellucidError
 from pellucid.tasks.tokens import encode
+from pellucid.tasks.world import RELATIONS
 from pellucid.views.question import ALONE, Question
 
 WORDS, TRIES, SEED = 5, 16, 0
@@ -46,12 +48,44 @@ class Word:
 class Made:
     prompt: str
     how: str
+    known: bool = False  # it has a meaning of its own, and was not chosen because it works
 
 
 def make(question: Question) -> Made | None:
     """A counterfactual for the question; None where no word can be replaced or no replacement changes anything."""
     if question.target is None or question.kind in (*ALONE, "label") or isinstance(question.prompt, Pair):
         return None
+    return known(question) or searched(question)
+
+
+def known(question: Question) -> Made | None:
+    """The same question about another subject of a relation, where the model gives that subject's own answer."""
+    assert question.target is not None
+    answered, tokenizer = question.target.text.strip(), question.model.tokenizer
+    for relation in RELATIONS.values():
+        for subject, answer in relation.pairs:
+            match = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", question.text)
+            word = match and answered and answer.startswith(answered) and _word(question, match)
+            if not word:
+                continue
+            others = [(other, its) for other, its in relation.pairs if not its.startswith(answered)]
+            asked = [(text, other, its) for other, its in others if (text := _aligned(question, word, other))]
+            p = _answers(question, [text for text, _, _ in asked]) if asked else torch.zeros(0, 1)
+            said = [tokenizer.decode([i]).strip() for i in p.argmax(-1).tolist()]
+            right = [i for i, (_, _, its) in enumerate(asked) if said[i] and its.startswith(said[i])]
+            if right:
+                text, other, its = asked[max(right, key=lambda i: float(p[i].max()))]
+                return Made(
+                    text,
+                    f"“{subject}” was replaced by “{other}”, whose own answer, “{its}”, the model gives",
+                    known=True,
+                )
+    return None
+
+
+def searched(question: Question) -> Made | None:
+    """One word among those the answer rests on, replaced by a word of its kind."""
+    assert question.target is not None
     vocabulary = Vocabulary.of(question)
     rows = max(8, TOKENS // len(question.tokens))
     count = max(1, min(WORDS, rows // TRIES))
@@ -78,19 +112,31 @@ def make(question: Question) -> Made | None:
     if float(p[chosen, question.target.id]) > 0.8 * question.target.probability:
         return None
     new = _word_of(texts[chosen], question.text, word)
-    return Made(texts[chosen], f"“{word.text}” was replaced by “{new}”, found among replacements of {len(some)} words")
+    return Made(
+        texts[chosen],
+        f"“{word.text}” was replaced by “{new}”, found among replacements of {len(some)} words and chosen because it changes the answer",
+    )
 
 
 def words_of(question: Question) -> list[Word]:
     """The words of the prompt that have tokens of their own."""
+    return [word for match in re.finditer(r"[^\W_]+", question.text) if (word := _word(question, match))]
+
+
+def _word(question: Question, match: re.Match[str]) -> Word | None:
     _, offsets = encode(question.model.tokenizer, question.text)
-    found = []
-    for match in re.finditer(r"[^\W_]+", question.text):
-        tokens = [i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
-        inside = tokens and offsets[tokens[-1]][1] == match.end() and offsets[tokens[0]][0] >= match.start() - 1
-        if inside:
-            found.append(Word(match[0], match.start(), match.end(), tokens[0], tokens[-1] + 1))
-    return found
+    tokens = [i for i, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
+    inside = tokens and offsets[tokens[-1]][1] == match.end() and offsets[tokens[0]][0] >= match.start() - 1
+    return Word(match[0], match.start(), match.end(), tokens[0], tokens[-1] + 1) if inside else None
+
+
+def _aligned(question: Question, word: Word, other: str) -> str | None:
+    """The prompt with `other` in the word's place, if it is cut into as many tokens and alike everywhere else."""
+    ids = encode(question.model.tokenizer, question.text)[0]
+    text = question.text[: word.start] + other + question.text[word.stop :]
+    new = encode(question.model.tokenizer, text)[0]
+    same = len(new) == len(ids) and new[: word.first] == ids[: word.first] and new[word.last :] == ids[word.last :]
+    return text if same else None
 
 
 def _sensitivity(question: Question) -> Any:
@@ -108,8 +154,7 @@ def _sensitivity(question: Question) -> Any:
 
 def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterator[str]:
     """Prompts with another word in its place that are cut into as many tokens, and alike everywhere else."""
-    tokenizer = question.model.tokenizer
-    ids = encode(tokenizer, question.text)[0]
+    ids = encode(question.model.tokenizer, question.text)[0]
     near = [vocabulary.near(i) for i in ids[word.first : word.last]]
     if not all(near):
         return
@@ -117,10 +162,8 @@ def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterato
     tried = [[n] for n in near[0]] if len(near) == 1 else ([draw.choice(n) for n in near] for _ in range(4 * TRIES))
     found = set()
     for bodies in tried:
-        text = question.text[: word.start] + "".join(bodies) + question.text[word.stop :]
-        new = encode(tokenizer, text)[0]
-        same = len(new) == len(ids) and new[: word.first] == ids[: word.first] and new[word.last :] == ids[word.last :]
-        if same and text not in found:
+        text = _aligned(question, word, "".join(bodies))
+        if text and text not in found:
             found.add(text)
             yield text
 

@@ -125,8 +125,10 @@ def compare(methods: Mapping[str, Result], title: str = "") -> Document:
     of heads, each shown by choice. One method on several models, before and after, has one scale. InputError where they
     are of different kinds, or not about the same tokens, layers or heads.
 
-    >>> compare({"gradients": shares, "occlusion": drops}).save_html("words.html")    # doctest: +SKIP
-    >>> compare({"logit": logit_lens(model, prompt), "tuned": logit_lens(model, prompt, through=lens)})  # doctest: +SKIP
+    >>> compare({"gradients": shares, "occlusion": drops}).save_html("words.html")
+    PosixPath('words.html')
+    >>> compare({"logit": logits, "tuned": tuned}).title
+    'logit and tuned'
     """
     if not methods:
         raise InputError("there is nothing to compare: give results by name, {'one': result, 'other': result}")
@@ -145,7 +147,8 @@ def attention(patterns: Result, *more: Result, title: str = "") -> Document:
     `more` are results of `rollout` and `flow`, shown beside the heads, and of `head_summaries` or `circuits.head_roles`,
     which name heads by what they do. InputError for results that are not about the same tokens.
 
-    >>> attention(patterns(model, prompt), rollout(model, prompt), head_summaries(model))  # doctest: +SKIP
+    >>> attention(pl.attention.patterns(model, prompt), pl.attention.rollout(model, prompt)).title
+    'Where each head looks'
     """
     return _made(title or patterns.title, looking.attention(patterns, *more), patterns)
 
@@ -155,7 +158,8 @@ def circuit(found: Any, *more: Result, title: str = "") -> Document:
 
     Heads of one role stand as one box, their edges added up; in the view names are given and taken off by hand, too.
 
-    >>> circuit(found, head_roles(model, prompts)).save_html("circuit.html")  # doctest: +SKIP
+    >>> circuit(found, pl.circuits.head_roles(model, prompts)).save_html("circuit.html")
+    PosixPath('circuit.html')
     """
     roles = {at: role for result in more for at, role in looking.roles_of(result).items()}
     groups = {f"layers.{layer}.attn.heads.{head}": role for (layer, head), role in roles.items()}

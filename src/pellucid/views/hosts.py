@@ -119,7 +119,8 @@ def page(*things: Any, title: str = "") -> str:
 def save_html(path: str | Path, *things: Any, title: str = "") -> Path:
     """Write one file that shows `things` anywhere, without a network. InputError where it cannot be written.
 
-    >>> save_html("lens.html", pl.lenses.logit_lens(model, prompt), attributions)      # doctest: +SKIP
+    >>> save_html("lens.html", pl.lenses.logit_lens(model, prompt), attributions)
+    PosixPath('lens.html')
     """
     try:
         Path(path).write_text(page(*things, title=title), encoding="utf-8")

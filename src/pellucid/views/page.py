@@ -40,6 +40,7 @@ class Section:
     python: str = ""
     shell: str | None = None
     finding: str = ""
+    verdict: str = ""  # how far the finding can be trusted, by its control; empty where it has none
     results: tuple[Result, ...] = field(default=(), repr=False)
 
     def html(self) -> Html:

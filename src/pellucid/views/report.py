@@ -61,14 +61,15 @@ def build(
     listed. What a model cannot have is said in its place. InputError for a prompt, target or counterfactual that does
     not fit.
 
-    >>> report = build(model, "The capital of France is")                           # doctest: +SKIP
-    >>> Path("report.html").write_text(report.html)                                 # doctest: +SKIP
+    >>> report = build(model, "The capital of France is")
+    >>> Path("report.html").write_text(report.html) > 50_000
+    True
     """
     bar: progress[None] = progress(what="report", total=11)
     with bar, quiet():  # one bar for all of its methods
         question = ask(model, prompt, target, counterfactual, top, word)
         if counterfactual is None and (found := made(question)) is not None:
-            question = against(question, found.prompt, top, found.how)
+            question = replace(against(question, found.prompt, top, found.how), searched=not found.known)
         bar.step()
         sections = _sections(question, top, bar.step)
     findings = [s.finding for s in sections if s.finding]
@@ -99,13 +100,17 @@ def _sections(question: Question, top: int, step: Callable[[], None]) -> list[Se
         except RuntimeError as error:  # torch's own: a model whose code allows no gradient, or too little memory
             made.append(missing(id, name, title, f"torch refused ({str(error).splitlines()[0].rstrip('.')})"))
         step()
-    return [replace(section, shell=question.shell) for section in (*made, origin.origin(question, made))]
+    verdicts = {claim.section: claim.verdict for claim in trust.claims(question, evidence)}
+    made.append(origin.origin(question, made))
+    return [replace(section, shell=question.shell, verdict=verdicts.get(section.id, "")) for section in made]
 
 
 def _page(question: Question, sections: list[Section]) -> str:
     name = short_name(question.model)
     found = [
-        tag("li", tag("span", s.finding), tag("a", s.name.lower(), href=f"#{s.id}")) for s in sections if s.finding
+        tag("li", tag("span", s.finding), _sure(s), tag("a", s.name.lower(), href=f"#{s.id}"))
+        for s in sections
+        if s.finding
     ]
     header = join(
         tag("p", tag("b", name), " · ", described(question.model), class_="eyebrow"),
@@ -115,6 +120,12 @@ def _page(question: Question, sections: list[Section]) -> str:
     )
     footer = join("Made with pellucid. ", tag("a", "Back to the top", href="#top"))
     return page(f"{quoted(question.text[:60])} in {name}", header, sections, footer)
+
+
+def _sure(section: Section) -> Html:
+    """How far the finding can be trusted, where it has a control: a link to the control."""
+    name = section.verdict
+    return tag("a", name, href="#trust", class_=f"sure {name.split()[-1]}") if name else tag("span", class_="sure")
 
 
 def _asked(question: Question) -> Html:

@@ -28,7 +28,7 @@ def widget(thing: Any) -> Any:
 
     InputError where anywidget is not installed.
 
-    >>> chosen = widget(pl.lenses.logit_lens(model, prompt))    # doctest: +SKIP
+    >>> chosen = widget(pl.lenses.logit_lens(model, prompt))  # needs anywidget  # doctest: +SKIP
     """
     return _kind()(document=document(thing).json(), instead=uuid.uuid4().hex)
 

@@ -22,7 +22,7 @@ class Ray(Pool):
     from where it was opened here: a hub id, or a folder that every node sees. InputError where Ray is not installed, or where
     nobody answers at the address.
 
-    >>> pl.Ray(4, address="auto", resources={"num_gpus": 1})  # doctest: +SKIP
+    >>> pl.Ray(4, address="auto", resources={"num_gpus": 1})  # needs a cluster  # doctest: +SKIP
     """
 
     def __init__(

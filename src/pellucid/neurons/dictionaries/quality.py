@@ -61,7 +61,8 @@ def dictionary_quality(
     `high` over rows of text and `recovered_from_zero`; `explained`, `l0`, `dead`, and `beyond`, the share of tokens
     over the limit. InputError for a model that does not predict next tokens, or other weights than the dictionary's.
 
-    >>> dictionary_quality(model, sae.dictionary_, held_out).recovered  # doctest: +SKIP
+    >>> dictionary_quality(model, dictionary, held_out).recovered
+    <xarray.DataArray 'recovered' ()>...
     """
     dictionary.check(model)
     context = min(CONTEXT, longest(model)) if context is None else context

@@ -100,8 +100,9 @@ def _measured(question: Question) -> Child:
 def _counterfactual(question: Question) -> str:
     if question.made:
         return (
-            f"no counterfactual was given, so pellucid made one: {question.made}. It was chosen because it changes the "
-            "answer. One of your own, with a meaning you know, says more: --counterfactual “...”, of as many tokens."
+            f"no counterfactual was given, so pellucid made one: {question.made}. "
+            + ("One of your own, with a meaning you know, says more" if question.searched else "To ask another")
+            + ": --counterfactual “...”, of as many tokens."
         )
     return (
         ""

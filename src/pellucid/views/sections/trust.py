@@ -20,36 +20,38 @@ GOOD, FAIR = 0.8, 0.5  # agreement with a control from which a claim is called s
 
 @dataclass(frozen=True)
 class Claim:
+    section: str  # whose finding it is
     what: str
     support: str
     control: str
     verdict: str
 
 
+def claims(question: Question, evidence: Evidence) -> list[Claim]:
+    made = (_words(evidence), _layers(evidence), _patches(question, evidence), _heads(evidence), _parts(evidence))
+    return [claim for claim in made if claim]
+
+
 def trust(question: Question, evidence: Evidence) -> Section:
-    claims = [
-        c
-        for c in (_words(evidence), _layers(evidence), _patches(question, evidence), _heads(evidence), _parts(evidence))
-        if c
-    ]
+    claimed = claims(question, evidence)
     rows = {
-        "claim": [c.what for c in claims],
-        "what speaks for it": [c.support for c in claims],
-        "its control": [c.control for c in claims],
-        "verdict": [c.verdict for c in claims],
+        "claim": [c.what for c in claimed],
+        "what speaks for it": [c.support for c in claimed],
+        "its control": [c.control for c in claimed],
+        "verdict": [c.verdict for c in claimed],
     }
     view = Document(
         title="Claims and their controls",
-        data=Table(columns=tuple(column(k, v) for k, v in rows.items()), rows=len(claims)),
+        data=Table(columns=tuple(column(k, v) for k, v in rows.items()), rows=len(claimed)),
     )
     lead = (
-        f"Each claim of this page with its control. A claim is called solid where its control agrees to {GOOD} or more, likely from {FAIR}, and a hint below; "
+        f"Each claim of this page with its control. A claim is called solid where its control agrees to {GOOD} or more, likely from {FAIR}, and a hint below (of patches: 1 less twice the share that unrelated states bring back); "
         "untested where there is no control. All of it is about this one prompt: what holds for a kind of prompt takes many of them."
     )
-    counts = {name: sum(c.verdict == name for c in claims) for name in ("solid", "likely", "a hint", "untested")}
+    counts = {name: sum(c.verdict == name for c in claimed) for name in ("solid", "likely", "a hint", "untested")}
     said = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     finding = (
-        f"How far the {len(claims)} claims of this page can be trusted, by their controls: {said}." if claims else ""
+        f"How far the {len(claimed)} claims of this page can be trusted, by their controls: {said}." if claimed else ""
     )
     return Section(
         "trust",
@@ -81,6 +83,7 @@ def _words(evidence: Evidence) -> Claim | None:
     gap = f"the shares add up to within {percent(evidence.completeness)} of their size"
     control = f"the least agreement with another method or baseline is {number(agreed)}" if others else "none was run"
     return Claim(
+        "words",
         "which words the answer rests on",
         gap,
         control,
@@ -98,7 +101,7 @@ def _layers(evidence: Evidence) -> Claim | None:
     if evidence.arrives is not None and evidence.settled.isdigit():
         control += f"; patching finds the answer carried there before layer {evidence.arrives}, so what the lens cannot read yet may be there"
     return Claim(
-        "from which layer on the answer can be read", f"the logit lens, whose last row is the model’s own output, shows it from layer {evidence.settled} on",
+        "layers", "from which layer on the answer can be read", f"the logit lens, whose last row is the model’s own output, shows it from layer {evidence.settled} on",
         control, verdict(1.0 - elsewhere),
     )  # fmt: skip
 
@@ -109,11 +112,14 @@ def _patches(question: Question, evidence: Evidence) -> Claim | None:
     whole = f"one patched state brings back {percent(min(1.0, max(0.0, evidence.restored)))} of the answer"
     found = evidence.foreign
     if found is None:
-        return Claim("where the fact travels", whole, "none is needed: no single place brings half of the answer back, so none is claimed", verdict(0.0))  # fmt: skip
+        return Claim("patches", "where the fact travels", whole, "none is needed: no single place brings half of the answer back, so none is claimed", verdict(0.0))  # fmt: skip
     control = f"states of {found.prompts} unrelated prompts in {found.places} of those places bring back {number(found.other, sign=True)} on average instead of {number(found.own, sign=True)}"
-    if question.made:
-        control += "; the counterfactual was made by pellucid, which chose one that works"
-    return Claim("where the fact travels", whole, control, verdict(1.0 - max(0.0, found.other) / found.own))
+    # what half of it comes back by anything put in its place is no finding: nothing is left of the claim there
+    agreed = 1.0 - 2.0 * max(0.0, found.other) / found.own
+    if question.searched:
+        control += "; the counterfactual was chosen by pellucid because it works, so this is no more than likely"
+        agreed = min(agreed, np.nextafter(GOOD, 0.0))
+    return Claim("patches", "where the fact travels", whole, control, verdict(agreed))
 
 
 def _heads(evidence: Evidence) -> Claim | None:
@@ -129,7 +135,11 @@ def _heads(evidence: Evidence) -> Claim | None:
         else "mean values were not possible"
     )
     return Claim(
-        "which heads the answer needs", f"{len(zero)} heads were switched off one at a time", control, verdict(agreed)
+        "heads",
+        "which heads the answer needs",
+        f"{len(zero)} heads were switched off one at a time",
+        control,
+        verdict(agreed),
     )
 
 
@@ -140,7 +150,7 @@ def _parts(evidence: Evidence) -> Claim | None:
     least, most = sorted((abs(fall.zero), abs(fall.mean)))
     agreed = least / most if most > 0 and fall.zero * fall.mean > 0 else 0.0
     return Claim(
-        f"that the answer needs {fall.name}", f"without it the answer’s probability goes from {percent(fall.before)} to {percent(fall.after)}",
+        "strongest", f"that the answer needs {fall.name}", f"without it the answer’s probability goes from {percent(fall.before)} to {percent(fall.after)}",
         f"at its mean instead of zero the effect is {number(fall.mean, sign=True)} instead of {number(fall.zero, sign=True)}, alike to {number(agreed)}; other prompts may need it as well",
         verdict(agreed),
     )  # fmt: skip
