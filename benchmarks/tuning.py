@@ -1,6 +1,6 @@
 """What do objectives buy, and at what price? Each bar beside its control, as a table of lines.
 
-    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [share=WEIGHT]
+    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [costs] [share=WEIGHT]
 
     DATA: imdb_counterfactual/sentiment/combined/paired
 
@@ -207,6 +207,8 @@ def main(data: Path, wanted: list[str]) -> None:
             dev.test = dev.dev
             made = dev.decoy(tuning.RightReasons("decoy", weight=float(part[6:])), seeds=(0,), control=False)
             table(f"The share of the gradient, weight {part[6:]}, on validation texts", made, *behaviour)
+    if "costs" in wanted:
+        costs(two)
     if "second" in parts:
         second(two)
 
@@ -322,6 +324,30 @@ def routing(four: Setting) -> None:
             sep="\n",
             flush=True,
         )
+
+
+def costs(two: Setting) -> None:
+    """A step of every objective over one of plain training (CPU time, in turn, medians of three), eager attention."""
+    from pellucid.tuning.data import Encoded
+    from pellucid.tuning.fit import Fit, Settings, timed
+
+    sys.modules["pellucid.tuning.fit"].TURNS = 3  # type: ignore[attr-defined]
+    two.model.module.trunk.set_attn_implementation("eager")
+    train = rationales(two.train, PLANTED)
+    train = replace(train, properties={"viewing": [bool(VIEWING.search(t)) for t in train.texts]})
+    settings = Settings(two.model, Encoded(two.model, train), slice(None), 60, 16, 1, 3e-4, 3e-3, 0.01, 5, 1.0)
+    site = "layers.1.resid_post"
+    halves = {v: tuning.Only(neurons={1: range(k, k + 768)}) for k, v in ((0, True), (768, False))}
+    arms: dict[str, Any] = {
+        "plain": (), "augmentation": tuning.Augment("decoy"), "consistency": tuning.Consistency("decoy"), "share": tuning.RightReasons("decoy"),
+        "share, finite": tuning.RightReasons("decoy", path="finite"), "attention taught": tuning.Attend("rationale"), "entropy": tuning.AttentionEntropy(),
+        "neurons L1": tuning.NeuronL1(), "entmax": tuning.SparseAttention("entmax15"), "top neurons": tuning.TopNeurons(77), "weights L1": tuning.WeightL1(),
+        "locality": tuning.Locality(), "property along": tuning.ProbeTask("viewing", site), "unlearnt": tuning.Unlearn("viewing", site),
+        "routed": tuning.Route("viewing", halves), "bottleneck": tuning.Bottleneck(), "selection": tuning.Select(warm=0, within="window"),
+    }  # fmt: skip
+    fits = {name: Fit(settings, own if own == () else (own,), 0) for name, own in arms.items()}
+    found = timed(fits, "plain")
+    print("\n## Cost of a step over plain, eager: " + ", ".join(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
 
 
 def second(two: Setting) -> None:

@@ -190,6 +190,15 @@ def test_a_loss_that_is_no_number_stops_and_the_last_good_weights_are_kept() -> 
     assert equal(weights(caught.value.model), weights(opened("bert-class")))
 
 
+def test_an_objective_that_trains_nothing_is_said() -> None:
+    class Nothing(tu.Objective):
+        def loss(self, seen: Any, generator: Any) -> Any:
+            return seen.logits.sum() * 0
+
+    with pytest.warns(UserWarning, match="Nothing was exactly 0 for 3 steps"):
+        tu.fit(opened("bert-class"), data(), Nothing(), control=False, **QUICK)
+
+
 def test_only_what_is_chosen_changes_weight_decay_included() -> None:
     model = opened("bert-class")
     for only in (

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+import pellucid as pl
 from pellucid import tuning as tu
 from pellucid.errors import InputError
 from pellucid.training import draws
@@ -100,3 +102,31 @@ def test_weights_come_near_and_what_cannot_be_routed_is_an_error() -> None:
             tu.fit(model, topics(), route, **QUICK)
     with pytest.raises(InputError, match="alone is trained"):
         tu.fit(opened("lora"), topics(8, "text"), tu.Route("topic", {"b": tu.Only(neurons={1: [0]})}), **QUICK)
+
+
+def test_several_questions_with_one_head_are_each_over_classes_of_their_own() -> None:
+    """As with a head for each: the others' rows of the head have no gradient, and no answer is one of theirs."""
+    config = opened("bert-class").module.config.to_dict() | {"num_labels": 4}
+    torch.manual_seed(0)
+    module = transformers.BertForSequenceClassification(transformers.BertConfig(**config)).eval()
+    model = pl.load(module, tokenizer=opened("bert-class").tokenizer)
+    given = data(n=4)
+    second = replace(given, labels=[2 + y for y in given.labels or ()], among=[[2, 3]] * 4)
+    encoded = Encoded(model, second)
+    with torch.enable_grad():
+        found = terms(model, encoded, encoded.batch(range(4)), [], 0, 0)["task"]
+        (g,) = torch.autograd.grad(found, [module.classifier.weight])
+    with torch.no_grad():
+        z = torch.cat([module(**row.tensors).logits for row in encoded.rows])[:, 2:]
+    assert float(found) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(z, torch.tensor(given.labels))), rel=1e-5
+    )
+    assert not g[:2].any() and g[2:].any()
+    lost = tu.parts_off(model, replace(second, properties={"topic": ["a"] * 4}), "topic", {"a": HALVES["a"]})
+    assert float(lost.data["accuracy"].sel(off="nothing")[0]) == float(
+        (z.argmax(1) == torch.tensor(given.labels)).float().mean()
+    )
+    with pytest.raises(InputError, match="which is not among"):
+        tu.fit(model, replace(second, among=[[0, 1]] * 4), (), **QUICK)
+    with pytest.raises(InputError, match="says tokens"):
+        tu.fit(opened("gpt2"), replace(data(None, n=4), among=[[0]] * 4), (), **QUICK)

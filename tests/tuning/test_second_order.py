@@ -63,7 +63,7 @@ def test_the_published_penalty_is_that_of_the_log_odds_times_tanh_squared_and_a_
                 for of in ("log_probability_sum", "log_odds")
             )
         factor = float(torch.tanh(seen.log_odds.detach() / 2).square())
-        assert ross == pytest.approx(factor * plain, rel=1e-9)
+        assert ross == pytest.approx(factor * plain, rel=1e-10)
     before = [gradients(model, tu.RightReasons("decoy", form=form))[0] for form in ("share", "absolute")]
     with torch.no_grad():
         for p in model.module.classifier.parameters():

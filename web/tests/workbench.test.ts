@@ -100,7 +100,7 @@ describe("following the typing", () => {
 
 const STATE: State = {
   version: 1,
-  panes: [{ pane: "a", model: "SmolLM2", prompt: "<script>alert('é🙂')</script>", other: null, views: ["lens"], generate: 8,
+  panes: [{ pane: "a", model: "SmolLM2", prompt: "<script>alert('é🙂')</script>", other: null, views: ["lens"], generate: 8, answer: " Rome", word: "",
     edits: [{ component: "layers.5.attn.heads.3", kind: "steer", strength: -2.5, direction: "random", position: 4, seed: 3, on: false }] }],
   selection: { component: "layers.5.attn.heads.3", position: 4 },
   neurons: { sort: "activation", layer: 2 },
@@ -127,7 +127,7 @@ describe("links", () => {
     const given = { version: 1, panes: [{ prompt: 3, edits: [{ component: "x", kind: "explode", strength: "2", position: -1 }, 7], generate: 1e9, views: [1] }, null], selection: "all", neurons: { sort: "none" } };
     expect(checked(given)).toEqual({
       version: 1, selection: { component: null, position: null }, neurons: { sort: "activation", layer: null },
-      panes: [{ pane: "", model: "", prompt: "", other: null, generate: 64, views: [""], edits: [{ component: "x", kind: "zero", strength: 1, direction: "contrast", position: null, seed: 0, on: true }] }],
+      panes: [{ pane: "", model: "", prompt: "", other: null, generate: 64, answer: "", word: "", views: [""], edits: [{ component: "x", kind: "zero", strength: 1, direction: "contrast", position: null, seed: 0, on: true }] }],
     });
     for (const bad of [null, 3, {}, { version: 2 }]) expect(() => checked(bad)).toThrow(/version 1/);
   });
@@ -148,7 +148,7 @@ describe("edits", () => {
     expect(said({ ...made("layers.5.attn.heads.3", "scale", 1, true), strength: 2 }, ["The", " cat"])).toBe("head 5.3 times 2 at 1 “␣cat”");
   });
   test("parts are offered as the model names them, heads left out where there are thousands", () => {
-    const model = { id: "0", name: "m", kind: "decoder" as const, layers: 2, heads: 3, neurons: 4, parameters: 5, limit: null, generates: true, chat: { refused: "", template: true, monitors: [], vectors: [] } };
+    const model = { id: "0", name: "m", kind: "decoder" as const, layers: 2, heads: 3, neurons: 4, parameters: 5, limit: null, generates: true, answers: { kind: "label" as const, names: ["O", "B-LOC"] }, chat: { refused: "", template: true, monitors: [], vectors: [] } };
     expect(parts(model)).toHaveLength(2 * (3 + 3));
     expect(parts({ ...model, layers: 80, heads: 64 })).toHaveLength(80 * 3);
     expect(parts({ ...model, kind: "encoder-decoder" })[0]).toBe("encoder.layers.0.resid_post");

@@ -58,7 +58,8 @@ def generate_early(
     many tokens of the same batch, cached too. `attrs["text"]` is the text (of several prompts a list). Refused for encoders, encoder-decoders,
     shared layers, batches that cannot be padded on the left or taken apart; InputError for other options.
 
-    >>> generate_early(model, "The capital of France is", Exit("margin", 0.9), max_new_tokens=8)  # doctest: +SKIP
+    >>> generate_early(model, "The capital of France is", Exit("margin", 0.9), max_new_tokens=8).layer
+    <xarray.DataArray 'layer' (position: 8)>...
     """
     at_least(1, max_new_tokens=max_new_tokens)
     walk, texts = begun(model, prompt, policy, states)

@@ -46,7 +46,7 @@ def calibrate(
     Gives over `threshold`, from the strictest on, `agreement` on these cases, `p` of "disagrees more often than delta",
     `layer`, `kept` (whether it was reached and rejected); `chosen`, infinity where none is: then `chosen_policy(result, policy)` never exits.
 
-    >>> safe = chosen_policy(calibrate(model, texts, Exit("margin"), delta=0.1), Exit("margin"))  # doctest: +SKIP
+    >>> safe = chosen_policy(calibrate(model, texts, Exit("margin"), delta=0.1), Exit("margin"))
     """
     if not (0 < delta < 1 and 0 < epsilon < 1):
         raise InputError(f"delta={delta!r}, epsilon={epsilon!r}: expected numbers between 0 and 1")

@@ -57,7 +57,8 @@ def ensemble(
     The title names routes that gain nothing over the random one or the mean. InputError for variants that differ elsewhere, fewer
     than two, no span; Refused for variants of another shape or other kinds of layers, and models that do not say the next token from left to right in one stack.
 
-    >>> ensemble(model, {"a": one, "b": other}, texts, layers=slice(8, 20), gate=gate)  # doctest: +SKIP
+    >>> ensemble(model, {"a": one, "b": other}, texts, layers=slice(2, 6), gate=gate).nll
+    <xarray.DataArray 'nll' (route: 8)>...
     """
     at_least(1, tokens=tokens, draws=draws)
     asked = list(dict.fromkeys([*routes, *(["gate"] if gate is not None else []), "random", "mean"]))
@@ -131,7 +132,8 @@ def chosen_variants(
 
     `attrs["variants"]` are their names by number. Raises as `ensemble` does.
 
-    >>> chosen_variants(model, {"a": one, "b": other}, "The film was", layers=slice(8, 20))  # doctest: +SKIP
+    >>> chosen_variants(model, {"a": one, "b": other}, "The film was", layers=slice(2, 6)).chosen
+    <xarray.DataArray 'chosen' (position: 3)>...
     """
     if route == "mean" or route not in get_args(Route):
         raise InputError(f"route={route!r} chooses nothing: expected 'confidence', 'gate' or 'random'")

@@ -161,14 +161,14 @@ class Encoded:
         self.labels = [told.numbers(_plain(y)) for y in labels] if self.classes and labels is not None else labels
         if data.among is not None and not self.classes:
             raise InputError(f"among= is for classifiers, and {model.name} says tokens")
-        self.among = None
-        if data.among is not None:
+        self.among: Tensor | None = None
+        if data.among is not None and labels is not None and self.labels is not None:
             self.among = torch.zeros(len(data), max(told.size, 2), dtype=torch.bool)
             for i, some in enumerate(data.among):
                 own = range(self.among.shape[1]) if some is None else told.numbers([_plain(y) for y in some])
                 self.among[i, list(own)] = True
                 if not self.among[i, self.labels[i]]:
-                    raise InputError(f"the label of text {i} is {labels[i]!r}, which is not among {list(some)}")
+                    raise InputError(f"the label of text {i} is {labels[i]!r}, which is not among {some}")
         self._shares: dict[tuple[str, ...], float] = {}
         self.cut = 0  # spans that truncation took away
         self.rows: list[Inputs] = []

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ from pellucid.tuning.routing import Route
 
 UNTRAINED = 0.95  # of the entropy of the answers
 TURNS = 5
+SILENT = 3  # steps at which an objective was exactly 0
 COPIED = "/copied."  # in the name of a tensor beside the model that is a copy of one in it, and learns at the same rate
 
 
@@ -300,7 +302,7 @@ class Fit:
         self.parameters: dict[str, Tensor] = self.chosen.parameters | own
         kept = [name for each in self.objectives if each.weight > 0 for name in each.undecayed(self.chosen.model)]
         self.undecayed = frozenset([*self.chosen.masks, *kept])
-        self.good = Good(self.parameters)
+        self.good, self.silent = Good(self.parameters), dict[str, int]()
 
     def train(self, path: Path | None, what: str) -> list[Any]:
         s = self.settings
@@ -372,6 +374,13 @@ class Fit:
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         check_finite({"the gradient": float(norm)}, step, self.chosen.model, self.good)
         self.good.keep()
+        for name in noted.keys() - {"task"}:
+            self.silent[name] = 0 if noted[name] else self.silent.get(name, 0) + 1
+            if self.silent[name] == SILENT:
+                warnings.warn(
+                    f"{name} was exactly 0 for {SILENT} steps: it trains nothing (is anything in its spans?)",
+                    stacklevel=2,
+                )
         if s.clip is not None and grads:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), s.clip, norm)
         return [noted["task"], *(noted.get(each.name, 0.0) for each in self.objectives)]

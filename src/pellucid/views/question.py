@@ -25,7 +25,7 @@ from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, PellucidError
 from pellucid.model import Model
-from pellucid.question import Answer, label, pieces
+from pellucid.question import Answer, label, pieces, similarity
 from pellucid.question import Question as Asked
 from pellucid.tasks.tokens import answer_ids, single_id
 from pellucid.views.markup import quoted
@@ -64,6 +64,7 @@ class Question:
     searched: bool = False  # and that it was chosen because it changes the answer
     notes: tuple[str, ...] = ()
     asked: Asked | None = None  # as the methods ask it, where a word or a span is part of the question
+    beside: str = ""  # the text that a sentence's vector is compared with
 
     @property
     def text(self) -> str:
@@ -127,6 +128,8 @@ class Question:
     @property
     def metric(self) -> Any:
         """What the answer is measured by; see `metric_code`."""
+        if self.beside:
+            return Asked.of(self.model, self.inputs, similarity(self.beside)).metric
         if self.target is None:
             return Similarity(self.run)
         if self.kind in ("class", "value"):
@@ -139,6 +142,8 @@ class Question:
 
     @property
     def metric_code(self) -> str:
+        if self.beside:
+            return f"metric = pl.question.Question.of(model, prompt, pl.attribution.similarity({self.beside!r})).metric"
         if self.target is None:
             return "metric = pl.views.question.Similarity(model.run(prompt))"
         if self.kind in ("class", "value"):
@@ -152,6 +157,8 @@ class Question:
 
     @property
     def metric_name(self) -> str:
+        if self.beside:
+            return f"similarity to {quoted(self.beside)}"
         if self.target is None:
             return "similarity to the intact output"
         named = {"class": "logit", "value": "number it gives", "span": "logit of its start and end"}
@@ -254,12 +261,14 @@ def ask(
         run = model.run(inputs)
     options = likeliest(asked, run, max(top, 2))
     chosen = options[0] if options else None
-    if target is not None:
+    if target is not None and asked.kind != "vectors":
         chosen, more = _chosen(asked, run, target)
         note = (*note, *more)
     note = (*note, *(f"How it was opened: {each}." for each in model.loaded.notes))
     position = chosen.ids[0] if asked.kind == "span" and chosen else place(asked)
     question = Question(model, prompt, asked.kind, inputs, position, run, options, chosen, notes=note, asked=asked)
+    if target is not None and asked.kind == "vectors":
+        question = replace(question, beside=similarity(target).text)
     return against(question, counterfactual, top)
 
 
@@ -342,9 +351,8 @@ def _ids(model: Model, *texts: str) -> dict[str, int]:
 def _chosen(asked: Asked, run: Run, target: str) -> tuple[Option, tuple[str, ...]]:
     """The target as an answer: the text given, or with a space before it where that is what the model would say."""
     model = asked.model
-    if asked.kind in ("vectors", "value"):
-        given = "vectors" if asked.kind == "vectors" else "a number"
-        raise InputError(f"this model has no answers to choose a target from: it gives {given}; leave --target out")
+    if asked.kind == "value":
+        raise InputError("this model has no answers to choose a target from: it gives a number; leave --target out")
     if asked.kind == "span":
         found_span = Asked.of(model, asked.inputs, target).answers[0]
         start, end = asked.distribution(run)[0]

@@ -19,7 +19,7 @@ from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.question import Question
 from pellucid.views.question import KINDS, asked_of, likeliest, place, with_mask
-from pellucid.workbench.messages import Answer, Choice
+from pellucid.workbench.messages import Answer, AnswerCard, Choice
 
 TOP = 10
 KEPT = 1024  # tokens of the runs that are remembered: each holds its logits and perhaps the residual of every layer
@@ -124,6 +124,15 @@ class Memory:
         while len(self._texts) > TEXTS:
             self._texts.popitem(last=False)
         return self._texts[key]
+
+
+def answers(model: Model) -> AnswerCard:
+    """What can be asked about of this model."""
+    told = model.anatomy.answering
+    if told.meaning == "label" or (told.meaning == "class" and told.size > 1):
+        return AnswerCard(kind=told.meaning, names=[told.names.get(i, str(i)) for i in range(told.size)])
+    kinds: dict[str, Any] = {"tokens": "word", "span": "span", "vectors": "text"}
+    return AnswerCard(kind=kinds.get(told.meaning, ""))
 
 
 def generates(model: Model) -> bool:

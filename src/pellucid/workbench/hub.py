@@ -9,7 +9,7 @@ from pellucid.engine.limits import claimed
 from pellucid.errors import InputError
 from pellucid.model import Model
 from pellucid.views.question import short_name
-from pellucid.workbench.answers import generates
+from pellucid.workbench.answers import answers, generates
 from pellucid.workbench.chat import Chat, Files
 from pellucid.workbench.live import Live
 from pellucid.workbench.messages import ModelCard
@@ -54,5 +54,5 @@ def card(id: str, model: Model, chat: Chat) -> ModelCard:
         layers=len(blocks), heads=max((a.heads for b in blocks for a in b.attentions.values()), default=0),
         neurons=max((m.linear.width for b in blocks for m in b.mlps.values() if m.linear is not None), default=0),
         parameters=sum(p.numel() for p in module.parameters()), limit=claimed(module, "encoder" if len(stacks) > 1 else ""),
-        generates=generates(model), chat=chat.card,
+        generates=generates(model), chat=chat.card, answers=answers(model),
     )  # fmt: skip

@@ -124,7 +124,12 @@ class Jobs:
         entry.state, entry.started = "running", time.time()
         asked = entry.asked
         question, note = posed(
-            self.hub.of(asked.model).model, asked.prompt, asked.other, needs_other=asked.kind == "patching"
+            self.hub.of(asked.model).model,
+            asked.prompt,
+            asked.other,
+            asked.kind == "patching",
+            asked.answer,
+            asked.word,
         )
         made = WORK[asked.kind](question, asked.options)
         return msgspec.structs.replace(made, care=" ".join(filter(None, (made.care, note))))

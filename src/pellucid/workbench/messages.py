@@ -18,6 +18,7 @@ from pellucid.views.schema import Document
 
 Name = Annotated[str, Meta(min_length=1, max_length=80)]
 Text = Annotated[str, Meta(max_length=200_000)]
+Line = Annotated[str, Meta(max_length=2_000)]
 Kind = Literal["zero", "mean", "scale", "steer", "patch"]
 Panel = Literal["tokens", "attention", "contributions", "patching", "anatomy", "neurons", "neuron", "heads"]
 JobKind = Literal["head_ablation", "patching", "circuit", "neuron_ablation"]
@@ -71,6 +72,13 @@ class ChatCard(Message):
     vectors: list[VectorCard]
 
 
+class AnswerCard(Message):
+    """What can be asked about: an answer of this kind ("" where there is only one), with the `names` it is chosen from."""
+
+    kind: Literal["word", "class", "label", "span", "text", ""]
+    names: list[str] = []
+
+
 class ModelCard(Message):
     """What the page knows of a model before it runs anything."""
 
@@ -84,6 +92,7 @@ class ModelCard(Message):
     limit: int | None  # tokens of its context, where it says so
     generates: bool
     chat: ChatCard
+    answers: AnswerCard
 
 
 class Models(Message):
@@ -174,7 +183,8 @@ class LiveReply(Message):
 
 
 class ViewRequest(Message):
-    """A panel to be drawn."""
+    """A panel to be drawn. `answer` is what it is about: a word, a class or label by its name, words of the prompt, or for sentence
+    embeddings a text to be similar to; empty, what the model says. `word` is the one whose label is asked for."""
 
     tab: Name
     pane: Name
@@ -184,6 +194,8 @@ class ViewRequest(Message):
     other: Text | None = None
     edits: Edits = []
     options: dict[str, Any] = {}
+    answer: Line = ""
+    word: Line = ""
 
 
 class NeuronRow(Message):
@@ -275,6 +287,8 @@ class JobRequest(Message):
     prompt: Text
     other: Text | None = None
     options: dict[str, Any] = {}
+    answer: Line = ""
+    word: Line = ""
 
 
 class Started(Message):
@@ -315,6 +329,8 @@ class Pane(Message):
     edits: Edits = []
     views: list[str] = []
     generate: Annotated[int, Meta(ge=0, le=64)] = 0
+    answer: Line = ""
+    word: Line = ""
 
 
 class Selection(Message):

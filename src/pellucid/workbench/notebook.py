@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from pellucid.errors import PellucidError
 from pellucid.model import Model
 from pellucid.views.hosts import output
 from pellucid.views.markup import visible
-from pellucid.views.question import read_at, with_mask
+from pellucid.views.question import Question, read_at, with_mask
 from pellucid.views.schema import Document
-from pellucid.workbench.answers import generates
+from pellucid.workbench.answers import answers, generates
 from pellucid.workbench.edits import edit_lines, opening
 from pellucid.workbench.hub import Hub
 from pellucid.workbench.messages import Pane, State
+from pellucid.workbench.panels import posed
 
 SAVED = "# This view was saved with the workspace; the cells above make such views anew."
 VIEWS = {
@@ -59,7 +62,8 @@ def _pane(hub: Hub, pane: Pane) -> list[dict[str, Any]]:
     if pane.other:
         lines.append(f"other = {pane.other if model is None else with_mask(model, pane.other)[0]!r}")
     cells = [_code("\n".join(lines)), _code("\n".join(edit_lines(pane.edits, pane.other, model, at)))]
-    answered = _answer(model, bool(pane.other), at)
+    asked = _asked(model, pane)
+    answered = _answer(model, bool(pane.other), at) if asked is None else _about(asked)
     if answered:
         cells.append(_code("\n".join(answered)))
     if pane.generate and (model is None or generates(model)):
@@ -67,10 +71,41 @@ def _pane(hub: Hub, pane: Pane) -> list[dict[str, Any]]:
     prefix = "" if model is None else model.anatomy.stacks[0].prefix
     for view in dict.fromkeys(("lens", *pane.views)):
         line = VIEWS.get(view) or (MEASURED.get(view) if answered else None)
+        if asked is not None and view in ("lens", "contributions", "neurons") and asked.lacks("direct"):
+            line = None
         line = PATCHING if view == "patching" and pane.other and answered else line
         if line is not None and not (view == "lens" and not answered):
             cells.append(_code(line.replace("{prefix}", prefix)))
     return cells
+
+
+def _asked(model: Model | None, pane: Pane) -> Question | None:
+    """What the page asked about, where that is more than the model's own choice among words or classes."""
+    if model is None or not pane.prompt.strip():
+        return None
+    kind = answers(model).kind
+    if kind in ("word", "class", "") and not pane.answer.strip():
+        return None
+    with suppress(PellucidError):  # as the page said
+        return posed(model, pane.prompt, pane.other, answer=pane.answer, word=pane.word)[0]
+    return None
+
+
+def _about(question: Question) -> list[str]:
+    """The metric of an answer that was named."""
+    named = (
+        []
+        if question.target is None
+        else [f"position, answer = {question.last_first}, {question.word(question.target)!r}"]
+    )
+    if question.kind == "span":
+        named = []
+    return [
+        "run, edited = model.run(prompt), model.run(prompt, edits=edits)",
+        *named,
+        question.metric_code,
+        "model.score(run, metric), model.score(edited, metric)",
+    ]
 
 
 def _answer(model: Model | None, pair: bool, at: int) -> list[str]:

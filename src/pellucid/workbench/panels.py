@@ -64,23 +64,28 @@ def draw(model: Model, memory: Memory, asked: ViewRequest) -> ViewReply:
 
 def _last(model: Model, memory: Memory, asked: ViewRequest) -> tuple[Question, str]:
     """What is asked, with its runs, which all panels of a prompt share."""
-    key = (asked.prompt, asked.other, asked.view == "patching")
+    key = (asked.prompt, asked.other, asked.view == "patching", asked.answer, asked.word)
     if memory.question[0] != key:
         memory.question = key, posed(model, *key)
     found: tuple[Question, str] = memory.question[1]
     return found
 
 
-def posed(model: Model, prompt: str, other: str | None, needs_other: bool = False) -> tuple[Question, str]:
+def posed(
+    model: Model, prompt: str, other: str | None, needs_other: bool = False, answer: str = "", word: str = ""
+) -> tuple[Question, str]:
     """What is asked of the model, and a remark. A second prompt that does not align is left out, unless it is needed."""
+    if model.anatomy.answering.meaning == "label" and not word.strip():
+        raise InputError("this model labels every word: name the word whose label is asked about")
+    about = answer.strip() and answer, word.strip() or None
     if needs_other and not other:
         raise InputError("patching needs a second prompt of as many tokens with another answer; give one")
     try:
-        question = ask(model, prompt, None, other or None, 10)
+        question = ask(model, prompt, about[0] or None, other or None, 10, about[1])
     except InputError as error:
         if not other or needs_other:
             raise
-        question = ask(model, prompt, None, None, 10)
+        question = ask(model, prompt, about[0] or None, None, 10, about[1])
         return question, f"The second prompt is left out here: {error}."
     return question, " ".join(question.notes)
 

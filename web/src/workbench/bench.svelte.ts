@@ -147,7 +147,7 @@ export class Bench {
 
   async startJob(kind: Job["kind"], options: Record<string, unknown>, pane: PaneStore): Promise<void> {
     try {
-      const { id } = await this.api.start({ tab: this.api.tab, model: pane.model.id, kind, prompt: pane.prompt, other: pane.pair, options });
+      const { id } = await this.api.start({ tab: this.api.tab, model: pane.model.id, kind, prompt: pane.prompt, other: pane.pair, options, ...pane.about });
       this.#awaited.add(id);
       this.message = "Started.";
     } catch (error) {

@@ -39,6 +39,12 @@ export interface ChatCard {
   vectors: VectorCard[];
 }
 
+/** What can be asked about: an answer of this kind ("" where there is only one), with the `names` it is chosen from. */
+export interface AnswerCard {
+  kind: "" | "class" | "label" | "span" | "text" | "word";
+  names: string[];
+}
+
 /** What the page knows of a model before it runs anything. */
 export interface ModelCard {
   id: string;
@@ -51,6 +57,7 @@ export interface ModelCard {
   limit: number | null;
   generates: boolean;
   chat: ChatCard;
+  answers: AnswerCard;
 }
 
 /** Which models are open here. */
@@ -128,7 +135,7 @@ export interface LiveReply {
   note: string;
 }
 
-/** A panel to be drawn. */
+/** A panel to be drawn. `answer` is what it is about: a word, a class or label by its name, words of the prompt, or for sentence embeddings a text to be similar to; empty, what the model says. `word` is the one whose label is asked for. */
 export interface ViewRequest {
   tab: string;
   pane: string;
@@ -138,6 +145,8 @@ export interface ViewRequest {
   other?: string | null;
   edits?: Edit[];
   options?: Record<string, unknown>;
+  answer?: string;
+  word?: string;
 }
 
 /** One neuron on one token: its activation, and its direct effect on the answer. */
@@ -218,6 +227,8 @@ export interface JobRequest {
   prompt: string;
   other?: string | null;
   options?: Record<string, unknown>;
+  answer?: string;
+  word?: string;
 }
 
 /** The job that was started. */
@@ -254,6 +265,8 @@ export interface Pane {
   edits?: Edit[];
   views?: string[];
   generate?: number;
+  answer?: string;
+  word?: string;
 }
 
 /** What is selected in every view. */

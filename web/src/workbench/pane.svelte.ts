@@ -8,7 +8,7 @@ import { PanelStore } from "./panel.svelte";
 import type { Edit, Kind, LiveReply, LiveRequest, ModelCard, Neurons, PaneState, ViewRequest } from "./types";
 import { PANELS, type View } from "./views";
 
-export const FRESH: Omit<PaneState, "pane" | "model"> = { prompt: "", other: null, edits: [], views: ["lens"], generate: 0 };
+export const FRESH: Omit<PaneState, "pane" | "model"> = { prompt: "", other: null, edits: [], views: ["lens"], generate: 0, answer: "", word: "" };
 
 export class PaneStore {
   readonly id: string;
@@ -18,6 +18,8 @@ export class PaneStore {
   edits = $state.raw<Edit[]>([]);
   views = $state.raw<View[]>(["lens"]);
   generate = $state(0);
+  answer = $state(""); // what the views are about: empty, what the model says
+  word = $state(""); // the word whose label is asked about
   chosen = $state.raw<Partial<Record<View, string>>>({}); // how a view is drawn, where that can be chosen
   neurons = $state.raw<Neurons>({ sort: "effect", layer: null });
 
@@ -44,7 +46,7 @@ export class PaneStore {
     this.#changed = changed;
     this.id = given.pane;
     this.model = model;
-    Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate });
+    Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate, answer: given.answer, word: given.word });
     this.views = PANELS.map((p) => p.view).filter((v) => given.views.includes(v));
     const panel = () => new PanelStore(api.view);
     this.panels = Object.fromEntries(PANELS.filter((p) => p.view !== "lens" && !p.own).map((p) => [p.view, panel()]));
@@ -62,7 +64,7 @@ export class PaneStore {
   }
 
   get state(): PaneState {
-    return { pane: this.id, model: this.model.name, prompt: this.prompt, other: this.other, edits: this.edits, views: this.views, generate: this.generate };
+    return { pane: this.id, model: this.model.name, prompt: this.prompt, other: this.other, edits: this.edits, views: this.views, generate: this.generate, answer: this.answer, word: this.word };
   }
 
   /** What this pane shows now. */
@@ -86,6 +88,18 @@ export class PaneStore {
     };
     this.#asked = essence(question);
     this.#live.ask(question, pace);
+  }
+
+  /** What is asked about; of a model with one kind of answer only, nothing. */
+  get about(): { answer: string; word: string } {
+    const { kind } = this.model.answers;
+    return { answer: kind ? this.answer : "", word: kind === "label" ? this.word.trim() : "" };
+  }
+
+  asksAbout(more: Partial<{ answer: string; word: string }>): void {
+    Object.assign(this, more);
+    this.#changed();
+    this.#redraw();
   }
 
   get pair(): string | null {
@@ -125,7 +139,7 @@ export class PaneStore {
     const own = choice ? { [choice.option]: value!.includes(" ") ? value!.split(" ") : value } : view === "neurons" ? { ...this.neurons, position: null, top: 50 } : {};
     return {
       tab: this.#api.tab, pane: this.id, model: this.model.id, view, prompt: fixed ? "" : this.prompt, other: fixed ? null : this.pair,
-      edits: fixed ? [] : this.edits.filter((e) => e.on), options: { ...own, ...options },
+      edits: fixed ? [] : this.edits.filter((e) => e.on), options: { ...own, ...options }, ...(fixed ? {} : this.about),
     };
   }
 
@@ -157,7 +171,7 @@ export class PaneStore {
   setModel(model: ModelCard): void {
     this.model = model;
     this.reply = null;
-    this.refused = "";
+    this.refused = this.answer = this.word = "";
     Object.values(this.panels).forEach((p) => { p.stop(); p.document = p.rows = null; });
     this.chat.clear();
     Object.assign(this.chat, { vector: "", strength: 0, off: [] });
