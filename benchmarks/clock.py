@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from torch.profiler import ProfilerActivity, profile
 
 
 class Cost(NamedTuple):
@@ -35,3 +38,18 @@ def beside(plain: Callable[[], Any], work: Callable[[], Any], repetitions: int) 
         spent = cpu(work)
         ratios.append(spent / ((before + cpu(plain)) / 2))
     return Cost(statistics.median(ratios), min(ratios), max(ratios))
+
+
+def allocated(work: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of CPU memory at the peak of `work`, and what it returned still holds, both above what was there."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        made = work()
+        gc.collect()
+    steps = record.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = peak = 0
+    for step in sorted((s for s in steps if s.name() == "[memory]"), key=lambda s: s.start_ns()):
+        now += step.nbytes()
+        peak = max(peak, now)
+    del made
+    return peak, now

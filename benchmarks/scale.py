@@ -1,9 +1,9 @@
 """What does scale cost? Random weights, one thread, process CPU time. Every number is printed as it comes.
 
-    python -m benchmarks.scale growth 135      opening, a run, a sweep, EAP at one size (20, 135, 350, 1100 million parameters)
+    python -m benchmarks.scale growth 20 135   opening, a run, sweeps, EAP at these sizes (20, 135, 350, 1100 million parameters)
     python -m benchmarks.scale tokens          the same sweep at 16 to 2,048 tokens
     python -m benchmarks.scale prompts         1 to 1,000 prompts: ablation, patching, EAP, harvest
-    python -m benchmarks.scale memory 135      peaks beside what `plan.explain()` and `model.memory` say
+    python -m benchmarks.scale memory 135 128  peaks (of torch's allocator, and of the process) beside what `plan.explain()` and `model.memory` say
     python -m benchmarks.scale workers         180 patches and 270 heads over Processes(2) and Ray(2), one worker killed
     python -m benchmarks.scale harvest         two writers killed ten times; throughput; reading
     python -m benchmarks.scale stored          reading alone, of a store of 330 MB
@@ -36,7 +36,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import pellucid as pl
-from benchmarks.clock import cpu
+from benchmarks.clock import allocated, cpu
 from pellucid import store as stores
 from pellucid.store import ActivationStore, store_activations
 
@@ -146,7 +146,12 @@ def _forward(module: Any, given: torch.Tensor) -> float:
         return median(cpu(lambda: module(given)) for _ in range(5))
 
 
-def growth(size: str) -> None:
+def growth(*sizes: str) -> None:
+    for size in sizes:
+        _growth(size)
+
+
+def _growth(size: str) -> None:
     path, given = folder(size), ids(TOKENS)
     opened = cpu(lambda: AutoModelForCausalLM.from_pretrained(path))
     module = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -171,13 +176,15 @@ def growth(size: str) -> None:
     bare = limit(model, given, plan)
     spent = [(cpu(bare), cpu(lambda: model.sweep(given, variants, METRIC)), cpu(bare), cpu(own)) for _ in range(3)]
     share = median(s / ((a + b) / 2) for a, s, b, _ in spent)
-    say(f"  {len(variants)} patches: share of the limit", share, "in forwards", median(s / f for _, s, _, f in spent))
+    say(f"  {len(variants)} patches: share of the limit", share, "in forwards", median(s / f for _, s, _, f in spent),
+        "of the limit with the run without edits", median(s / ((a + b) / 2 + f) for a, s, b, f in spent))  # fmt: skip
     heads = [pl.Ablate(site) for site in map(str, model.sites("layers.*.attn.heads.*"))]
     plan = model.plan(given, heads, METRIC)
     bare = limit(model, given, plan)
     spent = [(cpu(bare), cpu(lambda: model.sweep(given, heads, METRIC)), cpu(bare), cpu(own)) for _ in range(2)]
     share = median(s / ((a + b) / 2) for a, s, b, _ in spent)
-    say(f"  {len(heads)} heads off: share of the limit", share, "in forwards", median(s / f for _, s, _, f in spent))
+    say(f"  {len(heads)} heads off: share of the limit", share, "in forwards", median(s / f for _, s, _, f in spent),
+        "of the limit with the run without edits", median(s / ((a + b) / 2 + f) for a, s, b, f in spent))  # fmt: skip
     edges(model, given)
 
 
@@ -229,11 +236,11 @@ def tokens() -> None:
         )
 
 
-def prompts() -> None:
+def prompts(*counts: str) -> None:
     model = pl.load(folder("20"), tokenizer=False)
     heads = [pl.Ablate(site) for site in map(str, model.sites("layers.*.attn.heads.*"))][:16]
     with tempfile.TemporaryDirectory() as made:
-        for n in (1, 8, 64, 256, 1000):
+        for n in map(int, counts or ("1", "8", "64", "256", "1000")):
             given, other = ids(TOKENS, n), ids(TOKENS, n, 1)
 
             def own(given: torch.Tensor = given) -> None:
@@ -270,9 +277,9 @@ def prompts() -> None:
 # ---- memory
 
 
-def memory(size: str) -> None:
+def memory(size: str, *lengths: str) -> None:
     model = pl.load(folder(size), tokenizer=False)
-    for n in (128, 512):
+    for n in map(int, lengths or ("128", "512")):
         given = ids(n)
         model.run(given)
         sites = ["layers.*.resid_post", "layers.*.attn.z", "layers.*.mlp.neurons"]
@@ -284,16 +291,23 @@ def memory(size: str) -> None:
 
         plain = peak(own)
         say(f"{size}, {n} tokens: plain forward, MB", plain / 2**20)
+        model.sweep(given, heads, METRIC)  # its rungs are certified now
         plan = model.plan(given, heads, METRIC)
         cases = [
             ("nothing kept", lambda: model.run(given), model.memory(given)),
             ("residual, z, neurons", lambda: model.run(given, keep=sites), model.memory(given, keep=sites)),
             ("gradients at residuals", lambda: model.run(given, keep=sites[:1], grad_of=METRIC), model.memory(given, keep=sites[:1], grad_of=METRIC)),
-            ("12 heads off", plan.run, plan.peak),
+            ("12 heads off", lambda: model.sweep(given, heads, METRIC), plan.peak),
         ]  # fmt: skip
         for name, work, said in cases:
-            found = peak(work)
-            say(f"  {name}: predicted", said / 2**20, "measured", found / 2**20, "ratio", said / found)
+            work()
+            found, counted = peak(work), allocated(work)[0]
+            say(
+                f"  {name}: predicted {said / 2**20:.0f} MB; torch's allocator {counted / 2**20:.0f}, ratio",
+                said / counted,
+                f"the process grew by {found / 2**20:.0f}, ratio",
+                said / found,
+            )
 
 
 # ---- workers
@@ -326,7 +340,8 @@ def workers(which: str = "gpt2,135", on: str = "Processes(2),Ray(2)") -> None:
                 two.seconds.clear()
                 spent = cpu(lambda t=two, m=model, v=variants: m.sweep(given, v, METRIC, on=t))
                 total = spent + sum(two.seconds.values())
-                say(f"  {name}: total CPU of here", total / alone, "of it in this process", spent / alone)
+                parts = [x for n, v in two.seconds.items() for x in (f"to {n}", v / alone)]
+                say(f"  {name}: total CPU of here", total / alone, "of it in this process", spent / alone, *parts)
                 before = sum(two.seconds.values())
                 killer = threading.Timer(alone / 4, _kill, (two,))
                 killer.start()

@@ -309,6 +309,168 @@ class Views(Anywhere):
         return Circuits.scores().circuit(fraction=0.02)
 
 
+class Surgery(Anywhere):
+    @once
+    def model() -> Any:
+        return llama(layers=8)
+
+    @once
+    def texts() -> list[str]:
+        return said(32)
+
+    @once
+    def tuned() -> Any:
+        return llama(layers=8, seed=1)
+
+    @once
+    def one() -> Any:
+        return pl.surgery.take(Surgery.model(), Surgery.tuned(), slice(2, 6))
+
+    @once
+    def other() -> Any:
+        return pl.surgery.take(Surgery.model(), llama(layers=8, seed=2), slice(2, 6))
+
+    @once
+    def gate() -> Any:
+        variants = {"a": Surgery.one(), "b": Surgery.other()}
+        return pl.surgery.Gate().fit(Surgery.model(), variants, Surgery.texts(), layers=slice(2, 6))
+
+    @once
+    def C() -> Any:
+        return pl.surgery.KeyCovariance(layers=1).fit(Surgery.model(), Surgery.texts())
+
+    @once
+    def edited() -> Any:
+        fact = pl.surgery.Fact("The capital of {} is", "France", " Rome", " Paris")
+        return pl.surgery.edit(Surgery.model(), fact, covariance=Surgery.C(), layers=1)
+
+    base = sender = model
+    receiver = tuned
+
+
+class Safety(Anywhere):
+    @once
+    def happy() -> list[str]:
+        return [f"{who} is glad of the {what}." for who in ("He", "She", "Anna") for what in ("news", "rain", "song")]
+
+    @once
+    def sad() -> list[str]:
+        return [text.replace("glad of", "sad at") for text in Safety.happy()]
+
+    @once
+    def contrast() -> Any:
+        return pl.safety.Contrast("mean", sites="layers.8:20.resid_post").fit(
+            Anywhere.model(), Safety.happy(), Safety.sad()
+        )
+
+    @once
+    def statements() -> Any:
+        true, false = [], []
+        for one, other in (("Rome", "Italy"), ("Lima", "Peru"), ("Oslo", "Norway"), ("Cairo", "Egypt")):
+            true += [f"{one} is in {other}.", f"{other} is where {one} is."]
+            false += [f"{one} is in Japan.", f"Japan is where {one} is."]
+        return pl.safety.Statements.paired(true, false, ["in", "where"] * 4)
+
+    @once
+    def reader() -> Any:
+        return pl.safety.ConceptReader("mean", sites="layers.8:12.resid_post").fit(
+            Anywhere.model(), Safety.statements()
+        )
+
+    harm = reader
+
+    @once
+    def questions() -> list[tuple[str, str, str]]:
+        pairs = [("France", " Paris"), ("Italy", " Rome"), ("Peru", " Lima"), ("Egypt", " Cairo")]
+        return [(f"The capital of {a} is", b, c) for (a, b), (_, c) in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
+
+    @once
+    def prompts() -> list[str]:
+        return said(16)
+
+    requests = prompts
+
+    @once
+    def answers() -> list[str]:
+        return [" good", " bad"] * 8
+
+    @once
+    def harmful() -> list[bool]:
+        return [True, False] * 8
+
+    @once
+    def topics() -> list[str]:
+        return [topic for topic in ("film", "story", "song", "play") for _ in range(4)]
+
+    @once
+    def benign() -> list[str]:
+        return [f"{text} {who}" for text in said(10) for who in ("Do you?", "And you?")]
+
+    @once
+    def cheap() -> Any:
+        return pl.safety.calibrate(Anywhere.model(), Safety.monitor(), Safety.benign(), alarms=0.1, max_new_tokens=2)
+
+    @once
+    def monitor() -> Any:
+        return pl.safety.fit_monitor(
+            Anywhere.model(), said(16), [1, 0] * 8, site="layers.4.resid_post", max_new_tokens=2
+        )
+
+    @once
+    def dear() -> Any:
+        return pl.safety.fit_monitor(
+            Anywhere.model(), said(16), [1, 0] * 8, site="layers.20.resid_post", max_new_tokens=2
+        )
+
+    @once
+    def dictionary() -> Any:
+        return Neurons.dictionary()
+
+    @once
+    def claimed() -> list[str]:
+        return [f"I think it is {wrong.strip()}. {stem}" for stem, _, wrong in Safety.questions()]
+
+    @once
+    def plain() -> list[str]:
+        return [stem for stem, _, _ in Safety.questions()]
+
+    @once
+    def true() -> list[str]:
+        return [right for _, right, _ in Safety.questions()]
+
+    @once
+    def false() -> list[str]:
+        return [wrong for _, _, wrong in Safety.questions()]
+
+    @once
+    def relations() -> list[str]:
+        return ["one", "one", "other", "other"]
+
+    @once
+    def sentiment() -> Any:
+        return lambda texts: [text.count("a") for text in texts]
+
+    @once
+    def train() -> list[str]:
+        return said(8)
+
+    @once
+    def test() -> list[str]:
+        return said(16)[8:]
+
+    @once
+    def measure() -> Any:
+        def measured(model: Any, texts: list[str]) -> dict[str, list[float]]:
+            last = [model.run(text).logits[0, -1] for text in texts]
+            return {"facts": [float(row.max()) for row in last], "others": [float(row.std()) for row in last]}
+
+        return measured
+
+    @once
+    def edit_facts() -> Any:
+        return lambda model, *_: model.changed(pl.changed.Copied(("model.norm.weight",)))
+
+
 FILES = {"dev.conllu": conllu}
 
 ROOMS: dict[str, type[Anywhere]] = {
@@ -318,7 +480,9 @@ ROOMS: dict[str, type[Anywhere]] = {
     "lenses": Lenses,
     "neurons": Neurons,
     "probing": Probing,
+    "safety": Safety,
     "store": Store,
+    "surgery": Surgery,
     "views": Views,
 }
 

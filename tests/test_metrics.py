@@ -314,3 +314,14 @@ def test_a_sequence_is_asked_for_where_the_prompt_ends_in_it():
         found = model.score(given, asked)
     expected = log_p[0, ids[0, 1]] + log_p[1, ids[0, 2]]
     torch.testing.assert_close(found[1], expected)
+
+
+def test_a_formula_of_several_variants_is_worked_out_as_for_each() -> None:
+    several = [torch.randn(3, 1, 6, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    for metric in (
+        metrics.logit_difference([[1, 2], 3, 4], 5).bind(None, 3),
+        metrics.logit(4).bind(None, 3),
+        metrics.log_probability([1, 2, 3]).bind(None, 3),
+    ):
+        read = [x[..., : 6 if metric.tokens is None else metric.tokens.shape[1]] for x in several]
+        assert torch.equal(metric.each(read), torch.stack([metric(x) for x in read]))

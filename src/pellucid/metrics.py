@@ -88,6 +88,16 @@ class BoundMetric:
             )
         return scores
 
+    def each(self, several: Sequence[Tensor]) -> Tensor:
+        """The scores of several batches of the same prompts, [variant, batch] or [variant, batch, outputs], as calling it for each
+        gives them; a formula of a few logits is worked out for all at once."""
+        if self.sets is None or self.tokens is None:
+            return torch.stack([self(logits) for logits in several])
+        formula, sets = self.sets
+        n, batch = len(several), len(several[0])
+        rows = [TokenSets(*(x if len(x) == 1 else x.repeat(n, 1) for x in (own.ids, own.real))) for own in sets]
+        return replace(self, function=partial(apply_formula, formula, rows))(torch.cat([*several])).view(n, batch)
+
     def score(self, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The score from the complete logits of a model, [batch, position, vocab] or [batch, classes].
 

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import pellucid as pl
+from benchmarks.clock import allocated
 from tests.zoo import build
 
 LENGTH = 60
-
-
-def allocated(work: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of CPU memory at the peak of `work`, and what it returned still holds, both above what was there."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        made = work()
-        gc.collect()
-    steps = record.profiler.kineto_results.events()  # type: ignore[union-attr]
-    now = peak = 0
-    for step in sorted((s for s in steps if s.name() == "[memory]"), key=lambda s: s.start_ns()):
-        now += step.nbytes()
-        peak = max(peak, now)
-    del made
-    return peak, now
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 
 import pellucid as pl
 from pellucid import store as stores
-from pellucid.errors import InputError, PellucidError
+from pellucid.errors import InputError, PellucidError, Refused
+from pellucid.neurons import Units
+from pellucid.neurons.dictionaries import Dictionary, ReLU
 from pellucid.store import INDEX, ActivationStore, store_activations
 from tests.workers.lanes import InProcess, pool
 
@@ -75,6 +78,40 @@ def test_a_harvest_killed_ten_times_ends_as_one_that_was_not(model: pl.Model, tm
             break
     assert kills >= 10
     assert same(whole, stored(model, tmp_path / "killed"))
+
+
+def test_what_excites_units_is_the_same_whoever_counts(model: pl.Model, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys.modules["pellucid.neurons.harvest"], "SEGMENT", 60)
+    torch.manual_seed(0)
+    own = Dictionary(
+        torch.randn(32, 40), torch.randn(40), torch.randn(40, 32), torch.zeros(32), ReLU(), "layers.1.resid_post"
+    )
+    read = [
+        "layers.*.mlp.neurons",
+        Units("layers.0.resid_post", torch.randn(3, 32), "axes"),
+        Units("layers.1.resid_post", own, "features"),
+    ]
+    options: dict[str, Any] = {"top": 5, "sample": 30, "skip": 1, "batch_tokens": 40}
+    here, two = pl.neurons.harvest(model, TEXTS, read, **options), pool()
+    there = pl.neurons.harvest(model, TEXTS, read, on=two, path=tmp_path / "kept", **options)
+    with pl.on(pool(3)):
+        again = pl.neurons.harvest(model, TEXTS[:20], read, path=tmp_path / "begun", **options)
+        again = pl.neurons.harvest(model, TEXTS, read, path=tmp_path / "begun", **options)
+    assert sum(r["do"] == "run" for lane in two.lanes for r in lane.asked) > 4  # type: ignore[attr-defined]
+    for made in (there, pl.neurons.Harvest.load(tmp_path / "kept")):
+        assert (made.count, made.names, made.read) == (here.count, here.names, here.read)
+        for name in here.names:
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(here.tally(name).state.values(), made.tally(name).state.values(), strict=True)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(here.sample(name), made.sample(name), strict=True))
+        assert [made.tokens(i) for i in range(60)] == [here.tokens(i) for i in range(60)]
+    assert again.count == here.count
+    assert torch.equal(again.tally("axes").places, here.tally("axes").places)
+    assert torch.allclose(again.mean("axes"), here.mean("axes"))  # it was cut elsewhere
+    with pytest.raises(Refused, match="a function of your own"):
+        pl.neurons.harvest(model, TEXTS, Units("layers.0.resid_post", torch.sin, "waves"), on=two, **options)
 
 
 def test_a_line_that_was_being_written_does_not_count(model: pl.Model, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ class Graph:
     # ---- as plain values, to be kept
 
     def plain(self) -> dict[str, Any]:
-        return {"sources": list(map(asdict, self.sources)), "readers": list(map(asdict, self.readers)),
+        return {"sources": [dict(vars(s)) for s in self.sources], "readers": [dict(vars(r)) for r in self.readers],
                 "split": asdict(self.split)}  # fmt: skip
 
     @classmethod

@@ -26,6 +26,8 @@ from pellucid.engine.recording import AttentionCall, Recording, Shapes
 from pellucid.engine.writing import Window, Written
 from pellucid.errors import SiteError
 
+FEW, SHORT, WASTE = 2, 64, 3  # groups, columns, and times its tokens, up to which a batch attends as whole rows
+
 
 @dataclass(frozen=True, eq=False)
 class Variant:
@@ -55,6 +57,7 @@ class PackedPass(Wiretap):
         self.rows, self.length = inputs.stream(recording.stack.name).ids.shape
         blocks = self.stack_map.blocks
         self.modules = {b.module: anatomy.module.get_submodule(b.module) for b in blocks}
+        self.masks: dict[tuple[int, torch.device], Tensor] = {}  # of causal attention that was given none, by start
         self.parts = {anatomy.module.get_submodule(a.module): a.part for b in blocks for a in b.attentions.values()}
         super().__init__(anatomy.module, {}, batch=1)
 
@@ -108,6 +111,7 @@ class PackedPass(Wiretap):
         call = self.recording.calls[layer]
         packed = torch.cat([g.hidden.reshape(-1, g.hidden.shape[-1]).to(call.hidden.device) for g in self.groups])[None]
         row, column = self._coordinates(packed.device)
+        self.columns = column
         key = block.taps["resid_pre"].key
 
         def look_up(x: Tensor, batch: int | None, length: int) -> Tensor:
@@ -146,10 +150,15 @@ class PackedPass(Wiretap):
                 where = self.spans.get(v)
                 if where is not None:
                     part = x[0, where].unflatten(0, (self.rows, self.length - v.start))
-                    x[0, where] = w.meet(tap, part, Window.on(self.inputs, w.spot, v.start)).flatten(0, 1)
+                    made = w.meet(tap, part, self._window(w, v.start), inside=True)
+                    if made is not part:
+                        x[0, where] = made.flatten(0, 1)
             return x
 
         return handler
+
+    def _window(self, w: Written, start: int) -> Window:
+        return Window.on(self.inputs, w.spot, start)
 
     # ---- attention
 
@@ -168,6 +177,8 @@ class PackedPass(Wiretap):
         kw = {key: value for key, value in kw.items() if not isinstance(value, Tensor)}
         kw |= {key: value for key, value in recorded.kwargs.items() if isinstance(value, Tensor)}
         cross = name.startswith("cross")
+        if not cross and not any(tap in self.writers for tap in taps.values() if tap is not None) and self._alike:
+            return self._at_once(native, module, q, k, v, recorded, kw), None
         made = []
         for group, where in zip(self.groups, self.slices, strict=True):
             keys, values = (
@@ -181,13 +192,47 @@ class PackedPass(Wiretap):
             made.append(z.reshape(1, -1, *z.shape[2:]))
         return torch.cat(made, 1), None
 
+    @property
+    def _alike(self) -> bool:
+        """Whether short variants that begin in many places are quicker together, each with all its columns."""
+        tokens, rows = self.slices[-1].stop, self.rows * sum(len(group.variants) for group in self.groups)
+        return len(self.groups) > FEW and self.length <= SHORT and rows * self.length <= WASTE * tokens
+
+    def _at_once(
+        self, native: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
+        recorded: AttentionCall, kw: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """All variants as rows of all columns: the clean run's keys, and queries of nothing, where a variant has not begun."""
+        every = Group(0, [variant for group in self.groups for variant in group.variants], q)
+        rows, at = [], 0
+        for group in self.groups:
+            n = len(group.variants) * self.rows
+            rows.append(torch.arange(at, at + n, device=q.device).repeat_interleave(self.length - group.start))
+            at += n
+        row, column = torch.cat(rows), self.columns.to(q.device)
+
+        def spread(x: Tensor, into: Tensor) -> Tensor:
+            into[row, :, column] = x[0].transpose(0, 1)
+            return into
+
+        queries = spread(q, q.new_zeros(at, q.shape[1], self.length, q.shape[3]))
+        n = len(every.variants)  # more than one, so that what is repeated is a copy
+        keys, values = (spread(x, clean.repeat(n, 1, 1, 1)) for x, clean in ((k, recorded.k), (v, recorded.v)))
+        kw = {key: self._from(value, every) if isinstance(value, Tensor) else value for key, value in kw.items()}
+        mask = self._from(recorded.mask, every) if isinstance(recorded.mask, Tensor) else recorded.mask
+        z: Tensor = native(module, queries, keys, values, mask, **kw)[0]
+        return z[row, column][None]
+
     def _rows(self, x: Tensor, where: slice, group: Group) -> Tensor:
         """[1, head, tokens, e] -> [variants * batch, head, length - start, e]"""
         return x[0, :, where].unflatten(1, (-1, self.length - group.start)).transpose(0, 1)
 
-    def _repeat(self, x: Tensor, group: Group) -> Tensor:
+    def _repeat(self, x: Tensor, group: Group, view: bool = False) -> Tensor:
+        """Once for every variant; a view where one prompt's can be, and it is read only once."""
         n = len(group.variants)
-        return x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))
+        if n == 1:
+            return x
+        return x.expand(n, *x.shape[1:]) if view and len(x) == 1 else x.repeat(n, *[1] * (x.ndim - 1))
 
     def _attend(
         self, native: Callable[..., Any], module: nn.Module, group: Group, q: Tensor, k: Tensor, v: Tensor,
@@ -201,20 +246,22 @@ class PackedPass(Wiretap):
             if tap is None or tap not in self.writers:
                 return x
             self.met.add(tap)
+            mine = {id(variant): i for i, variant in enumerate(group.variants)}
+            here = [(mine[id(owner)], w) for owner, w in self.writers[tap] if id(owner) in mine]
+            if not here:
+                return x
             x = x.clone()
-            for i, variant in enumerate(group.variants):
-                for owner, w in self.writers[tap]:
-                    if owner is variant:
-                        rows = slice(i * self.rows, (i + 1) * self.rows)
-                        window = Window.on(self.inputs, w.spot, 0 if cross and port in "kv" else start)
-                        layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
-                        x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
+            layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
+            for i, w in here:
+                rows = slice(i * self.rows, (i + 1) * self.rows)
+                window = self._window(w, 0 if cross and port in "kv" else start)
+                x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
             return x
 
         q, k, v = meet("q", q), meet("k", k), meet("v", v)
         if start and not cross:
-            k = torch.cat([self._repeat(recorded.k[:, :, :start], group), k], 2)
-            v = torch.cat([self._repeat(recorded.v[:, :, :start], group), v], 2)
+            k = torch.cat([self._repeat(recorded.k[:, :, :start], group, view=True), k], 2)
+            v = torch.cat([self._repeat(recorded.v[:, :, :start], group, view=True), v], 2)
         kw = {key: self._from(value, group) if isinstance(value, Tensor) else value for key, value in kw.items()}
         mask = recorded.mask
         if isinstance(mask, Tensor):
@@ -222,7 +269,12 @@ class PackedPass(Wiretap):
         elif start and not cross and q.shape[2] > 1:
             causal = kw.get("is_causal")
             if getattr(module, "is_causal", True) if causal is None else causal:
-                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(start)[None, None]
+                if (start, q.device) not in self.masks:
+                    size = (q.shape[2], k.shape[2])
+                    self.masks[start, q.device] = torch.ones(size, dtype=torch.bool, device=q.device).tril(start)[
+                        None, None
+                    ]
+                mask = self.masks[start, q.device]
         edited = [taps[p] for p in ("scores", "pattern")]
         if any(t in self.writers for t in edited if t is not None):
             z, _ = explicit_attention(module, q, k, v, mask, meet, **kw)

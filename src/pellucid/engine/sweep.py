@@ -254,9 +254,7 @@ class Plan:
                     todo = [v for v in self.variants if not self.done[v.index]]
                     for chunk, logits in self.here(todo) if where is None else where.run(self, todo):
                         which = [variant.index for variant in chunk]
-                        self.values[which] = torch.stack([self.metric(read) for read in logits]).to(
-                            self.values
-                        )  # one wait
+                        self.values[which] = self._scored(logits).to(self.values)  # one wait
                         self.done[which] = True
                         if self.checkpoint is not None:
                             self.checkpoint.save(self.values, self.done, clean)
@@ -274,6 +272,12 @@ class Plan:
 
     def _execute(self, chunk: list[Variant]) -> list[Tensor]:
         return self.logits(chunk) if self._checked else self._run_and_check(chunk)
+
+    def _scored(self, logits: Sequence[Tensor]) -> Tensor:
+        """The metric of every variant of a batch."""
+        together = getattr(self.metric, "each", None)  # one that knows how to take all at once
+        made: Tensor = together(logits) if together else torch.stack([self.metric(read) for read in logits])
+        return made
 
     def _resume(self, clean: Tensor) -> None:
         saved = self.checkpoint.load(clean) if self.checkpoint is not None else None

@@ -114,8 +114,9 @@ class Window:
 MASKED = -5e3  # scores below it are masked: families write from -1e4 to minus infinity
 
 
-def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
-    """The tensor `x` (canonical, the whole part) after an edit; the same object if the edit does not reach it."""
+def apply(edit: Edit, spot: Spot, x: Tensor, window: Window, inside: bool = False) -> Tensor:
+    """The tensor `x` (canonical, the whole part) after an edit; the same object if the edit does not reach it, or where it may
+    be written `inside` x."""
     axis = spot.position_axis - (spot.unit is not None and spot.unit_axis < spot.position_axis)
     values = (x if spot.unit is None else x.select(spot.unit_axis, spot.unit)).movedim(axis, 1)
     batch, n = values.shape[:2]
@@ -140,6 +141,12 @@ def apply(edit: Edit, spot: Spot, x: Tensor, window: Window) -> Tensor:
         new = torch.where(old < MASKED, old, new)
     if not where.all:
         new = torch.where(like(where.which, old), new, old)
+    if inside and not keyed:
+        if where.everywhere:
+            values.copy_(new)
+        else:
+            values[rows, index] = new
+        return x
     if not where.everywhere:
         made = values.clone()
         made[rows, index] = new
@@ -164,8 +171,9 @@ class Written:
         self.edit, self.spot = edit, spot
         self.taps: tuple[Tap, ...] = (spot.tap,)
 
-    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
-        return apply(self.edit, self.spot, x, window)
+    def meet(self, tap: Tap, x: Tensor, window: Window, inside: bool = False) -> Tensor:
+        """The tensor as the edit leaves it; `inside`: x is the caller's own and may be written to."""
+        return apply(self.edit, self.spot, x, window, inside)
 
 
 class Middle(Written):
@@ -188,7 +196,7 @@ class Middle(Written):
         self.taps = tuple(self.coefficients)
         self._met: dict[Tap, Tensor] = {}
 
-    def meet(self, tap: Tap, x: Tensor, window: Window) -> Tensor:
+    def meet(self, tap: Tap, x: Tensor, window: Window, inside: bool = False) -> Tensor:
         self._met[tap] = x
         if len(self._met) < len(self.taps):
             return x

@@ -13,8 +13,10 @@ out is the same to the last bit. Texts are run in batches of like length; paddin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,13 +32,16 @@ from pellucid.engine.checkpoint import fingerprint
 from pellucid.engine.marks import special_ids
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import stream_of
+from pellucid.engine.sweep import Where, current
 from pellucid.engine.watching import together, watch
-from pellucid.errors import InputError, at_least, listed, nearest
+from pellucid.errors import InputError, Refused, at_least, listed, nearest
 from pellucid.model import Model
+from pellucid.neurons.dictionaries import saelens
 from pellucid.neurons.dictionaries.dictionary import Dictionary
 from pellucid.neurons.shelf import Shelf, place, where
 from pellucid.neurons.tally import Sampler, Tally
 from pellucid.technique import technique
+from pellucid.workers.errand import Errand, Tensors, Values, Work, done, heard, told
 
 INDEX, VERSION = "harvest.json", 2
 TOKENS = 2048  # run at once
@@ -265,7 +270,7 @@ class Harvest:
         assert folder is not None
         number = len(self.shelf.firsts)
         state = {
-            f"{i}/{key}": value for i, tally in enumerate(self.tallies.values()) for key, value in vars(tally).items()
+            f"{i}/{key}": value for i, tally in enumerate(self.tallies.values()) for key, value in tally.state.items()
         }
         state |= {"keys": self.sampler.keys, "places": self.sampler.places}
         save_file(state, str(folder / f"state-{number:05d}.safetensors"))
@@ -333,6 +338,7 @@ def harvest(
     skip: int = 0,
     batch_tokens: int = TOKENS,
     seed: int = 0,
+    on: Where | None = None,
 ) -> Harvest:
     """Run the texts once and keep of every unit what `Harvest` says.
 
@@ -342,7 +348,8 @@ def harvest(
     directions or features read at a site. `top` is k, `sample` the size of the uniform sample, drawn by `seed`; the first
     `skip` tokens of each row do not count (a decoder's first token is often a sink with activations of its own). Up to
     `batch_tokens` tokens are run at once. With a `path` (a folder) the harvest is kept on disk and an interrupted one
-    continues. InputError for sites of several stacks or without positions, for a folder that holds another harvest, and for
+    continues. `on` (or `with pl.on(...)`): where segments are read (`pl.Processes(2)`, `pl.Ray(8)`); what comes out is the same to the
+    last bit, and units must be sites, directions or dictionaries there. InputError for sites of several stacks or without positions, for a folder that holds another harvest, and for
     texts that are none, by their number.
 
     >>> found = harvest(model, texts, "layers.*.mlp.neurons", path="neurons")
@@ -362,14 +369,15 @@ def harvest(
         tuple(fingerprint(u.read) for u in readers.values()), top, sample, corpus.context or context, skip, seed, model.name,
     )  # fmt: skip
     made = _begin(plan, readers, None if path is None else Path(path))
-    special = special_ids(model.tokenizer)
     size = len(corpus.texts) if hasattr(corpus.texts, "__len__") else None
+    coming = segments(corpus.rows(model, after=made.read), SEGMENT)
     with progress[Any](what="texts harvested", total=size, done=made.read.texts) as bar:
-        for segment in segments(corpus.rows(model, after=made.read), SEGMENT):
-            rows: dict[int, list[int]] = {}
-            for group in by_length(segment, batch_tokens):
-                rows |= _run(model, made, group, special)
-                bar.step(len(group))
+        where = on or current()
+        counted = partial(_here, bar=bar) if where is None else partial(_away, on=where, bar=bar)
+        for segment, rows in counted(model, made, coming, batch_tokens):
+            order = made.sampler.sort()  # as it is whoever counted, and in which batches
+            for tally in made.tallies.values():
+                tally.sample = tally.sample[order]
             _put_away(made.shelf, segment, rows)
             made.read = segment[-1].place
             if path is not None:
@@ -377,6 +385,100 @@ def harvest(
     if not made.count:
         raise InputError("no token was counted: give texts of more tokens than are skipped")
     return made
+
+
+Segments = Iterator[tuple[list[Row], dict[int, list[int]]]]  # rows, and the tokens that each was read as
+
+
+def _here(model: Model, made: Harvest, coming: Iterator[list[Row]], tokens: int, bar: Any = None) -> Segments:
+    """Every segment once it is counted in."""
+    special = special_ids(model.tokenizer)
+    for segment in coming:
+        rows: dict[int, list[int]] = {}
+        for group in by_length(segment, tokens):
+            rows |= _run(model, made, group, special)
+            if bar is not None:
+                bar.step(len(group))
+        for tally in made.tallies.values():
+            tally.close()
+        yield segment, rows
+
+
+def _away(model: Model, made: Harvest, coming: Iterator[list[Row]], tokens: int, on: Where, bar: Any) -> Segments:
+    """The same, counted by workers."""
+    waiting: list[list[Row]] = []
+
+    def pieces() -> Iterator[list[Any]]:
+        for segment in coming:
+            waiting.append(segment)
+            yield [[row.number, list(row.ids), row.decoder] for row in segment]
+
+    errand = Errand(model, "neurons.harvest:Counted", lambda: _said(made, tokens))
+    for _, found in done(errand, pieces(), on):
+        about, parts = heard(found.pop("about")), dict[str, Tensors]()
+        for name, value in found.items():
+            label, _, key = name.partition("/")
+            parts.setdefault(label, {})[key] = value
+        own = parts.pop("sampler", {})
+        taken = made.sampler.offer(own["keys"], own["places"]) if parts else ()
+        for i, name in enumerate(made.readers if parts else ()):
+            if name not in made.tallies:
+                made.tallies[name] = Tally.empty(len(parts[str(i)]["mean"]), made.plan.top, made.plan.sample)
+            made.tallies[name].take(parts[str(i)], taken)
+        made.count += about["count"]
+        bar.step(len(waiting[0]))
+        yield waiting.pop(0), {int(number): ids for number, ids in about["rows"].items()}
+
+
+def _said(made: Harvest, tokens: int) -> Values:
+    """What a worker is told. Refused for units that are a function."""
+    tensors: Tensors = {}
+    dictionaries: dict[str, str] = {}
+    for i, units in enumerate(made.readers.values()):
+        if isinstance(units.read, Tensor):
+            tensors[f"{i}"] = units.read.detach().cpu().contiguous()
+        elif isinstance(units.read, Dictionary):
+            with tempfile.TemporaryDirectory() as folder:
+                kept = units.read.save(Path(folder))
+                dictionaries[str(i)] = (kept / saelens.CONFIG).read_text()
+                tensors |= {f"{i}/{name}": x.clone() for name, x in load_file(str(kept / saelens.WEIGHTS)).items()}
+        elif units.read is not None:
+            raise Refused(
+                f"{units.label!r} is a function of your own, which workers do not have: give directions or a Dictionary, or harvest here"
+            )
+    return {"plan": asdict(made.plan), "tokens": tokens, "dictionaries": dictionaries}, tensors
+
+
+class Counted(Work):
+    """What one segment adds to a harvest; a piece is its rows."""
+
+    errand = "harvest of units"
+
+    def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.model, self.tokens, self.readers = model, about["tokens"], dict[str, Units]()
+        self.plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["plan"].items()})
+        for i, (label, site) in enumerate(zip(self.plan.labels, self.plan.sites, strict=True)):
+            read: Any = tensors.get(str(i))
+            if settings := about["dictionaries"].get(str(i)):
+                with tempfile.TemporaryDirectory() as folder:
+                    own = {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{i}/")}
+                    save_file(own, str(Path(folder) / saelens.WEIGHTS))
+                    (Path(folder) / saelens.CONFIG).write_text(settings)
+                    read = Dictionary.load(folder)
+            self.readers[label] = Units(site, read, label)
+
+    def __call__(self, piece: Sequence[Any]) -> Tensors:
+        segment = [Row(number, tuple(ids), 0, decoder) for number, ids, decoder in piece]
+        made = Harvest(self.plan, {}, Sampler.empty(self.plan.sample, self.plan.seed), Shelf(), self.readers)
+        ((_, rows),) = _here(self.model, made, iter([segment]), self.tokens)
+        used = made.sampler.places >= 0
+        found = {"about": told({"count": made.count, "rows": rows})}
+        if made.count:
+            found |= {"sampler/keys": made.sampler.keys[used], "sampler/places": made.sampler.places[used]}
+        for i, tally in enumerate(made.tallies.values()):
+            own = {**tally.state, "sample": tally.sample[used]}
+            found |= {f"{i}/{name}": value.contiguous() for name, value in own.items()}
+        return found
 
 
 def _readers(model: Model, sites: Sites) -> dict[str, Units]:

@@ -177,7 +177,8 @@ def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = 
     `stack` is "encoder" or "decoder" of an encoder-decoder. InputError for numbers that are no layers; Refused where a block
     in its new place is given or makes something else than before (see the module).
 
-    >>> reorder(model, [0, 2, 1, 3])  # doctest: +SKIP
+    >>> reorder(model, [0, 2, 1, 3])
+    <Model LlamaForCausalLM + Arranged(model.layers): LlamaForCausalLM, 4 layers, d_model 32; proven>
     """
     found = stack_named(model, stack)
     n = len(found.blocks)
@@ -230,7 +231,8 @@ def parallel(model: Model, layers: Layers, *, stack: str = "") -> Model:
     """The model in which a span of layers is side by side: each is given what the first was given, the mean of what they make goes
     on. Raises as `reorder` does; Refused where layers of the span are given different things (kinds of attention).
 
-    >>> parallel(model, slice(10, 14))  # doctest: +SKIP
+    >>> parallel(model, slice(2, 5))
+    <Model LlamaForCausalLM + Arranged(model.layers): LlamaForCausalLM, 6 layers, ...>
     """
     span = _span(stack_named(model, stack), layers)
     n = len(stack_named(model, stack).blocks)

@@ -25,7 +25,7 @@ from pellucid.technique import technique
 class ExitHead:
     """For each layer a logistic probe of the residual: will the first choice read here be the model's? d + 1 weights a layer.
 
-    >>> head = ExitHead(layers=(18, 21, 24)).fit(model, texts)  # doctest: +SKIP
+    >>> head = ExitHead(layers=(2, 4, 6)).fit(model, texts)
     """
 
     layers: tuple[int, ...] | None = None

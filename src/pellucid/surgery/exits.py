@@ -43,7 +43,8 @@ def exits(
     mean number of blocks after which the answer stays, read through its lens at its checks; and `full`, the whole model's blocks.
     The title names the policies that are cheaper than the model, or says that none is. Refused for models that do not say the next token in one stack.
 
-    >>> exits(model, texts, [Exit("margin", 0.9), Exit("cosine", 0.99)])  # doctest: +SKIP
+    >>> exits(model, texts, [Exit("margin", 0.9), Exit("cosine", 0.99)]).agreement
+    <xarray.DataArray 'agreement' (policy: 2)>...
     """
     at_least(1, tokens=tokens)
     named = _named(policies)

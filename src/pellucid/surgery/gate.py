@@ -30,7 +30,7 @@ class Gate:
     After `fit`: `weights_` [variant, d], `biases_` [variant], `names_` of the variants, `right_`, how often it names the better one of
     the texts of the fit, weighted by what is at stake, and `digests_` of the model and the variants.
 
-    >>> gate = Gate().fit(model, {"a": one, "b": other}, texts, layers=slice(8, 20))  # doctest: +SKIP
+    >>> gate = Gate().fit(model, {"a": one, "b": other}, texts, layers=slice(2, 6))
     """
 
     tokens: int = 4096

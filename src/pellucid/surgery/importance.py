@@ -85,7 +85,8 @@ def layer_importance(
     `effect_p`, `clean` and `specific`, over `measure` (text and the capabilities) x `part` x `layer` `needed`; over `estimate` x `layer` `estimated`, over `estimate` `agreement`; over `layer` `sink`. NaN where a
     layer has no such part, Refused where none has. InputError for a model that does not predict the next token, or texts without two tokens.
 
-    >>> layer_importance(model, texts, {"capitals": pl.tasks.capitals(model.tokenizer)}, parts=["layer", "mlp"])  # doctest: +SKIP
+    >>> layer_importance(model, texts, {"capitals": pl.tasks.capitals(model.tokenizer, 8)}).loss
+    <xarray.DataArray 'loss' (part: 1, layer: 8)>...
     """
     at_least(1, batch=batch, tokens=tokens)
     at_least(2, context=context)

@@ -70,7 +70,8 @@ def removal(
     `choice` x `removed` `effect` (metric without the layers - metric); over `choice` `cost`. InputError as `layer_importance`,
     and for choices that are not there; Refused where layers cannot be removed.
 
-    >>> removal(model, texts, {"capitals": pl.tasks.capitals(model.tokenizer)}, most=8)  # doctest: +SKIP
+    >>> removal(model, texts, layers=[3, 4, 5], most=2).loss
+    <xarray.DataArray 'loss' (choice: 5, removed: 3)>...
     """
     at_least(1, most=most, batch=batch, tokens=tokens)
     at_least(2, draws=draws, context=context)

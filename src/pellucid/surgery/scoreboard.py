@@ -66,7 +66,8 @@ def scoreboard(
     tokens; without them nothing is said of text, and with `max_new_tokens=0` nothing of what is generated. `broken` names the
     same-subject facts that the edit broke. InputError for edits of different models.
 
-    >>> scoreboard(edited, texts).data.value.sel(measure="efficacy", model="edited")  # doctest: +SKIP
+    >>> scoreboard(edited, texts, max_new_tokens=0).sel(measure="efficacy", model="edited").value
+    <xarray.DataArray 'value' ()>...
     """
     edits = [edited] if isinstance(edited, Edited | Model) else list(edited)
     for name in [controls] if isinstance(controls, str) else controls:

@@ -64,7 +64,8 @@ def splice(
     of the pair's difference that the residuals of `draws` other pairs win; over `set` `block`, the one that changes the share
     most (-1: none by a tenth), and `tokens`, how many are spliced (0: all). InputError where positions do not go together, or A and B say the same.
 
-    >>> splice(model, "The capital of France is", "The capital of Italy is")  # doctest: +SKIP
+    >>> splice(model, "The capital of France is", "The capital of Italy is").share
+    <xarray.DataArray 'share' (set: 3, depth: 9)>...
     """
     at_least(0, draws=draws)
     spans = None

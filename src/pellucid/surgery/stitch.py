@@ -54,8 +54,9 @@ class Stitch:
     models, `error_`, the share of the receiver's variance that is not explained on the texts of the fit, `positions_` fitted on,
     `losses_` of the trained kind.
 
-    >>> stitch = Stitch("orthogonal", after=14, into=14).fit(sender, receiver, texts)  # doctest: +SKIP
-    >>> stitch.stitched(sender, receiver, "The capital of France is").logits  # doctest: +SKIP
+    >>> stitch = Stitch("orthogonal", after=4, into=4).fit(sender, receiver, texts)
+    >>> stitch.stitched(sender, receiver, "The capital of France is").logits.shape
+    torch.Size([1, 5, 49152])
     """
 
     kind: Kind = "affine"
@@ -144,8 +145,8 @@ class Stitch:
         low, high = interval((values[0] - plain) * sizes, seed, over=sizes)
         nll, own = values[0] @ sizes / sizes.sum(), plain @ sizes / sizes.sum()
         data = xr.Dataset({"penalty": nll - own, "low": low, "high": high, "nll": nll, "receiver": own})
-        found = f"costs {nll - own:+.3f} nats a token [{float(low):.3f}, {float(high):.3f}]"
-        return Result(data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}: {found}")  # fmt: skip
+        said = f"costs {nll - own:+.3f} nats a token [{float(low):.3f}, {float(high):.3f}]"
+        return Result(data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}: {said}")  # fmt: skip
 
     # ---- files
 

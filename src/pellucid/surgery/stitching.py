@@ -60,7 +60,8 @@ def stitching(
     position as a share of its squared norm; over `after` x `into` `cka`,
     the unbiased one of the same states, which sees no difference of basis. NaN where a map does not exist (identity across widths, or of permuted states). The title names a control that does as well.
 
-    >>> stitching(model, model, texts, after=[5, 15], into=[5, 15])  # doctest: +SKIP
+    >>> stitching(model, model, texts, after=[1, 4], into=[1, 4], held_out=64).penalty
+    <xarray.DataArray 'penalty' (map: 3, after: 2, into: 2)>...
     """
     at_least(1, tokens=tokens, held_out=held_out)
     kinds, controls = listed("kinds", kinds, "names of maps"), listed("controls", controls, "names")

@@ -57,7 +57,8 @@ def ensemble(
     The title names routes that gain nothing over the random one or the mean. InputError for variants that differ elsewhere, fewer
     than two, no span; Refused for variants of another shape or other kinds of layers, and models that do not say the next token from left to right in one stack.
 
-    >>> ensemble(model, {"a": one, "b": other}, texts, layers=slice(8, 20), gate=gate)  # doctest: +SKIP
+    >>> ensemble(model, {"a": one, "b": other}, texts, layers=slice(2, 6), gate=gate).nll
+    <xarray.DataArray 'nll' (route: 8)>...
     """
     at_least(1, tokens=tokens, draws=draws)
     asked = list(dict.fromkeys([*routes, *(["gate"] if gate is not None else []), "random", "mean"]))
@@ -112,8 +113,9 @@ def ensemble(
     note = f"; no gain over the random route and the average: {', '.join(idle)}" if idle else ""
     alone, ways = data.sel(route=list(variants)), data.sel(route=asked)
     one, best = (each.isel(route=int(each.nll.values.argmin())) for each in (alone, ways))
-    found = f"{best.route.item()} of {len(variants)} variants of layers {span.first} to {span.last} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
-    return Result(data, kind="ensemble", title=found[0].upper() + found[1:] + note)
+    where = f"layer {span.first}" if span.first == span.last else f"layers {span.first} to {span.last}"
+    said = f"{best.route.item()} of {len(variants)} variants of {where} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
+    return Result(data, kind="ensemble", title=said[0].upper() + said[1:] + note)
 
 
 @technique
@@ -131,7 +133,8 @@ def chosen_variants(
 
     `attrs["variants"]` are their names by number. Raises as `ensemble` does.
 
-    >>> chosen_variants(model, {"a": one, "b": other}, "The film was", layers=slice(8, 20))  # doctest: +SKIP
+    >>> chosen_variants(model, {"a": one, "b": other}, "The film was", layers=slice(2, 6)).chosen
+    <xarray.DataArray 'chosen' (position: 3)>...
     """
     if route == "mean" or route not in get_args(Route):
         raise InputError(f"route={route!r} chooses nothing: expected 'confidence', 'gate' or 'random'")
