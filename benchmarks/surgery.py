@@ -233,8 +233,10 @@ def snapshots(model: pl.Model, options: Any) -> tuple[dict[str, pl.Model], dict[
 
 def variants(model: pl.Model, texts: list[str], options: Any) -> None:
     both, kinds = snapshots(model, options)
-    fitted = [t for pair in zip(*(each[20:32] for each in kinds.values()), strict=True) for t in pair]
-    held = {name: each[-8:] for name, each in kinds.items()}
+    fitted = [
+        t for pair in zip(*(each[20 : 20 + options.fitted] for each in kinds.values()), strict=True) for t in pair
+    ]
+    held = {name: each[-options.held :] for name, each in kinds.items()}
     gate = pl.surgery.Gate(tokens=1500, context=64).fit(model, both, pl.Corpus(fitted, packed=False, long="cut"), layers=list(CHOSEN))  # fmt: skip
     print(f"\nvariants: the gate names the better one in {gate.right_:.2f} of what is at stake in {len(fitted)} texts of its fit", flush=True)  # fmt: skip
     corpus = pl.Corpus([t for each in held.values() for t in each], packed=False, long="cut")
@@ -302,6 +304,8 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=2048, help="tokens of text that importance is measured on")
     parser.add_argument("--prompts", type=int, default=12, help="of each capability")
     parser.add_argument("--most", type=int, default=5)
+    parser.add_argument("--held", type=int, default=8, help="texts of each kind that variants are judged on")
+    parser.add_argument("--fitted", type=int, default=12, help="texts of each kind that the gate is fitted on")
     parser.add_argument("--snapshots", help="a folder that keeps the two trained snapshots of hybrids and variants")
     options = parser.parse_args()
     torch.set_num_threads(1)

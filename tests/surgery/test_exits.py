@@ -95,7 +95,7 @@ def test_calibration_on_a_model_and_what_its_policy_does() -> None:
     found = calibrate(model, pl.Corpus(TEXTS, packed=False), policy, delta=0.5, epsilon=0.2)
     assert int(found.data.cases) == len(TEXTS) and found.data.kept.dims == ("threshold",)
     never = calibrate(model, pl.Corpus(TEXTS[:3], packed=False), policy, delta=0.01)
-    assert math.isinf(chosen_policy(never, policy).threshold) and "no threshold" in never.title
+    assert math.isinf(chosen_policy(never, policy).threshold) and "No threshold" in never.title
     assert "no guarantee" in calibrate(model, pl.Corpus(TEXTS[:3], packed=False), policy, per_text=None).title
 
 
@@ -151,7 +151,7 @@ def test_a_batch_is_its_rows_one_by_one(family: str, states: str) -> None:
     apart = set()
     for i, prompt in enumerate(prompts):
         alone = generate_early(model, prompt, policy, states=states, max_new_tokens=8)  # type: ignore[arg-type]
-        row = together.data.isel(prompt=i, position=slice(0, alone.data.sizes["position"]))
+        row = together.data.isel(row=i, position=slice(0, alone.data.sizes["position"]))
         assert row.id.values.tolist() == alone.data.id.values.tolist()
         assert (row.layer == alone.data.layer).all() and (row.agrees == alone.data.agrees).all()
         apart |= set(row.layer.values.tolist())

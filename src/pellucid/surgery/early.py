@@ -8,6 +8,7 @@ passing many tokens at once costs little more than one, and a block that one row
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,8 @@ from pellucid.surgery.exit_policy import Exit
 from pellucid.surgery.walk import States, begun, ends, plainly
 from pellucid.technique import technique
 
+GRID = ("row", "position")
+
 
 @technique
 def generate_early(
@@ -51,7 +54,7 @@ def generate_early(
     `repetition_penalty` (those of the model's own config are not taken); the draws are those of `seed`, of each row as if it were alone.
 
     Several prompts are one batch, whose rows exit each where they are sure: the same tokens and layers as one by one. Gives over
-    `position` (of several prompts over `prompt` x `position`, NaN behind a row's end; the tokens written, `token`) `layer`, the
+    `position` (of several prompts over `row` x `position`, NaN behind a row's end; the tokens written, `token`) `layer`, the
     blocks after which each was chosen, `agrees`, whether the full model says the same after the same text (one pass over it,
     afterwards; of drawn tokens, with the same draw), and `blocks` paid, with checks and what was made up for; `share_agreeing`,
     `blocks_full`, what the whole model pays a token, and `time`, seconds over those of the whole model's greedy generation of as
@@ -81,37 +84,45 @@ def generate_early(
     seconds = time.perf_counter() - started
     new = [row.ids[len(ids) :] for row, ids in zip(rows, texts, strict=True)]
     started = time.perf_counter()
-    plainly(model, texts, max(map(len, new)))
-    data = _written(model, texts, new, choices).assign(blocks_full=walk.n + walk.unembedding, time=seconds / (time.perf_counter() - started))  # fmt: skip
-    width = data.sizes["position"]
-    for name, values in (("layer", layers), ("blocks", paid)):
-        data[name] = ("prompt", "position"), np.array([[*v, *[np.nan] * (width - len(v))] for v in values])
+    width = max(map(len, new))
+    plainly(model, texts, width)
+    full_seconds = time.perf_counter() - started
+    told = {"layer": (GRID, _filled(layers, np.nan, width)), "blocks": (GRID, _filled(paid, np.nan, width))}
+    written = _written(model, texts, new, choices, width)
+    data = xr.Dataset(told, attrs=written.attrs).merge(written)
+    data = data.assign(blocks_full=walk.n + walk.unembedding, time=seconds / full_seconds)
     data = data.assign_attrs(states=states)
     depth, cost, full = np.nanmean(data.layer), np.nanmean(data.blocks), float(data.blocks_full)
     note = f"{depth:.1f} of {walk.n} blocks a token, {cost:.1f} paid where the whole model pays {full:.1f}"
-    note += f", {float(data.share_agreeing):.0%} as the whole model" + (": dearer than it" if cost >= full else "")
+    note += f", {float(data.share_agreeing):.0%} of tokens are the whole model's" + (
+        ": dearer than it" if cost >= full else ""
+    )
     if len(rows) == 1:
-        data = data.isel(prompt=0, drop=True).assign_attrs(text=data.attrs["text"][0])
+        data = data.isel(row=0, drop=True).assign_attrs(text=data.attrs["text"][0])
         data = data.assign(layer=data.layer.astype(int), agrees=data.agrees.astype(bool))
     return Result(data, kind="early exit", title=note)
 
 
-def _written(model: Model, texts: list[list[int]], new: list[list[int]], choices: list[_Choice]) -> xr.Dataset:
+def _written(
+    model: Model, texts: list[list[int]], new: list[list[int]], choices: list[_Choice], width: int
+) -> xr.Dataset:
     """What was written, and whether the whole model says the same after the same text."""
-    width, words, agrees = max(map(len, new)), model.tokenizer, []
+    words, agrees = model.tokenizer, []
     for ids, own, choice in zip(texts, new, choices, strict=True):
         with torch.no_grad():
             truth = choice.again(ids, own, model.run([[*ids, *own][:-1]]).logits[0, len(ids) - 1 :])
         agrees.append([float(a == b) for a, b in zip(own, truth, strict=True)])
     named = [[f"#{i}" if words is None else words.decode([i]) for i in own] for own in new]
-    grid = ("prompt", "position")
+    said = [" ".join(map(str, ids)) if words is None else words.decode(ids) for ids in texts]
+    coords: dict[str, Any] = {"row": [f"{i}: {text[-24:]}" for i, text in enumerate(said)], "position": range(width),
+                              "token": (GRID, _filled(named, "", width)), "id": (GRID, _filled(new, -1, width))}  # fmt: skip
+    right = _filled(agrees, np.nan, width)
+    return xr.Dataset({"agrees": (GRID, right), "share_agreeing": np.nanmean(right)}, coords,
+                      {"text": ["" if words is None else words.decode(own) for own in new]})  # fmt: skip
 
-    def filled(values: list[list[Any]], empty: Any) -> np.ndarray:
-        return np.array([[*v, *[empty] * (width - len(v))] for v in values])
 
-    coords: dict[str, Any] = {"position": range(width), "token": (grid, filled(named, "")), "id": (grid, filled(new, -1))}  # fmt: skip
-    return xr.Dataset({"agrees": (grid, filled(agrees, np.nan)), "share_agreeing": np.mean([a for row in agrees for a in row])},
-                      coords, {"text": ["" if words is None else words.decode(own) for own in new]})  # fmt: skip
+def _filled(values: Sequence[Sequence[Any]], empty: Any, width: int) -> np.ndarray:
+    return np.array([[*v, *[empty] * (width - len(v))] for v in values])
 
 
 @dataclass

@@ -44,7 +44,7 @@ def calibrate(
     A case is a token drawn at random from a row of text (`per_text` of each; None: all of them, as if they were independent,
     which tokens of one text are not: then the guarantee does not hold, and the title says so). Give one row for each text.
     Gives over `threshold`, from the strictest on, `agreement` on these cases, `p` of "disagrees more often than delta",
-    `layer`, `kept` (whether it was reached and rejected); `chosen`, infinity where none is: then `chosen_policy(result, policy)` never exits.
+    `layer` (blocks run) and `saved`, the share of blocks that were not, `kept` (whether it was reached and rejected); `chosen`, infinity where none is: then `chosen_policy(result, policy)` never exits.
 
     >>> safe = chosen_policy(calibrate(model, texts, Exit("margin"), delta=0.1), Exit("margin"))
     """
@@ -66,15 +66,16 @@ def calibrate(
     cases = len(judged[0].agrees)
     p = binomial_p(wrong, cases, delta)
     kept = fixed_sequence(p, epsilon)
-    data = xr.Dataset({"agreement": ("threshold", 1 - wrong / cases), "p": ("threshold", p), "layer": ("threshold", [j.layer.mean() for j in judged]),
+    depth = np.array([j.layer.mean() for j in judged])
+    data = xr.Dataset({"agreement": ("threshold", 1 - wrong / cases), "saved": ("threshold", 1 - depth / n), "p": ("threshold", p),
                        "kept": ("threshold", np.arange(len(grid)) < kept), "chosen": float(grid[kept - 1]) if kept else float("inf"), "cases": cases},
-                      {"threshold": grid}, {"delta": delta, "epsilon": epsilon})  # fmt: skip
+                      {"threshold": grid, "layer": ("threshold", depth)}, {"delta": delta, "epsilon": epsilon})  # fmt: skip
     independent = per_text == 1 or all(len(each.final) == 1 for each in passes)
     note = "" if independent else " (tokens of one text taken for independent: no guarantee)"
     said = (
-        f"exits at {data.chosen.item():.3g} agree in at least {1 - delta:g} of cases"
+        f"Exits by {policy.by} from {data.chosen.item():.3g} on agree in at least {1 - delta:g} of cases, {float(data.saved[kept - 1]):.0%} of blocks saved"
         if kept
-        else f"no threshold is shown to agree in {1 - delta:g} of cases"
+        else f"No threshold of {policy.by} is shown to agree in {1 - delta:g} of cases"
     )
     return Result(data, kind="exit calibration curve", title=f"{said}, with confidence {1 - epsilon:g}{note}")
 

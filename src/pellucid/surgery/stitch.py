@@ -145,8 +145,8 @@ class Stitch:
         low, high = interval((values[0] - plain) * sizes, seed, over=sizes)
         nll, own = values[0] @ sizes / sizes.sum(), plain @ sizes / sizes.sum()
         data = xr.Dataset({"penalty": nll - own, "low": low, "high": high, "nll": nll, "receiver": own})
-        found = f"costs {nll - own:+.3f} nats a token [{float(low):.3f}, {float(high):.3f}]"
-        return Result(data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}: {found}")  # fmt: skip
+        said = f"costs {nll - own:+.3f} nats a token [{float(low):.3f}, {float(high):.3f}]"
+        return Result(data, kind="stitch", title=f"{sender.name} up to block {self.after}, {receiver.name} after {self.into}: {said}")  # fmt: skip
 
     # ---- files
 

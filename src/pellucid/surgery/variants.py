@@ -113,8 +113,9 @@ def ensemble(
     note = f"; no gain over the random route and the average: {', '.join(idle)}" if idle else ""
     alone, ways = data.sel(route=list(variants)), data.sel(route=asked)
     one, best = (each.isel(route=int(each.nll.values.argmin())) for each in (alone, ways))
-    found = f"{best.route.item()} of {len(variants)} variants of layers {span.first} to {span.last} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
-    return Result(data, kind="ensemble", title=found[0].upper() + found[1:] + note)
+    where = f"layer {span.first}" if span.first == span.last else f"layers {span.first} to {span.last}"
+    said = f"{best.route.item()} of {len(variants)} variants of {where} loses {float(best.nll):.3f} nats a token, {one.route.item()} alone {float(one.nll):.3f}, at random {float(data.nll.sel(route='random')):.3f}"  # fmt: skip
+    return Result(data, kind="ensemble", title=said[0].upper() + said[1:] + note)
 
 
 @technique

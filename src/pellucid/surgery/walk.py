@@ -148,8 +148,6 @@ class Walk:
     def begin(self, texts: Sequence[Sequence[int]]) -> tuple[list[Row], Tensor]:
         """Rows and logits [row, token] after the prompts, which every block reads. Refused where the cache is no list of keys and values."""
         rows = [Row(i, [*ids]) for i, ids in enumerate(texts)]
-        if len(rows) > 1 and not self.plain and not self.model.anatomy.memo("rows apart", lambda: _apart(self.model)):
-            raise Refused(f"a block of {self.model.name} does not make of some rows what it makes of them among others: generate one prompt at a time")  # fmt: skip
         said = self.run(rows, max(len(row.ids) for row in rows), False)
         for row in rows:
             row.blocks = 0.0
@@ -266,6 +264,8 @@ def begun(model: Model, prompt: Any, policy: Exit, states: States) -> tuple[Walk
         raise Refused(f"{model.name} cannot pass blocks by while generating: it keeps no cache, or its layers share modules")  # fmt: skip
     stream = model.inputs(prompt).stream("")
     rows = [stream.ids[i][stream.mask[i].bool()].tolist() for i in range(len(stream.ids))]
+    if len(rows) > 1 and not model.anatomy.memo("rows apart", lambda: _apart(model)):
+        raise Refused(f"a block of {model.name} does not make of some rows what it makes of them among others: generate one prompt at a time")  # fmt: skip
     return Walk(model, policy, states), rows
 
 
