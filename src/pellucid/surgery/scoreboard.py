@@ -374,7 +374,7 @@ def editing_by_layer(
             made = model
         values = _judged(made, known)[0]
         p = measured(made, [(f.asked, f.new) for f in known]).probability
-        low, high = interval(p, seed)
+        low, high = interval(p, seed, within=(0, 1))
         row = [
             p.mean(),
             low,
