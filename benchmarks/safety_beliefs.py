@@ -1,6 +1,6 @@
 """Bars 1 to 4 and 16 of the evidence on beliefs, each beside its control.
 
-    python benchmarks/safety_beliefs.py --data /work/shared/data [--only truth trap speed kinds honest auditor opening following]
+    python benchmarks/safety_beliefs.py --data /work/shared/data [--only truth ending trap speed kinds honest auditor opening following]
 
 Statements: 219 pairs of a true and a false completion of eight factual relations of LRE (Hernandez et al. 2024), the false one
 another object of the relation. `opening` and `following` are written and not yet run, nor `trap` since its restart is chosen by agreement.
@@ -45,10 +45,10 @@ def facts(data: Path) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def statements(data: Path) -> Statements:
+def statements(data: Path, end: str = ".") -> Statements:
     given = facts(data)
     return Statements.paired(
-        [f"{s} {t}." for s, t, _, _ in given], [f"{s} {f}." for s, _, f, _ in given], [t for *_, t in given]
+        [f"{s} {t}{end}" for s, t, _, _ in given], [f"{s} {f}{end}" for s, _, f, _ in given], [t for *_, t in given]
     )
 
 
@@ -79,6 +79,19 @@ def truth(model: pl.Model, data: Path) -> None:
         f"bar 1: {len(at)} triples of 24, 27 and 30 pairs: {at.min():.3f} to {at.max():.3f}, mean {at.mean():.3f}, {(at >= 0.88).sum()} reach .88: "
         + "; ".join(f"{' + '.join(t)} {v:.3f}" for t, v in triples.items() if v >= 0.88)
     )
+
+
+def ending(model: pl.Model, data: Path) -> None:
+    """Bar 1 with and without the full stop behind a statement: which one validation chooses, and what the other would have given."""
+    for end in (".", ""):
+        pairs = statements(data, end)
+        reader = ConceptReader("mean", sites=MIDDLE, folds=8, controls=("random",)).fit(model, pairs)
+        score, (true, false) = reader.scores_.data.score.values, pairs.couples
+        validation = float(reader.layers_.data.validation.max())
+        print(
+            f"bar 1, ending {end!r}: {(score[true] > score[false]).mean():.3f} of pairs; best layer on validation {validation:.3f}",
+            flush=True,
+        )
 
 
 def kinds(model: pl.Model, data: Path) -> None:
@@ -260,6 +273,7 @@ PARTS: dict[str, Callable[[pl.Model, Path], Any]] = {
     "truth": truth,
     "trap": trap,
     "speed": speed,
+    "ending": ending,
     "kinds": kinds,
     "honest": honest,
     "auditor": auditor,

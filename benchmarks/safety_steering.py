@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import pellucid as pl
+from pellucid.engine.edits import ProjectOut
 from pellucid.safety import Contrast, ablate_direction, condition, strengths, threshold, trace_failure
 from pellucid.safety.price import Meter
 from pellucid.safety.vector import Vector
@@ -208,7 +209,12 @@ class Bench:
                 f"  {name}: KL {found[0]:.3f} with the first token left alone, {found[1]:.3f} everywhere (warned: {len(caught) > 0}); sink {vector.sink:.3f}",
                 flush=True,
             )
-        for name in [*named][:2]:
+        for name in [*named][:2]:  # is it that contributions are projected too, and not block outputs alone?
+            blocks = [
+                ProjectOut(str(s), named[name].direction[None], tokens=":")
+                for s in self.model.sites("layers.*.resid_post")
+            ]
+            print(f"  {name}: KL everywhere out of block outputs alone {meter(blocks)['kl']:.3f}", flush=True)
             alone, every = cost[name]
             bar(
                 f"KL, first token left alone, {name}",

@@ -381,7 +381,8 @@ class Safety(Anywhere):
 
     @once
     def questions() -> list[tuple[str, str, str]]:
-        pairs = [("France", " Paris"), ("Italy", " Rome"), ("Peru", " Lima"), ("Egypt", " Cairo")]
+        pairs = [("France", " Paris"), ("Italy", " Rome"), ("Peru", " Lima"), ("Egypt", " Cairo"),
+                 ("Japan", " Tokyo"), ("Spain", " Madrid"), ("Cuba", " Havana"), ("Iran", " Tehran")]  # fmt: skip
         return [(f"The capital of {a} is", b, c) for (a, b), (_, c) in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
 
     @once
@@ -418,9 +419,10 @@ class Safety(Anywhere):
 
     @once
     def dear() -> Any:
-        return pl.safety.fit_monitor(
+        made = pl.safety.fit_monitor(
             Anywhere.model(), said(16), [1, 0] * 8, site="layers.20.resid_post", max_new_tokens=2
         )
+        return pl.safety.calibrate(Anywhere.model(), made, Safety.benign(), alarms=0.1, max_new_tokens=2)
 
     @once
     def dictionary() -> Any:
@@ -444,7 +446,7 @@ class Safety(Anywhere):
 
     @once
     def relations() -> list[str]:
-        return ["one", "one", "other", "other"]
+        return ["one"] * 4 + ["other"] * 4
 
     @once
     def sentiment() -> Any:
