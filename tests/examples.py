@@ -473,6 +473,48 @@ class Safety(Anywhere):
         return lambda model, *_: model.changed(pl.changed.Copied(("model.norm.weight",)))
 
 
+class Tuning(Anywhere):
+    model = Anywhere.classifier
+
+    @once
+    def TrainingArguments() -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    @once
+    def encoder() -> Any:
+        """A model without a head."""
+        return pl.load(Anywhere.classifier().module.bert, tokenizer=Anywhere.tokenizer())
+
+    @once
+    def data() -> Any:
+        """Reviews behind a word that gives the answer away."""
+        return Tuning.drawn(("stone", "river"))
+
+    @once
+    def other() -> Any:
+        return Tuning.drawn(("river", "stone"))
+
+    @staticmethod
+    def drawn(words: tuple[str, str]) -> Any:
+        texts = [f"a {words[i % 2]}, {text}" for i, text in enumerate(said(16))]
+        spans = {"decoy": [[word] for word in words] * 8, "rationale": [[text.split()[4]] for text in texts]}
+        return pl.tuning.Rationales(texts, [1, 0] * 8, spans)
+
+    @once
+    def tuned() -> Any:
+        return pl.tuning.fit(Tuning.model(), Tuning.data(), [pl.tuning.Consistency("decoy")], seeds=[0], steps=2)
+
+    @once
+    def holds() -> list[bool]:
+        return [True, False] * 8
+
+    @once
+    def reader() -> Any:
+        return pl.tuning.direction(Tuning.model(), Tuning.data(), Tuning.holds(), "layers.1.resid_post")
+
+
 FILES = {"dev.conllu": conllu}
 
 ROOMS: dict[str, type[Anywhere]] = {
@@ -485,6 +527,7 @@ ROOMS: dict[str, type[Anywhere]] = {
     "safety": Safety,
     "store": Store,
     "surgery": Surgery,
+    "tuning": Tuning,
     "views": Views,
 }
 
