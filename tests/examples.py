@@ -381,7 +381,8 @@ class Safety(Anywhere):
 
     @once
     def questions() -> list[tuple[str, str, str]]:
-        pairs = [("France", " Paris"), ("Italy", " Rome"), ("Peru", " Lima"), ("Egypt", " Cairo")]
+        pairs = [("France", " Paris"), ("Italy", " Rome"), ("Peru", " Lima"), ("Egypt", " Cairo"),
+                 ("Japan", " Tokyo"), ("Spain", " Madrid"), ("Cuba", " Havana"), ("Iran", " Tehran")]  # fmt: skip
         return [(f"The capital of {a} is", b, c) for (a, b), (_, c) in zip(pairs, pairs[1:] + pairs[:1], strict=True)]
 
     @once
@@ -418,9 +419,10 @@ class Safety(Anywhere):
 
     @once
     def dear() -> Any:
-        return pl.safety.fit_monitor(
+        made = pl.safety.fit_monitor(
             Anywhere.model(), said(16), [1, 0] * 8, site="layers.20.resid_post", max_new_tokens=2
         )
+        return pl.safety.calibrate(Anywhere.model(), made, Safety.benign(), alarms=0.1, max_new_tokens=2)
 
     @once
     def dictionary() -> Any:
@@ -444,7 +446,7 @@ class Safety(Anywhere):
 
     @once
     def relations() -> list[str]:
-        return ["one", "one", "other", "other"]
+        return ["one"] * 4 + ["other"] * 4
 
     @once
     def sentiment() -> Any:
@@ -471,6 +473,48 @@ class Safety(Anywhere):
         return lambda model, *_: model.changed(pl.changed.Copied(("model.norm.weight",)))
 
 
+class Tuning(Anywhere):
+    model = Anywhere.classifier
+
+    @once
+    def TrainingArguments() -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    @once
+    def encoder() -> Any:
+        """A model without a head."""
+        return pl.load(Anywhere.classifier().module.bert, tokenizer=Anywhere.tokenizer())
+
+    @once
+    def data() -> Any:
+        """Reviews behind a word that gives the answer away."""
+        return Tuning.drawn(("stone", "river"))
+
+    @once
+    def other() -> Any:
+        return Tuning.drawn(("river", "stone"))
+
+    @staticmethod
+    def drawn(words: tuple[str, str]) -> Any:
+        texts = [f"a {words[i % 2]}, {text}" for i, text in enumerate(said(16))]
+        spans = {"decoy": [[word] for word in words] * 8, "rationale": [[text.split()[4]] for text in texts]}
+        return pl.tuning.Rationales(texts, [1, 0] * 8, spans)
+
+    @once
+    def tuned() -> Any:
+        return pl.tuning.fit(Tuning.model(), Tuning.data(), [pl.tuning.Consistency("decoy")], seeds=[0], steps=2)
+
+    @once
+    def holds() -> list[bool]:
+        return [True, False] * 8
+
+    @once
+    def reader() -> Any:
+        return pl.tuning.direction(Tuning.model(), Tuning.data(), Tuning.holds(), "layers.1.resid_post")
+
+
 FILES = {"dev.conllu": conllu}
 
 ROOMS: dict[str, type[Anywhere]] = {
@@ -483,6 +527,7 @@ ROOMS: dict[str, type[Anywhere]] = {
     "safety": Safety,
     "store": Store,
     "surgery": Surgery,
+    "tuning": Tuning,
     "views": Views,
 }
 

@@ -504,15 +504,15 @@ class Model:
 
     def resolved(self, edits: Sequence[Edit]) -> list[Edit]:
         """Edits whose sources are prompts, with those prompts run. InputError for one made for other weights."""
-        edits = _edits(edits)
+        edits, own = _edits(edits), ""  # its weights are looked at once, not for every edit
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise InputError(f"{edit!r} is no edit: give some, such as [pl.Ablate('layers.0.mlp.out')]")
-            if edit.digest and edit.digest != self.memo("digest", lambda: self.digest):
+            if edit.digest and edit.digest != (own := own or self.memo("digest", lambda: self.digest)):
                 check_weights(self, edit.digest, f"the {type(edit).__name__} at {edit.site}")
 
         def source(prompts: Any, sites: list[Site]) -> Run:
-            return execute(self.anatomy, self.inputs(prompts), sites)
+            return run_until(self.anatomy, self.inputs(prompts), sites)  # nobody reads its logits
 
         with running(self.module):
             return resolved(self.anatomy, edits, source)

@@ -245,3 +245,12 @@ def test_all_of_a_text_is_removed_before_a_closing_mark() -> None:
     assert len(ids) == 3
     whole, shorter = (float(model.run(each).logits[0, -2, 7]) for each in (ids, ids[1:]))
     assert float(found.values[0]) == pytest.approx(whole - shorter, abs=1e-5)
+
+
+def test_an_array_where_a_word_is_meant_is_one_clear_line() -> None:
+    """Found by the fuzz test: an array cannot be asked whether it is one of the words."""
+    import numpy as np
+
+    for given in (np.array([5, 6]), torch.ones(2)):
+        with pytest.raises(InputError, match="norm"):
+            pl.attribution.saliency(opened("gpt2"), CLEAN, 7, norm=given)

@@ -84,7 +84,7 @@ def saliency(
 
 
 def check(norm: str) -> None:
-    if norm not in get_args(Norm):
+    if not isinstance(norm, str) or norm not in get_args(Norm):  # an array is no word, and cannot be asked
         raise InputError(f"unknown norm {norm!r}: expected one of {', '.join(get_args(Norm))}")
 
 

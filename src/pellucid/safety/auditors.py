@@ -78,7 +78,8 @@ def audit(
     area of a reader of prompt and answer, `text_area`; `lead`; over `prompt` the held-out `score`.
     InputError for too few of a kind, leaking prompts, and a model that writes nothing.
 
-    >>> audit(model, requests, harmful, topics=topics, answers=model.generate(requests)).title            # doctest: +SKIP
+    >>> audit(model, requests, harmful, topics=topics, answers=model.generate(requests, max_new_tokens=2)).area
+    <xarray.DataArray 'area' (row: 5)>...
     """
     if kind not in get_args(Kind):
         raise InputError(f"kind={kind!r}: expected one of {', '.join(get_args(Kind))}")

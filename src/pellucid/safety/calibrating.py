@@ -154,7 +154,7 @@ def calibrate(
     of the length that will be written, for a longer answer has more tokens at which to fire. InputError where there are too few: 19 for 5 % on average, 299 for 1 %
     with confidence.
 
-    >>> monitor = calibrate(model, monitor, benign, alarms=0.05)  # doctest: +SKIP
+    >>> monitor = calibrate(model, monitor, benign, alarms=0.1)
     """
     prompts = several("prompts", prompts)
     threshold(

@@ -47,7 +47,8 @@ class Contrast:
 
     After `fit`: `vectors_` by site, each with its `edit`, and `result_`.
 
-    >>> Contrast("mean", sites="layers.8:20.resid_post").fit(model, happy, sad).at(12).edit(.15)          # doctest: +SKIP
+    >>> Contrast("mean", sites="layers.8:20.resid_post").fit(model, happy, sad).at(12)
+    <Vector mean layers.12.resid_post, layers.12.resid_post, 32 wide, unit ...>
     """
 
     kind: Kind = "mean"
@@ -204,7 +205,8 @@ def vector(model: Model, site: str, direction: Any, prompts: Any, *, name: str =
     `prompts` are ordinary ones, from which the unit of strength and the first token's residual are taken.
     InputError where the direction is not as wide as the site.
 
-    >>> vector(model, "layers.12.resid_post", dictionary.decoder[7], texts).edit(.3)                    # doctest: +SKIP
+    >>> vector(model, "layers.12.resid_post", dictionary.decoder[7], texts).edit(.3)
+    Steer('layers.12.resid_post', vector=<tensor [32]>, strength=..., tokens='-1:')
     """
     if len(found := model.sites(site)) != 1:
         raise InputError(f"{site!r} names {len(found)} sites: a vector belongs to one")

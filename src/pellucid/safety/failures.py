@@ -103,7 +103,7 @@ def trace_failure(
     prompts' right answers (for "alike" of every task's).
     InputError for fewer than eight pairs, answers with one first token, or prompts at which nothing fails.
 
-    >>> trace_failure(model, claimed, plain, true, false, groups=relations).chosen                        # doctest: +SKIP
+    >>> failure = trace_failure(model, claimed, plain, true, false, groups=relations, layers=[12], exact=2)
     """
     at_least(1, top=top, exact=exact, draws=draws)
     cases = _cases(model, failing, passing, target, against, groups, goal)

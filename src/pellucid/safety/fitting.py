@@ -122,7 +122,7 @@ def fit_monitor(
     readers of the text alone and of its form. `calibrate` sets its threshold, on conversations that are not among these. InputError for fewer than four
     conversations of either kind, and for one that is in both.
 
-    >>> monitor = fit_monitor(model, prompts, labels, site="layers.14.resid_post")  # doctest: +SKIP
+    >>> monitor = fit_monitor(model, prompts, labels, site="layers.14.resid_post")
     """
     truth, prompts = np.asarray(labels).astype(bool), several("prompts", prompts)
     if len(truth) != len(prompts):

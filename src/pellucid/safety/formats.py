@@ -39,7 +39,8 @@ CLOSE = 1e-4  # of the largest logit
 def export_gguf(model: Model, vectors: Sequence[Vector], path: str | Path, *, strength: float = 0.15) -> Path:
     """Write a GGUF control vector whose factor 1 is `strength` here. InputError for a vector that is at no block's output, or at block 0.
 
-    >>> export_gguf(model, [contrast.at(12)], "happy.gguf", strength=.15)                                  # doctest: +SKIP
+    >>> export_gguf(model, [contrast.at(12)], "happy.gguf", strength=.15)
+    PosixPath('happy.gguf')
     """
     import gguf
 
@@ -152,7 +153,8 @@ def in_weights(
     What the edits would do at every token, the first too; a direction that shares the first token's residual had better be `spared()`.
     Refused where the architecture has no place for it (no bias, a norm behind the projection), by name.
 
-    >>> in_weights(model, v.spared(), form="project").generate("Hello")                                    # doctest: +SKIP
+    >>> in_weights(model, contrast.at(12).spared(), form="project")
+    <Model LlamaForCausalLM + ...: LlamaForCausalLM, 24 layers, ...>
     """
     given = [vectors] if isinstance(vectors, Vector) else list(vectors)
     for v in given:

@@ -107,7 +107,8 @@ def compare_stages(
     the share of the tokens that a dear stage reads (0 for the first, 1 for the second), `met_benign` and `met_harmful` the
     shares of conversations that meet it at all.
 
-    >>> compare_stages(model, Cascade(cheap, dear), prompts, labels)  # doctest: +SKIP
+    >>> compare_stages(model, Cascade(cheap, dear), prompts, labels).area
+    <xarray.DataArray 'area' (stage: 3)>...
     """
     truth, prompts = np.asarray(labels).astype(bool), several("prompts", prompts)
     if len(truth) != len(prompts):

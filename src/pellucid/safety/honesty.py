@@ -85,7 +85,8 @@ def honesty(
     from which on lens and reader do; over `layer` also `lens` and `reader`; over `question` `said` and `believed`. `verdict` is in words.
     InputError for a model that does not continue texts, a reader of all tokens, and one of other weights.
 
-    >>> honesty(model, [("The capital of France is", " Paris", " Rome"), ...], reader).title               # doctest: +SKIP
+    >>> honesty(model, questions, reader).believes
+    <xarray.DataArray 'believes' (pressure: 7)>...
     """
     at_least(1, batch=batch, demonstrations=demonstrations)
     asked = _questions(questions)

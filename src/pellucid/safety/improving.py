@@ -67,7 +67,7 @@ def improve(
     goes on where it was interrupted. Each result has over `measure` `before` and `after` on held-out data, the paired `change` with `low`
     and `high`, `fitted_before` and `fitted_after`, and `accepted`. InputError for a folder of another model or other measures.
 
-    >>> improve(model, measure, edit_facts, train, test, ledger="runs/facts", tolerance={"others": .02})      # doctest: +SKIP
+    >>> improved = improve(model, measure, edit_facts, train, test, ledger="runs/facts", tolerance={"others": .02})
     """
     at_least(1, rounds=rounds)
     folder = Path(ledger)

@@ -58,7 +58,8 @@ class LearntEdit:
 
     After `fit`: `edit_` for `model.run` and `model.generate`, and `result_`.
 
-    >>> LearntEdit("layers.14.resid_post", rank=2).fit(model, prompts, answers).edit_                       # doctest: +SKIP
+    >>> LearntEdit("layers.14.resid_post", rank=2).fit(model, prompts, answers).edit_
+    LowRank('layers.14.resid_post', rotation=<tensor [2, 32]>, weight=<tensor [2, 32]>, bias=<tensor [2]>, tokens='-1:')
     """
 
     site: str

@@ -65,8 +65,8 @@ class ConceptReader:
     taken out first (LEACE, fitted on each training part). draws: of shuffled labels. restarts, steps, learning_rate: of the search.
     After `fit`: `site`, `direction_` [d], `result_`, `layers_`, `trap_` (ccs); called with values [..., d] it gives log odds [...].
 
-    >>> ConceptReader("mean", sites="layers.8:21.resid_post").fit(model, statements).site  # doctest: +SKIP
-    'layers.13.resid_post'
+    >>> ConceptReader("mean", sites="layers.8:21.resid_post").fit(model, statements).site
+    'layers...resid_post'
     """
 
     kind: Kind = "mean"

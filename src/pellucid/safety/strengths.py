@@ -69,7 +69,8 @@ def strengths(
     Where a cell is chosen: `chosen_site`, `chosen_strength`, `chosen_direction`, and on the test prompts over `direction` `test_effect`
     with `test_low`, `test_high`, `test_perplexity`, `test_wrong_way`, with `test_base`, `test_base_perplexity`. InputError for fewer than four prompts.
 
-    >>> strengths(model, contrast, prompts, sentiment, strengths=(.1, .2)).chosen_strength              # doctest: +SKIP
+    >>> strengths(model, contrast.at(12), prompts, sentiment, draws=2, max_new_tokens=4).effect
+    <xarray.DataArray 'effect' (site: 1, strength: 3, direction: 4)>...
     """
     given = (
         [*vectors.vectors_.values()]

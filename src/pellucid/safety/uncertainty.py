@@ -158,7 +158,8 @@ def doubt(model: Model, threshold: float | None = None, *, rule: str = "first", 
     """A monitor that fires where the largest probability of the (first) answer token is below -`threshold`, and says
     "I am not sure." by default.
 
-    >>> model.generate(question, monitors=doubt(model, -0.3))  # doctest: +SKIP
+    >>> model.generate(prompt, monitors=doubt(model, -0.3)).text
+    'I am not sure.'
     """
     return Monitor(
         Doubt(model), rule, "answer", threshold, ABSTAIN if then is None else then, "doubt", digest=model.digest

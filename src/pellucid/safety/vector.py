@@ -178,7 +178,7 @@ def ablate_direction(model: Model, vectors: Vector | Sequence[Vector], *, everyw
 
     The first token is left alone; `everywhere` takes it too, with a warning where more than a tenth of it lies on a direction.
 
-    >>> model.generate("Hello", edits=ablate_direction(model, contrast.at(14)))                            # doctest: +SKIP
+    >>> text = model.generate("Hello", edits=ablate_direction(model, contrast.at(14))).text
     """
     given = [vectors] if isinstance(vectors, Vector) else list(vectors)
     if not given or len({Site.parse(v.site).stack for v in given}) > 1:
@@ -208,7 +208,8 @@ def condition(reader: Reader, threshold: float | Threshold, *, pool: Pool = "las
     pool: the prompt's "last" token, or the "mean" score of its tokens but the first. The edit must lie behind the reader's site:
     then it already acts on the last token of the prompt. Answers stand in `generated.fired["condition"]`.
 
-    >>> vector.edit(.15, when=condition(harm, 2.5))                                                  # doctest: +SKIP
+    >>> contrast.at(14).edit(.15, when=condition(harm, 2.5))
+    Steer('layers.14.resid_post', vector=<tensor [32]>, strength=..., tokens='-1:', when=Watch(['layers.9.resid_post'], <fires>, name='condition'))
     """
     if pool not in get_args(Pool):
         raise InputError(f"pool={pool!r}: expected one of {', '.join(get_args(Pool))}")

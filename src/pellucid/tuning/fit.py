@@ -98,7 +98,7 @@ class Tuned:
         under (sparse attention, few neurons), tied to them; of objectives that are kept with what they learnt a file each, which their
         `load` opens. Other tensors beside the model are in `tuned.beside`.
 
-        >>> tuned.save("tuned"); load_tuned(model, "tuned")  # doctest: +SKIP
+        >>> again, edits = load_tuned(model, tuned.save("tuned"))
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def load_tuned(model: Model, folder: str | Path) -> tuple[Model, tuple[Edit, ...
     """The tuned model that `Tuned.save` wrote, on the model that was tuned, and the edits it is to be run under, those of a `Bottleneck`
     among them. InputError for another model's, or for a folder that holds none.
 
-    >>> tuned, edits = load_tuned(model, "tuned")  # doctest: +SKIP
+    >>> again, edits = load_tuned(model, tuned.save("tuned"))
     """
     folder = Path(folder)
     if not (folder / "weights.safetensors").exists():
@@ -162,7 +162,8 @@ def fit(
     objective's own loss `before` and `after`; over `arm` x `measure` what objectives measure themselves (`measured`, with
     `measured_low` and `measured_high` over seeds). InputError and Refused as objectives say, before the first step.
 
-    >>> fit(model, data, [Consistency("decoy")], shifts={"reversed": other}).result  # doctest: +SKIP
+    >>> fit(model, data, [Consistency("decoy")], shifts={"reversed": other}, seeds=[0], steps=4).result.accuracy
+    <xarray.DataArray 'accuracy' (arm: 4, split: 2)>...
     """
     at_least(1, steps=steps, batch=batch, accumulate=accumulate)
     if not seeds or batch % accumulate:

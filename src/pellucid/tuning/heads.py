@@ -59,7 +59,8 @@ def classifier(model: Model, names: Sequence[str], *, pooling: Pooling = "mean",
 
     `pooling`: "mean" over real tokens, "cls" (the first) or "last". InputError for a model that has a head, or fewer than two names.
 
-    >>> classifier(model, ["negative", "positive"])  # doctest: +SKIP
+    >>> classifier(encoder, ["negative", "positive"])
+    <Model PooledForSequenceClassification: PooledForSequenceClassification, 2 layers, ...>
     """
     if model.anatomy.answering.meaning != "vectors" or len(model.anatomy.stacks) > 1:
         raise InputError(f"{model.name} is no encoder without a head: open one with task='base'")

@@ -49,7 +49,8 @@ KINDS = ("linear", "mlp", "max over tokens")
 def direction(model: Model, data: Any, holds: Sequence[bool], site: str) -> Direction:
     """A linear reader of a property: logistic regression (C .1, balanced) on the mean over each text's tokens at `site`.
 
-    >>> direction(model, data, holds, "layers.1.resid_post")  # doctest: +SKIP
+    >>> direction(model, data, holds, "layers.1.resid_post")
+    Direction(site='layers.1.resid_post', offset=...)
     """
     x = pooled(model, Encoded(model, data), [Site.parse(site)])[0][0]
     y = _labels(holds, len(x))
@@ -64,7 +65,8 @@ class ProbePenalty(Objective):
 
     `form`: "square" (the score goes to 0), "lower" or "raise". `where` is the span over whose tokens is read; by default all.
 
-    >>> ProbePenalty(reader, weight=1.0)  # doctest: +SKIP
+    >>> ProbePenalty(reader, weight=1.0)
+    ProbePenalty(weight=1.0, reader=Direction(site='layers.1.resid_post', offset=...), form='square', where=None)
     """
 
     reader: Any = None
@@ -148,7 +150,8 @@ def evasion(
     tested on the other; `same` [when], the old reader's own AUC, and `shuffled` [when, layer], a linear reader of shuffled labels. The
     title is the verdict.
 
-    >>> evasion(model, made.model, data, holds, reader)  # doctest: +SKIP
+    >>> evasion(model, tuned.model, data, holds, reader).auc
+    <xarray.DataArray 'auc' (when: 2, layer: 1, kind: 3)>...
     """
     encoded = {"before": Encoded(model, data), "after": Encoded(tuned, data)}
     (site,) = model.sites(str(reader.site))

@@ -35,7 +35,7 @@ def with_internals(base: Any, penalties: Any) -> Any:
     `completion_mask`, or labels that are not -100), else all that are no padding. InputError for other objectives, whose batches are
     `tuning.trainer`'s; Refused for packed rows, where texts have no bounds.
 
-    >>> with_internals(trl.SFTTrainer, ProbePenalty(reader))(model, args=args, train_dataset=rows).train()  # doctest: +SKIP
+    >>> with_internals(trl.SFTTrainer, ProbePenalty(reader))(model, args=args, train_dataset=rows).train()  # needs minutes  # doctest: +SKIP
     """
     given: list[ProbePenalty] = []
     for each in parts(penalties):
@@ -139,7 +139,7 @@ def reward(model: Model, reader: Any, *, sign: float = 1.0) -> Callable[..., lis
     """A reward function as trl's policy trainers take them (`reward_funcs=`): `sign` times a reader's score, mean over each completion's
     tokens, read in `model` (the policy itself, or a fixed copy that the policy cannot hide from by moving its own states).
 
-    >>> trl.GRPOTrainer(module, reward_funcs=[reward(model, reader)], args=args, train_dataset=rows)  # doctest: +SKIP
+    >>> trl.GRPOTrainer(module, reward_funcs=[reward(model, reader)], args=args, train_dataset=rows)  # needs minutes  # doctest: +SKIP
     """
     (site,) = ProbePenalty(reader).sites(model)
 

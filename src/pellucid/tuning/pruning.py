@@ -122,7 +122,8 @@ def pruned(
 ) -> Model:
     """The model with `share` of the entries of every matrix of its blocks set to 0, once and without training; `.undo()` gives it back.
 
-    >>> pruned(model, 0.5)  # doctest: +SKIP
+    >>> pruned(model, 0.5)
+    <Model BertForSequenceClassification + ...: BertForSequenceClassification, 2 layers, ...>
     """
     if not 0 <= share < 1 or by not in get_args(Choice):
         raise InputError(
@@ -141,7 +142,8 @@ def pruned(
 def weight_zeros(model: Model, layers: Sequence[int] | None = None) -> float:
     """The share of exact zeros among the entries of the blocks' matrices.
 
-    >>> weight_zeros(tuned.model)  # doctest: +SKIP
+    >>> weight_zeros(tuned.model)
+    0.0
     """
     named = dict(model.module.named_parameters())
     counts = [(int((named[n] == 0).sum()), named[n].numel()) for n in matrices(model, layers)]
@@ -160,7 +162,8 @@ def weight_sparsity(
     none afterwards), "retrained" (by magnitude, while training) and "random" (chosen at random, while training); `plain` is the
     accuracy with all weights, `low` and `high` those of plain training over seeds, or over texts.
 
-    >>> weight_sparsity(model, data, shares=[0.5, 0.9], test=other)  # doctest: +SKIP
+    >>> weight_sparsity(model, data, shares=[0.5, 0.9], test=other, steps=2).accuracy
+    <xarray.DataArray 'accuracy' (share: 2, way: 3)>...
     """
     encoded = Encoded(model, data, truncate)
     splits = {"test": Encoded(model, test, truncate) if test is not None else encoded}

@@ -178,7 +178,8 @@ def sparsity(model: Model, data: Any, *, edits: Sequence[Edit] = (), keep: int |
     Over `layer` `zeros` (share of exact zeros among the keys that are no padding; of causal models among those a query sees), `support` (keys
     that are not zero), `entropy` in nats, `marks` (share on marks of the tokenizer), `neuron_zeros`, over [layer, head] `one_hot` (share of queries with .9 or more on one key); and `accuracy`, `right` [text].
 
-    >>> sparsity(tuned.model, data, edits=tuned.edits)  # doctest: +SKIP
+    >>> sparsity(tuned.model, data, edits=tuned.edits).zeros
+    <xarray.DataArray 'zeros' (layer: 2)>...
     """
     encoded, made = Encoded(model, data), list(edits)
     patterns, neurons = (layered(model, part, None) for part in ("attn.pattern", "mlp.neurons"))

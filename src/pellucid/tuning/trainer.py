@@ -48,7 +48,7 @@ def trainer(
     (a `Bottleneck`, a `Select`: `save`, `check(model)`), and `.tuned_edits()` what the model is run under. InputError without accelerate; Refused in
     several processes, and as objectives say.
 
-    >>> trainer(model, data, Consistency("decoy"), TrainingArguments("out")).train()  # doctest: +SKIP
+    >>> made = trainer(model, data, Consistency("decoy"), TrainingArguments("out"))
     """
     try:
         import transformers
