@@ -170,7 +170,11 @@ def test_the_bias_protocol_is_a_failure_whose_twins_should_be_answered_alike() -
     for given in ((), edit):
         gaps.append(np.mean([margin(model, p, a, b, given) - margin(model, f, a, b, given) for p, f, a, b in zip(sides[1], sides[0], right, wrong, strict=False)]))  # fmt: skip
     assert float(d.exact.sel(checked=name)) == pytest.approx(abs(gaps[0]) - abs(gaps[1]), abs=1e-4)
-    assert found.result.main.name == "gap" and "nats apart" in found.result.title and not any(n.startswith("steering") for n in found.mitigations)
+    assert (
+        found.result.main.name == "gap"
+        and "nats apart" in found.result.title
+        and not any(n.startswith("steering") for n in found.mitigations)
+    )
     for call, said_ in (
         (lambda: trace_failure(model, prompts.clean, prompts.corrupted, right, wrong, goal="alike", retrain=[1]), "retrain"),
         (lambda: trace_failure(model, prompts.clean, prompts.clean, right, wrong, goal="alike"), "answered alike"),

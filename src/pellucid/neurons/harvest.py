@@ -420,11 +420,12 @@ def _away(model: Model, made: Harvest, coming: Iterator[list[Row]], tokens: int,
             label, _, key = name.partition("/")
             parts.setdefault(label, {})[key] = value
         own = parts.pop("sampler", {})
-        taken = made.sampler.offer(own["keys"], own["places"]) if parts else ()
-        for i, name in enumerate(made.readers if parts else ()):
-            if name not in made.tallies:
-                made.tallies[name] = Tally.empty(len(parts[str(i)]["mean"]), made.plan.top, made.plan.sample)
-            made.tallies[name].take(parts[str(i)], taken)
+        if parts:
+            taken = made.sampler.offer(own["keys"], own["places"])
+            for i, name in enumerate(made.readers):
+                if name not in made.tallies:
+                    made.tallies[name] = Tally.empty(len(parts[str(i)]["mean"]), made.plan.top, made.plan.sample)
+                made.tallies[name].take(parts[str(i)], taken)
         made.count += about["count"]
         bar.step(len(waiting[0]))
         yield waiting.pop(0), {int(number): ids for number, ids in about["rows"].items()}
@@ -456,7 +457,8 @@ class Counted(Work):
 
     def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.model, self.tokens, self.readers = model, about["tokens"], dict[str, Units]()
-        self.plan = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["plan"].items()})
+        plan: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["plan"].items()}
+        self.plan = Plan(**plan)
         for i, (label, site) in enumerate(zip(self.plan.labels, self.plan.sites, strict=True)):
             read: Any = tensors.get(str(i))
             if settings := about["dictionaries"].get(str(i)):

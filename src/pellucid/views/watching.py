@@ -9,6 +9,7 @@ monitor trace        of several prompts: how far each statistic is above the thr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +138,7 @@ def frontier(result: Result) -> s.Curves:
     for name, some in groups.items():
         own = data.sel(point=[p for p in some if p in points])
         if own.sizes["point"]:
-            ends = {n: Numbers.of(own[n].values) for n in ("low", "high")} if y == "accuracy" else {}
+            ends: dict[str, Any] = {n: Numbers.of(own[n].values) for n in ("low", "high")} if y == "accuracy" else {}
             lines.append(s.Line(name=name, x=Numbers.of(own[measure].values), y=Numbers.of(own[y].values), **ends))
     return s.Curves(x=s.Ruler(name=measure.replace("_", " ")), y=s.Ruler(name="accuracy, worst split" if y == "shifted" else y), lines=tuple(lines))  # fmt: skip
 
