@@ -328,7 +328,7 @@ def evasion(model: pl.Model, data: Path, steps: int = 32) -> None:
 
     batches = draws(64, 8, 4, 0)[:steps]
     train({k: own[k] for k in names}, batches, loss, lambda ps: torch.optim.Adam(ps, lr=1e-4), schedule=linear, seed=0)
-    found = pl.tuning.evasion(model, made, texts[test], holds[test], reader)
+    found = pl.tuning.evasion(model, made, pl.tuning.Rationales(texts[test]), holds[test], reader)
     print(f"evasion: {found.title}")
     auc = found.data["auc"]
     for when in ("before", "after"):

@@ -160,17 +160,15 @@ def main(data: Path, wanted: list[str]) -> None:
         )
     if "share" in parts:
         table(
-            "A planted word, un-taught by the share of the gradient (weight 100)",
-            two.decoy(tuning.RightReasons("decoy"), seeds=(0,)),
+            "A planted word, un-taught by the share of the gradient (weight 300, tried on validation texts: share=300)",
+            two.decoy(tuning.RightReasons("decoy", weight=300.0)),
             *behaviour,
         )
     if "met" in parts:
-        ross = tuning.RightReasons("decoy", form="absolute", of="log_probability_sum", weight=1.0)
-        table(
-            "Met is not un-taught: Ross et al. as published, weight 1",
-            two.decoy(ross, seeds=(0,), control=False),
-            *behaviour,
-        )
+        ross = {"form": "absolute", "of": "log_probability_sum"}
+        for name, weight, more in (("Ross et al. as published", 1, ross), ("Ross et al.", 30, ross), ("Ross et al.", 1000, ross), ("the share", 10, {})):  # fmt: skip
+            made = two.decoy(tuning.RightReasons("decoy", weight=float(weight), **more), seeds=(0,), control=False)
+            table(f"Met is not un-taught: {name}, weight {weight}", made, *behaviour)
     if "attention" in parts:
         made = two.clean(tuning.Attend("rationale", heads="layers.*.attn.heads.*"))
         table(
