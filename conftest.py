@@ -45,8 +45,8 @@ def _examples_stand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
     from tests import examples
 
-    for option in ("display.width", "display.max_columns"):  # a table is printed whole, however wide the terminal is
-        pd.set_option(option, None)
+    # a table is printed whole, however wide the terminal is
+    pd.set_option("display.width", 1000, "display.max_columns", 100, "display.expand_frame_repr", False)
     monkeypatch.chdir(request.getfixturevalue("tmp_path"))
     examples.stage(request.node.dtest, request.node.path)
     if request.node.path.suffix == ".md":

@@ -21,7 +21,7 @@ import torch
 from pellucid.engine.given import Chat, Pair, is_messages, read_row
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.limits import claimed, exceeded, limit
-from pellucid.errors import InputError, at_least, nearest
+from pellucid.errors import InputError, among, at_least, nearest
 from pellucid.model import Model
 
 Long = Literal["refuse", "cut", "cut_left", "windows"]
@@ -84,7 +84,7 @@ class Corpus:
             raise InputError(
                 "expected several texts: put the one text into a list, or give the Path of a file of lines"
             )
-        if self.long is not None and self.long not in get_args(Long):
+        if self.long is not None and not among(self.long, Long):
             raise InputError(f"unknown long={self.long!r}{nearest(self.long, get_args(Long))}")
 
     def __repr__(self) -> str:

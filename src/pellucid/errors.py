@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from operator import index
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +62,17 @@ class Refused(PellucidError):
 
 class InputError(PellucidError):
     """A prompt, token, target or other argument is not usable."""
+
+
+def among(value: Any, kinds: Any) -> bool:
+    """Is a value one of the words of a Literal? An array is none, and cannot be asked with `in`.
+
+    >>> import numpy as np
+    >>> from typing import Literal
+    >>> among("l1", Literal["l1", "l2"]), among(np.ones(2), Literal["l1", "l2"]), among(["l1"], Literal["l1", "l2"])
+    (True, False, False)
+    """
+    return isinstance(value, str) and value in get_args(kinds)
 
 
 def at_least(least: float, **numbers: float) -> None:

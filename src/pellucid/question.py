@@ -39,7 +39,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, listed
+from pellucid.errors import InputError, among, listed
 from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
@@ -90,7 +90,7 @@ def continuation(
     >>> continuation(" Paris, the capital of France").of
     'log_probability'
     """
-    if not isinstance(of, str) or of not in get_args(Of):
+    if not among(of, Of):
         raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
     if isinstance(text, Generated):
         if len(text) != 1:

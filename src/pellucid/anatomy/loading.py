@@ -31,7 +31,7 @@ from transformers.utils import logging as chatter
 from pellucid.anatomy import gguf, parallel
 from pellucid.anatomy.fingerprint import Fingerprint, unwrapped
 from pellucid.anatomy.heads import as_rows
-from pellucid.errors import LoadError, nearest
+from pellucid.errors import LoadError, among, nearest
 
 Task = Literal[
     "auto", "causal-lm", "masked-lm", "seq2seq-lm", "classification", "token-classification", "question-answering",
@@ -135,7 +135,7 @@ def read(
     >>> read(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))).notes[-1]
     'opened without a tokenizer: it takes token ids'
     """
-    if task not in get_args(Task):
+    if not among(task, Task):
         raise LoadError(f"unknown task {task!r}{nearest(task, get_args(Task))}")
     if isinstance(source, transformers.Pipeline):
         tokenizer = source.tokenizer if tokenizer is None else tokenizer

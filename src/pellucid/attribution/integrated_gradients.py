@@ -34,7 +34,7 @@ from pellucid.attribution.players import Players
 from pellucid.attribution.quadrature import CANCELLED, Rule, quadrature, refine
 from pellucid.engine.edits import Edit
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, among
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -88,7 +88,7 @@ def integrated_gradients(
     position token special baseline_token attribution score baseline_score gap steps gradients evaluations
     ...
     """
-    if rule not in get_args(Rule):
+    if not among(rule, Rule):
         raise InputError(f"unknown rule {rule!r}: expected one of {', '.join(get_args(Rule))}")
     if steps is not None and steps < 1:
         raise InputError(f"{steps} steps: expected at least 1")

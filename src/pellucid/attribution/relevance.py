@@ -37,7 +37,7 @@ from pellucid.attribution.relevance_rules import Rules
 from pellucid.engine.edits import Edit
 from pellucid.engine.locate import expand, locate
 from pellucid.engine.run import Run, Session
-from pellucid.errors import InputError, Refused, listed
+from pellucid.errors import InputError, Refused, among, listed
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -82,7 +82,7 @@ def relevance_propagation(
     Relevance of logit (attnlrp)
     attribution: attribution, score, gap, biases, elsewhere, gradients, attn.scores over position 5, ...
     """
-    if not isinstance(rules, str) or rules not in get_args(RuleSet):
+    if not among(rules, RuleSet):
         raise InputError(f"unknown rules {rules!r}: expected {' or '.join(map(repr, get_args(RuleSet)))}")
     if epsilon < 0:
         raise InputError(f"epsilon={epsilon}: expected zero or a small positive number")

@@ -35,7 +35,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -84,7 +84,7 @@ def saliency(
 
 
 def check(norm: str) -> None:
-    if not isinstance(norm, str) or norm not in get_args(Norm):  # an array is no word, and cannot be asked
+    if not among(norm, Norm):
         raise InputError(f"unknown norm {norm!r}: expected one of {', '.join(get_args(Norm))}")
 
 

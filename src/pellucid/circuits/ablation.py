@@ -25,7 +25,7 @@ from pellucid.causal.contrast import Asked
 from pellucid.circuits.passing import Listener, forward
 from pellucid.circuits.wiring import Wiring
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 
 How = Literal["resample", "mean", "position_mean", "zero", "roll"]
 
@@ -68,7 +68,7 @@ def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | N
     averaged over for the means; by default the inputs themselves, for "resample" in another order drawn by
     `seed`.
     """
-    if how not in get_args(How):
+    if not among(how, How):
         raise InputError(f"cannot switch edges off by {how!r}: expected one of {', '.join(get_args(How))}")
     batch, width = len(inputs), wiring.width(inputs)
     if how == "zero":

@@ -21,7 +21,7 @@ from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.engine.steps import Step, Watch
-from pellucid.errors import InputError, plain
+from pellucid.errors import InputError, among, plain
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -125,7 +125,7 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.how not in get_args(How):
+        if not among(self.how, How):
             raise InputError(f"cannot ablate by {self.how!r}: expected one of {', '.join(get_args(How))}")
         part = self.site.part  # type: ignore[union-attr]
         if self.how != "zero" and (part.endswith(".scores") or (part.endswith(".pattern") and self.how == "mean")):

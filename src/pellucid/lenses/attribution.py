@@ -36,7 +36,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.places import answer_position, kind_of
 from pellucid.engine.run import Session
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, among
 from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
@@ -78,7 +78,7 @@ def direct_logit_attribution(
     component layer part unit contribution total gap
     ...
     """
-    if not isinstance(by, str) or by not in get_args(By):
+    if not among(by, By):
         raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
     inputs = model.inputs(prompt, decoder=decoder)
     positions = answer_position(model, inputs) if positions is None else positions

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.neurons.directions import input_weights, output_weights
 from pellucid.neurons.harvest import Harvest
@@ -129,7 +129,7 @@ class UnitClusters:
     @technique
     def fit(self, vectors: Any) -> UnitClusters:
         """Cluster vectors [unit, feature] of length 1. InputError for an unknown method or as many clusters as units."""
-        if self.method not in get_args(Method):
+        if not among(self.method, Method):
             raise InputError(f"there is no method {self.method!r}: expected one of {', '.join(get_args(Method))}")
         x = np.asarray(vectors, dtype=np.float32)
         if x.ndim != 2 or not np.isfinite(x).all():

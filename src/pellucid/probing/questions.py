@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans, known
 from pellucid.probing.features import Features, features_of
@@ -115,7 +115,7 @@ def questions(
     >>> questions(model, statements(texts, truth, topics)).accuracy
     <xarray.DataArray 'accuracy' (layer: 3)>...
     """
-    if kind not in get_args(Kind):
+    if not among(kind, Kind):
         raise InputError(f"cannot probe by {kind!r}: expected one of {', '.join(get_args(Kind))}")
     topics, topic = np.unique(asked.types, return_inverse=True)
     if len(asked.classes) != 2 or len(topics) < 3:

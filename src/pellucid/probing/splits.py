@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.probing.examples import Examples
 from pellucid.statistics import interval
 
@@ -21,7 +21,7 @@ By = Literal["text", "type"]
 
 def groups_of(examples: Examples, by: By) -> np.ndarray:
     """[n] the group of each example: the text it lies in, or its type (word types then do not leak)."""
-    if by not in get_args(By):
+    if not among(by, By):
         raise InputError(f"cannot split by {by!r}: expected one of {', '.join(get_args(By))}")
     return np.unique(examples.texts if by == "text" else examples.types, return_inverse=True)[1]
 

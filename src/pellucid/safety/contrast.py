@@ -30,7 +30,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.engine.checkpoint import reading_tensors
 from pellucid.engine.edits import left_aligned
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, at_least, listed
+from pellucid.errors import InputError, among, at_least, listed
 from pellucid.model import Model
 from pellucid.probing.linear import LogisticProbe
 from pellucid.results import Result
@@ -68,7 +68,7 @@ class Contrast:
         `halves`, the cosine of the directions of two halves; `unit`, and `unit_with_first` for comparison; `sink`, the share of the
         first token's residual on the direction. InputError for fewer than four prompts of a kind, or one on both sides.
         """
-        if self.kind not in get_args(Kind) or self.pool not in get_args(Pool):
+        if not among(self.kind, Kind) or not among(self.pool, Pool):
             raise InputError(f"kind={self.kind!r}, pool={self.pool!r}: expected {get_args(Kind)} and {get_args(Pool)}")
         plus, minus = (listed(n, x, "several prompts") for n, x in (("plus", plus), ("minus", minus)))
         _check(plus, minus, self.kind)

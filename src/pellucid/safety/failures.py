@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -32,7 +32,7 @@ import xarray as xr
 from pellucid.causal.contrast import Asked, ask
 from pellucid.engine.edits import Edit, Patch
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, Refused, at_least, listed
+from pellucid.errors import InputError, Refused, among, at_least, listed
 from pellucid.model import Model
 from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.roc import area
@@ -214,7 +214,7 @@ def _alike(data: xr.Dataset, chosen: str, tasks: Sequence[str]) -> str:
 
 
 def _cases(model: Model, failing: Any, passing: Any, target: Any, against: Any, groups: Any, goal: Goal) -> Cases:
-    if goal not in get_args(Goal):
+    if not among(goal, Goal):
         raise InputError(f"goal={goal!r}: expected 'right' or 'alike'")
     sides = [listed(n, x, "several prompts") for n, x in (("failing", failing), ("passing", passing))]
     right, wrong = list(target), list(against)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.locate import locate, spots
 from pellucid.engine.saved import packed, unpacked
 from pellucid.engine.steps import Action, Redirect, Say, Stop
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.neurons.dictionaries import Dictionary
 from pellucid.probing.direction import Direction
@@ -193,7 +193,7 @@ class Monitor(Monitored):
         words = [isinstance(r, Words) for r in self._readers]
         if not words or (any(words) and not all(words)):
             raise InputError("a monitor has readers of activations or of words: of both make a cascade")
-        if self.reads not in get_args(Reads):
+        if not among(self.reads, Reads):
             raise InputError(f"reads={self.reads!r}: expected 'prompt', 'answer' or 'exchange'")
         if isinstance(self.threshold, float | int) and np.isnan(self.threshold):
             raise InputError("the threshold is no number")

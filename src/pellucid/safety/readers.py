@@ -38,7 +38,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.changed import check_weights
 from pellucid.controls import redrawn
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
-from pellucid.errors import InputError, at_least, listed
+from pellucid.errors import InputError, among, at_least, listed
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.safety import beside, learning
@@ -238,7 +238,7 @@ class ConceptReader:
             raise InputError(
                 f"statements={statements!r:.60}: expected Statements(prompts, labels) or Statements.paired(...)"
             )
-        if self.kind not in get_args(Kind) or self.pool not in get_args(Pool):
+        if not among(self.kind, Kind) or not among(self.pool, Pool):
             raise InputError(f"kind={self.kind!r}, pool={self.pool!r}: expected {get_args(Kind)} and {get_args(Pool)}")
         at_least(1, draws=self.draws, batch=self.batch, restarts=self.restarts, steps=self.steps)
         at_least(3, folds=self.folds)

@@ -13,11 +13,11 @@ statistic in it. That is what thresholds are set on: they promise something abou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from pellucid.errors import InputError, at_least
+from pellucid.errors import InputError, among, at_least
 
 Kind = Literal["max", "mean", "first", "ema", "k_of"]
 
@@ -36,7 +36,7 @@ class Rule:
     last: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if not among(self.kind, Kind):
             raise InputError(
                 f"no rule {self.kind!r}: expected 'max', 'mean', 'first', safety.ema(.3) or safety.k_of(2, 5)"
             )

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.statistics import binomial_bound
 
 Promise = Literal["average", "confidence"]
@@ -51,7 +51,7 @@ def needed(alarms: float, promise: Promise = "average", confidence: float = 0.95
     >>> needed(0.01), needed(0.01, "confidence"), needed(0.05), needed(0.05, "confidence")
     (99, 299, 19, 59)
     """
-    if promise not in get_args(Promise):
+    if not among(promise, Promise):
         raise InputError(f"promise={promise!r}: expected 'average' or 'confidence'")
     if not (isinstance(alarms, int | float) and 0 < alarms < 1 and 0 < confidence < 1):
         raise InputError(f"alarms={alarms!r}, confidence={confidence!r}: expected shares between 0 and 1")

@@ -26,7 +26,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import choose
 from pellucid.causal.tracing import window_curve
 from pellucid.changed import Added, check_weights
-from pellucid.errors import InputError, Refused, at_least
+from pellucid.errors import InputError, Refused, among, at_least
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.surgery.answers import measured
@@ -129,7 +129,7 @@ def edit(
     >>> edited.undo() is model
     True
     """
-    if how not in get_args(How):
+    if not among(how, How):
         raise InputError(f"how={how!r}: expected one of {', '.join(get_args(How))}")
     known = facts_of(facts)
     model = _going_on(model, after)

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pellucid.errors import InputError, Refused, nearest
+from pellucid.errors import InputError, Refused, among, nearest
 from pellucid.lenses.lens import Lens, layer_numbers
 from pellucid.model import Model
 
@@ -42,7 +42,7 @@ class Exit:
     head: Any = None  # an ExitHead
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By):
+        if not among(self.by, By):
             raise InputError(f"by={self.by!r}{nearest(str(self.by), get_args(By))}")
         if (self.by == "head") != (self.head is not None):
             raise InputError("by='head' and head=ExitHead(...) go together")

@@ -31,7 +31,7 @@ from pellucid.changed import Added
 from pellucid.corpus import Corpus, batches, longest
 from pellucid.corpus import inputs as as_inputs
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, PellucidError
+from pellucid.errors import InputError, PellucidError, among
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval, spearman
@@ -71,7 +71,7 @@ def scoreboard(
     """
     edits = [edited] if isinstance(edited, Edited | Model) else list(edited)
     for name in [controls] if isinstance(controls, str) else controls:
-        if name not in get_args(Control) or isinstance(controls, str):
+        if not among(name, Control) or isinstance(controls, str):
             raise InputError(
                 f"controls={controls!r}: expected a list with some of {', '.join(map(repr, get_args(Control)))}"
             )

@@ -35,7 +35,7 @@ from pellucid.changed import check_weights
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Swap
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, at_least, nearest
+from pellucid.errors import InputError, among, at_least, nearest
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
@@ -78,7 +78,7 @@ class Stitch:
     losses_: list[float] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if not among(self.kind, Kind):
             raise InputError(f"kind={self.kind!r}{nearest(str(self.kind), get_args(Kind))}")
         at_least(1, rank=self.rank, tokens=self.tokens, steps=self.steps, batch=self.batch)
         at_least(0, ridge=self.ridge)

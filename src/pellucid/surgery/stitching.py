@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.controls import redrawn, shuffled
-from pellucid.errors import InputError, at_least, listed, nearest
+from pellucid.errors import InputError, among, at_least, listed, nearest
 from pellucid.lenses.lens import Layers, layer_numbers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -65,7 +65,7 @@ def stitching(
     """
     at_least(1, tokens=tokens, held_out=held_out)
     kinds, controls = listed("kinds", kinds, "names of maps"), listed("controls", controls, "names")
-    if unknown := [k for k in kinds if k not in get_args(Kind)] + [c for c in controls if c not in CONTROLS]:
+    if unknown := [k for k in kinds if not among(k, Kind)] + [c for c in controls if c not in CONTROLS]:
         raise InputError(
             f"{unknown[0]!r} is no map and no control{nearest(str(unknown[0]), [*get_args(Kind), *CONTROLS])}"
         )

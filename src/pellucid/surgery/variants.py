@@ -24,7 +24,7 @@ import xarray as xr
 
 from pellucid.corpus import inputs
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, at_least, nearest
+from pellucid.errors import InputError, among, at_least, nearest
 from pellucid.lenses.lens import Layers
 from pellucid.lenses.tuned_lens import corpus_rows
 from pellucid.model import Model
@@ -62,7 +62,7 @@ def ensemble(
     """
     at_least(1, tokens=tokens, draws=draws)
     asked = list(dict.fromkeys([*routes, *(["gate"] if gate is not None else []), "random", "mean"]))
-    if unknown := [r for r in asked if r not in get_args(Route)]:
+    if unknown := [r for r in asked if not among(r, Route)]:
         raise InputError(f"route {unknown[0]!r}{nearest(str(unknown[0]), get_args(Route))}")
     if "gate" in asked:
         if gate is None:
@@ -136,7 +136,7 @@ def chosen_variants(
     >>> chosen_variants(model, {"a": one, "b": other}, "The film was", layers=slice(2, 6)).chosen
     <xarray.DataArray 'chosen' (position: 3)>...
     """
-    if route == "mean" or route not in get_args(Route):
+    if route == "mean" or not among(route, Route):
         raise InputError(f"route={route!r} chooses nothing: expected 'confidence', 'gate' or 'random'")
     if route == "gate":
         if gate is None:

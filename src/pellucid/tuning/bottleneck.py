@@ -31,7 +31,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.controls import shuffled_labels
 from pellucid.engine.edits import Edit
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, among
 from pellucid.model import Model
 from pellucid.tuning.concepts import Narrow, truth_of, where_read
 from pellucid.tuning.data import Batch, Encoded
@@ -66,7 +66,7 @@ class Bottleneck(Learnt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in get_args(Kind):
+        if not among(self.kind, Kind):
             raise InputError(f"kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
         if self.residual < 0 or not 0 <= self.mix <= 1 or (self.mix and self.kind != "joint"):
             raise InputError(

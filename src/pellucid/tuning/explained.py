@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.tuning.data import Rationales
 
 Order = Literal["before", "after", "alone"]
@@ -110,7 +110,7 @@ class Explained:
         reason in the text and has the answer that follows from it as the label, so the loss is on the answer alone. `apart` asks for reason and
         answer in two rows, as an encoder-decoder is asked. InputError for another order, and for counterfactual rows without a reason before.
         """
-        if order not in get_args(Order):
+        if not among(order, Order):
             raise InputError(f"order={order!r}: expected one of {', '.join(get_args(Order))}")
         if not 0 <= counterfactual <= 1 or (counterfactual and order != "before"):
             raise InputError(f"counterfactual={counterfactual}: expected a share of rows, of order='before' alone")

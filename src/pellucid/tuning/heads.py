@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pellucid.changed import twin
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model, load
 
 Pooling = Literal["mean", "cls", "last"]
@@ -64,7 +64,7 @@ def classifier(model: Model, names: Sequence[str], *, pooling: Pooling = "mean",
     """
     if model.anatomy.answering.meaning != "vectors" or len(model.anatomy.stacks) > 1:
         raise InputError(f"{model.name} is no encoder without a head: open one with task='base'")
-    if len(names) < 2 or pooling not in get_args(Pooling):
+    if len(names) < 2 or not among(pooling, Pooling):
         raise InputError(
             f"names={list(names)}, pooling={pooling!r}: expected two classes or more, and one of {', '.join(get_args(Pooling))}"
         )

@@ -34,7 +34,7 @@ from torch.nn.functional import softplus
 from pellucid.anatomy.sites import Site
 from pellucid.controls import shuffled_labels
 from pellucid.engine.edits import Edit
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.probing.direction import Direction
 from pellucid.results import Result
@@ -75,7 +75,7 @@ class ProbePenalty(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in get_args(Form):
+        if not among(self.form, Form):
             raise InputError(f"form={self.form!r}: expected one of {', '.join(get_args(Form))}")
 
     @property

@@ -20,7 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
@@ -42,7 +42,7 @@ def importance(
     >>> importance(model, data, "heads")
     {0: tensor([...]), 1: tensor([...])}
     """
-    if what not in get_args(What):
+    if not among(what, What):
         raise InputError(f"what={what!r}: expected one of {', '.join(get_args(What))}")
     encoded = data if isinstance(data, Encoded) else Encoded(model, data)
     stack, total = model.anatomy.stacks[-1], dict[int, Tensor]()
@@ -129,7 +129,7 @@ def compare_parts(
     >>> compare_parts(model, data, what="layers", share=0.5, test=other, seeds=[0], steps=2)
     <Compared: ...>
     """
-    if what not in get_args(What) or not 0 < share < 1:
+    if not among(what, What) or not 0 < share < 1:
         raise InputError(
             f"what={what!r}, share={share!r}: expected one of {', '.join(get_args(What))}, and a share between 0 and 1"
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.sites import Site
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded
 from pellucid.tuning.internals import mean
@@ -141,7 +141,7 @@ class Unlearn(ByProperty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.how not in get_args(How):
+        if not among(self.how, How):
             raise InputError(f"how={self.how!r}: expected one of {', '.join(get_args(How))}")
 
     def beside(self, model: Model, data: Encoded, seed: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.changed import Replaced
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, among
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
@@ -71,7 +71,7 @@ class SparseWeights(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share < 1 or self.by not in get_args(Choice):
+        if not 0 < self.share < 1 or not among(self.by, Choice):
             raise InputError(
                 f"share={self.share!r}, by={self.by!r}: expected a share between 0 and 1, and 'magnitude' or 'random'"
             )
@@ -125,7 +125,7 @@ def pruned(
     >>> pruned(model, 0.5)
     <Model BertForSequenceClassification + ...: BertForSequenceClassification, 2 layers, ...>
     """
-    if not 0 <= share < 1 or by not in get_args(Choice):
+    if not 0 <= share < 1 or not among(by, Choice):
         raise InputError(
             f"share={share!r}, by={by!r}: expected a share of at least 0 and below 1, and 'magnitude' or 'random'"
         )

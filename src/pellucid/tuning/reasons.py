@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, Refused, at_least
+from pellucid.errors import InputError, Refused, among, at_least
 from pellucid.model import Model
 from pellucid.tuning.data import NOT_ASKED, Batch, Encoded
 from pellucid.tuning.kernels import check_curvature, check_kernels, exact_kernels
@@ -195,11 +195,11 @@ class RightReasons(Where):
         super().__post_init__()
         at_least(1, steps=self.steps)
         for name, kinds in (("form", Form), ("through", By), ("path", Path)):
-            if getattr(self, name) not in get_args(kinds):
+            if not among(getattr(self, name), kinds):
                 raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kinds))}")
         if self.path == "finite" and self.through != "gradient":
             raise InputError(f"path='finite' is for through='gradient', not {self.through!r}, which sums signed parts")
-        if self.of not in get_args(Of):
+        if not among(self.of, Of):
             raise InputError(
                 f"of={self.of!r}: expected 'log_odds' or 'log_probability_sum'; the gradient of a probability or of the loss "
                 "vanishes as the model gets sure, and that of the sum of probabilities is 0 always"

@@ -29,7 +29,7 @@ from pellucid.changed import Copied, Replaced, unchangeable
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import ordinary_ids
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, among
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.learnt import Learnt
@@ -66,7 +66,7 @@ class Select(Learnt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask not in get_args(Mask):
+        if not among(self.mask, Mask):
             raise InputError(f"mask={self.mask!r}: expected one of {', '.join(get_args(Mask))}")
         if not 0 < self.share < 1 or self.warm < 0 or self.blocks < 1 or self.temperature <= 0 or self.slower < 0:
             raise InputError(

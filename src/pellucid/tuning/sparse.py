@@ -25,7 +25,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.engine.edits import Edit, Place
-from pellucid.errors import InputError, at_least
+from pellucid.errors import InputError, among, at_least
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
@@ -132,7 +132,7 @@ class SparseAttention(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in get_args(Kind):
+        if not among(self.kind, Kind):
             raise InputError(f"kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
 
     def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:

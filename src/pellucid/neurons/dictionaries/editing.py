@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.edits import Edit, Patch, Place
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 
 Change = Literal["ablate", "scale", "set", "steer"]
 Positions = int | Sequence[int] | slice | str | None
@@ -141,7 +141,7 @@ def placed(kind: type[DictionaryEdit], dictionary: Coder, positions: Positions, 
 
 def values_of(change: Change, value: float | Sequence[float] | Tensor, features: Sequence[int]) -> Tensor:
     """One number, or one for each feature; InputError for other shapes and unknown changes."""
-    if change not in get_args(Change):
+    if not among(change, Change):
         raise InputError(f"a feature cannot be changed by {change!r}: expected 'ablate', 'scale', 'set' or 'steer'")
     try:
         numbers = torch.as_tensor(0.0 if change == "ablate" else value, dtype=torch.float32)
