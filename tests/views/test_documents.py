@@ -194,7 +194,9 @@ def test_a_kind_of_view_is_one_row_of_one_table(monkeypatch: pytest.MonkeyPatch)
     assert json.loads(shown.json())["data"] == {"kind": "dial", "amount": 0.5}
     assert s.Document.read(shown.json()) == shown and repr(shown) == "<Document 'dial': dial>"
     assert "<td>0.5</td>" in output(found)
-    with pytest.raises(InputError, match="'a' dial, 'b' dial; what can, several of one kind, are lens, attention, tokens, curves, grid"):
+    with pytest.raises(
+        InputError, match="'a' dial, 'b' dial; what can, several of one kind, are lens, attention, tokens, curves, grid"
+    ):
         pl.views.compare({"a": found, "b": found})
     monkeypatch.undo()
     assert isinstance(document(found).data, s.Table)
