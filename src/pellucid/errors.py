@@ -75,6 +75,18 @@ def among(value: Any, kinds: Any) -> bool:
     return isinstance(value, str) and value in get_args(kinds)
 
 
+def one_of(value: Any, kinds: Any, said: str) -> None:
+    """InputError, which begins with what is `said` of the value, for one that is not `among` the words of a Literal.
+
+    >>> from typing import Literal
+    >>> one_of("l3", Literal["l1", "l2"], "norm=")
+    Traceback (most recent call last):
+    pellucid.errors.InputError: norm='l3': expected one of l1, l2
+    """
+    if not among(value, kinds):
+        raise InputError(f"{said}{value!r}: expected one of {', '.join(get_args(kinds))}")
+
+
 def at_least(least: float, **numbers: float) -> None:
     """InputError that names the first number which is smaller (or none).
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.places import Kind, answer_position, kind_of
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, among, listed
+from pellucid.errors import InputError, listed, one_of
 from pellucid.metrics import BoundMetric, Metric, class_logit, logit, logit_difference
 from pellucid.model import Model
 from pellucid.tasks import Prompts
@@ -90,8 +90,7 @@ def continuation(
     >>> continuation(" Paris, the capital of France").of
     'log_probability'
     """
-    if not among(of, Of):
-        raise InputError(f"of={of!r}: expected one of {', '.join(get_args(Of))}")
+    one_of(of, Of, "of=")
     if isinstance(text, Generated):
         if len(text) != 1:
             raise InputError(

@@ -70,9 +70,7 @@ class Keeper:
     every: int = 20
 
     def save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        write_tensors(part, "pellucid_fit", {"of": dict(self.of), **about}, tensors)
-        part.replace(self.path)
+        write_tensors(self.path, "pellucid_fit", {"of": dict(self.of), **about}, tensors)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and notes; None where there is no file yet. InputError if it is none, or of another fit."""

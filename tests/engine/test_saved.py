@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import pellucid as pl
 from pellucid.causal.alignment import RotatedSwap
+from pellucid.engine import checkpoint
 from pellucid.engine.edits import Swap
 from pellucid.errors import InputError
 from tests.engine.hand import PROMPTS, opened
@@ -80,3 +81,17 @@ def test_a_file_of_something_else_or_of_other_weights_is_refused(tmp_path: Path)
         opened("gpt2").run(PROMPTS[0], edits=pl.load_edits(file))
     pl.save_edits(pl.Steer(SITE, V), file)
     opened("gpt2").run(PROMPTS[0], edits=pl.load_edits(file))  # tied to none
+
+
+def test_a_file_stays_whole_until_the_new_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = checkpoint.write_tensors(tmp_path / "kept.safetensors", "key", {"n": 1}, {"v": V})
+
+    def full(tensors: Any, path: str, about: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="full"):
+        checkpoint.write_tensors(file, "key", {"n": 2}, {"v": V})
+    with checkpoint.reading_tensors(file, "key", "is none") as (about, tensors):
+        assert about == {"n": 1} and torch.equal(tensors["v"], V)

@@ -13,8 +13,8 @@ from pellucid import tuning as tu
 from pellucid.errors import InputError
 from pellucid.tuning.data import Encoded
 from pellucid.tuning.objective import Pass
-from tests.tuning.test_fit import KINDS, QUICK, data, equal, opened, weights
-from tests.tuning.test_trainer import arguments
+from tests.tuning.test_fit import KINDS, QUICK, data, opened
+from tests.tuning.test_trainer import arguments, resumed
 
 SITE = "layers.1.resid_post"
 
@@ -115,12 +115,7 @@ def test_the_trainer_keeps_the_reader_in_its_checkpoints(tmp_path: Path) -> None
             opened("bert-class"), paris(8), tu.ProbeTask("named", SITE), arguments(path, 4, 1, max_steps=4, **more)
         )
 
-    whole, part = made(tmp_path / "a"), made(tmp_path / "b", save_strategy="steps", save_steps=2)
-    whole.train()
-    part.train()
-    again = made(tmp_path / "b")
-    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
-    assert equal(weights(whole.tuned), weights(again.tuned))
+    whole, again = resumed(made, tmp_path)
     own, back = (each.tuned_beside["ProbeTask(named)"]["weight"] for each in (whole, again))
     assert torch.equal(own, back) and own.abs().max() > 0.01
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,24 +54,27 @@ def test_four_times_four_is_one_of_sixteen(family: str, tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-6 if family != "t5" else 1e-5)
 
 
-def test_it_resumes_to_the_same_numbers_and_evaluates(tmp_path: Path) -> None:
-    given = data(n=8)
-    whole = tu.trainer(opened("bert-class"), given, OBJECTIVES, arguments(tmp_path / "a", 4, 1, max_steps=4))
-    before = weights(opened("bert-class"))
+def resumed(made: Callable[..., Any], path: Path) -> tuple[Any, Any]:
+    """`made(folder, **arguments)` is a trainer: trained at once, and from the checkpoint after two of its steps, it ends with the same weights."""
+    whole, part = made(path / "a"), made(path / "b", save_strategy="steps", save_steps=2)
     whole.train()
-    assert equal(before, weights(opened("bert-class"))) and not equal(before, weights(whole.tuned))
-    part = tu.trainer(
-        opened("bert-class"),
-        given,
-        OBJECTIVES,
-        arguments(tmp_path / "b", 4, 1, max_steps=4, save_strategy="steps", save_steps=2),
-    )
     part.train()
-    again = tu.trainer(
-        opened("bert-class"), given, OBJECTIVES, arguments(tmp_path / "b", 4, 1, max_steps=4), test=given
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    again = made(path / "b")
+    again.train(resume_from_checkpoint=str(path / "b" / "checkpoint-2"))
     assert equal(weights(whole.tuned), weights(again.tuned))
+    return whole, again
+
+
+def test_it_resumes_to_the_same_numbers_and_evaluates(tmp_path: Path) -> None:
+    given, before = data(n=8), weights(opened("bert-class"))
+
+    def made(path: Path, **more: Any) -> Any:
+        return tu.trainer(
+            opened("bert-class"), given, OBJECTIVES, arguments(path, 4, 1, max_steps=4, **more), test=given
+        )
+
+    whole, again = resumed(made, tmp_path)
+    assert equal(before, weights(opened("bert-class"))) and not equal(before, weights(whole.tuned))
     assert again.evaluate()["eval_loss"] > 0 and {"task", "Consistency(rationale)"} <= set(whole.state.log_history[0])
 
 
@@ -153,12 +157,7 @@ def test_what_learns_beside_the_model_is_trained_kept_resumed_and_tied_to_its_we
         args = arguments(path, 4, 1, max_steps=4, lr_scheduler_type="constant", **more)
         return tu.trainer(opened("bert-class"), given, asked, args, test=given, head_learning_rate=2e-2)
 
-    whole, part = made(tmp_path / "a"), made(tmp_path / "b", save_strategy="steps", save_steps=2)
-    whole.train()
-    part.train()
-    again = made(tmp_path / "b")
-    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
-    assert equal(weights(whole.tuned), weights(again.tuned))
+    whole, again = resumed(made, tmp_path)
     own, back = (each.tuned_objectives[0] for each in (whole, again))
     assert all(torch.equal(t, back.parameters[name]) for name, t in own.parameters.items())
     loaded = type(asked).load(own.save(tmp_path / "kept.safetensors"))

@@ -158,6 +158,7 @@ def test_a_question_that_a_relation_knows_is_asked_of_another_subject(smollm2: p
     assert made is not None and made.known and "whose own answer" in made.how
     other = re.search("replaced by “(.+?)”, whose own answer, “(.+?)”", made.how)
     assert other is not None and other[1] in made.prompt and dict(LANDMARKS)[other[1]] == other[2] != "Paris"
+    assert other[2] not in other[1]  # the Sydney Opera House says its answer
     answer = smollm2.run(made.prompt).logits[0, -1].argmax()
     assert other[2].startswith(smollm2.tokenizer.decode([int(answer)]).strip())
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from pellucid.attribution.players import Players
 from pellucid.attribution.quadrature import CANCELLED, Rule, quadrature, refine
 from pellucid.engine.edits import Edit
 from pellucid.engine.pausing import progress
-from pellucid.errors import InputError, Refused, among
+from pellucid.errors import InputError, Refused, one_of
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -88,8 +88,7 @@ def integrated_gradients(
     position token special baseline_token attribution score baseline_score gap steps gradients evaluations
     ...
     """
-    if not among(rule, Rule):
-        raise InputError(f"unknown rule {rule!r}: expected one of {', '.join(get_args(Rule))}")
+    one_of(rule, Rule, "unknown rule ")
     if steps is not None and steps < 1:
         raise InputError(f"{steps} steps: expected at least 1")
     if steps is None and rule != "gauss-legendre":

@@ -24,7 +24,7 @@ compare the attribution with it before reading anything into small values.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from pellucid.attribution.case import Case
 from pellucid.attribution.path import Embedded
 from pellucid.attribution.players import Players
 from pellucid.engine.edits import Edit
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.metrics import Answers
 from pellucid.model import Model
 from pellucid.results import Result
@@ -84,8 +84,7 @@ def saliency(
 
 
 def check(norm: str) -> None:
-    if not among(norm, Norm):
-        raise InputError(f"unknown norm {norm!r}: expected one of {', '.join(get_args(Norm))}")
+    one_of(norm, Norm, "unknown norm ")
 
 
 def free(case: Case, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ EAP-IG's released code gives every source the same vector under its `mean`; here
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from pellucid.causal.contrast import Asked
 from pellucid.circuits.passing import Listener, forward
 from pellucid.circuits.wiring import Wiring
 from pellucid.engine.inputs import Inputs, Stream
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 
 How = Literal["resample", "mean", "position_mean", "zero", "roll"]
 
@@ -68,8 +68,7 @@ def alternatives(wiring: Wiring, inputs: Inputs, how: How, reference: Inputs | N
     averaged over for the means; by default the inputs themselves, for "resample" in another order drawn by
     `seed`.
     """
-    if not among(how, How):
-        raise InputError(f"cannot switch edges off by {how!r}: expected one of {', '.join(get_args(How))}")
+    one_of(how, How, "cannot switch edges off by ")
     batch, width = len(inputs), wiring.width(inputs)
     if how == "zero":
         d = wiring.model.anatomy.stacks[0].d_model

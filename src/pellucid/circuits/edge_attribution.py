@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from pellucid.circuits.passing import Listener, Score, forward
 from pellucid.circuits.scores import EdgeScores
 from pellucid.circuits.wiring import Reading, Stage, Wiring
 from pellucid.engine.pausing import pause, progress
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.metrics import Metric
 from pellucid.model import Model
 from pellucid.technique import technique
@@ -74,8 +74,7 @@ def edge_attribution(
     >>> scores.circuit(fraction=0.02)
     <Circuit of 4 of 222 edges (1.8%), ... nodes>
     """
-    if not among(method, Method):
-        raise InputError(f"no attribution {method!r}: expected one of {', '.join(get_args(Method))}")
+    one_of(method, Method, "no attribution ")
     if steps < 1:
         raise InputError(f"integrated gradients need at least one step, got {steps}")
     wiring = wire(model, split)

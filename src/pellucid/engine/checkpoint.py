@@ -69,10 +69,13 @@ def _pieces(value: Any, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
 
 
 def write_tensors(path: str | Path, key: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """One safetensors file, with `about` as JSON in its metadata; nothing in it is code."""
+    """One safetensors file, with `about` as JSON in its metadata; nothing in it is code. A file of the name stays whole until the
+    new one is."""
+    path = Path(path)
     kept = {name: value.detach().contiguous() for name, value in tensors.items()}
-    save_file(kept, str(path), {key: json.dumps(dict(about))})
-    return Path(path)
+    part = path.with_name(path.name + ".part")
+    save_file(kept, str(part), {key: json.dumps(dict(about))})
+    return part.replace(path)
 
 
 @contextmanager

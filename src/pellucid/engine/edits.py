@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from pellucid.anatomy.sites import Position, Site
 from pellucid.engine.inputs import Stream
 from pellucid.engine.locate import locate
 from pellucid.engine.steps import Step, Watch
-from pellucid.errors import InputError, among, plain
+from pellucid.errors import InputError, one_of, plain
 
 How = Literal["zero", "mean", "position_mean", "resample"]
 
@@ -125,8 +125,7 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.how, How):
-            raise InputError(f"cannot ablate by {self.how!r}: expected one of {', '.join(get_args(How))}")
+        one_of(self.how, How, "cannot ablate by ")
         part = self.site.part  # type: ignore[union-attr]
         if self.how != "zero" and (part.endswith(".scores") or (part.endswith(".pattern") and self.how == "mean")):
             raise InputError(

@@ -150,15 +150,12 @@ class PackedPass(Wiretap):
                 where = self.spans.get(v)
                 if where is not None:
                     part = x[0, where].unflatten(0, (self.rows, self.length - v.start))
-                    made = w.meet(tap, part, self._window(w, v.start), inside=True)
+                    made = w.meet(tap, part, Window.on(self.inputs, w.spot, v.start), inside=True)
                     if made is not part:
                         x[0, where] = made.flatten(0, 1)
             return x
 
         return handler
-
-    def _window(self, w: Written, start: int) -> Window:
-        return Window.on(self.inputs, w.spot, start)
 
     # ---- attention
 
@@ -254,7 +251,7 @@ class PackedPass(Wiretap):
             layout = Layout("b h p e", HEADS) if port in "qkv" else PLAIN[port]
             for i, w in here:
                 rows = slice(i * self.rows, (i + 1) * self.rows)
-                window = self._window(w, 0 if cross and port in "kv" else start)
+                window = Window.on(self.inputs, w.spot, 0 if cross and port in "kv" else start)
                 x[rows] = layout.write(w.meet(tap, layout.read(x[rows], self.rows), window))
             return x
 

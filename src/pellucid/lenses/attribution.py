@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.places import answer_position, kind_of
 from pellucid.engine.run import Session
-from pellucid.errors import InputError, Refused, among
+from pellucid.errors import Refused, one_of
 from pellucid.lenses.lens import Positions, one_column
 from pellucid.metrics import Answers, logit, logit_difference
 from pellucid.model import Model
@@ -78,8 +78,7 @@ def direct_logit_attribution(
     component layer part unit contribution total gap
     ...
     """
-    if not among(by, By):
-        raise InputError(f"cannot attribute by {by!r}: expected one of {', '.join(get_args(By))}")
+    one_of(by, By, "cannot attribute by ")
     inputs = model.inputs(prompt, decoder=decoder)
     positions = answer_position(model, inputs) if positions is None else positions
     if positions is None and "head" not in model.anatomy.refusals:

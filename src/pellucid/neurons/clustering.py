@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import xarray as xr
 
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.neurons.directions import input_weights, output_weights
 from pellucid.neurons.harvest import Harvest
@@ -129,8 +129,7 @@ class UnitClusters:
     @technique
     def fit(self, vectors: Any) -> UnitClusters:
         """Cluster vectors [unit, feature] of length 1. InputError for an unknown method or as many clusters as units."""
-        if not among(self.method, Method):
-            raise InputError(f"there is no method {self.method!r}: expected one of {', '.join(get_args(Method))}")
+        one_of(self.method, Method, "there is no method ")
         x = np.asarray(vectors, dtype=np.float32)
         if x.ndim != 2 or not np.isfinite(x).all():
             raise InputError(f"these vectors are {list(x.shape)}: expected finite numbers [unit, feature]")

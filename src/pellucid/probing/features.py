@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from pellucid.corpus import Corpus, batches, inputs
 from pellucid.engine.limits import exceeded
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import execute
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans
 from pellucid.store import ActivationStore
@@ -79,8 +79,7 @@ def read(
     torch.Size([3, 4, 32])
     """
     spans = spans.spans if isinstance(spans, Examples) else spans
-    if not among(pool, Pool):
-        raise InputError(f"cannot pool by {pool!r}: expected one of {', '.join(get_args(Pool))}")
+    one_of(pool, Pool, "cannot pool by ")
     if model.tokenizer is None:
         raise InputError("this model was opened without a tokenizer, which finds the tokens of a span: tokenizer=...")
     names = _sites(model, sites, store)

@@ -12,12 +12,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.probing.examples import Examples, Spans, known
 from pellucid.probing.features import Features, features_of
@@ -115,8 +115,7 @@ def questions(
     >>> questions(model, statements(texts, truth, topics)).accuracy
     <xarray.DataArray 'accuracy' (layer: 3)>...
     """
-    if not among(kind, Kind):
-        raise InputError(f"cannot probe by {kind!r}: expected one of {', '.join(get_args(Kind))}")
+    one_of(kind, Kind, "cannot probe by ")
     topics, topic = np.unique(asked.types, return_inverse=True)
     if len(asked.classes) != 2 or len(topics) < 3:
         raise InputError(

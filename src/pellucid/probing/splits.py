@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.probing.examples import Examples
 from pellucid.statistics import interval
 
@@ -21,8 +21,7 @@ By = Literal["text", "type"]
 
 def groups_of(examples: Examples, by: By) -> np.ndarray:
     """[n] the group of each example: the text it lies in, or its type (word types then do not leak)."""
-    if not among(by, By):
-        raise InputError(f"cannot split by {by!r}: expected one of {', '.join(get_args(By))}")
+    one_of(by, By, "cannot split by ")
     return np.unique(examples.texts if by == "text" else examples.types, return_inverse=True)[1]
 
 

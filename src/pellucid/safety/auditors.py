@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from pellucid.engine.edits import Patch
 from pellucid.engine.generation import Generated
 from pellucid.engine.pausing import progress
 from pellucid.engine.places import answer_position, kind_of
-from pellucid.errors import InputError, among, at_least
+from pellucid.errors import InputError, at_least, one_of
 from pellucid.model import Model
 from pellucid.probing.linear import LogisticProbe
 from pellucid.probing.splits import folds
@@ -81,8 +81,7 @@ def audit(
     >>> audit(model, requests, harmful, topics=topics, answers=model.generate(requests, max_new_tokens=2)).area
     <xarray.DataArray 'area' (row: 5)>...
     """
-    if not among(kind, Kind):
-        raise InputError(f"kind={kind!r}: expected one of {', '.join(get_args(Kind))}")
+    one_of(kind, Kind, "kind=")
     at_least(1, tokens=tokens, draws=draws, batch=batch)
     at_least(2, split=split)
     data = Statements(prompts, labels, topics)

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.edits import Clamp, Condition, Edit, ProjectOut, Rotate, Steer, left_aligned
 from pellucid.engine.locate import stack_of
 from pellucid.engine.steps import Step, Watch
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.probing.direction import Direction
 from pellucid.safety.thresholds import Threshold
@@ -131,8 +131,7 @@ def steer(
 ) -> list[Edit]:
     """Edits of several vectors at once, one for each site. At one site added vectors add up, and directions that are projected
     out, scaled or clamped are so together: their span, not one after the other. Options as those of `Vector.edit`."""
-    if not among(form, Form):
-        raise InputError(f"form={form!r}: expected one of {', '.join(get_args(Form))}")
+    one_of(form, Form, "form=")
     given = list(strengths) if isinstance(strengths, Sequence) else [strengths] * len(vectors)
     if len(given) != len(vectors) or not vectors:
         raise InputError(f"{len(given)} strengths for {len(vectors)} vectors: expected one, or one for each")
@@ -211,8 +210,7 @@ def condition(reader: Reader, threshold: float | Threshold, *, pool: Pool = "las
     >>> contrast.at(14).edit(.15, when=condition(harm, 2.5))
     Steer('layers.14.resid_post', vector=<tensor [32]>, strength=..., tokens='-1:', when=Watch(['layers.9.resid_post'], <fires>, name='condition'))
     """
-    if not among(pool, Pool):
-        raise InputError(f"pool={pool!r}: expected one of {', '.join(get_args(Pool))}")
+    one_of(pool, Pool, "pool=")
     site, least = str(reader.site), threshold.value if isinstance(threshold, Threshold) else float(threshold)
 
     def fires(step: Step) -> Tensor:

@@ -228,9 +228,7 @@ class KeyCovariance:
             "digest": self.digest_, "place": vars(self.place_),
         }  # fmt: skip
         tensors = {f"C/{k}": v for k, v in self.moments_.items()} | {f"n/{k}": v for k, v in self.counts_.items()}
-        part = Path(path).with_name(Path(path).name + ".part")
-        write_tensors(part, "pellucid_keys", about, tensors)
-        return part.replace(path)
+        return write_tensors(path, "pellucid_keys", about, tensors)
 
     @classmethod
     @technique

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import choose
 from pellucid.causal.tracing import window_curve
 from pellucid.changed import Added, check_weights
-from pellucid.errors import InputError, Refused, among, at_least
+from pellucid.errors import InputError, Refused, at_least, one_of
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.surgery.answers import measured
@@ -129,8 +129,7 @@ def edit(
     >>> edited.undo() is model
     True
     """
-    if not among(how, How):
-        raise InputError(f"how={how!r}: expected one of {', '.join(get_args(How))}")
+    one_of(how, How, "how=")
     known = facts_of(facts)
     model = _going_on(model, after)
     _check_covariance(model, covariance, after)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.controls import shuffled_labels
 from pellucid.engine.edits import Edit
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, Refused, among
+from pellucid.errors import InputError, Refused, one_of
 from pellucid.model import Model
 from pellucid.tuning.concepts import Narrow, truth_of, where_read
 from pellucid.tuning.data import Batch, Encoded
@@ -66,8 +66,7 @@ class Bottleneck(Learnt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.kind, Kind):
-            raise InputError(f"kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
+        one_of(self.kind, Kind, "kind=")
         if self.residual < 0 or not 0 <= self.mix <= 1 or (self.mix and self.kind != "joint"):
             raise InputError(
                 f"residual={self.residual}, mix={self.mix}: expected a width of at least 0, and a share (of kind='joint' only)"

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.tuning.data import Rationales
 
 Order = Literal["before", "after", "alone"]
@@ -110,8 +110,7 @@ class Explained:
         reason in the text and has the answer that follows from it as the label, so the loss is on the answer alone. `apart` asks for reason and
         answer in two rows, as an encoder-decoder is asked. InputError for another order, and for counterfactual rows without a reason before.
         """
-        if not among(order, Order):
-            raise InputError(f"order={order!r}: expected one of {', '.join(get_args(Order))}")
+        one_of(order, Order, "order=")
         if not 0 <= counterfactual <= 1 or (counterfactual and order != "before"):
             raise InputError(f"counterfactual={counterfactual}: expected a share of rows, of order='before' alone")
         rng, wrong = np.random.default_rng(seed), self.wrong

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from torch.nn.functional import softplus
 from pellucid.anatomy.sites import Site
 from pellucid.controls import shuffled_labels
 from pellucid.engine.edits import Edit
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.probing.direction import Direction
 from pellucid.results import Result
@@ -75,8 +75,7 @@ class ProbePenalty(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.form, Form):
-            raise InputError(f"form={self.form!r}: expected one of {', '.join(get_args(Form))}")
+        one_of(self.form, Form, "form=")
 
     @property
     def spans(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ concepts_at_mean, residual_at_mean accuracy with the concepts, or the residual, 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pellucid.controls import shuffled_labels
 from pellucid.model import Model
 from pellucid.tuning.concepts import Narrow, truth_of, where_read
 from pellucid.tuning.data import Encoded
-from pellucid.tuning.measuring import plain, shown
+from pellucid.tuning.measuring import number_of, plain, shown
 
 
 def seen(model: Model, bottleneck: Any, data: Encoded) -> dict[str, np.ndarray]:
@@ -116,28 +117,25 @@ def _read(x: Any, y: Any, test: Any, labels: Any) -> float:
 def verdict(data: xr.Dataset, residual: int, error: float) -> list[str]:
     """Sentences about a result of `fit`, what was found in front; `error` is two standard errors of an accuracy."""
 
-    def of(arm: str, measure: str) -> float:
-        known = arm in data["arm"] and measure in data["measure"]
-        return float(data["measured"].sel(arm=arm, measure=measure)) if known else float("nan")
-
-    own, control = of("objective", "accuracy"), of("control", "accuracy")
+    of = partial(number_of, data)
+    own, control = of("accuracy"), of("accuracy", "control")
     said = []
-    alone = of("objective", "concepts_at_mean")
-    if alone >= own - error and own > of("objective", "residual_at_mean"):
+    alone = of("concepts_at_mean")
+    if alone >= own - error and own > of("residual_at_mean"):
         beside = (
             f"shuffled concepts do as well ({control:.2f} against {own:.2f}), and " if control >= own - error else ""
         )
         said.append(
             f"the concepts are not used: {beside}with them at their mean it answers {alone:.2f}, so the residual of {residual} is the "
-            f"model (without it {of('objective', 'residual_at_mean'):.2f})"
+            f"model (without it {of('residual_at_mean'):.2f})"
         )
-    lost = own - of("objective", "with_true")
+    lost = own - of("with_true")
     if lost > error:
         said.append(f"it leaks: told the true concepts, accuracy falls from {own:.2f} to {own - lost:.2f}")
-    if own > of("objective", "ceiling") + error:
-        said.append(f"it leaks: {own:.2f} is more than true concepts can tell ({of('objective', 'ceiling'):.2f})")
+    if own > of("ceiling") + error:
+        said.append(f"it leaks: {own:.2f} is more than true concepts can tell ({of('ceiling'):.2f})")
     told = (
-        f"concepts of AUC {of('objective', 'concept_auc'):.2f} (shuffled {of('control', 'concept_auc'):.2f}); accuracy {own:.2f}, with the true ones "
-        f"{of('objective', 'with_true'):.2f}, with another text's {of('objective', 'with_another_texts'):.2f}, ceiling {of('objective', 'ceiling'):.2f}"
+        f"concepts of AUC {of('concept_auc'):.2f} (shuffled {of('concept_auc', 'control'):.2f}); accuracy {own:.2f}, with the true ones "
+        f"{of('with_true'):.2f}, with another text's {of('with_another_texts'):.2f}, ceiling {of('ceiling'):.2f}"
     )
     return [*said, told]

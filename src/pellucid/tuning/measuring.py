@@ -55,6 +55,12 @@ class Measures:
     sufficiency_of_random: float = math.nan
 
 
+def number_of(data: xr.Dataset, measure: str, arm: str = "objective") -> float:
+    """What an objective measured of an arm, in the result of a fit; NaN where there is no such number."""
+    known = arm in data["arm"] and measure in data["measure"]
+    return float(data["measured"].sel(arm=arm, measure=measure)) if known else math.nan
+
+
 NUMBERS = tuple(f.name for f in fields(Measures) if f.name not in ("right", "loss", "after", "own"))
 
 

@@ -20,7 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, among, one_of
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.statistics import interval
@@ -42,8 +42,7 @@ def importance(
     >>> importance(model, data, "heads")
     {0: tensor([...]), 1: tensor([...])}
     """
-    if not among(what, What):
-        raise InputError(f"what={what!r}: expected one of {', '.join(get_args(What))}")
+    one_of(what, What, "what=")
     encoded = data if isinstance(data, Encoded) else Encoded(model, data)
     stack, total = model.anatomy.stacks[-1], dict[int, Tensor]()
     own = choose(model, slice(None)) if what == "layers" else None

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.anatomy.sites import Site
-from pellucid.errors import InputError, among
+from pellucid.errors import InputError, one_of
 from pellucid.model import Model
 from pellucid.tuning.data import Encoded
 from pellucid.tuning.internals import mean
@@ -141,8 +141,7 @@ class Unlearn(ByProperty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.how, How):
-            raise InputError(f"how={self.how!r}: expected one of {', '.join(get_args(How))}")
+        one_of(self.how, How, "how=")
 
     def beside(self, model: Model, data: Encoded, seed: int) -> dict[str, Tensor]:
         return _reader(model, self.sites(model)[0], seed) if self.how == "reversal" else {}

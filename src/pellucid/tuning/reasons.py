@@ -21,13 +21,13 @@ where the model has made itself flat at two points and keeps the step between th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pellucid.engine.marks import ordinary_ids
-from pellucid.errors import InputError, Refused, among, at_least
+from pellucid.errors import InputError, Refused, among, at_least, one_of
 from pellucid.model import Model
 from pellucid.tuning.data import NOT_ASKED, Batch, Encoded
 from pellucid.tuning.kernels import check_curvature, check_kernels, exact_kernels
@@ -195,8 +195,7 @@ class RightReasons(Where):
         super().__post_init__()
         at_least(1, steps=self.steps)
         for name, kinds in (("form", Form), ("through", By), ("path", Path)):
-            if not among(getattr(self, name), kinds):
-                raise InputError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kinds))}")
+            one_of(getattr(self, name), kinds, f"{name}=")
         if self.path == "finite" and self.through != "gradient":
             raise InputError(f"path='finite' is for through='gradient', not {self.through!r}, which sums signed parts")
         if not among(self.of, Of):

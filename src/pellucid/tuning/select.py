@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import xarray as xr
@@ -29,7 +29,7 @@ from pellucid.changed import Copied, Replaced, unchangeable
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import ordinary_ids
 from pellucid.engine.run import Run
-from pellucid.errors import InputError, Refused, among
+from pellucid.errors import InputError, Refused, one_of
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded, Rationales
 from pellucid.tuning.learnt import Learnt
@@ -66,8 +66,7 @@ class Select(Learnt):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.mask, Mask):
-            raise InputError(f"mask={self.mask!r}: expected one of {', '.join(get_args(Mask))}")
+        one_of(self.mask, Mask, "mask=")
         if not 0 < self.share < 1 or self.warm < 0 or self.blocks < 1 or self.temperature <= 0 or self.slower < 0:
             raise InputError(
                 f"share={self.share}, warm={self.warm}, blocks={self.blocks}, temperature={self.temperature}, slower={self.slower}: expected a "

@@ -11,6 +11,7 @@ positions_only, chance             the label from the places alone, by logistic 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from pellucid.model import Model
 from pellucid.tuning.data import Batch, Encoded
 from pellucid.tuning.masks import f1, soft
-from pellucid.tuning.measuring import plain, shown
+from pellucid.tuning.measuring import number_of, plain, shown
 from pellucid.tuning.objective import generator
 
 
@@ -88,11 +89,7 @@ def _places(model: Model, select: Any, train: Encoded, test: Encoded) -> dict[st
 
 def verdict(data: xr.Dataset, texts: int) -> list[str]:
     """Sentences about a result of `fit`, what was found in front."""
-
-    def of(measure: str, arm: str = "objective") -> float:
-        known = arm in data["arm"] and measure in data["measure"]
-        return float(data["measured"].sel(arm=arm, measure=measure)) if known else float("nan")
-
+    of = partial(number_of, data)
     error, said = 2 * (0.25 / texts) ** 0.5, []
     own = of("accuracy")
     if of("full_text") <= of("chance") + error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.engine.edits import Edit, Place
-from pellucid.errors import InputError, among, at_least
+from pellucid.errors import at_least, one_of
 from pellucid.model import Model
 from pellucid.results import Result
 from pellucid.technique import technique
@@ -132,8 +132,7 @@ class SparseAttention(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not among(self.kind, Kind):
-            raise InputError(f"kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
+        one_of(self.kind, Kind, "kind=")
 
     def edits(self, model: Model, own: Mapping[str, Tensor] = NONE) -> list[Edit]:
         return [Sparse(site, self.kind) for site in layered(model, "attn.pattern", self.layers)]

@@ -62,14 +62,16 @@ def known(question: Question) -> Made | None:
     """The same question about another subject of a relation, where the model gives that subject's own answer."""
     assert question.target is not None
     answered, tokenizer = question.target.text.strip(), question.model.tokenizer
+    ids = encode(tokenizer, question.text)[0]
     for relation in RELATIONS.values():
         for subject, answer in relation.pairs:
             match = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", question.text)
             word = match and answered and answer.startswith(answered) and _word(question, match)
             if not word:
                 continue
-            others = [(other, its) for other, its in relation.pairs if not its.startswith(answered)]
-            asked = [(text, other, its) for other, its in others if (text := _aligned(question, word, other))]
+            # a name that says its answer (the Sydney Opera House) would be copied, not known
+            others = [(o, its) for o, its in relation.pairs if not its.startswith(answered) and its not in o]
+            asked = [(text, o, its) for o, its in others if (text := _aligned(question, ids, word, o))]
             p = _answers(question, [text for text, _, _ in asked]) if asked else torch.zeros(0, 1)
             said = [tokenizer.decode([i]).strip() for i in p.argmax(-1).tolist()]
             right = [i for i, (_, _, its) in enumerate(asked) if said[i] and its.startswith(said[i])]
@@ -130,9 +132,8 @@ def _word(question: Question, match: re.Match[str]) -> Word | None:
     return Word(match[0], match.start(), match.end(), tokens[0], tokens[-1] + 1) if inside else None
 
 
-def _aligned(question: Question, word: Word, other: str) -> str | None:
-    """The prompt with `other` in the word's place, if it is cut into as many tokens and alike everywhere else."""
-    ids = encode(question.model.tokenizer, question.text)[0]
+def _aligned(question: Question, ids: list[int], word: Word, other: str) -> str | None:
+    """The prompt, of these `ids`, with `other` in the word's place, if it is cut into as many tokens and alike everywhere else."""
     text = question.text[: word.start] + other + question.text[word.stop :]
     new = encode(question.model.tokenizer, text)[0]
     same = len(new) == len(ids) and new[: word.first] == ids[: word.first] and new[word.last :] == ids[word.last :]
@@ -162,7 +163,7 @@ def _replaced(question: Question, word: Word, vocabulary: Vocabulary) -> Iterato
     tried = [[n] for n in near[0]] if len(near) == 1 else ([draw.choice(n) for n in near] for _ in range(4 * TRIES))
     found = set()
     for bodies in tried:
-        text = _aligned(question, word, "".join(bodies))
+        text = _aligned(question, ids, word, "".join(bodies))
         if text and text not in found:
             found.add(text)
             yield text

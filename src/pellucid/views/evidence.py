@@ -51,6 +51,7 @@ class Evidence:
     foreign: Foreign | None = None  # the same places patched from prompts that have nothing to do with it
     arrives: int | None = None  # the layer before which patching brings the answer back where it is read
     fell: Fall | None = None
+    verdicts: dict[str, str] = field(default_factory=dict)  # by section: how far its finding can be trusted
 
     def heads(self) -> Mapping[str, Mapping[str, float]]:
         """Heads by method and site: their direct share, and the fall of the answer when they are off."""

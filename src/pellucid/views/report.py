@@ -100,9 +100,8 @@ def _sections(question: Question, top: int, step: Callable[[], None]) -> list[Se
         except RuntimeError as error:  # torch's own: a model whose code allows no gradient, or too little memory
             made.append(missing(id, name, title, f"torch refused ({str(error).splitlines()[0].rstrip('.')})"))
         step()
-    verdicts = {claim.section: claim.verdict for claim in trust.claims(question, evidence)}
     made.append(origin.origin(question, made))
-    return [replace(section, shell=question.shell, verdict=verdicts.get(section.id, "")) for section in made]
+    return [replace(s, shell=question.shell, verdict=evidence.verdicts.get(s.id, "")) for s in made]
 
 
 def _page(question: Question, sections: list[Section]) -> str:

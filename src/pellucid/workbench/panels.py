@@ -77,15 +77,15 @@ def posed(
     """What is asked of the model, and a remark. A second prompt that does not align is left out, unless it is needed."""
     if model.anatomy.answering.meaning == "label" and not word.strip():
         raise InputError("this model labels every word: name the word whose label is asked about")
-    about = answer.strip() and answer, word.strip() or None
+    target, at = (answer.strip() and answer) or None, word.strip() or None
     if needs_other and not other:
         raise InputError("patching needs a second prompt of as many tokens with another answer; give one")
     try:
-        question = ask(model, prompt, about[0] or None, other or None, 10, about[1])
+        question = ask(model, prompt, target, other or None, 10, at)
     except InputError as error:
         if not other or needs_other:
             raise
-        question = ask(model, prompt, about[0] or None, None, 10, about[1])
+        question = ask(model, prompt, target, None, 10, at)
         return question, f"The second prompt is left out here: {error}."
     return question, " ".join(question.notes)
 

@@ -27,31 +27,31 @@ class Claim:
     verdict: str
 
 
-def claims(question: Question, evidence: Evidence) -> list[Claim]:
-    made = (_words(evidence), _layers(evidence), _patches(question, evidence), _heads(evidence), _parts(evidence))
-    return [claim for claim in made if claim]
-
-
 def trust(question: Question, evidence: Evidence) -> Section:
-    claimed = claims(question, evidence)
+    claims = [
+        c
+        for c in (_words(evidence), _layers(evidence), _patches(question, evidence), _heads(evidence), _parts(evidence))
+        if c
+    ]
+    evidence.verdicts = {c.section: c.verdict for c in claims}
     rows = {
-        "claim": [c.what for c in claimed],
-        "what speaks for it": [c.support for c in claimed],
-        "its control": [c.control for c in claimed],
-        "verdict": [c.verdict for c in claimed],
+        "claim": [c.what for c in claims],
+        "what speaks for it": [c.support for c in claims],
+        "its control": [c.control for c in claims],
+        "verdict": [c.verdict for c in claims],
     }
     view = Document(
         title="Claims and their controls",
-        data=Table(columns=tuple(column(k, v) for k, v in rows.items()), rows=len(claimed)),
+        data=Table(columns=tuple(column(k, v) for k, v in rows.items()), rows=len(claims)),
     )
     lead = (
         f"Each claim of this page with its control. A claim is called solid where its control agrees to {GOOD} or more, likely from {FAIR}, and a hint below (of patches: 1 less twice the share that unrelated states bring back); "
         "untested where there is no control. All of it is about this one prompt: what holds for a kind of prompt takes many of them."
     )
-    counts = {name: sum(c.verdict == name for c in claimed) for name in ("solid", "likely", "a hint", "untested")}
+    counts = {name: sum(c.verdict == name for c in claims) for name in ("solid", "likely", "a hint", "untested")}
     said = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     finding = (
-        f"How far the {len(claimed)} claims of this page can be trusted, by their controls: {said}." if claimed else ""
+        f"How far the {len(claims)} claims of this page can be trusted, by their controls: {said}." if claims else ""
     )
     return Section(
         "trust",
