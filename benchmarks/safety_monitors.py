@@ -340,6 +340,8 @@ def evasion(model: pl.Model, data: Path, steps: int = 32) -> None:
         )
     x = {n: Seen.of(m, texts, [pl.Site.parse(SITE)], "mean").values[0] for n, m in (("before", model), ("after", made))}
     y = np.array(holds)
+    spread = {n: float(reader(torch.tensor(values)).std()) for n, values in x.items()}
+    line("spread of the old probe's scores", f"{spread['before']:.2f} before, {spread['after']:.2f} after")
     for n in (8, 16, 32, 64):
         areas = {}
         for name, values in x.items():
@@ -360,7 +362,8 @@ def evasion(model: pl.Model, data: Path, steps: int = 32) -> None:
     said = [t[9:] for t in lines if t.startswith("# text = ") and 40 < len(t) < 90][:16]
     cost = Meter.of(model, said)(model=made)
     line(
-        "text KL of the trained model, first tokens left out; top 1 kept", f"{cost['kl']:.3f} nats, {cost['top1']:.3f}"
+        "text KL of the trained model, first tokens left out; tokens it predicts first",
+        f"{cost['kl']:.3f} nats, {cost['top1']:.3f}",
     )
 
 

@@ -83,9 +83,9 @@ def rationales(rows: list[Window], words: tuple[str, str]) -> tuning.Rationales:
 
 
 class Setting:
-    def __init__(self, data: Path, layers: int = 2, dev: bool = False) -> None:
+    def __init__(self, data: Path, layers: int = 2, dev: bool = False, pooling: Any = "mean") -> None:
         base = remove(pl.load(str(minilm())), list(range(layers, 6)))
-        self.model = tuning.classifier(base, ["negative", "positive"])
+        self.model = tuning.classifier(base, ["negative", "positive"], pooling=pooling)
         tokenizer = self.model.tokenizer
         self.train, self.test = (
             windows(tokenizer, data / f"{name}_paired.tsv", n) for name, n in (("train", 192), ("test", 150))
@@ -142,7 +142,10 @@ def main(data: Path, wanted: list[str]) -> None:
         "decoy",
         "share",
         "met",
+        "positive",
+        "masked",
         "attention",
+        "pooled",
         "sparse",
         "parts",
         "weights",
@@ -169,6 +172,21 @@ def main(data: Path, wanted: list[str]) -> None:
         for name, weight, more in (("Ross et al. as published", 1, ross), ("Ross et al.", 30, ross), ("Ross et al.", 1000, ross), ("the share", 10, {})):  # fmt: skip
             made = two.decoy(tuning.RightReasons("decoy", weight=float(weight), **more), seeds=(0,), control=False)
             table(f"Met is not un-taught: {name}, weight {weight}", made, *behaviour)
+    if "positive" in parts:  # three seeds; the weight is the evidence's
+        made = two.decoy(tuning.RightReasons("rationale", form="outside", weight=10.0))
+        table("These are the reasons (positive form, weight 10)", made, *behaviour)
+    if "masked" in parts:
+        made = two.decoy(tuning.Consistency("decoy", by="mask"), seeds=(0,))
+        table("Consistency with the word masked instead of exchanged (weight 10)", made, *behaviour)
+    if "pooled" in parts:  # only attention writes the first token's state
+        cls = Setting(data, pooling="cls")
+        made = cls.clean(tuning.Attend("rationale", heads="layers.*.attn.heads.*"))
+        table(
+            "Attention taught by rationales, the first token pooled (KL, all heads, weight 1)",
+            made,
+            "attention_plausibility",
+            "confidence",
+        )
     if "attention" in parts:
         made = two.clean(tuning.Attend("rationale", heads="layers.*.attn.heads.*"))
         table(

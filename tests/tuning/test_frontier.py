@@ -46,9 +46,30 @@ def test_a_reader_that_is_blinded_is_not_a_property_that_is_gone() -> None:
         found.data["auc"].sizes == {"when": 2, "layer": 2, "kind": 3}
         and float(found.data["auc"].sel(when="after").max()) > 0.9
     )
-    assert "removed" in found.title.lower() or "Still there" in found.title
-    low = np.full((2, 3), 0.5)
-    assert _verdict(np.array([0.88, 0.65]), low + 0.38, low[0], 80, 320).startswith("Moved or hidden, not removed")
-    assert _verdict(np.array([0.88, 0.52]), low + 0.03, low[0], 80, 320).startswith("Removed, as far as")
+    assert found.title.startswith(("Moved or hidden", "Still there"))
+    low, high = np.full((2, 3), 0.5), np.full((2, 3), 0.88)
+    for after, same, said in (
+        (high, 0.65, "Moved or hidden"),
+        (low + 0.03, 0.52, "Removed, as far"),
+        (high, 0.87, "Still"),
+    ):
+        assert _verdict(np.array([0.88, same]), np.stack([high, after]), np.stack([low, low]), 80, 320).startswith(said)
+    assert _verdict(np.array([0.52, 0.5]), np.stack([low, low]), np.stack([low, low]), 80, 320).startswith("Nothing to")
+
+
+def test_shuffled_labels_are_at_chance_where_one_direction_has_most_of_the_variance() -> None:
+    """A reader of shuffled labels told harmful requests from harmless ones at .82, so that everything would have been called removed."""
+    import numpy as np
+
+    model, given = opened("bert-class"), data(n=32)
+    holds = [text.startswith("he") for text in given.texts]
+    reader = tu.direction(model, given, holds, "layers.0.resid_post")
+    found = tu.evasion(model, model, given, holds, reader)
+    assert found.title.startswith("Still there")
+    assert np.abs(found.data["shuffled"].values - 0.5).max() < 0.3
+
+
+def test_a_reader_is_asked_for_by_name() -> None:
+    model, given = opened("bert-class"), data(n=32)
     with pytest.raises(InputError, match="is no reader"):
         tu.fit(model, given, tu.ProbePenalty("layers.0.resid_post"), seeds=[0])

@@ -8,7 +8,10 @@ the property moves to where it does not look (obfuscated activations, Bailey et 
 another kind and over another pooling, at the layer and at all later ones, on half of the texts, and tests them on the other half:
 
     hidden or moved    the old reader fell, a new one still reads it
-    removed            every new reader, everywhere, is within two standard errors of one fitted to shuffled labels
+    removed            every new reader, everywhere, is within two standard errors of those fitted to shuffled labels
+
+A reader of shuffled labels is tested on shuffled labels: where the two kinds of text differ in what varies most, one fitted to any labels whatever
+tells the true ones apart, or takes each for the other.
 
 The control of the penalty is a random direction of the same norm, standardised on the same texts.
 """
@@ -44,6 +47,7 @@ from pellucid.tuning.objective import Objective, Pass
 
 Form = Literal["square", "lower", "raise"]
 KINDS = ("linear", "mlp", "max over tokens")
+SHUFFLED = 8  # readers of shuffled labels at each layer
 
 
 def direction(model: Model, data: Any, holds: Sequence[bool], site: str) -> Direction:
@@ -146,8 +150,8 @@ def evasion(
 
     `holds` says for each text of `data` (not trained on, if that can be) whether the property holds. Gives `auc` [when, layer, kind] over
     "before" and "after", the layers from the reader's on, and linear, mlp and max-pooled readers fitted on one half of the texts and
-    tested on the other; `same` [when], the old reader's own AUC, and `shuffled` [when, layer], a linear reader of shuffled labels. The
-    title is the verdict.
+    tested on the other; `same` [when], the old reader's own AUC, and `shuffled` [when, layer], the mean of linear readers of labels shuffled
+    (within each half) eight times. The title is the verdict.
 
     >>> evasion(model, tuned.model, data, holds, reader).auc
     <xarray.DataArray 'auc' (when: 2, layer: 1, kind: 3)>...
@@ -165,7 +169,8 @@ def evasion(
     fit, test = order[: len(y) // 2], order[len(y) // 2 :]
     if len(set(y[fit])) < 2 or len(set(y[test])) < 2:
         raise InputError("one half of the texts is all of one kind: give more texts, or another seed")
-    wrong = shuffled_labels(y[fit], seed)
+    half = np.isin(np.arange(len(y)), fit)
+    wrong = [shuffled_labels(y, np.random.default_rng([seed, i]), within=half.tolist()) for i in range(SHUFFLED)]
     auc, same, chance = np.zeros((2, len(sites), len(KINDS))), np.zeros(2), np.zeros((2, len(sites)))
     for w, (when, own) in enumerate(encoded.items()):
         means, tops = pooled(model if when == "before" else tuned, own, sites, edits if when == "after" else ())
@@ -173,8 +178,8 @@ def evasion(
         for i, (mean, top) in enumerate(zip(means, tops, strict=True)):
             for k, (kind, x) in enumerate(zip(KINDS, (mean, mean, top), strict=True)):
                 auc[w, i, k] = _auc(x, y, fit, test, kind == "mlp", seed)
-            chance[w, i] = _auc(mean, np.where(np.isin(np.arange(len(y)), fit), 0, y), fit, test, False, seed, wrong)
-    said = _verdict(same, auc[1], chance[1], int(y[test].sum()), int((1 - y[test]).sum()))
+            chance[w, i] = np.mean([_auc(mean, labels, fit, test, False, seed) for labels in wrong])
+    said = _verdict(same, auc, chance, int(y[test].sum()), int((1 - y[test]).sum()))
     frame = xr.Dataset(
         {"auc": (("when", "layer", "kind"), auc), "same": ("when", same), "shuffled": (("when", "layer"), chance)},
         {"when": list(encoded), "layer": [s.layer for s in sites], "kind": list(KINDS)},
@@ -182,31 +187,26 @@ def evasion(
     return Result(frame, kind="evasion", title=said)
 
 
-def _auc(
-    x: np.ndarray,
-    y: np.ndarray,
-    fit: np.ndarray,
-    test: np.ndarray,
-    mlp: bool,
-    seed: int,
-    labels: np.ndarray | None = None,
-) -> float:
+def _auc(x: np.ndarray, y: np.ndarray, fit: np.ndarray, test: np.ndarray, mlp: bool, seed: int) -> float:
     rule: Any = (
         MLPClassifier((64,), max_iter=300, alpha=1e-2, random_state=seed)
         if mlp
         else LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000)
     )
-    made = make_pipeline(StandardScaler(), rule).fit(x[fit], y[fit] if labels is None else labels)
+    made = make_pipeline(StandardScaler(), rule).fit(x[fit], y[fit])
     return float(roc_auc_score(y[test], made.predict_proba(x[test])[:, 1]))
 
 
-def _verdict(same: np.ndarray, after: np.ndarray, chance: np.ndarray, yes: int, no: int) -> str:
+def _verdict(same: np.ndarray, auc: np.ndarray, chance: np.ndarray, yes: int, no: int) -> str:
     """Hanley and McNeil's standard error of an AUC of one half: sqrt((yes + no + 1) / (12 yes no))."""
     error = math.sqrt((yes + no + 1) / (12 * yes * no))
-    best = float(after.max())
+    least = [max(float(c.mean()), 0.5) + 2 * error for c in chance]
+    was, best = float(auc[0].max()), float(auc[1].max())
     said = f"the old reader went from {same[0]:.2f} to {same[1]:.2f}; fitted anew it is read at {best:.2f}"
-    if best <= max(float(chance.mean()), 0.5) + 2 * error:
-        return f"Removed, as far as these readers tell: {said}, shuffled labels at {float(chance.mean()):.2f}"
+    if was <= least[0]:
+        return f"Nothing to remove: no reader saw it before ({was:.2f}, shuffled labels at {float(chance[0].mean()):.2f}); {said}"
+    if best <= least[1]:
+        return f"Removed, as far as these readers tell: {said}, shuffled labels at {float(chance[1].mean()):.2f}"
     if abs(same[1] - 0.5) >= abs(same[0] - 0.5) - 0.02:
         return f"Still there: {said}"
     return f"Moved or hidden, not removed: {said}"
