@@ -92,7 +92,7 @@ def layer_importance(
     at_least(2, context=context)
     if not parts or isinstance(parts, str) or not set(parts) <= {"layer", "attn", "mlp"}:
         raise InputError(f"parts={parts!r}: expected a list of 'layer', 'attn' and 'mlp'")
-    n = len(predicting(model).blocks)
+    n, tasks = len(predicting(model).blocks), named(capabilities or {})
     found: list[np.ndarray] = []
     seen: list[dict[str, np.ndarray]] = []
     for given in rows_of(model, texts, context, tokens, batch):
@@ -115,7 +115,7 @@ def layer_importance(
         data = data.assign(agreement=("estimate", [spearman(x, truth) for x in estimated]))
     data.attrs["sinks"] = [i for i in range(n) if sink[i] > SINK]
     if capabilities:
-        found_too, effects = _capabilities(model, capabilities, parts, n, seed)
+        found_too, effects = _capabilities(model, tasks, parts, n, seed)
         data = data.assign(found_too)
         lost = {"text": values[..., 0], **{name: -x for name, x in effects.items()}}
         most = {name: x.mean(2) for name, x in lost.items()}
@@ -173,14 +173,27 @@ def _title(model: Model, data: xr.Dataset) -> str:
     return "; ".join(said)
 
 
+def named(capabilities: Any) -> dict[str, tuple[Any, Any]]:
+    """Prompts and metric of every capability (of a task None, which brings its own)."""
+    if not isinstance(capabilities, Mapping):
+        raise InputError(
+            "capabilities= are tasks, or pairs (prompts, metric), by name: {'capitals': pl.tasks.capitals(tokenizer)}"
+        )
+    made = {name: task if isinstance(task, tuple) else (task, None) for name, task in capabilities.items()}
+    if wrong := [name for name, pair in made.items() if len(pair) != 2]:
+        raise InputError(
+            f"capability {wrong[0]!r} has {len(made[wrong[0]])} parts: expected a task, or (prompts, metric)"
+        )
+    return made
+
+
 def _capabilities(
-    model: Model, tasks: Mapping[str, Any], parts: Sequence[Part], n: int, seed: int
+    model: Model, tasks: Mapping[str, tuple[Any, Any]], parts: Sequence[Part], n: int, seed: int
 ) -> tuple[dict[str, xr.DataArray], dict[str, np.ndarray]]:
     """What is in the result, and by capability the effects [part, layer, prompt]."""
     made: dict[str, list[Any]] = {}
     effects: dict[str, np.ndarray] = {}
-    for name, task in progress(list(tasks.items()), "capabilities"):
-        prompts, metric = task if isinstance(task, tuple) else (task, None)
+    for name, (prompts, metric) in progress(list(tasks.items()), "capabilities"):
         asked = ask(model, prompts, metric)
         run, recording = recorded(model, asked.inputs)
         clean = asked.score(model, run)
