@@ -171,7 +171,7 @@ def similarity(text: str, *, pooling: str | None = None) -> Similar:
     """
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{text!r} is no text to be similar to: give one, such as similarity('Paris is in France')")
-    if pooling is not None and pooling not in POOLED:
+    if pooling is not None and not (isinstance(pooling, str) and pooling in POOLED):
         raise InputError(f"pooling={pooling!r}: expected one of {', '.join(POOLED)}")
     return Similar(text, pooling)
 

@@ -131,7 +131,12 @@ def confidence(
         found = torch.cat(parts).numpy()
     else:
         found = score(model, prompts) if callable(score) else score
-    found = np.asarray(found, dtype=float)
+    try:
+        found = np.asarray(found, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"score={score!r:.80}: expected a name, something fitted, a function, or a number for each question"
+        ) from None
     if found.shape != (len(prompts),) or np.isnan(found).any():
         raise InputError(
             f"a score gave {list(found.shape)} numbers for {len(prompts)} questions: expected one for each, none missing"
