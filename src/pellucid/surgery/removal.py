@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from pellucid.anatomy.modes import running, uncached
 from pellucid.anatomy.opening import main_output
-from pellucid.causal.contrast import ask
 from pellucid.causal.grid import described
 from pellucid.changed import applied
 from pellucid.engine.inputs import Inputs
@@ -84,6 +83,7 @@ def removal(
         raise InputError(
             f"most={most}: of {len(able)} layers that may go (of {n}) no {most} can be taken, one must stay"
         )
+    tasks = importance.questions(model, capabilities)
     given = importance.rows_of(model, texts, context, tokens, batch)
     path, cost = block_list(stack), dict[str, float]()
     sets = _chosen(model, given, by, able, most, cost)
@@ -110,16 +110,14 @@ def removal(
     data["cost"] = "choice", [*(cost[choice] for choice in by), 0.0]
     data.attrs["layers"] = able
     made: dict[str, list[np.ndarray]] = {}
-    for task in (capabilities or {}).values():
-        prompts, metric = task if isinstance(task, tuple) else (task, None)
-        asked = ask(model, prompts, metric)
+    for asked in tasks.values():
         found = _judged(trees, [asked.inputs], partial(_score, asked.metric))
         values = {s: v - found[()] for s, v in found.items()}
         for key, column in _curves(values, sets, by, seed, "effect_").items():
             made.setdefault("effect" if key == "value" else key, []).append(column[..., 0])
-        data = data.assign_coords(capability=list(capabilities or {}))
+        data = data.assign_coords(capability=list(tasks))
     for key, several in made.items():
-        if len(several) == len(capabilities or {}):
+        if len(several) == len(tasks):
             data[key] = ("capability", "choice", "removed"), np.stack(several)
     return Result(data, kind="removal curve", title=_title(model, data, most))
 
