@@ -123,6 +123,7 @@ PLAIN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "float": ("a number", _number),
     "bool": ("True or False", lambda value: bool(value) if type(value).__name__ in ("bool", "bool_") else None),
     "None": ("None", lambda value: None),
+    "Model": ("a model, as pellucid.load opens it", lambda value: value if hasattr(value, "anatomy") else None),
 }
 
 

@@ -92,7 +92,7 @@ def layer_importance(
     at_least(2, context=context)
     if not parts or isinstance(parts, str) or not set(parts) <= {"layer", "attn", "mlp"}:
         raise InputError(f"parts={parts!r}: expected a list of 'layer', 'attn' and 'mlp'")
-    n, asked = len(predicting(model).blocks), questions(model, capabilities)
+    n, asked = len(predicting(model).blocks), questions(model, capabilities or {})
     found: list[np.ndarray] = []
     seen: list[dict[str, np.ndarray]] = []
     for given in rows_of(model, texts, context, tokens, batch):
@@ -173,12 +173,18 @@ def _title(model: Model, data: xr.Dataset) -> str:
     return "; ".join(said)
 
 
-def questions(model: Model, capabilities: Mapping[str, Any] | None) -> dict[str, Asked]:
-    """What is asked for each capability, read before anything runs."""
-    return {
-        name: ask(model, *(task if isinstance(task, tuple) else (task, None)))
-        for name, task in (capabilities or {}).items()
-    }
+def questions(model: Model, capabilities: Any) -> dict[str, Asked]:
+    """What is asked for each capability (a task brings its own metric), read before anything runs."""
+    if not isinstance(capabilities, Mapping):
+        raise InputError(
+            "capabilities= are tasks, or pairs (prompts, metric), by name: {'capitals': pl.tasks.capitals(tokenizer)}"
+        )
+    made = {name: task if isinstance(task, tuple) else (task, None) for name, task in capabilities.items()}
+    if wrong := [name for name, pair in made.items() if len(pair) != 2]:
+        raise InputError(
+            f"capability {wrong[0]!r} has {len(made[wrong[0]])} parts: expected a task, or (prompts, metric)"
+        )
+    return {name: ask(model, *pair) for name, pair in made.items()}
 
 
 def _capabilities(

@@ -76,14 +76,13 @@ def removal(
     at_least(2, draws=draws, context=context)
     if not by or isinstance(by, str) or not set(by) <= set(CHOICES):
         raise InputError(f"by={by!r}: expected a list of {', '.join(map(repr, CHOICES))}")
-    stack = importance.predicting(model)
+    stack, tasks = importance.predicting(model), importance.questions(model, capabilities or {})
     n = len(stack.blocks)
     able = list(range(1, n - 1)) if layers is None else layer_set(stack, layers)
     if most >= n or most > len(able):
         raise InputError(
             f"most={most}: of {len(able)} layers that may go (of {n}) no {most} can be taken, one must stay"
         )
-    tasks = importance.questions(model, capabilities)
     given = importance.rows_of(model, texts, context, tokens, batch)
     path, cost = block_list(stack), dict[str, float]()
     sets = _chosen(model, given, by, able, most, cost)
