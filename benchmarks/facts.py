@@ -29,10 +29,10 @@ import torch
 
 import pellucid as pl
 from pellucid.errors import Refused
-from pellucid.statistics import interval
+from pellucid.statistics import interval, spearman
 from pellucid.surgery import Fact, KeyCovariance, Search, edit, editing_by_layer, scoreboard
 from pellucid.surgery.answers import divergence, measured
-from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts
+from pellucid.surgery.editing import _essence, _prompts, _Solver, written_contexts, wrong_layer
 from pellucid.surgery.keys import about, keys, memories, subject_row
 from pellucid.surgery.scoreboard import _judged
 from pellucid.surgery.values import Values, find_values
@@ -61,7 +61,9 @@ CONTINENTS = {
 CONTINENT = {" " + country: " " + continent for continent, names in CONTINENTS.items() for country in names.split()}
 ON = ("{} is on the continent of", "The landmark {} is on the continent of")
 WANTED = {"country_capital_city": 7, "country_language": 9, "landmark_in_country": 8}
-PARTS = ("values", "moments", "adequacy", "rome", "memit", "spare", "batch", "sequence", "where", "opening", "readme")
+PARTS = (
+    "values", "moments", "adequacy", "rome", "wrong", "null_space", "memit", "spare", "batch", "sequence", "where", "opening", "readme",
+)  # fmt: skip
 LAYER, LAYERS, TOKENS, STEPS = 6, (3, 4, 5, 6), 16_384, 15
 
 
@@ -234,14 +236,16 @@ class Bench:
 
     # ---- bars 2, 3, 8, 17
 
-    def found(self, name: str, facts: list[Fact], contexts: Any, search: Search, essence: Any = None) -> Values:
-        """The values of facts at LAYER, kept beside the moments between calls."""
+    def found(
+        self, name: str, facts: list[Fact], contexts: Any, search: Search, essence: Any = None, layer: int = LAYER
+    ) -> Values:
+        """The values of facts at a layer, kept beside the moments between calls."""
         parts: list[Values] = []
         for start in range(0, len(facts), 12):
             some = facts[start : start + 12]
             file = self.file.with_suffix(f".{name}{start}.pt") if self.file else None
             rows, _ = _prompts(self.model, some, contexts, 0)
-            memory = memories(self.model, LAYER, rows)
+            memory = memories(self.model, layer, rows)
             if file is not None and file.exists():
                 parts.append(Values(memory, [], **torch.load(file), routed=torch.ones(0)))
                 continue
@@ -271,13 +275,16 @@ class Bench:
             )  # fmt: skip
         return self._edited
 
+    def twenty(self) -> list[Fact]:
+        return [*self.facts[:7], *self.facts[7:14], *self.facts[16:22]][:20]  # 7 capitals, 7 languages, 6 landmarks
+
     def rome(self) -> None:
         before = {n: p.clone() for n, p in self.model.module.named_parameters() if f"layers.{LAYER}." in n}
         edited, texts = self.edited(), self.held_out()[:3]  # twenty edits are judged on them
         whole = self.kept("rome seen", lambda: self._seen(before))
         bar("2 W' k* = v*, relative error", whole[0], "<= 1e-4", whole[0] <= 1e-4)
         bar("3 undo is bit for bit", whole[1], "1", bool(whole[1]))
-        facts = [*self.facts[:7], *self.facts[7:14], *self.facts[16:22]][:20]  # 7 capitals, 7 languages, 6 landmarks
+        facts = self.twenty()
 
         def one(f: Fact) -> dict[str, dict[str, float]]:
             alone = edit(
@@ -416,6 +423,46 @@ class Bench:
                 flush=True,
             )
         return max(found, key=lambda s: (round(found[s]["score"], 3), -s))
+
+    def doubled(self) -> list[Fact]:
+        """Those facts for validation, and the other relation of their countries: two facts of one subject, as three test subjects have."""
+        facts, there = self.validation(), {f.asked for f in self.facts}
+        draw, capital, language = random.Random(6), self.known["country_capital_city"], self.known["country_language"]
+        prompt, *others = RELATIONS["country_language"]
+        for s in sorted(set(capital) & set(language)):
+            if prompt.format(s) not in there | {f.asked for f in facts}:
+                new = draw.choice([a for a in sorted(set(language.values())) if a != language[s]])
+                near = [
+                    (prompt.format(o), language[o]) for o in draw.sample([o for o in sorted(language) if o != s], 2)
+                ]
+                facts.append(Fact(prompt, s, new, language[s], [p.format(s) for p in others], near))
+        return facts
+
+    def layers(self) -> None:
+        """MEMIT's layers and contexts, chosen on `doubled`: of those that keep .8 of neighbours and move text by .02 at most, most paraphrases."""
+        facts, texts = self.doubled(), self.held_out()
+        print(len(facts), "facts for validation:", [f.asked for f in facts])
+        five = written_contexts(self.model, 5, seed=0)
+        before: Any = None
+        for contexts in (self.contexts, five):
+            name = f"doubled{len(contexts)}-"
+            values = self.found(name, facts, contexts, Search(steps=STEPS))
+            for layers in ((3, 4, 5, 6), (4, 5, 6), (5, 6), (6,)):
+
+                def one(contexts: Any = contexts, layers: Any = layers, values: Values = values) -> dict[str, float]:
+                    nonlocal before
+                    before = before or _judged(self.model, facts, texts=texts, tokens=2048)
+                    made = edit(
+                        self.model, facts, "memit", covariance=self.covariance(), layers=layers, contexts=contexts, values=values
+                    )  # fmt: skip
+                    return means(_judged(made.model, facts, before[1], before[2], texts, 2048)[0])
+
+                found = self.kept(f"layers {name}{layers}", one)
+                print(
+                    f"{len(contexts)} contexts, layers {layers}: "
+                    + ", ".join(f"{k} {v:.3f}" for k, v in found.items()),
+                    flush=True,
+                )
 
     def memit(self) -> None:
         print(f"share chosen on other facts: {self.share()}")
@@ -663,24 +710,67 @@ class Bench:
 
     # ---- where
 
+    def every(self) -> KeyCovariance:
+        """The moments of all layers, which are read from, or kept in, their own file."""
+        if not hasattr(self, "_every"):
+            file = self.file.with_suffix(".every.safetensors") if self.file else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                c = KeyCovariance(layers=tuple(range(30)))
+                self._every = c.fit(self.model, self.texts(), tokens=TOKENS, checkpoint=file)
+        return self._every
+
     def where(self) -> None:
-        """Tracing says here, editing works here; the moments of these layers are read from, or kept in, their own file."""
-        layers = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 18, 22, 26)
-        file = self.file.with_suffix(".layers.safetensors") if self.file else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            c = KeyCovariance(layers=layers).fit(self.model, self.texts(), tokens=TOKENS, checkpoint=file)
-        facts = [replace(f, neighbours=f.neighbours[:2], same_subject=()) for f in (*self.facts[:2], *self.facts[7:9])]
-        found = editing_by_layer(
-            self.model,
-            facts,
-            covariance=c,
-            layers=(2, 4, 6, 8, 10, 12, 14, 18, 22, 26),
-            contexts=(),
-            search=Search(steps=10),
-        )
-        print(found.title)
-        print(found.data.to_dataframe().round(2).to_string(), flush=True)
+        """Tracing says here, editing works here: all layers, six facts (two of each relation), each layer's own C."""
+        facts = [
+            replace(f, neighbours=f.neighbours[:2], same_subject=()) for i in (0, 7, 16) for f in self.facts[i : i + 2]
+        ]
+        options: dict[str, Any] = {"covariance": self.every(), "contexts": (), "search": Search(steps=10)}
+        columns: dict[int, dict[str, float]] = {}
+        for start in range(0, 30, 3):
+
+            def some(start: int = start) -> dict[str, dict[str, float]]:
+                found = editing_by_layer(self.model, facts, layers=range(start, start + 3), **options).data
+                return {str(int(i)): {str(k): float(v) for k, v in found.sel(layer=i).items()} for i in found.layer}
+
+            for layer, row in self.kept(f"where {start}", some).items():
+                columns[int(layer)] = row
+                print(layer, {k: round(v, 2) for k, v in row.items()}, flush=True)
+        new, traced = (np.array([row[k] for row in columns.values()]) for k in ("new", "traced"))
+        near = np.array([row["neighbourhood"] for row in columns.values()])
+        print(
+            f"tracing says layer {int(traced.argmax())}, editing works best at {int(new.argmax())}; rank agreement over {len(new)} layers "
+            f"{spearman(new, traced):.2f}, of neighbours {spearman(near, traced):.2f}", flush=True
+        )  # fmt: skip
+
+    def wrong(self) -> None:
+        """The twenty facts of `rome`, each alone, at the layer that `scoreboard` calls wrong, with its own C and without."""
+        (layer,) = wrong_layer(self.model, [LAYER])
+        facts, texts = self.twenty(), self.held_out()[:3]
+        found: dict[str, list[dict[str, float]]] = {"C": [], "off": []}
+        values = self.found("wrong", facts, self.contexts, Search(steps=STEPS), layer=layer)
+        for i, f in enumerate(facts):
+
+            def one(f: Fact = f, i: int = i) -> dict[str, dict[str, float]]:
+                _, plain, text, _ = _judged(self.model, [f], texts=texts, tokens=2048)
+                made = {}
+                for name, c in (("C", self.every()), ("off", "off")):
+                    left, right, _ = _Solver("rome", c, None, None, 0.8, 1)(
+                        values.memory[0].name, values.keys[i : i + 1], values.delta[i : i + 1], None
+                    )
+                    with self.moved(values.memory[0], left @ right):
+                        made[name] = means(_judged(self.model, [f], plain, text, texts, 2048)[0])
+                return made
+
+            for name, row in self.kept(f"wrong {f.asked}", one).items():
+                found[name].append(row)
+        for name, rows in found.items():
+            mean = {k: float(np.nanmean([row.get(k, np.nan) for row in rows])) for k in rows[0]}
+            mean["score"] = 3 / sum(1 / max(mean[k], 1e-9) for k in ("efficacy", "paraphrase", "neighbourhood"))
+            print(
+                f"layer {layer}, {len(rows)} facts, C {name}: { ({k: round(v, 3) for k, v in mean.items()}) }",
+                flush=True,
+            )
 
     # ---- the first token of a text
 

@@ -3,7 +3,7 @@
     python benchmarks/safety_beliefs.py --data /work/shared/data [--only truth ending trap speed kinds honest auditor opening following]
 
 Statements: 219 pairs of a true and a false completion of eight factual relations of LRE (Hernandez et al. 2024), the false one
-another object of the relation. `opening` and `following` are written and not yet run, nor `trap` since its restart is chosen by agreement.
+another object of the relation.
 SmolLM2-135M-Instruct, one thread, seed 0; times are CPU seconds of this process.
 """
 

@@ -5,7 +5,7 @@
 DATA is a directory with `refusal_alpaca` (requests of IBM's activation-steering, Apache-2.0) and `relations_lre` (LRE's facts,
 MIT). One thread, seeds fixed. Abstention is asked about the relations of all kinds that the model answers right in .30 to .83: with those that it never
 answers right (thirteen factual ones, .214 right) the largest probability had .668 [.608 .728], because how sure it is there says nothing of being
-right. `shifts` and `evasion` are written and not yet run to the end. A label says what was *asked* for, harmful or not: this model refuses almost nothing.
+right. A label says what was *asked* for, harmful or not: this model refuses almost nothing.
 """
 
 from __future__ import annotations

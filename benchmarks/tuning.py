@@ -1,6 +1,6 @@
 """What do objectives buy, and at what price? Each bar beside its control, as a table of lines.
 
-    python benchmarks/tuning.py DATA [decoy] [share] [met] [attention] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [costs] [share=WEIGHT]
+    python benchmarks/tuning.py DATA [decoy] [share] [met] [positive] [masked] [attention] [pooled] [sparse] [parts] [weights] [routing] [probe] [frontier] [second] [costs] [share=WEIGHT]
 
     DATA: imdb_counterfactual/sentiment/combined/paired
 

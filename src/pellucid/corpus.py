@@ -19,8 +19,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from pellucid.engine.given import Chat, Pair, is_messages, read_row
-from pellucid.engine.inputs import Inputs
-from pellucid.engine.limits import claimed, exceeded, limit
+from pellucid.engine.inputs import Inputs, one_by_one
+from pellucid.engine.limits import check_length, claimed, exceeded, limit
 from pellucid.errors import InputError, among, at_least, nearest
 from pellucid.model import Model
 
@@ -266,6 +266,27 @@ def longest(model: Model) -> int:
     """How many tokens a row has at most, where nothing else is said: what a table holds, or what the config speaks of."""
     first = "encoder" if len(model.anatomy.stacks) > 1 else ""
     return limit(model.module, first) or claimed(model.module, first) or 1 << 30
+
+
+def read_each(model: Model, prompts: Any, more: int = 0, what: str = "prompt") -> list[Inputs]:
+    """One prompt or several, each as inputs of its own, for what goes through them in turn or in batches: all are read first.
+
+    InputError before anything runs for one that cannot be read, or is longer, with `more` tokens to come, than the model holds.
+    """
+    given = [prompts.alone(i) for i in range(len(prompts))] if isinstance(prompts, Inputs) else one_by_one(prompts)
+    found = []
+    for number, prompt in enumerate(given):
+        try:
+            found.append(model.inputs(prompt))
+            if more and len(model.anatomy.stacks) == 1:  # they follow the prompt
+                check_length(
+                    model.module, found[-1].stream("").ids.shape[1] + more - 1, what=f"with {more} new tokens it has"
+                )
+        except InputError as error:
+            if len(given) == 1:
+                raise
+            raise InputError(f"{what} {number}: {error}") from None
+    return found
 
 
 # ---- batches

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from operator import index
-from typing import Any, ParamSpec, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,7 +123,11 @@ PLAIN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "float": ("a number", _number),
     "bool": ("True or False", lambda value: bool(value) if type(value).__name__ in ("bool", "bool_") else None),
     "None": ("None", lambda value: None),
+    "Model": ("a model, as pellucid.load opens it", lambda value: value if hasattr(value, "anatomy") else None),
 }
+
+
+SINGLE = {str: "one text", int: "a whole number", float: "a number", bool: "True or False", type(None): "None"}
 
 
 def plain(annotations: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +155,30 @@ def plain(annotations: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[
     return fitting
 
 
+def single(function: Callable[..., Any], annotations: Mapping[str, str], arguments: Mapping[str, Any]) -> None:
+    """InputError for an array, list, set or mapping where a function's annotations ask for one word, text or number.
+
+    An array cannot be compared with a word, and a list cannot be looked up: the errors would be Python's.
+
+    >>> def half(of: str | None = None, several: "str | list[str]" = "a"): ...
+    >>> single(half, {"of": "str | None", "several": "str | list[str]"}, {"of": ["a"], "several": ["a"]})
+    Traceback (most recent call last):
+    pellucid.errors.InputError: of=['a']: expected one text or None
+    """
+    for name, value in arguments.items():
+        if not _axes(value) and not isinstance(value, list | dict | set):
+            continue
+        try:
+            kinds = eval(annotations.get(name, "Any"), getattr(function, "__globals__", {}))
+        except (NameError, TypeError, AttributeError, SyntaxError):  # a name for type checkers alone
+            continue
+        kinds = get_args(kinds) if isinstance(kinds, UnionType) or get_origin(kinds) is Union else (kinds,)
+        if not all(kind in SINGLE or get_origin(kind) is Literal for kind in kinds):
+            continue
+        words = [" or ".join(map(repr, get_args(k))) if get_origin(k) is Literal else SINGLE[k] for k in kinds]
+        raise InputError(f"{name}={value!r:.80}: expected {' or '.join(words)}")
+
+
 def listed(name: str, value: Any, expected: str) -> list[Any]:
     """The items of a value of which several are expected; InputError where it has none.
 
@@ -172,6 +201,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def asked(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         bound.arguments.update(plain(annotations, bound.arguments))
+        single(function, annotations, bound.arguments)
         return function(*bound.args, **bound.kwargs)
 
     return asked

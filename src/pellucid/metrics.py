@@ -257,7 +257,7 @@ def placed(model: Asked, inputs: Inputs, metric: Any) -> Any:
     """
     if isinstance(metric, SequenceMetric):
         metric.check_appended(model.tokenizer, inputs)
-    if isinstance(metric, ReferenceMetric) and metric.positions == "answer":
+    if isinstance(metric, ReferenceMetric) and isinstance(metric.positions, str):
         if model.anatomy.answering.meaning != "tokens":
             return metric
         position = answer_position(model, inputs)
@@ -398,6 +398,7 @@ Direction = Literal["reference||model", "model||reference"]
 Places = Sequence[int] | Literal["answer"] | None
 
 
+@checked
 def kl_divergence(reference: Any, *, positions: Places = "answer", direction: Direction = "reference||model") -> Metric:
     """KL(r || p) = sum_v r_v (log r_v - log p_v), in nats, r = softmax(reference); its mean over positions.
 
@@ -440,20 +441,22 @@ class ReferenceMetric:
     reference: Any
     positions: Places
 
+    def __post_init__(self) -> None:
+        """Positions as plain numbers, whatever held them. InputError for what names none."""
+        given = self.positions
+        if given is None or (isinstance(given, str) and given == "answer"):
+            return
+        try:
+            object.__setattr__(self, "positions", tuple(map(index, given)))
+        except TypeError:
+            raise InputError(
+                f"{self.name}: positions={given!r:.80}: expected whole numbers, such as (-1,), or None"
+            ) from None
+
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
         reference = _numbers(self.name, self.reference)
-        positions: Sequence[int] | None = (-1,) if self.positions == "answer" else self.positions
-        if positions is not None:
-            if (
-                isinstance(positions, str)
-                or not isinstance(positions, Sequence)
-                or not all(hasattr(p, "__index__") for p in positions)
-            ):
-                raise InputError(
-                    f"{self.name}: positions={positions!r}: expected whole numbers, such as (-1,), or None"
-                )
-            positions = tuple(map(index, positions))
+        positions: Sequence[int] | None = (-1,) if isinstance(self.positions, str) else self.positions
         if reference.ndim < 3:
             reference = reference.reshape(-1, 1, reference.shape[-1])
         read = reference.shape[1] if positions is None else len(positions)

@@ -69,7 +69,9 @@ def load(
         "quantization_config": quantization_config, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     options: dict[str, Any] = {
-        k: v for k, v in given.items() if v is not None and v is not False and (k, v) != ("task", "auto")
+        k: v
+        for k, v in given.items()
+        if v is not None and v is not False and not (k == "task" and isinstance(v, str) and v == "auto")
     }
     model = Model(read(source, tokenizer=tokenizer, **options), probe)
     kept = "module" if isinstance(source, nn.Module) else "pipeline"

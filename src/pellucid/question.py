@@ -35,6 +35,7 @@ from torch import Tensor
 from pellucid.anatomy.sites import Site
 from pellucid.engine.edits import Edit
 from pellucid.engine.generation import Generated
+from pellucid.engine.given import is_id
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.marks import special_ids, trailing_marks
 from pellucid.engine.places import Kind, answer_position, kind_of
@@ -99,7 +100,7 @@ def continuation(
         text = text.ids()
     if text is not None and not isinstance(text, str):
         text = tuple(listed("the continuation", text, "a text, or token ids"))
-        if not all(hasattr(i, "__index__") and not isinstance(i, bool) for i in text):
+        if not all(is_id(i) or (isinstance(i, Tensor) and not i.ndim and not i.is_floating_point()) for i in text):
             raise InputError(f"the continuation is {text!r}: expected a text, or token ids")
         text = tuple(int(i) for i in text)
     if text is not None and not text:
@@ -171,7 +172,7 @@ def similarity(text: str, *, pooling: str | None = None) -> Similar:
     """
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{text!r} is no text to be similar to: give one, such as similarity('Paris is in France')")
-    if pooling is not None and pooling not in POOLED:
+    if pooling is not None and not (isinstance(pooling, str) and pooling in POOLED):
         raise InputError(f"pooling={pooling!r}: expected one of {', '.join(POOLED)}")
     return Similar(text, pooling)
 

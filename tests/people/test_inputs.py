@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +14,7 @@ import pellucid as pl
 from pellucid.errors import InputError, PellucidError
 from tests.zoo import build, tokenizer
 
-from .cases import CLEAN, DIFFERENCE, LONG, close, opened
+from .cases import CLEAN, DIFFERENCE, LONG, OTHER, close, opened
 
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>a: {% endif %}"
 
@@ -170,15 +173,38 @@ def test_a_long_text_in_a_corpus_is_named() -> None:
 
 def test_options_in_another_form() -> None:
     """B10: lists of positions, a lens's own words, an unknown `by`, and numpy's numbers in messages."""
-    import numpy as np
-
     model = opened("gpt2")
     assert pl.lenses.logit_lens(model, CLEAN, positions=[1, 2]).data.sizes["position"] == 2
     with pytest.raises(InputError) as error:
         model.run(np.int64(7))
     assert "np." not in str(error.value)
+    divergence = pl.metrics.kl_divergence(torch.zeros(1, 2, 97), positions=np.array([5, 6]))
+    with torch.no_grad():
+        log_p = model.module(torch.tensor([model.tokenizer(CLEAN)["input_ids"]])).logits[0, 5:7].log_softmax(-1)
+    wanted = float((-log_p.mean(-1) - math.log(97)).mean())  # of a uniform reference
+    assert float(model.score(model.run(CLEAN), divergence)) == pytest.approx(wanted, abs=1e-5)
     by_head = pl.lenses.direct_logit_attribution(model, CLEAN, 7, by="head").data
     assert "head" in by_head.dims or "head" in str(by_head.coords)
+
+
+@pytest.mark.parametrize("given", [np.array([5, 6]), torch.ones(2, 2), ["a"], {"a"}], ids=lambda g: type(g).__name__)
+def test_several_things_where_one_word_is_expected(given: Any) -> None:
+    """B10: an array is compared with no word, a list looked up in no table; found by fuzzing, and by looking for its kind."""
+    model, spans = opened("gpt2"), pl.probing.Spans.whole([CLEAN])
+    for call in (
+        lambda: pl.attention.rollout(model, CLEAN, residual=given),
+        lambda: pl.attribution.similarity(OTHER, pooling=given),
+        lambda: pl.attribution.owen(model, CLEAN, 7, draws=1, hierarchy=given),
+        lambda: pl.attribution.word_importance(model, [CLEAN], method=given),
+        lambda: pl.safety.confidence(model, [CLEAN], score=given),
+        lambda: pl.probing.Examples(spans, [1], kind=given),
+        lambda: pl.tasks.indirect_objects(model.tokenizer, 1, corruption=given),
+        lambda: pl.load(model.module, task=given),
+        lambda: pl.metrics.kl_divergence(torch.zeros(97), direction=given),
+        lambda: model.sites("layers.-:1.resid_pre"),
+    ):
+        with pytest.raises(PellucidError):
+            call()
 
 
 def test_every_reading_takes_edits() -> None:

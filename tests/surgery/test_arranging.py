@@ -191,6 +191,8 @@ def test_what_belongs_to_the_place_is_refused_by_name(family: str, order: list[i
         (lambda m: remove(m, 9), "there is no layer 9"),
         (lambda m: repeat(m, [0, 2]), "no span"),
         (lambda m: repeat(m, 1, times=0), "at least 1"),
+        (lambda m: repeat(m, 1, times=2.5), "a whole number"),
+        (lambda m: remove("gpt2", 1), "expected a model"),
         (lambda m: swap(m, 0, 7), "there is no layer 7"),
         (lambda m: remove(m, 1, stack="encoder"), "one stack"),
     ],

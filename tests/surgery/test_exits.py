@@ -240,6 +240,8 @@ def test_what_cannot_exit_is_refused_by_name() -> None:
             generate_early(opened(family), "The city", Exit())
     with pytest.raises(InputError, match="2 prompts: expected one"):
         draft_and_verify(model, ["The", "the city"], layers=1)
+    with pytest.raises(InputError, match="policies="):
+        exits(opened("llama"), ["The capital"], ["margin"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="by='size'"):
         Exit("size")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="go together"):

@@ -304,6 +304,8 @@ def test_the_layer_is_found_by_tracing_and_the_trace_is_kept() -> None:
 def test_bad_questions_are_one_error(options: dict[str, Any], what: str) -> None:
     with pytest.raises((InputError, Refused, SiteError), match=what):
         edited("llama", options.pop("how", "rome"), options.pop("layers", 0), **options)
+    untouched = zip(opened("llama").module.parameters(), build("llama").parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in untouched)
 
 
 def test_a_fact_that_changes_nothing_and_a_lone_paraphrase_are_refused() -> None:
@@ -311,8 +313,28 @@ def test_a_fact_that_changes_nothing_and_a_lone_paraphrase_are_refused() -> None
         Fact("The capital of {} is", "France", " Paris", " Paris")
     with pytest.raises(InputError, match="put the one into a list"):
         Fact("The capital of {} is", "France", " Rome", paraphrases="The city of France is")
+    with pytest.raises(InputError, match="several places"):
+        Fact("{} and {} are in", "France", " Rome")
+    with pytest.raises(InputError, match="new=5: expected a text"):
+        Fact("The capital of {} is", "France", 5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="ridge="):
         KeyCovariance(layers=0, ridge=-1.0).fit(opened("llama"), texts())
+
+
+@pytest.mark.parametrize(("smallest", "sink"), [(1e-9, 1.0), (1e-4, 1e9)])
+def test_a_nearly_singular_c_is_refused_and_a_sink_is_not(smallest: float, sink: float) -> None:
+    c = KeyCovariance(layers=0)
+    q, _ = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    made = (q * torch.tensor([1.0] * 45 + [smallest] * 3, dtype=torch.float64)) @ q.T
+    made[0] *= sink**0.5
+    made[:, 0] *= sink**0.5
+    c.moments_, c.counts_ = {"0": torch.stack([made, made])}, {"0": torch.ones(2, dtype=torch.float64)}
+    k = torch.randn(3, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if sink > 1:
+        torch.testing.assert_close(c.solve("0", k), torch.linalg.solve(made, k.T).T, rtol=1e-6, atol=1e-9)
+        return
+    with pytest.raises(Refused, match="condition 1e\\+09"):
+        c.solve("0", k)
 
 
 def test_a_moment_matrix_of_another_model_is_refused() -> None:

@@ -109,6 +109,8 @@ def test_parts_that_a_layer_lacks_are_nothing_and_bad_questions_one_error() -> N
         (model, {"parts": "layer"}, "expected a list"),
         (model, {"parts": ["head"]}, "expected a list"),
         (model, {"batch": 0}, "at least 1"),
+        (model, {"capabilities": ["capitals"]}, "by name"),
+        (model, {"capabilities": {"capitals": ("The",)}}, "1 parts"),
         (opened("bert"), {}, "does not predict the next token"),
         (opened("bart"), {}, "does not predict the next token"),
     ]

@@ -147,6 +147,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     for recipe, what in cases:
         with pytest.raises(InputError, match=what):
             remix({"a": a, "b": a}, recipe)
+    with pytest.raises(InputError, match="by the names of the recipe"):
+        remix([a], [("a", 0, 2)])  # type: ignore[arg-type]
     with pytest.raises(Refused, match="does not run with its layers as"):
         remix({"j": opened("jamba")}, [("j", 0, 1), ("j", 2, 4)])
 
@@ -158,8 +160,9 @@ def test_packed_weights_are_not_taken_from_another_model() -> None:
         module = build("llama", layers=2, seed=seed)
         quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
         packed.append(pl.load(module, tokenizer=tokenizer(module)))
-    with pytest.raises(Refused, match="q_proj.weight cannot be taken from another model: it is quantised"):
-        take(*packed, 1)
+    for into in (packed[0], pl.load(build("llama", layers=2), tokenizer=packed[0].tokenizer)):
+        with pytest.raises(Refused, match="q_proj.weight cannot be taken from another model: it is quantised"):
+            take(into, packed[1], 1)
 
 
 def test_both_sides_of_an_encoder_decoder_are_mixed_by_themselves() -> None:

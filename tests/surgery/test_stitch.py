@@ -205,3 +205,5 @@ def test_what_cannot_be_stitched_is_refused_by_name() -> None:
         Stitch(after=9).fit(model, model, TEXTS)
     with pytest.raises(InputError, match="no control"):
         stitching(model, model, TEXTS, controls=["nothing"])
+    with pytest.raises(InputError, match="layers=..: expected a number"):
+        stitching(model, model, TEXTS, after=[], into=[0])

@@ -108,6 +108,8 @@ def test_what_cannot_stand_side_by_side_is_refused() -> None:
         "own after them": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=[2, 3]),
         "expected neighbours": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=[0, 2]),
         "needs gate": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=1, routes=["gate"]),
+        "needs gate=Gate": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=1, gate="mine"),  # type: ignore[arg-type]
+        "layers=..:": lambda: ensemble(model, {"a": a, "b": b}, TEXTS, layers=[]),
         "chooses nothing": lambda: chosen_variants(model, {"a": a, "b": b}, "The", layers=1, route="mean"),
     }.items():
         with pytest.raises(InputError, match=said):

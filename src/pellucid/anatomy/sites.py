@@ -63,7 +63,7 @@ _LENS = {
 # TransformerLens has these before the rotation, and the rotated ones beside them; here they are met after it.
 _UNROTATED = {"attn.hook_q": "attn.q", "attn.hook_k": "attn.k"}
 PLAIN = {int, str, type(None)}
-_SELECTOR = re.compile(r"-?\d+|\*|-?\d*:-?\d*|\d+(,\d+)+")
+_SELECTOR = re.compile(r"-?\d+|\*|(-?\d+)?:(-?\d+)?|\d+(,\d+)+")
 
 
 @dataclass(frozen=True, repr=False)

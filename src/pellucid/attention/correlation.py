@@ -34,8 +34,8 @@ from pellucid.attention.gradients import relevances
 from pellucid.attention.norms import norm_weighted
 from pellucid.attention.patterns import asked, attended, single, special
 from pellucid.attention.rollout import rollout
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit
-from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError, Refused, nearest
 from pellucid.model import Model
@@ -69,9 +69,7 @@ def attention_correlation(
     """
     from scipy.stats import kendalltau
 
-    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
-    if not texts:
-        raise InputError("no prompt was given: expected a string or a list of strings")
+    texts = read_each(model, prompts)
     for name in measures:
         if name not in MEASURES:
             raise InputError(f"unknown measure {name!r}{nearest(name, MEASURES)}")

@@ -24,6 +24,7 @@ import xarray as xr
 
 from pellucid.attention.heads import chosen
 from pellucid.attention.patterns import attended, stacked
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -81,6 +82,9 @@ def head_relations(
     kind = chosen(model, stack)
     tally = Tally(causal=model.anatomy.stacks[[s.name for s in model.anatomy.stacks].index(kind.stack)].causal is True)
     count = 0
+    sentences = list(sentences)
+    if sentences:
+        read_each(model, [sentence.text for sentence in sentences], what="sentence")
     for sentence in sentences:
         ids, offsets = encode(model.tokenizer, sentence.text)
         spans = [covering(offsets, word.start, word.stop) for word in sentence.words]

@@ -29,7 +29,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pellucid.attention.correlation import MEASURES, token_scores
-from pellucid.attention.patterns import single, special
+from pellucid.attention.patterns import special
+from pellucid.corpus import read_each
+from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, nearest
 from pellucid.model import Model
@@ -64,7 +66,7 @@ def attention_diagnostic(
         )
     if measure not in MEASURES:
         raise InputError(f"unknown measure {measure!r}{nearest(measure, MEASURES)}")
-    read = [_read(model, text, measure) for text in (*texts, *test_texts)]
+    read = [_read(model, inputs, measure) for inputs in read_each(model, [*texts, *test_texts], what="text")]
     weights: dict[str, Sequence[Any]] = {"attention": [w for _, w in read], **(guides or {})}
     for name, rows in weights.items():
         if len(rows) != len(read) or any(len(r) != len(x) for r, (x, _) in zip(rows, read, strict=False)):
@@ -96,12 +98,11 @@ def attention_diagnostic(
     return Result(data, kind="attention diagnostic", title="Do attention weights guide a stranger?")
 
 
-def _read(model: Model, text: str, measure: str) -> tuple[Tensor, np.ndarray]:
+def _read(model: Model, inputs: Inputs, measure: str) -> tuple[Tensor, np.ndarray]:
     """Context-free embeddings [token, d] of the ordinary tokens, and the attention they get, summing to 1."""
-    inputs = single(model, text)
     usable = np.flatnonzero(~special(model, inputs.stream("")))
     if not len(usable):
-        raise InputError(f"the text {text!r} has no ordinary token")
+        raise InputError(f"the text {inputs.texts[0]!r} has no ordinary token")
     with torch.no_grad():
         x = model.module.get_input_embeddings()(inputs.stream("").ids)[0]  # type: ignore[operator]
     w = token_scores(model, inputs, [measure])[measure][usable]

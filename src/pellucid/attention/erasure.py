@@ -32,8 +32,8 @@ from torch import Tensor
 from pellucid.anatomy.sites import choose
 from pellucid.attention.comparing import last_residual, rows_read
 from pellucid.attention.patterns import asked, attended, single, special
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit, Replace
-from pellucid.engine.given import Chat, Pair
 from pellucid.engine.inputs import Inputs
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
@@ -60,9 +60,7 @@ def attention_erasure(
     >>> attention_erasure(classifier, ["A dull and lifeless film."]).fraction
     <xarray.DataArray 'fraction' (order: 4)>...
     """
-    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
-    if not texts:
-        raise InputError("no prompt was given: expected a string or a list of strings")
+    texts = read_each(model, prompts)
     if points < 1 or draws < 1:
         raise InputError(f"points={points}, draws={draws}: expected at least 1 of each")
     if len(model.anatomy.stacks) > 1:

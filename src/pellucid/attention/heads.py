@@ -41,6 +41,7 @@ from torch import Tensor
 
 from pellucid.attention.comparing import js
 from pellucid.attention.patterns import Attended, Kind, attended, kinds, single, special, stacked, visible
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit
 from pellucid.engine.given import Chat, Pair
 from pellucid.errors import InputError
@@ -71,9 +72,9 @@ def head_summaries(
     >>> head_summaries(model, ["The capital of France is"]).sel(layer=0).entropy
     <xarray.DataArray 'entropy' (head: 8)>...
     """
-    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts or [])
-    if not texts and not probes:
+    if (nothing := prompts is None or (isinstance(prompts, list | tuple) and not prompts)) and not probes:
         raise InputError("there is nothing to look at: give prompts, or probes")
+    texts = [] if nothing else read_each(model, prompts)
     kind = chosen(model, stack)
     totals: list[dict[str, Tensor]] = []
     for found in read_all(model, texts, edits):
@@ -188,9 +189,7 @@ def head_clusters(
     >>> head_clusters(model, ["The capital of France is", "Water boils at"], n=4).cluster
     <xarray.DataArray 'cluster' (layer: 24, head: 8)>...
     """
-    texts = [prompts] if isinstance(prompts, str | Pair | Chat) else list(prompts)
-    if not texts:
-        raise InputError("no prompt was given: expected a string or a list of strings")
+    texts = read_each(model, prompts)
     kind = chosen(model, stack)
     distance = distances(distributions(model, texts, kind, edits))
     counts = [model.anatomy.stacks[_stack(model, kind.stack)].blocks[i].attentions["attn"].heads for i in kind.layers]

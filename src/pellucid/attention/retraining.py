@@ -34,6 +34,7 @@ from pellucid.attention.adversarial import probe, reaching
 from pellucid.attention.comparing import js, moved
 from pellucid.attention.patterns import attended, kinds, single
 from pellucid.changed import Copied
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit, Replace
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.pausing import progress
@@ -68,6 +69,8 @@ def uniform_attention(
             "uniform_attention trains classifiers of one class a text, and this model is none: open one with "
             "task='classification'"
         )
+    for given, what in ((texts, "text"), (test_texts, "test text")):
+        read_each(model, list(given), what=what)
     right = np.zeros((len(test_texts), 2, 2))
     y = torch.as_tensor(np.asarray(labels))
     for i, edits in enumerate(([], uniform(model))):
@@ -113,6 +116,8 @@ def adversarial_training(
         raise InputError(
             f"{len(texts)} texts, {len(test_texts)} test texts, {len(strengths)} strengths: expected some of each"
         )
+    for given, what in ((texts, "text"), (test_texts, "test text")):
+        read_each(model, list(given), what=what)
     base = Base(model)
     found = np.zeros((len(test_texts), 3, len(strengths)))
     for i, strength in enumerate(progress(strengths, "strengths")):

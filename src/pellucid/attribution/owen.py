@@ -130,9 +130,9 @@ def partition(
 def grouped(case: Case, players: Players, hierarchy: Any) -> Tree:
     """The tree of a hierarchy over these players."""
     n = len(players)
-    if hierarchy == "balanced":
-        return halved(range(n))
     if isinstance(hierarchy, str):
+        if hierarchy == "balanced":
+            return halved(range(n))
         if hierarchy not in UNITS[1:]:
             known = [*UNITS[1:], "balanced"]
             raise InputError(

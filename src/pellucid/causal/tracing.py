@@ -32,6 +32,7 @@ from pellucid.causal.contrast import beside, numbers
 from pellucid.causal.embeddings import check_embeddings, embed, first_stream, from_embeddings
 from pellucid.causal.grid import described
 from pellucid.engine.edits import Edit, Patch
+from pellucid.engine.given import is_id
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, at_least, listed
@@ -212,6 +213,8 @@ def _questions(model: Model, prompt: Any, target: Any, subject: Any) -> Iterable
         )
     for text, right, about in zip(prompts, targets, subjects, strict=True):
         inputs = model.inputs(text)
+        if isinstance(about, tuple) and not (len(about) == 2 and all(map(is_id, about))):
+            raise InputError(f"subject={about!r:.80}: expected a text of the prompt, or a span (first, last + 1)")
         tokens = range(*about) if isinstance(about, tuple) else first_stream(inputs).named(about, 0)
         with settling({}):  # one of several: they are settled together
             right = Question.of(model, inputs).answers[0].id if right is None else right

@@ -137,6 +137,10 @@ class Stream:
         if isinstance(wanted, slice):
             start, stop, _ = wanted.indices(len(self.maps[b].text))
             return self.tokens(b, start, stop)
+        if not isinstance(wanted, str):
+            raise InputError(
+                f"{wanted!r:.80} is no place: expected a text of the prompt, a pattern or a slice of characters"
+            )
         row = self.labels[b]
         for text in (wanted, wanted.strip()):
             for inside in (False, True):
@@ -359,7 +363,7 @@ def _read(
     module: Any, tokenizer: Any, prompt: Any, truncate: Truncate | None, accepted: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[TextMap]]:
     """Prompts one by one as a padded batch, and which characters their tokens stand for."""
-    rows = [read_row(tokenizer, each) for each in _each(prompt)]
+    rows = [read_row(tokenizer, each) for each in one_by_one(prompt)]
     if truncate is not None:
         side, room = _room(module, tokenizer, truncate)
         rows = [row.cut(room, side) for row in rows]
@@ -377,7 +381,7 @@ def _read(
     return tensors, [row.map for row in rows]
 
 
-def _each(prompt: Any) -> list[Any]:
+def one_by_one(prompt: Any) -> list[Any]:
     """The prompts one by one."""
     if isinstance(prompt, np.ndarray | np.generic):
         prompt = prompt.tolist()
@@ -701,7 +705,8 @@ def _check(module: Any, ids: Tensor, mask: Tensor, stack: str = "", known: bool 
         raise InputError(
             f"token id {int(ids.max()) if ids.min() >= 0 else int(ids.min())} is unknown: this model has 0 to {size - 1}"
         )
-    check_length(module, ids.shape[1], stack)
+    longest = f"prompt {int(mask.sum(1).argmax())} has" if len(ids) > 1 else "the prompt has"
+    check_length(module, ids.shape[1], stack, longest)
 
 
 def vocabulary(module: Any) -> int | None:

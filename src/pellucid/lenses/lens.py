@@ -185,10 +185,11 @@ def layer_numbers(model: Model, layers: Layers, stack: int = -1) -> list[int]:
     """The layers of a stack (the last one) that a number, slice or list names, all for None. InputError for others."""
     count = len(model.anatomy.stacks[stack].blocks)
     if layers is None or isinstance(layers, slice):
-        return list(range(count)[slice(None) if layers is None else layers])
-    layers = getattr(layers, "tolist", lambda: layers)()  # numpy, torch
-    wanted = [layers] if isinstance(layers, int) else listed("layers", layers, f"numbers below {count}")
-    if isinstance(layers, str) or not all(isinstance(i, int) and -count <= i < count for i in wanted):
+        wanted = list(range(count)[slice(None) if layers is None else layers])
+    else:
+        layers = getattr(layers, "tolist", lambda: layers)()  # numpy, torch
+        wanted = [layers] if isinstance(layers, int) else listed("layers", layers, f"numbers below {count}")
+    if not wanted or isinstance(layers, str) or not all(isinstance(i, int) and -count <= i < count for i in wanted):
         raise InputError(f"layers={layers!r}: expected a number below {count}, a slice or a list of numbers")
     return [i % count for i in wanted]
 

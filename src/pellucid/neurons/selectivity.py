@@ -24,7 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
-from pellucid.corpus import Row, by_length, inputs
+from pellucid.corpus import Row, by_length, inputs, read_each
 from pellucid.engine.watching import watch
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
@@ -248,6 +248,7 @@ def _read(
     if any("position" not in site.dims or site.at is not None for site in sites):
         raise InputError("a unit needs a value at every token: name sites with positions, without '@'")
     cut = [encode(model.tokenizer, text) for text in texts]
+    read_each(model, [ids for ids, _ in cut], what="text")
     spans = [_tokens(cut[place[0]][1], place, pool) for place in places]
     of: dict[int, list[int]] = {}
     for i, (text, _, _) in enumerate(places):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, one_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,6 +106,8 @@ class Examples:
     kind: Literal["classes", "numbers"] | None = None
 
     def __post_init__(self) -> None:
+        if self.kind is not None:
+            one_of(self.kind, Literal["classes", "numbers"], "kind=")
         labels = known(self.labels)
         numeric = labels.dtype.kind in "iuf" if self.kind is None else self.kind == "numbers"
         labels = labels.astype(float if numeric else str)

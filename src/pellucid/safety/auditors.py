@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.controls import shuffled_labels
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Patch
 from pellucid.engine.generation import Generated
 from pellucid.engine.pausing import progress
@@ -193,6 +194,7 @@ def _foretold(
 def _first(model: Model, data: Statements, batch: int) -> Tensor:
     """[prompt, token] the model's own log probabilities of what it writes first."""
     found = []
+    read_each(model, list(data.prompts))
     for start in range(0, len(data), batch):
         inputs = model.inputs(list(data.prompts[start : start + batch]))
         asked = Question(model, inputs, kind_of(model, inputs), "first token", answer_position(model, inputs))

@@ -18,6 +18,8 @@ import torch
 import xarray as xr
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import read_each
+from pellucid.engine.limits import check_length
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
 from pellucid.model import Model
@@ -64,6 +66,11 @@ def traces(
     encoder = len(model.anatomy.stacks) == 1 and not model.anatomy.stacks[0].causal
     if encoder and replies is not None and getattr(monitor, "reads", "prompt") != "prompt":
         raise InputError(f"{model.name} writes no answer: let the monitor read the prompt (reads='prompt')")
+    given = read_each(model, prompts, 0 if replies is not None or alone else max_new_tokens)
+    if replies is not None and model.tokenizer is not None and len(model.anatomy.stacks) == 1:
+        for i, (each, reply) in enumerate(zip(given, replies, strict=True)):
+            said = model.tokenizer(reply, add_special_tokens=False)["input_ids"]
+            check_length(model.module, each.stream("").ids.shape[1] + len(said), what=f"conversation {i} has")
     for start in progress(range(0, len(prompts), batch), "conversations read"):
         some = prompts[start : start + batch]
         if replies is None and not alone:

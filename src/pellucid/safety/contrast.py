@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import read_each
 from pellucid.engine.checkpoint import reading_tensors
 from pellucid.engine.edits import left_aligned
 from pellucid.engine.pausing import progress
@@ -175,6 +176,7 @@ class Seen:
     ) -> Seen:
         """Prompts, `batch` at a time; those of one token count as their first and only one."""
         at_least(1, batch=batch)
+        read_each(model, list(prompts))
         found: list[Tensor] = []
         sums, counts, first = torch.zeros(len(sites), 2), torch.zeros(2), []
         for start in progress(range(0, len(prompts), batch), "batches of prompts"):

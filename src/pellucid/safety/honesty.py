@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.controls import random_directions
+from pellucid.corpus import read_each
 from pellucid.engine.edits import left_aligned
 from pellucid.engine.given import Chat
 from pellucid.engine.marks import trailing_marks
@@ -210,6 +211,8 @@ def _asked(
     end = answer_ids(model.tokenizer, ending) if ending else []
     pool = cast(Pool, getattr(reader, "pool", "last"))
     made: dict[str, list[Any]] = {"said": [], "believed": [], "gap": [], "lens": [], "reader": []}
+    longest = [max((answer_ids(model.tokenizer, a) for a in each[1:]), key=len) for each in asked]
+    read_each(model, [stem + list(a) + end for stem, a in zip(stems, longest, strict=True)], what="question")
     for start in range(0, len(stems), batch):
         part = range(start, min(start + batch, len(stems)))
         answers = [[answer_ids(model.tokenizer, asked[i][which]) for i in part] for which in (1, 2)]

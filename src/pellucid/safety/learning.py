@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pellucid.anatomy.sites import Site
+from pellucid.corpus import read_each
 from pellucid.engine.edits import left_aligned
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError
@@ -148,6 +149,7 @@ def vectors(
     """Values [site, prompt, vector, d] of the `last` tokens of each prompt (all but the first by default), the end of each prompt in
     the last column, and which of them are real [prompt, vector]; in float32 on the CPU."""
     found: list[list[Tensor]] = []
+    read_each(model, list(prompts))
     for start in progress(range(0, len(prompts), batch), "batches of prompts"):
         run = model.run(model.inputs(list(prompts[start : start + batch])), keep=list(sites), logits=False)
         rows = [left_aligned(*run.everywhere(Site.parse(s))) for s in sites]

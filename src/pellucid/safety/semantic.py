@@ -24,6 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 from pellucid.changed import check_weights
+from pellucid.corpus import read_each
 from pellucid.engine.checkpoint import reading_tensors, write_tensors
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, at_least
@@ -68,7 +69,9 @@ def semantic_entropy(
     """
     at_least(2, draws=draws)
     alike, entropies, said, which = same or same_words, [], [], []
-    for i, prompt in enumerate(progress(several("prompts", prompts), "questions asked again")):
+    prompts = several("prompts", prompts)
+    read_each(model, prompts, max_new_tokens)
+    for i, prompt in enumerate(progress(prompts, "questions asked again")):
         texts = model.generate(
             [prompt], num_return_sequences=draws, temperature=temperature, max_new_tokens=max_new_tokens, stop=stop, seed=seed + i,
         ).texts  # fmt: skip

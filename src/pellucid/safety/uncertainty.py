@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.corpus import read_each
 from pellucid.engine.pausing import progress
 from pellucid.engine.run import Run
 from pellucid.errors import InputError, at_least, nearest
@@ -62,6 +63,7 @@ SCORES = (*PLAIN, *LAYERED)
 def asked(model: Model, prompts: Sequence[Any], target: Any, decoder: Any, batch: int) -> list[tuple[Question, slice]]:
     """The questions, in batches of prompts that are answered at one place."""
     at_least(1, batch=batch)
+    read_each(model, list(prompts))
     one, *more = model.anatomy.stacks
     width = batch if one.causal and not more and model.paddable else 1  # masks stand at different places
     parts = [slice(i, min(i + width, len(prompts))) for i in range(0, len(prompts), width)]
@@ -131,7 +133,12 @@ def confidence(
         found = torch.cat(parts).numpy()
     else:
         found = score(model, prompts) if callable(score) else score
-    found = np.asarray(found, dtype=float)
+    try:
+        found = np.asarray(found, dtype=float)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"score={score!r:.80}: expected a name, something fitted, a function, or a number for each question"
+        ) from None
     if found.shape != (len(prompts),) or np.isnan(found).any():
         raise InputError(
             f"a score gave {list(found.shape)} numbers for {len(prompts)} questions: expected one for each, none missing"

@@ -33,7 +33,7 @@ from pellucid.anatomy.structure import Stack
 from pellucid.changed import Change, twin, unsavable
 from pellucid.engine.alone import Alone, differs
 from pellucid.engine.inputs import Inputs
-from pellucid.errors import InputError, Refused
+from pellucid.errors import InputError, Refused, at_least, checked
 from pellucid.model import Model
 
 COUNTS = (
@@ -170,6 +170,7 @@ def _rearrange(config: PretrainedConfig, order: Sequence[int], n: int, side: str
 # ---- what is asked for
 
 
+@checked
 def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = "") -> Model:
     """The model with its blocks in this order; a block may be left out, or stand in several places; a list stands for blocks side
     by side, whose outputs are averaged.
@@ -212,21 +213,23 @@ def reorder(model: Model, order: Sequence[int | Sequence[int]], *, stack: str = 
     return made
 
 
+@checked
 def remove(model: Model, layers: Layers, *, stack: str = "") -> Model:
     """The model without some layers: a number, a slice or a list. Raises as `reorder` does."""
     gone = layer_set(stack_named(model, stack), layers)
     return reorder(model, [i for i in range(len(stack_named(model, stack).blocks)) if i not in gone], stack=stack)
 
 
+@checked
 def repeat(model: Model, layers: Layers, *, times: int = 2, stack: str = "") -> Model:
     """The model in which a span of layers is passed `times` over, one after the other. Raises as `reorder` does."""
-    if times < 1:
-        raise InputError(f"times={times!r}: expected at least 1")
+    at_least(1, times=times)
     span = _span(stack_named(model, stack), layers)
     n = len(stack_named(model, stack).blocks)
     return reorder(model, [*range(span[0]), *(span * times), *range(span[-1] + 1, n)], stack=stack)
 
 
+@checked
 def parallel(model: Model, layers: Layers, *, stack: str = "") -> Model:
     """The model in which a span of layers is side by side: each is given what the first was given, the mean of what they make goes
     on. Raises as `reorder` does; Refused where layers of the span are given different things (kinds of attention).
@@ -239,6 +242,7 @@ def parallel(model: Model, layers: Layers, *, stack: str = "") -> Model:
     return reorder(model, [*range(span[0]), span, *range(span[-1] + 1, n)], stack=stack)
 
 
+@checked
 def swap(model: Model, one: int, other: int, *, stack: str = "") -> Model:
     """The model with two layers in each other's place. Raises as `reorder` does."""
     n = len(stack_named(model, stack).blocks)

@@ -5,7 +5,8 @@
 An edit moves W by (something) u^T with u = C^-1 k: among all changes that give key k its new value it moves the outputs of ordinary
 keys least (Meng et al. 2022). Taken from too few tokens C is worse than none: with 2,048 tokens for keys of 1,536 numbers
 u has a cosine of .43 with that of 16,384. So it is told how much text there was and how far two halves of it agree, fewer
-tokens than twice the width warn, and a C that cannot be inverted is refused unless a `ridge` is given.
+tokens than twice the width warn, and a C that has no inverse, or one that float32 sums cannot tell (condition beyond 1e6, each neuron
+in its own unit), is refused unless a `ridge` is given.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pellucid.surgery.solvers import Metric, null_space
 from pellucid.technique import technique
 
 BATCH = 1024  # tokens run at a time
-SINGULAR = 1e-10  # of the largest pivot squared
+CONDITION = 1e6  # beyond it the smallest directions are what float32, in which keys are added up, has rounded
 
 
 @dataclass(eq=False)
@@ -73,6 +74,7 @@ class KeyCovariance:
         not made again, and one of other weights, layers or texts is refused. InputError without text.
         """
         at_least(0, ridge=self.ridge)
+        at_least(1, tokens=tokens)
         layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
         found = {m.name: m for m in (each for layer in layers for each in self._memories(model, layer))}
         if not found:
@@ -168,14 +170,16 @@ class KeyCovariance:
 
     def _root(self, c: Tensor, what: str) -> Tensor:
         c = c + self.ridge * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+        size = c.diagonal().clamp_min(1e-300).sqrt()  # one neuron of a sink, however large, makes no other uncertain
+        c = c / size / size[:, None]
         root, failed = torch.linalg.cholesky_ex(c)
-        pivots = root.diagonal().square()
-        if int(failed) or float(pivots.min()) < SINGULAR * float(pivots.max()):
+        condition = float("inf") if int(failed) else _largest(c) * _largest(root, torch.cholesky_solve)
+        if not condition < CONDITION:
             raise Refused(
-                f"the second moment of layer {what} ({int(self.counts_[what].sum()):,} tokens for {len(c):,} directions) has no "
-                "inverse: fit it on more text, or give a ridge, such as KeyCovariance(ridge=.1)"
+                f"the second moment of layer {what} ({int(self.counts_[what].sum()):,} tokens for {len(c):,} directions, condition "
+                f"{condition:.0e}) has no inverse to rely on: fit it on more text, or give a ridge, such as KeyCovariance(ridge=.1)"
             )
-        return root
+        return root * size[:, None]
 
     def free(self, memory: str, share: float) -> Metric:
         """The projector on the `share` of directions that ordinary keys use least (AlphaEdit's null space), worked out once."""
@@ -234,11 +238,17 @@ class KeyCovariance:
     @technique
     def load(cls, path: str | Path) -> KeyCovariance:
         """What `save` wrote; `check(model)` says whether it belongs to a model. InputError if the file is none."""
-        with reading_tensors(path, "pellucid_keys", "is no KeyCovariance: expected a file that its save wrote") as (
-            about,
-            kept,
-        ):
+        said = "is no KeyCovariance: expected a file that its save wrote"
+        with reading_tensors(path, "pellucid_keys", said) as (about, kept):
             made = cls(**about["settings"])
             made.moments_, made.counts_ = ({k[2:]: v for k, v in kept.items() if k[0] == g} for g in "Cn")
             made.digest_, made.place_ = about["digest"], Place(**about["place"])
         return made
+
+
+def _largest(matrix: Tensor, apply: Callable[[Tensor, Tensor], Tensor] = lambda x, m: m @ x) -> float:
+    """The largest eigenvalue of what a matrix does to a vector, by power iteration."""
+    x = torch.randn(len(matrix), 1, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    for _ in range(12):
+        x = apply(x / x.norm(), matrix)
+    return float(x.norm())

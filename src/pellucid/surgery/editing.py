@@ -154,7 +154,7 @@ def edit(
     said = int(data["exact"].sum())
     where = f"layer {chosen[0]}" if len(chosen) == 1 else f"layers {chosen[0]} to {chosen[-1]}"
     title = f"{how} at {where}: {said} of {len(known)} facts say the new answer" + (
-        ", without C" if covariance == "off" else ""
+        ", without C" if isinstance(covariance, str) else ""
     )
     settings = {
         "how": how, "layers": chosen, "contexts": list(contexts), "essence": essence, "hold": list(hold), "search": search,
@@ -185,7 +185,7 @@ def _going_on(model: Model, after: Edited | None) -> Model:
 
 
 def _check_covariance(model: Model, covariance: Any, after: Edited | None) -> None:
-    if covariance == "off":
+    if isinstance(covariance, str) and covariance == "off":
         return
     if not isinstance(covariance, KeyCovariance):
         raise InputError(

@@ -50,12 +50,10 @@ class Exit:
     def checked(self, model: Model) -> list[int]:
         """The layers that are looked at, in order."""
         n = len(model.anatomy.stacks[-1].blocks)
-        found = (
-            sorted(set(layer_numbers(model, list(self.layers))))
-            if self.layers is not None
-            else list(range(n // 2, n - 1, 3))
-        )
-        return [i for i in found if i < n - 1]
+        if self.layers is None:
+            return list(range(n // 2, n - 1, 3))
+        found = set(layer_numbers(model, list(self.layers))) if self.layers else set()
+        return sorted(i for i in found if i < n - 1)
 
     def check(self, model: Model) -> None:
         """Refused where the model does not say the next token; InputError where lens or head belong to other weights."""

@@ -85,16 +85,13 @@ def exits(
 
 
 def _named(policies: Any) -> dict[str, Exit]:
-    if isinstance(policies, Exit):
-        policies = [policies]
-    named = (
-        dict(policies)
-        if isinstance(policies, Mapping)
-        else {f"{p.by} >= {p.threshold:g}" + (" through a lens" if p.lens is not None else ""): p for p in policies}
-    )
-    if not named or not all(isinstance(p, Exit) for p in named.values()):
+    several = [policies] if isinstance(policies, Exit) else policies
+    found = list(several.values()) if isinstance(several, Mapping) else list(several)
+    if not found or not all(isinstance(p, Exit) for p in found):
         raise InputError("policies= are Exit(...), one or several, or a mapping of names to them")
-    return named
+    if isinstance(several, Mapping):
+        return dict(several)
+    return {f"{p.by} >= {p.threshold:g}" + (" through a lens" if p.lens is not None else ""): p for p in found}
 
 
 def _oracle(passes: Sequence[Pass], number: int, layers: Sequence[int], n: int) -> float:

@@ -41,7 +41,7 @@ from torch import Tensor
 from pellucid.anatomy.modes import uncached
 from pellucid.anatomy.structure import Stack
 from pellucid.anatomy.trace import take
-from pellucid.causal.contrast import ask, numbers
+from pellucid.causal.contrast import Asked, ask, numbers
 from pellucid.causal.grid import described
 from pellucid.corpus import Corpus, batches, inputs, longest
 from pellucid.engine.edits import Ablate, Edit, Swap, aligned_values
@@ -92,7 +92,7 @@ def layer_importance(
     at_least(2, context=context)
     if not parts or isinstance(parts, str) or not set(parts) <= {"layer", "attn", "mlp"}:
         raise InputError(f"parts={parts!r}: expected a list of 'layer', 'attn' and 'mlp'")
-    n = len(predicting(model).blocks)
+    n, asked = len(predicting(model).blocks), questions(model, capabilities or {})
     found: list[np.ndarray] = []
     seen: list[dict[str, np.ndarray]] = []
     for given in rows_of(model, texts, context, tokens, batch):
@@ -114,13 +114,13 @@ def layer_importance(
         truth = columns["loss"][list(parts).index("layer")]
         data = data.assign(agreement=("estimate", [spearman(x, truth) for x in estimated]))
     data.attrs["sinks"] = [i for i in range(n) if sink[i] > SINK]
-    if capabilities:
-        found_too, effects = _capabilities(model, capabilities, parts, n, seed)
+    if asked:
+        found_too, effects = _capabilities(model, asked, parts, n, seed)
         data = data.assign(found_too)
         lost = {"text": values[..., 0], **{name: -x for name, x in effects.items()}}
         most = {name: x.mean(2) for name, x in lost.items()}
         most = {name: x / np.nanmax(np.abs(x), 1, keepdims=True).clip(1e-12) for name, x in most.items()}
-        data = data.assign(_specific(lost, seed)).assign_coords(capability=list(capabilities), measure=list(most))
+        data = data.assign(_specific(lost, seed)).assign_coords(capability=list(asked), measure=list(most))
         # what is shown first: all of it on one scale
         needed = xr.DataArray(np.stack(list(most.values())), dims=("measure", "part", "layer"))
         data = xr.Dataset({"needed": needed}).assign_attrs(data.attrs).merge(data)
@@ -173,15 +173,27 @@ def _title(model: Model, data: xr.Dataset) -> str:
     return "; ".join(said)
 
 
+def questions(model: Model, capabilities: Any) -> dict[str, Asked]:
+    """What is asked for each capability (a task brings its own metric), read before anything runs."""
+    if not isinstance(capabilities, Mapping):
+        raise InputError(
+            "capabilities= are tasks, or pairs (prompts, metric), by name: {'capitals': pl.tasks.capitals(tokenizer)}"
+        )
+    made = {name: task if isinstance(task, tuple) else (task, None) for name, task in capabilities.items()}
+    if wrong := [name for name, pair in made.items() if len(pair) != 2]:
+        raise InputError(
+            f"capability {wrong[0]!r} has {len(made[wrong[0]])} parts: expected a task, or (prompts, metric)"
+        )
+    return {name: ask(model, *pair) for name, pair in made.items()}
+
+
 def _capabilities(
-    model: Model, tasks: Mapping[str, Any], parts: Sequence[Part], n: int, seed: int
+    model: Model, tasks: Mapping[str, Asked], parts: Sequence[Part], n: int, seed: int
 ) -> tuple[dict[str, xr.DataArray], dict[str, np.ndarray]]:
     """What is in the result, and by capability the effects [part, layer, prompt]."""
     made: dict[str, list[Any]] = {}
     effects: dict[str, np.ndarray] = {}
-    for name, task in progress(list(tasks.items()), "capabilities"):
-        prompts, metric = task if isinstance(task, tuple) else (task, None)
-        asked = ask(model, prompts, metric)
+    for name, asked in progress(list(tasks.items()), "capabilities"):
         run, recording = recorded(model, asked.inputs)
         clean = asked.score(model, run)
         values = _swept(model, asked.inputs, run, parts, n, asked.metric, recording)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -61,6 +62,11 @@ class Fact:
     def __post_init__(self) -> None:
         if not self.prompt or not self.subject or not self.new:
             raise InputError(f"a fact needs a prompt, its subject and the new answer, got {self!r:.120}")
+        for name in ("prompt", "new", "true"):
+            if not isinstance(getattr(self, name), str | Sequence | NoneType):
+                raise InputError(f"{name}={getattr(self, name)!r:.80}: expected a text, or a list of token ids")
+        if isinstance(self.prompt, str) and self.prompt.count("{}") > 1:
+            raise InputError(f"the prompt {self.prompt!r:.200} has several places for its subject: expected one {{}}")
         if self.new == self.true:
             raise InputError(f"the new answer {self.new!r} is the true one: nothing would be changed")
         if isinstance(self.paraphrases, str):

@@ -23,7 +23,7 @@ import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from pellucid.changed import Change, Replaced, same, unchangeable
-from pellucid.errors import InputError, Refused, nearest
+from pellucid.errors import InputError, Refused, checked, nearest
 from pellucid.model import Model
 from pellucid.surgery.arranging import Layers, block_list, layer_set, reorder, stack_named
 
@@ -109,6 +109,7 @@ class Recipe:
         return [(name, i) for name, start, stop in self.slices for i in range(start, stop)]
 
 
+@checked
 def remix(
     models: Mapping[str, Model], recipe: Recipe | str | Path | Sequence[tuple[str, int, int]], *, stack: str = ""
 ) -> Model:
@@ -121,6 +122,8 @@ def remix(
     >>> remix({"a": base, "b": tuned}, [("a", 0, 4), ("b", 4, 8)])
     <Model LlamaForCausalLM + ...: LlamaForCausalLM, 8 layers, d_model 32; proven>
     """
+    if not isinstance(models, Mapping):
+        raise InputError(f"models={models!r:.80}: expected the models by the names of the recipe")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe) if isinstance(recipe, str | Path) else Recipe(tuple(recipe))  # fmt: skip
     for name, _, _ in recipe.slices:
         if name not in models:
@@ -142,6 +145,7 @@ def remix(
     return first.changed([*arranged, *others])
 
 
+@checked
 def take(model: Model, other: Model, layers: Layers, *, stack: str = "") -> Model:
     """The model with some layers from another one of its shape, each in its own place. Raises as `remix` does.
 
@@ -166,7 +170,7 @@ def _differing(first: Model, other: Model, module: str, place: str, ties: Any) -
     ours, theirs = (dict(m.module.get_submodule(module).state_dict(keep_vars=True)) for m in (first, other))
     for name, tensor in theirs.items():
         own = ours[name]
-        if why := unchangeable(own):
+        if why := unchangeable(own) or unchangeable(tensor):
             if same(own, tensor):
                 continue
             raise Refused(f"{module}.{name} cannot be taken from another model: {why}")

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from pellucid.anatomy.modes import running, uncached
 from pellucid.anatomy.opening import main_output
-from pellucid.causal.contrast import ask
 from pellucid.causal.grid import described
 from pellucid.changed import applied
 from pellucid.engine.inputs import Inputs
@@ -77,7 +76,7 @@ def removal(
     at_least(2, draws=draws, context=context)
     if not by or isinstance(by, str) or not set(by) <= set(CHOICES):
         raise InputError(f"by={by!r}: expected a list of {', '.join(map(repr, CHOICES))}")
-    stack = importance.predicting(model)
+    stack, tasks = importance.predicting(model), importance.questions(model, capabilities or {})
     n = len(stack.blocks)
     able = list(range(1, n - 1)) if layers is None else layer_set(stack, layers)
     if most >= n or most > len(able):
@@ -110,16 +109,14 @@ def removal(
     data["cost"] = "choice", [*(cost[choice] for choice in by), 0.0]
     data.attrs["layers"] = able
     made: dict[str, list[np.ndarray]] = {}
-    for task in (capabilities or {}).values():
-        prompts, metric = task if isinstance(task, tuple) else (task, None)
-        asked = ask(model, prompts, metric)
+    for asked in tasks.values():
         found = _judged(trees, [asked.inputs], partial(_score, asked.metric))
         values = {s: v - found[()] for s, v in found.items()}
         for key, column in _curves(values, sets, by, seed, "effect_").items():
             made.setdefault("effect" if key == "value" else key, []).append(column[..., 0])
-        data = data.assign_coords(capability=list(capabilities or {}))
+        data = data.assign_coords(capability=list(tasks))
     for key, several in made.items():
-        if len(several) == len(capabilities or {}):
+        if len(several) == len(tasks):
             data[key] = ("capability", "choice", "removed"), np.stack(several)
     return Result(data, kind="removal curve", title=_title(model, data, most))
 

@@ -65,9 +65,7 @@ def ensemble(
     if unknown := [r for r in asked if not among(r, Route)]:
         raise InputError(f"route {unknown[0]!r}{nearest(str(unknown[0]), get_args(Route))}")
     if "gate" in asked:
-        if gate is None:
-            raise InputError("the route 'gate' needs gate=Gate().fit(...)")
-        gate.check(model, variants)
+        _check_gate(gate, model, variants)
     span = Span.of(model, variants, layers)
     names = [*variants, *asked, "oracle per text", "oracle per token"]
     rows: list[np.ndarray] = []
@@ -139,9 +137,7 @@ def chosen_variants(
     if route == "mean" or not among(route, Route):
         raise InputError(f"route={route!r} chooses nothing: expected 'confidence', 'gate' or 'random'")
     if route == "gate":
-        if gate is None:
-            raise InputError("the route 'gate' needs gate=Gate().fit(...)")
-        gate.check(model, variants)
+        _check_gate(gate, model, variants)
     span = Span.of(model, variants, layers)
     given = model.inputs(prompt)
     if len(given) != 1:
@@ -156,3 +152,9 @@ def chosen_variants(
                       {"variants": list(variants)})  # fmt: skip
     shares = [f"{float((data.chosen == i).mean()):.0%} of tokens take {name} ({i})" for i, name in enumerate(variants)]
     return Result(data, kind="chosen variants", title=f"By {route} {', '.join(shares)}")
+
+
+def _check_gate(gate: Any, model: Model, variants: Mapping[str, Model]) -> None:
+    if not isinstance(gate, Gate):
+        raise InputError("the route 'gate' needs gate=Gate().fit(...)")
+    gate.check(model, variants)

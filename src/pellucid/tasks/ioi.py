@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pellucid.errors import InputError
+from pellucid.errors import InputError, among
 from pellucid.tasks.prompts import Draft, Prompts, assemble, words
 from pellucid.tasks.tokens import answer_ids
 
@@ -43,7 +43,7 @@ def indirect_objects(
     corruption "names": three unrelated names stand in the corrupted prompt, which has no answer then.
     InputError if this tokenizer has fewer than five names of one token.
     """
-    if corruption not in ("swap", "names"):
+    if not among(corruption, Literal["swap", "names"]):
         raise InputError(f"corruption {corruption!r}: expected 'swap' or 'names'")
     names = [name for name in NAMES if len(answer_ids(tokenizer, f" {name}")) == 1]
     if len(names) < 5:

@@ -177,7 +177,7 @@ class Encoded:
         self.content: list[list[int]] = []
         marks = special_ids(model.tokenizer)
         for i, text in enumerate(data.texts):
-            prompt = model.inputs([text], truncate=truncate)
+            prompt = self._cut(model, text, truncate, i)
             stream = prompt.streams.get("encoder", prompt.stream(""))
             self.lengths.append(int(stream.lengths[0]))
             self.rows.append(
@@ -196,6 +196,13 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @staticmethod
+    def _cut(model: Model, text: str, truncate: int | None, i: int) -> Inputs:
+        try:
+            return model.inputs([text], truncate=truncate)
+        except InputError as error:
+            raise InputError(f"text {i}: {error}") from None
 
     def _answered(self, prompt: Inputs, text: str, label: Any, paired: bool, truncate: int | None, i: int) -> Inputs:
         if not isinstance(label, str) or not label:

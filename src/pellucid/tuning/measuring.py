@@ -241,7 +241,10 @@ def verdict(data: xr.Dataset, given: Sequence[Objective], texts: int) -> list[st
     main = f"{far}: {at['plain']:.2f} -> {at['objective']:.2f}{beside}, at {cost['objective']:.1f} x the cost of plain training"
     said: list[str] = own
     if dead:
-        said.append(f"untrained, so no point: {', '.join(dead)} never left the constant prediction")
+        rights = ", ".join(f"{a} (right on {at[a]:.2f})" for a in dead)
+        said.append(
+            f"untrained, so no point: the loss of {rights} on its training texts never left the constant prediction's"
+        )
     if "objective" not in dead and not own:
         if "augmented" in at and "augmented" not in dead and at["augmented"] >= at["objective"] - error:
             said.append(

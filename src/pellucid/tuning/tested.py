@@ -34,6 +34,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pellucid.corpus import read_each
 from pellucid.engine.marks import trailing_marks
 from pellucid.errors import InputError, Refused, at_least
 from pellucid.model import Model
@@ -159,6 +160,7 @@ class _Asking:
 
     def _lines(self, texts: Sequence[str]) -> list[str]:
         found: list[str] = []
+        read_each(self.model, list(texts), self.tokens)
         for start in range(0, len(texts), BATCH):
             made = self.model.generate(list(texts[start : start + BATCH]), max_new_tokens=self.tokens, stop="\n")
             found += [t.strip().split("\n")[0].strip() for t in made.texts]
@@ -190,6 +192,7 @@ class _Asking:
     def _next(self, texts: Sequence[str]) -> Tensor:
         """[text, token] logits of what comes next."""
         found = []
+        read_each(self.model, list(texts))
         for start in range(0, len(texts), BATCH):
             given: Any = list(texts[start : start + BATCH])
             if not self.paired:  # marks that the tokenizer puts behind a text would stand between it and its answer

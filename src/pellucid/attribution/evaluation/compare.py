@@ -45,6 +45,7 @@ from pellucid.attribution.evaluation.shift import FEWEST, distribution_shift
 from pellucid.attribution.evaluation.soft import soft
 from pellucid.attribution.methods import METHODS
 from pellucid.attribution.players import Players
+from pellucid.corpus import read_each
 from pellucid.engine.pausing import progress
 from pellucid.errors import InputError, PellucidError, nearest
 from pellucid.model import Model
@@ -96,6 +97,7 @@ def compare(
     read = [Example.of(each, f"example {i + 1}") for i, each in enumerate(examples)]
     if not read:
         raise InputError("there are no examples to compare methods on")
+    read_each(model, [example.text for example in read], what="example")
     chosen = methods_named(methods)
     wanted = [m for m in (METRICS if metrics is None else metrics) if m != "faithfulness"]
     if unknown := [m for m in wanted if m not in BETTER or m in PLAUSIBILITY]:

@@ -33,6 +33,7 @@ from pellucid.attribution.evaluation.scores import Method, explain, methods_name
 from pellucid.attribution.players import Players
 from pellucid.changed import Change
 from pellucid.controls import redrawn
+from pellucid.corpus import read_each
 from pellucid.errors import InputError, Refused
 from pellucid.model import Model
 from pellucid.results import Result
@@ -158,6 +159,7 @@ class _Asked:
     ) -> None:
         if isinstance(prompts, str) or not len(prompts):
             raise InputError("give a list of prompts, one at least")
+        read_each(model, list(prompts))
         self.model, self.prompts, self.against, self.players, self.methods = model, prompts, against, players, methods
         self.cases = [Case.of(model, prompt, target, against=against) for prompt in prompts]
         self.targets = [case.question.metric if target is None else target for case in self.cases]

@@ -23,6 +23,7 @@ import xarray as xr
 from pellucid.attribution.absence import absence
 from pellucid.attribution.case import Case
 from pellucid.attribution.evaluation.faithfulness import counts
+from pellucid.corpus import read_each
 from pellucid.errors import InputError
 from pellucid.metrics import BoundMetric
 from pellucid.model import Model
@@ -53,6 +54,7 @@ def distribution_shift(
     """
     if len(prompts) < FEWEST:
         raise InputError(f"{len(prompts)} prompts: expected {FEWEST} or more to say what is far from clean text")
+    read_each(model, list(prompts))
     rng = np.random.default_rng(seed)
     clean, altered, name = [], [], ""
     for prompt in prompts:
