@@ -238,10 +238,8 @@ class KeyCovariance:
     @technique
     def load(cls, path: str | Path) -> KeyCovariance:
         """What `save` wrote; `check(model)` says whether it belongs to a model. InputError if the file is none."""
-        with reading_tensors(path, "pellucid_keys", "is no KeyCovariance: expected a file that its save wrote") as (
-            about,
-            kept,
-        ):
+        said = "is no KeyCovariance: expected a file that its save wrote"
+        with reading_tensors(path, "pellucid_keys", said) as (about, kept):
             made = cls(**about["settings"])
             made.moments_, made.counts_ = ({k[2:]: v for k, v in kept.items() if k[0] == g} for g in "Cn")
             made.digest_, made.place_ = about["digest"], Place(**about["place"])

@@ -97,12 +97,8 @@ class ExitHead:
 
         `lens` is the one through which it was fitted, which has a file of its own.
         """
-        with reading_tensors(
-            path, "pellucid_exit_head", "is no ExitHead: expected a file that ExitHead.save wrote"
-        ) as (
-            about,
-            kept,
-        ):
+        said = "is no ExitHead: expected a file that ExitHead.save wrote"
+        with reading_tensors(path, "pellucid_exit_head", said) as (about, kept):
             layers = tuple(int(i) for i in about["layers"])
             made = cls(layers, int(about["tokens"]), about["context"], float(about["penalty"]), lens)
             made.weights_ = {i: kept[str(i)] for i in layers}

@@ -96,10 +96,8 @@ class Gate:
     @technique
     def load(cls, path: str | Path) -> Self:
         """A gate that was saved; `check(model, variants)` says whether it belongs to them. InputError if it is none."""
-        with reading_tensors(path, "pellucid_gate", "is no Gate: expected a file that Gate.save wrote") as (
-            about,
-            kept,
-        ):
+        said = "is no Gate: expected a file that Gate.save wrote"
+        with reading_tensors(path, "pellucid_gate", said) as (about, kept):
             made = cls(int(about["tokens"]), about["context"], float(about["penalty"]))
             made.weights_, made.biases_ = kept["weights"], kept["biases"]
             made.names_, made.digests_ = tuple(about["names_"]), tuple(about["digests_"])

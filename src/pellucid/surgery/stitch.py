@@ -159,10 +159,8 @@ class Stitch:
     @technique
     def load(cls, path: str | Path) -> Self:
         """A stitch that was saved; `check(sender, receiver)` says whether it belongs to two models. InputError if it is none."""
-        with reading_tensors(path, "pellucid_stitch", "is no Stitch: expected a file that Stitch.save wrote") as (
-            about,
-            kept,
-        ):
+        said = "is no Stitch: expected a file that Stitch.save wrote"
+        with reading_tensors(path, "pellucid_stitch", said) as (about, kept):
             made = cls(**{f.name: about[f.name] for f in fields(cls) if f.init})
             made.weight_, made.bias_ = kept["weight"], kept["bias"]
             made.digests_, made.error_ = tuple(about["digests_"]), about["error_"]
