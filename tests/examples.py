@@ -35,7 +35,8 @@ import pellucid as pl
 from pellucid.probing import Treebank
 from tests.models import smollm2, smollm2_path
 
-SOURCE = Path(__file__).parents[1] / "src" / "pellucid"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "pellucid"
 
 
 def once(build: Callable[[], Any]) -> Any:
@@ -500,11 +501,35 @@ class Tuning(Anywhere):
     def drawn(words: tuple[str, str]) -> Any:
         texts = [f"a {words[i % 2]}, {text}" for i, text in enumerate(said(16))]
         spans = {"decoy": [[word] for word in words] * 8, "rationale": [[text.split()[4]] for text in texts]}
-        return pl.tuning.Rationales(texts, [1, 0] * 8, spans)
+        return pl.tuning.Rationales(texts, [1, 0] * 8, spans, properties={"praise": [True, False] * 8})
 
     @once
     def tuned() -> Any:
         return pl.tuning.fit(Tuning.model(), Tuning.data(), [pl.tuning.Consistency("decoy")], seeds=[0], steps=2)
+
+    @once
+    def guided() -> Any:
+        """Tuned to answer by way of a concept."""
+        return pl.tuning.fit(Tuning.model(), Tuning.data(), pl.tuning.Bottleneck(), control=False, seeds=[0], steps=2)
+
+    @once
+    def selecting() -> Any:
+        return pl.tuning.fit(Tuning.model(), Tuning.data(), pl.tuning.Select(warm=0), control=False, seeds=[0], steps=2)
+
+    @once
+    def writer() -> Any:
+        return llama(layers=2)
+
+    @once
+    def listener() -> Any:
+        return llama(layers=2, seed=1)
+
+    @once
+    def explained() -> Any:
+        asked = [f"In which country is {place}?" for place in ("Rome", "Lima")]
+        return pl.tuning.Explained(
+            asked, [" Italy", " Peru"], [" It is in Italy.", " It is in Peru."], choices=[" Italy", " Peru"]
+        )
 
     @once
     def holds() -> list[bool]:
@@ -515,7 +540,18 @@ class Tuning(Anywhere):
         return pl.tuning.direction(Tuning.model(), Tuning.data(), Tuning.holds(), "layers.1.resid_post")
 
 
-FILES = {"dev.conllu": conllu}
+def ordinary(first: int, last: int) -> str:
+    """Lines of ordinary text: those of the licence."""
+    lines = [line.strip() for line in (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines() if line.strip()]
+    return "\n".join(" ".join(lines[i : i + 5]) for i in range(first, last, 5))
+
+
+FILES: dict[str, Callable[[Path], Any]] = {
+    "dev.conllu": lambda path: path.write_text(conllu(), encoding="utf-8"),
+    "texts.txt": lambda path: path.write_text(ordinary(0, 130), encoding="utf-8"),
+    "held_out.txt": lambda path: path.write_text(ordinary(130, 150), encoding="utf-8"),
+    "concepts.safetensors": lambda path: Tuning.guided().objectives["objective"][0].save(path),
+}
 
 ROOMS: dict[str, type[Anywhere]] = {
     "attribution": Attribution,
@@ -561,9 +597,9 @@ def _names(node: ast.AST) -> list[ast.Name]:
 def stage(test: doctest.DocTest, path: Path) -> None:
     """Give a test what its examples need."""
     things, *public = room(path)
-    for name, content in FILES.items():
-        if any(name in example.source for example in test.examples):
-            Path(name).write_text(content(), encoding="utf-8")
+    for name, write in FILES.items():
+        if any(name in example.source for example in test.examples if not example.options.get(doctest.SKIP)):
+            write(Path(name))
     for name in needed(test.examples, set(test.globs)):
         if hasattr(things, name):
             test.globs[name] = getattr(things, name)()

@@ -168,6 +168,19 @@ def test_the_edited_grid_is_that_of_the_edited_run(live: Live) -> None:
 # ---- edits
 
 
+def test_a_temperature_divides_the_logits_and_a_seed_draws_the_text(live: Live) -> None:
+    found, plain = ask(live, generate=6, temperature=0.5, seed=3), ask(live, generate=6)
+    p = (live.model.run(PROMPT).logits[0, -1].detach() / 0.5).softmax(-1)
+    assert [c.id for c in found.clean.top] == [c.id for c in plain.clean.top]
+    np.testing.assert_allclose([c.probability for c in found.clean.top], p.topk(TOP).values, rtol=1e-5)
+    assert found.clean.entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
+    drawn = live.model.generate(PROMPT, max_new_tokens=6, temperature=0.5, seed=3)
+    assert found.clean.generated == drawn.text and found.pair == []
+    assert (
+        ask(live, generate=6, temperature=0.5).clean.generated == plain.clean.generated
+    )  # without a seed the likeliest
+
+
 def edited(live: Live, edit: Edit, *engine: pl.engine.edits.Edit) -> None:
     """The answer under an edit of the page is that of the engine's edits."""
     found = ask(live, PROMPT, edit, other=OTHER, generate=4)
@@ -178,6 +191,7 @@ def edited(live: Live, edit: Edit, *engine: pl.engine.edits.Edit) -> None:
     )
     own, theirs = (int(live.model.run(p).logits[0, -1].argmax()) for p in (PROMPT, OTHER))
     assert found.edited.difference == pytest.approx(float((logits[own] - logits[theirs]).detach()), abs=1e-4)
+    assert live.model.tokenizer is not None and found.pair == [live.model.tokenizer.decode([i]) for i in (own, theirs)]
     assert found.edited.generated == live.model.generate(PROMPT, edits=engine, max_new_tokens=4).text
 
 

@@ -397,7 +397,7 @@ const claims = {
 
 async function accessible(theme, asTables) {
   const page = await open(browser, file("gallery.html"), { theme, bypassCSP: true });
-  await view(page, "anatomy").getByRole("button", { name: "2", exact: true }).click();
+  await view(page, "anatomy").getByRole("button", { name: /^layer 2:/ }).click();
   await page.evaluate(() => pellucid.page.select("layers.2.attn.heads.1", { position: 1, token: " Eiffel" }));
   for (const kind of KINDS) {
     await tool(view(page, kind), "Code").click();

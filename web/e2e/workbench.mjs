@@ -254,6 +254,52 @@ const claims = {
     assert.equal(await panel(page, "patching").count(), 0);
     return page;
   },
+  async "a view that is opened comes into sight, by mouse and by key, and says how it is read"() {
+    const page = await open({ height: 500 });
+    await panel(page, "lens").locator("figure").waitFor();
+    const inSight = async (view) => {
+      await panel(page, view).locator("figure").waitFor();
+      await page.waitForFunction((v) => { const r = document.querySelector(`[data-view=${v}]`).getBoundingClientRect(); return r.top >= 0 && r.top < innerHeight / 2; }, view);
+    };
+    await button(pane(page), "Anatomy").click();
+    await inSight("anatomy");
+    await page.evaluate(() => { scrollTo(0, 0); document.activeElement.blur(); });
+    await page.keyboard.press("3");
+    await inSight("attention");
+    const shown = panel(page, "attention");
+    await button(shown, "How to read").click();
+    await shown.getByText("Each small picture is a head").waitFor();
+    await button(shown, "lines").click();
+    const lines = shown.getByRole("img", { name: /as lines/ });
+    const drawn = await lines.locator("line").count();
+    assert.ok(drawn > 5, String(drawn));
+    return page;
+  },
+  async "a temperature moves the answers and is kept in the address, text is drawn at it, and the logit difference names its pair"() {
+    const page = await open();
+    await choices(page).waitFor();
+    const before = await numbers(choices(page));
+    const slider = pane(page).getByRole("slider", { name: /Temperature/ });
+    await slider.focus();
+    const asked = page.waitForResponse((r) => r.url().endsWith("/api/live") && r.request().postDataJSON().temperature > 1.9);
+    await page.keyboard.press("End");
+    await asked;
+    await settled(page);
+    assert.notEqual(await numbers(choices(page)), before);
+    await pane(page).getByRole("combobox", { name: /Go on for/ }).selectOption("8");
+    await pane(page).getByRole("checkbox", { name: "drawn" }).check();
+    await page.waitForFunction(() => document.querySelector("[aria-label='how it goes on']").textContent.length > 3);
+    const first = await pane(page).getByLabel("how it goes on").innerText();
+    await button(pane(page), "Another").click();
+    await page.waitForFunction((t) => { const e = document.querySelector("[aria-label='how it goes on']").textContent; return e.length > 3 && e !== t; }, first);
+    await compare(page, "The capital of Italy is");
+    await pane(page).getByText(/logit difference “.*” − “.*” [+−]/).waitFor();
+    await page.waitForTimeout(700);
+    await page.reload();
+    await choices(page).waitFor();
+    assert.equal(await slider.inputValue(), "2");
+    return page;
+  },
   async "neurons are found, sorted, filtered and opened"() {
     const page = await open();
     await button(pane(page), "Neurons").click();

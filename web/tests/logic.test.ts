@@ -201,7 +201,7 @@ describe("tables", () => {
   test("a kind is added in one row", () => {
     const made = { kind: "made-up", words: ["a", "b"] } as unknown as View, kinds = KINDS as unknown as Record<string, (typeof KINDS)["table"]>;
     expect(kindOf(made)).toBeUndefined();
-    kinds["made-up"] = { table: (v) => ({ kind: "table", rows: 2, columns: [{ name: "word", texts: (v as unknown as { words: string[] }).words }] }) };
+    kinds["made-up"] = { read: "", table: (v) => ({ kind: "table", rows: 2, columns: [{ name: "word", texts: (v as unknown as { words: string[] }).words }] }) };
     expect(kindOf(made)!.table(made).columns[0].texts).toEqual(["a", "b"]);
     delete kinds["made-up"];
   });

@@ -100,7 +100,7 @@ describe("following the typing", () => {
 
 const STATE: State = {
   version: 1,
-  panes: [{ pane: "a", model: "SmolLM2", prompt: "<script>alert('é🙂')</script>", other: null, views: ["lens"], generate: 8, answer: " Rome", word: "",
+  panes: [{ pane: "a", model: "SmolLM2", prompt: "<script>alert('é🙂')</script>", other: null, views: ["lens"], generate: 8, temperature: 0.7, seed: 3, answer: " Rome", word: "",
     edits: [{ component: "layers.5.attn.heads.3", kind: "steer", strength: -2.5, direction: "random", position: 4, seed: 3, on: false }] }],
   selection: { component: "layers.5.attn.heads.3", position: 4 },
   neurons: { sort: "activation", layer: 2 },
@@ -127,7 +127,7 @@ describe("links", () => {
     const given = { version: 1, panes: [{ prompt: 3, edits: [{ component: "x", kind: "explode", strength: "2", position: -1 }, 7], generate: 1e9, views: [1] }, null], selection: "all", neurons: { sort: "none" } };
     expect(checked(given)).toEqual({
       version: 1, selection: { component: null, position: null }, neurons: { sort: "activation", layer: null },
-      panes: [{ pane: "", model: "", prompt: "", other: null, generate: 64, answer: "", word: "", views: [""], edits: [{ component: "x", kind: "zero", strength: 1, direction: "contrast", position: null, seed: 0, on: true }] }],
+      panes: [{ pane: "", model: "", prompt: "", other: null, generate: 64, temperature: 1, seed: null, answer: "", word: "", views: [""], edits: [{ component: "x", kind: "zero", strength: 1, direction: "contrast", position: null, seed: 0, on: true }] }],
     });
     for (const bad of [null, 3, {}, { version: 2 }]) expect(() => checked(bad)).toThrow(/version 1/);
   });

@@ -65,7 +65,7 @@ class Learnt(Objective):
     def load(cls: type[L], path: str | Path) -> L:
         """What `save` wrote; InputError for another file. Then `check(model)`.
 
-        >>> Bottleneck.load("concepts.safetensors").check(model)  # doctest: +SKIP
+        >>> Bottleneck.load("concepts.safetensors").check(guided.model)
         """
         said = f"is no saved {cls.__name__}"
         with reading_tensors(path, f"pellucid_{cls.__name__.lower()}", said) as (about, tensors):

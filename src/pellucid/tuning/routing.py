@@ -223,7 +223,8 @@ def parts_off(
     `parts` are `Only(heads=, neurons=)` by value of the property `by`. Gives `accuracy` and `lost` (against the whole model) over
     [`off`, `texts`]: off "nothing", each part, and "random", the mean of `draws` draws of as many units as the largest part, at its sites.
 
-    >>> parts_off(tuned.model, data, "topic", {"b": Only(neurons={1: [0, 1]})})  # doctest: +SKIP
+    >>> parts_off(tuned.model, data, "praise", {True: Only(neurons={1: [0, 1]})}).data.sizes
+    Frozen({'off': 3, 'texts': 2})
     """
     at_least(1, draws=draws)
     encoded = Encoded(model, data)

@@ -186,7 +186,10 @@ class Select(Learnt):
         """The tuned model on texts of which it sees what a fitted selector picks, and the tokens picked of each; `spans` where it
         selects within one.
 
-        >>> run, words = selector.run(tuned.model, ["a fine film"])  # doctest: +SKIP
+        >>> (selector,) = selecting.objectives["objective"]
+        >>> run, words = selector.run(selecting.model, ["a fine film"])
+        >>> len(words)
+        1
         """
         self.belongs(model)
         told, paired = model.anatomy.answering.meaning, len(model.anatomy.stacks) > 1

@@ -67,7 +67,8 @@ def reason_tests(
     and another's reason. `reason` [prompt] and `said` [test, prompt] are the texts. Works for decoders and encoder-decoders;
     Refused for a model that does not generate, InputError without a tokenizer.
 
-    >>> reason_tests(model, data, reader=other).title  # doctest: +SKIP
+    >>> reason_tests(writer, explained, reader=listener, max_new_tokens=2).data.sizes["test"]
+    11
     """
     at_least(1, max_new_tokens=max_new_tokens)
     if order not in ("before", "after"):

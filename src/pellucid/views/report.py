@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pellucid.engine.given import Pair
 from pellucid.engine.pausing import progress, quiet
@@ -118,7 +119,10 @@ def _page(question: Question, sections: list[Section]) -> str:
         [tag("p", note, class_="note") for note in question.notes],
     )
     footer = join("Made with pellucid. ", tag("a", "Back to the top", href="#top"))
-    return page(f"{quoted(question.text[:60])} in {name}", header, sections, footer)
+    made = page(f"{quoted(question.text[:60])} in {name}", header, sections, footer)
+    path = Path(question.model.name)
+    # a page is made for others, whom a folder of this machine tells nothing
+    return made.replace(question.model.name, path.name) if len(path.parts) > 1 and path.exists() else made
 
 
 def _sure(section: Section) -> Html:

@@ -103,7 +103,7 @@ class Memory:
         self.model = model
         self.question: tuple[Any, Any] = (None, None)  # what the last panel asked, see `panels`
         self._runs: OrderedDict[str, Passed] = OrderedDict()
-        self._texts: OrderedDict[tuple[str, int], str] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, int, float, int], str] = OrderedDict()
 
     def of(self, prompt: str, keep: Iterable[str] = ()) -> Passed:
         """The run, which kept these sites at least."""
@@ -115,11 +115,11 @@ class Memory:
             self._runs.popitem(last=False)
         return old
 
-    def generated(self, prompt: str, tokens: int) -> str:
-        """What the model goes on with, greedily."""
-        key = (prompt, tokens)
+    def generated(self, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0) -> str:
+        """What the model goes on with; temperature 0 takes the likeliest."""
+        key = (prompt, tokens, temperature, seed)
         if key not in self._texts:
-            self._texts[key] = generated(self.model, prompt, (), tokens)
+            self._texts[key] = generated(self.model, prompt, (), tokens, temperature, seed)
         self._texts.move_to_end(key)
         while len(self._texts) > TEXTS:
             self._texts.popitem(last=False)
@@ -140,18 +140,23 @@ def generates(model: Model) -> bool:
     return bool(can and can()) and model.anatomy.stacks[-1].causal is not False
 
 
-def generated(model: Model, prompt: str, edits: Sequence[Edit], tokens: int) -> str:
-    return model.generate(prompt, edits=edits, max_new_tokens=tokens).text if tokens and generates(model) else ""
+def generated(
+    model: Model, prompt: str, edits: Sequence[Edit], tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    if not tokens or not generates(model):
+        return ""
+    return model.generate(prompt, edits=edits, max_new_tokens=tokens, temperature=temperature, seed=seed).text
 
 
-def answer(model: Model, asked: Passed, text: str = "", pair: tuple[int, int] | None = None) -> Answer:
+def answer(asked: Passed, text: str = "", pair: tuple[int, int] | None = None, temperature: float = 1.0) -> Answer:
     """What a run says; `pair` are the answers (ids) of the prompt and of the other prompt."""
     logits = asked.logits
     if logits is None:
         return Answer(top=[], entropy=0.0, generated=text, difference=None)
     options = likeliest(asked.asked, asked.run, TOP)
-    top = [Choice(token=o.text, probability=o.probability, logit=float(logits[o.id]), id=o.id) for o in options]
-    p = logits.softmax(-1)
+    p = (logits / temperature).softmax(-1)
+    own = temperature == 1 or asked.kind == "class"  # whose probabilities may be each its own
+    top = [Choice(token=o.text, probability=o.probability if own else float(p[o.id]), logit=float(logits[o.id]), id=o.id) for o in options]  # fmt: skip
     entropy = float(-(p * p.clamp_min(torch.finfo(p.dtype).tiny).log()).sum())
     difference = None if pair is None else float(logits[pair[0]] - logits[pair[1]])
     return Answer(top=top, entropy=entropy, generated=text, difference=difference)

@@ -13,6 +13,7 @@ import msgspec
 
 from pellucid.engine.edits import Edit
 from pellucid.model import Model
+from pellucid.question import answer_text
 from pellucid.workbench import edits as acting
 from pellucid.workbench.answers import Memory, Passed, answer, generated, passed, rivals
 from pellucid.workbench.lens import SECONDS, LiveLens
@@ -45,15 +46,16 @@ class Live:
         elif lens and self.lens.fits(shown):
             code = acting.lens_code(self.model, asked, shown.position - len(shown.inputs.stream("").labels[0]))
             document, more = self.lens.document((asked.tab, asked.pane), shown, _still(asked), code, self.seconds)
-        before = answer(self.model, clean, self.memory.generated(asked.prompt, asked.generate), pair)
-        text = generated(self.model, asked.prompt, engine, asked.generate) if engine else ""
-        after = answer(self.model, shown, text, pair) if engine else None
+        drawn = (0.0, 0) if asked.seed is None else (asked.temperature, asked.seed)
+        before = answer(clean, self.memory.generated(asked.prompt, asked.generate, *drawn), pair, asked.temperature)
+        text = generated(self.model, asked.prompt, engine, asked.generate, *drawn) if engine else ""
+        after = answer(shown, text, pair, asked.temperature) if engine else None
         times = Milliseconds(
             queue=1e3 * waited, forward=1e3 * forward, total=1e3 * (waited + time.perf_counter() - start)
         )
         return LiveReply(
             serial=asked.serial, tokens=list(shown.source.labels[0]), clean=before, edited=after, lens=document,
-            milliseconds=times, more=more, note=note,
+            milliseconds=times, pair=[answer_text(self.model, clean.kind, i) for i in pair or ()], more=more, note=note,
         )  # fmt: skip
 
     def _under(self, engine: Sequence[Edit], asked: LiveRequest, lens: bool) -> Passed:

@@ -119,7 +119,8 @@ Edits = Annotated[list[Edit], Meta(max_length=64)]
 
 
 class LiveRequest(Message):
-    """A prompt as it is being typed; a newer one of the same tab and pane takes its place."""
+    """A prompt as it is being typed; a newer one of the same tab and pane takes its place. Probabilities are those at a `temperature`; the
+    text that goes on is the likeliest or, with a `seed`, drawn at it."""
 
     tab: Name
     pane: Name
@@ -129,6 +130,8 @@ class LiveRequest(Message):
     edits: Edits = []
     lens: bool = True
     generate: Annotated[int, Meta(ge=0, le=64)] = 0
+    temperature: Annotated[float, Meta(ge=0.1, le=4)] = 1.0
+    seed: Annotated[int, Meta(ge=0)] | None = None
     serial: int = 0
 
 
@@ -170,7 +173,8 @@ class Milliseconds(Message):
 
 
 class LiveReply(Message):
-    """The answer without and with the edits. With `more`, columns of the lens are left to compute: ask again for them."""
+    """The answer without and with the edits; `pair` are the two answers that `difference` compares, if there is a second prompt. With `more`,
+    columns of the lens are left to compute: ask again for them."""
 
     serial: int
     tokens: list[str]
@@ -178,6 +182,7 @@ class LiveReply(Message):
     edited: Answer | None
     lens: Document | None
     milliseconds: Milliseconds
+    pair: list[str] = []
     more: bool = False
     note: str = ""
 
@@ -329,6 +334,8 @@ class Pane(Message):
     edits: Edits = []
     views: list[str] = []
     generate: Annotated[int, Meta(ge=0, le=64)] = 0
+    temperature: Annotated[float, Meta(ge=0.1, le=4)] = 1.0
+    seed: Annotated[int, Meta(ge=0)] | None = None
     answer: Line = ""
     word: Line = ""
 

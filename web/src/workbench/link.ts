@@ -50,7 +50,8 @@ export function checked(given: unknown): State {
   const panes = list(all.panes).slice(0, 8).map((p): PaneState => ({
     pane: text(p.pane, 8), model: text(p.model, 300), prompt: text(p.prompt), other: typeof p.other === "string" ? text(p.other) : null,
     edits: list(p.edits).slice(0, 64).map(edit), views: (Array.isArray(p.views) ? p.views : []).map((v) => text(v, 40)),
-    generate: Math.max(0, Math.min(64, Math.round(finite(p.generate, 0)))), answer: text(p.answer, 2000), word: text(p.word, 2000),
+    generate: Math.max(0, Math.min(64, Math.round(finite(p.generate, 0)))),
+    temperature: Math.max(0.1, Math.min(4, finite(p.temperature, 1))), seed: whole(p.seed), answer: text(p.answer, 2000), word: text(p.word, 2000),
   }));
   const selection = (all.selection ?? {}) as Loose, neurons = (all.neurons ?? {}) as Loose;
   return {

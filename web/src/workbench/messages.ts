@@ -77,7 +77,7 @@ export interface Edit {
   on?: boolean;
 }
 
-/** A prompt as it is being typed; a newer one of the same tab and pane takes its place. */
+/** A prompt as it is being typed; a newer one of the same tab and pane takes its place. Probabilities are those at a `temperature`; the text that goes on is the likeliest or, with a `seed`, drawn at it. */
 export interface LiveRequest {
   tab: string;
   pane: string;
@@ -87,6 +87,8 @@ export interface LiveRequest {
   edits?: Edit[];
   lens?: boolean;
   generate?: number;
+  temperature?: number;
+  seed?: number | null;
   serial?: number;
 }
 
@@ -123,7 +125,7 @@ export interface Milliseconds {
   total: number;
 }
 
-/** The answer without and with the edits. With `more`, columns of the lens are left to compute: ask again for them. */
+/** The answer without and with the edits; `pair` are the two answers that `difference` compares, if there is a second prompt. With `more`, columns of the lens are left to compute: ask again for them. */
 export interface LiveReply {
   serial: number;
   tokens: string[];
@@ -131,6 +133,7 @@ export interface LiveReply {
   edited: Answer | null;
   lens: Document | null;
   milliseconds: Milliseconds;
+  pair: string[];
   more: boolean;
   note: string;
 }
@@ -265,6 +268,8 @@ export interface Pane {
   edits?: Edit[];
   views?: string[];
   generate?: number;
+  temperature?: number;
+  seed?: number | null;
   answer?: string;
   word?: string;
 }

@@ -8,7 +8,7 @@ import { PanelStore } from "./panel.svelte";
 import type { Edit, Kind, LiveReply, LiveRequest, ModelCard, Neurons, PaneState, ViewRequest } from "./types";
 import { PANELS, type View } from "./views";
 
-export const FRESH: Omit<PaneState, "pane" | "model"> = { prompt: "", other: null, edits: [], views: ["lens"], generate: 0, answer: "", word: "" };
+export const FRESH: Omit<PaneState, "pane" | "model"> = { prompt: "", other: null, edits: [], views: ["lens"], generate: 0, temperature: 1, seed: null, answer: "", word: "" };
 
 export class PaneStore {
   readonly id: string;
@@ -18,6 +18,8 @@ export class PaneStore {
   edits = $state.raw<Edit[]>([]);
   views = $state.raw<View[]>(["lens"]);
   generate = $state(0);
+  temperature = $state(1); // of the probabilities shown, and of text that is drawn
+  seed = $state<number | null>(null); // of text that is drawn; null writes the likeliest
   answer = $state(""); // what the views are about: empty, what the model says
   word = $state(""); // the word whose label is asked about
   chosen = $state.raw<Partial<Record<View, string>>>({}); // how a view is drawn, where that can be chosen
@@ -46,7 +48,7 @@ export class PaneStore {
     this.#changed = changed;
     this.id = given.pane;
     this.model = model;
-    Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate, answer: given.answer, word: given.word });
+    Object.assign(this, { prompt: given.prompt, other: given.other, edits: given.edits, generate: given.generate, temperature: given.temperature, seed: given.seed, answer: given.answer, word: given.word });
     this.views = PANELS.map((p) => p.view).filter((v) => given.views.includes(v));
     const panel = () => new PanelStore(api.view);
     this.panels = Object.fromEntries(PANELS.filter((p) => p.view !== "lens" && !p.own).map((p) => [p.view, panel()]));
@@ -64,7 +66,7 @@ export class PaneStore {
   }
 
   get state(): PaneState {
-    return { pane: this.id, model: this.model.name, prompt: this.prompt, other: this.other, edits: this.edits, views: this.views, generate: this.generate, answer: this.answer, word: this.word };
+    return { pane: this.id, model: this.model.name, prompt: this.prompt, other: this.other, edits: this.edits, views: this.views, generate: this.generate, temperature: this.temperature, seed: this.seed, answer: this.answer, word: this.word };
   }
 
   /** What this pane shows now. */
@@ -85,6 +87,7 @@ export class PaneStore {
     const question = {
       tab: this.#api.tab, pane: this.id, model: this.model.id, prompt: this.prompt, other: this.pair, edits: this.edits.filter((e) => e.on),
       lens: this.views.includes("lens"), generate: pace === "sliding" ? 0 : this.generate,
+      temperature: this.temperature, seed: this.seed,
     };
     this.#asked = essence(question);
     this.#live.ask(question, pace);
@@ -227,4 +230,4 @@ export class PaneStore {
 }
 
 /** What an answer depends on. */
-const essence = ({ model, prompt, other, edits }: LiveRequest) => JSON.stringify([model, prompt, other, edits]);
+const essence = ({ model, prompt, other, edits, temperature, seed }: LiveRequest) => JSON.stringify([model, prompt, other, edits, temperature, seed]);
