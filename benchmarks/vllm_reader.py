@@ -2,6 +2,8 @@
 
     VLLM_TARGET_DEVICE=cpu VLLM_CPU_KVCACHE_SPACE=1 python -m benchmarks.vllm_reader llama qwen3 gpt2 llama/transformers [FOLDER ...]
 
+With `python -m torch.distributed.run --nproc-per-node 2 -m benchmarks.vllm_reader llama` the weights are split over two processes.
+
 Tiny random weights by family, or a model in a folder (SmolLM2, say); `/transformers` asks for that back end. For each: the largest
 relative error of a token at any site and in the logits, under edits (beside how far these move the logits), the tokens written under three
 edits, and CPU seconds of storing a corpus here and there.
@@ -9,6 +11,7 @@ edits, and CPU seconds of storing a corpus here and there.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -82,7 +85,9 @@ def main(names: list[str]) -> None:
             model = pl.load(folder(name, Path(made)), tokenizer=False, dtype=torch.float32)
             print(f"## {asked}: {model}", flush=True)
             started = time.process_time()
-            with pl.VLLM(modules=modules, max_model_len=128, max_num_batched_tokens=128, max_num_seqs=16) as fast:
+            split = {"tensor_parallel_size": n} if (n := int(os.environ.get("WORLD_SIZE", 1))) > 1 else {}
+            told: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 128, "max_num_seqs": 16, **split}
+            with pl.VLLM(modules=modules, **told) as fast:
                 engine = fast.open(model)
                 print(
                     f"opened in {time.process_time() - started:.1f} CPU s; not read {len(engine.unlike)}, not edited {len(engine.uneditable)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -219,6 +221,10 @@ def test_what_it_does_not_do_is_refused_by_name(model: pl.Model, fast: pl.VLLM) 
             "edits": pl.Steer("embed", VECTOR.expand(4, 1, 64))
         },
         "without gradients": {"edits": pl.Steer("embed", moving)},
+        "'layers.1.attn.out' carries the edit of its layer's": {
+            "keep": "layers.*.attn.out",
+            "edits": edits()["set in the middle"],
+        },
         "computes without gradients": {"keep": "embed", "grad_of": metric},
     }
     for said, options in asked.items():
@@ -440,3 +446,50 @@ def test_other_families_and_the_other_back_end(tmp_path: Path, family: str, modu
         again = kind(model.module.config)  # its classes are what they were
         assert sys.modules[kind.__module__].__dict__[kind.__name__] is type(again)
         print(family, modules, "logits off by", off(there.logits[real].float(), here.logits[real].float()))
+
+
+SPLIT = """
+import sys
+import pellucid as pl
+from tests.workers.test_vllm import PARTS, ROWS, SAME, edits, off
+
+model = pl.load(sys.argv[1], tokenizer=False)
+fast = pl.VLLM(tensor_parallel_size=2, max_num_batched_tokens=7, max_num_seqs=4, max_model_len=100)
+for made in edits().values():
+    here, there = (model.run(ROWS, keep=[f"layers.*.{p}" for p in PARTS if p != "attn.out"], edits=made, on=on) for on in (None, fast))
+    real = here.inputs.stream("").mask.bool()
+    assert off(there.logits[real], here.logits[real]) < SAME
+    for site in there.sites:
+        a, b = there.tensor(site)[real], here.tensor(site)[real]
+        worst = float((a - b).norm(dim=-1).max() / b.norm(dim=-1).max().clamp_min(1e-3))  # zeros among them
+        assert worst < SAME, (site, made, worst)
+here, there = (model.generate(ROWS, max_new_tokens=5, edits=edits()["add"], on=on) for on in (None, fast))
+assert [here.ids(row) for row in range(4)] == [there.ids(row) for row in range(4)]
+heads = {m.num_heads for m in fast.engine.module.modules() if hasattr(m, "num_heads")}
+assert heads == {1}, heads
+print("alike on this rank")
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make test-vllm)")
+def test_weights_that_are_split_over_two_processes(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        **SIZES, hidden_size=64, intermediate_size=96, num_key_value_heads=2, head_dim=32, eos_token_id=3
+    )
+    folder, program = saved(config, tmp_path / "llama"), tmp_path / "program.py"
+    program.write_text(SPLIT)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+        str(folder),
+    ]
+    around = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
+    done = subprocess.run(words, env=around, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("alike on this rank") == 2

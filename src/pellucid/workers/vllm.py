@@ -124,6 +124,13 @@ class VLLM:
         engine = self.open(model)
         wanted = [spot for k in keep for spot in spots(model.anatomy, k)]
         ports = {spot.tap: engine.port(spot) for spot in wanted}
+        middles = {
+            spot.site.layer for e in edits for spot in spots(model.anatomy, e.site) if spot.site.part == "resid_mid"
+        }
+        if both := next((s.site for s in wanted if s.site.part == "attn.out" and s.site.layer in middles), None):
+            raise Refused(
+                f"{str(both)!r} carries the edit of its layer's resid_mid here, and does not in vLLM: keep one, edit the other"
+            )
         found, _ = engine.go(
             _rows(inputs), {*ports.values(), *([TOP] if logits else ())}, engine.written(inputs, edits)
         )
