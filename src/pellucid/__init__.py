@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pellucid.engine.sweep import on as on
     from pellucid.model import Model as Model
     from pellucid.model import load as load
+    from pellucid.workers import VLLM as VLLM
     from pellucid.workers import Devices as Devices
     from pellucid.workers import Here as Here
     from pellucid.workers import Processes as Processes
@@ -53,7 +54,7 @@ _HOME = {
     "Site": "anatomy.sites",
     **dict.fromkeys(("Ablate", "Clamp", "Patch", "ProjectOut", "Replace", "Rotate", "Scale", "Steer"), "engine.edits"),
     **dict.fromkeys(("Redirect", "Say", "Stop", "Watch"), "engine.steps"),
-    **dict.fromkeys(("Devices", "Here", "Processes", "Ray", "on"), "workers"),
+    **dict.fromkeys(("VLLM", "Devices", "Here", "Processes", "Ray", "on"), "workers"),
 }
 _MODULES = (
     "anatomy",

@@ -31,7 +31,7 @@ from pellucid.engine.run import Run, execute, holding
 from pellucid.engine.sampling import number, sampling
 from pellucid.engine.saved import load_changes, save_changes
 from pellucid.engine.steps import Monitored, Watch, guards_of, watchers
-from pellucid.engine.sweep import Plan, Sweep, Where, plan_sweep
+from pellucid.engine.sweep import Plan, Sweep, Where, plan_sweep, reader
 from pellucid.engine.watching import run_until
 from pellucid.errors import InputError, Refused, SiteError, checked, listed
 from pellucid.metrics import BoundMetric, Metric, as_metric, meant, placed
@@ -314,6 +314,7 @@ class Model:
         keep_on: str | torch.device | Path | None = None,
         decoder: str | Sequence[str] | None = None,
         spans: Spans | None = None,
+        on: Where | None = None,
     ) -> Run:
         """Run prompts, keeping the tensors at some sites and editing others.
 
@@ -325,14 +326,16 @@ class Model:
         `logits=False` it ends at the last site that is kept or edited: what comes after is not computed.
 
         `keep_on` is where kept values go as soon as they are met: a device ("cpu" frees the accelerator), or the Path of a folder, whose
-        files they are then. `memory` says what a run will take.
+        files they are then. `memory` says what a run will take. `on`: `pl.VLLM()`, whose engine runs it.
         """
-        edits, keep = _edits(edits), _kept(keep)
+        edits, keep, there = _edits(edits), _kept(keep), reader(on)
         put = holding(keep_on)
         if put is not None and grad:
             raise InputError("keep_on= takes values out of the graph that grad=True asks for: leave out one of them")
         if not logits and (grad_of is not None or not keep):
             raise InputError("logits=False ends a run at its last kept site: give keep=, and no grad_of=")
+        if there is not None and (grad or grad_of is not None or moving(edits)):
+            raise Refused(f"{there!r} computes without gradients: leave on= out")
         with (
             torch.set_grad_enabled(grad or torch.is_grad_enabled()),
             differentiable(self.module, grad or moving(edits)),
@@ -340,6 +343,9 @@ class Model:
             inputs = self.inputs(prompt, decoder=decoder, spans=spans)
             metric = None if grad_of is None else self.bind(grad_of, len(inputs), inputs)
             edits = self.resolved(edits)
+            if there is not None:
+                made: Run = there.execute(self, inputs, keep, edits, logits, put)
+                return made
             if not logits:
                 return run_until(self.anatomy, inputs, keep, edits, grad, put)
             score = None if metric is None else lambda run: self.score(run, metric)
@@ -398,6 +404,7 @@ class Model:
         stream: Any = None,
         seed: int = 0,
         use_cache: bool = True,
+        on: Where | None = None,
         **options: Any,
     ) -> Generated:
         """Continue prompts, as transformers does; greedy unless sampling is asked for. `print` the result for its text.
@@ -411,10 +418,11 @@ class Model:
         the prompt. when: `pl.Watch`es, which see each step and may stop, redirect or give a text to single rows. monitors: readers
         with a threshold and an action (`pl.safety`); `generated.firings` is what they saw. An edit
         with a `when=` acts in the rows and steps where that holds. Messages that end with the assistant's are continued.
-        An encoder-decoder begins with `decoder`, of one length for all prompts.
+        An encoder-decoder begins with `decoder`, of one length for all prompts. `on`: `pl.VLLM()`, whose engine writes; what is
+        sampled is drawn by it, so it is not what is drawn here.
         """
-        edits, keep = _edits(edits), _kept(keep)
-        call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream")} | options
+        edits, keep, there = _edits(edits), _kept(keep), reader(on)
+        call = {k: v for k, v in locals().items() if k not in ("self", "options", "stream", "there")} | options
         told = sampling(max_new_tokens, min_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, **options)
         number("num_return_sequences", num_return_sequences, 1, whole=True)
         beams = told.get("num_beams", 1) != 1
@@ -428,6 +436,19 @@ class Model:
             told["num_return_sequences"] = num_return_sequences
         elif num_return_sequences > 1:
             inputs = inputs.rows([i for i in range(len(inputs)) for _ in range(num_return_sequences)])
+        if there is not None:
+            asked = {
+                "keep=": keep,
+                "when=": when,
+                "monitors=": monitors,
+                "scores=": scores,
+                "stop=": stop,
+                "stream=": stream,
+            }
+            if name := next((name for name, value in asked.items() if value), None):
+                raise Refused(f"{name} is not had while {there!r} generates: leave it out, or on=")
+            written: Generated = there.generate(self, inputs, told, self.resolved(edits), seed, call)
+            return replace(written, model=self)
         guards = guards_of(monitors, self)
         made = generate(
             self.anatomy,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -27,12 +27,12 @@ from torch import Tensor
 
 from pellucid.anatomy.sites import Site
 from pellucid.corpus import Corpus, Place, Row, batches, inputs
-from pellucid.engine.inputs import read_inputs
+from pellucid.engine.inputs import Inputs, read_inputs
 from pellucid.engine.pausing import pause, progress
 from pellucid.engine.run import Run
-from pellucid.engine.sweep import Where
+from pellucid.engine.sweep import Where, current
 from pellucid.engine.watching import run_until
-from pellucid.errors import InputError, PellucidError, nearest
+from pellucid.errors import InputError, PellucidError, Refused, nearest
 from pellucid.model import Model
 from pellucid.workers.errand import Errand, Tensors, Work, done
 
@@ -280,6 +280,11 @@ def store_activations(
     given, folder = Corpus.of(texts, packed=False, long="refuse"), Path(path)
     about: dict[str, Any] = {"context": given.context, "packed": given.packed, "long": given.long, "batch": batch}
     about |= {"shard_rows": shard_rows} | ({} if sample is None else {"sample": sample, "seed": seed})
+    there: Any = on or current()
+    if hasattr(there, "execute"):  # its rounding is another: a store has one reader
+        if compute is not None:
+            raise Refused(f"{there!r} computes in the model's dtype: leave compute= out")
+        about |= {"reader": there.name}
     index = _continue(folder, Index(names, model.digest, str(dtype).removeprefix("torch."), about))
     told: dict[str, Any] = {
         "sites": names,
@@ -345,6 +350,9 @@ class Shards(Work):
 
     def __init__(self, model: Model, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.model, self.about, self.names = model, about, list(about["sites"])
+        self.reader: Callable[[Inputs, list[str]], Run] = lambda given, sites: run_until(
+            model.anatomy, given, sites
+        )  # or vLLM's
         self.dtype = getattr(torch, about["dtype"])
         self.compute = None if about["compute"] is None else getattr(torch, about["compute"])
 
@@ -360,7 +368,7 @@ class Shards(Work):
             pause()
             rows = [Row(number, tuple(ids), 0, decoder) for number, ids, decoder in group]
             with torch.autocast(_device(self.model), self.compute, enabled=self.compute is not None):
-                run = run_until(self.model.anatomy, inputs(self.model, rows), self.names)
+                run = self.reader(inputs(self.model, rows), self.names)
             for name, values in self._values(run, rows).items():
                 kept.setdefault(name, []).append(values)
         made = {name: torch.cat(parts) for name, parts in kept.items()}

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,54 @@ def test_gradients_are_those_of_the_dequantised_weights_or_refused_by_the_layers
             pl.causal.attribution_patching(ours, PROMPT, OTHER, metric=METRIC)
         return
     close(found, theirs.run(PROMPT, **asked).grad("layers.0.resid_pre"), ours)
+
+
+def test_circuits_are_those_of_the_dequantised_weights_or_refused_for_their_rounding(
+    both: tuple[pl.Model, pl.Model],
+) -> None:
+    ours, theirs = both
+    edges = ["layers.0.mlp->layers.1.mlp", "layers.0.mlp->logits"]
+    R = pl.circuits
+    calls = [
+        lambda m: R.exact_patching(m, PROMPT, METRIC, how="zero", edges=edges).result.data["effect"],
+        lambda m: R.edge_attribution(m, PROMPT, METRIC, how="zero").result.data["effect"],
+        lambda m: R.head_roles(m, draws=1, length=6).data["induction"],
+        lambda m: R.acdc(m, PROMPT, METRIC, threshold=0.02, how="zero"),
+    ]
+    try:
+        calls[0](ours)
+    except Refused:
+        for call in calls:
+            with pytest.raises(Refused, match="quantised layers round what they are given.*load it unquantised"):
+                call(ours)
+        assert calls[0](theirs).size  # without the rounding of their kernels nothing is refused
+        return
+    for call in calls[:3]:
+        a, b = (np.asarray(call(m).values) for m in both)
+        assert (np.isnan(a) == np.isnan(b)).all()
+        close(np.nan_to_num(a), np.nan_to_num(b), ours)
+
+
+def test_an_edge_of_packed_layers_is_what_raw_hooks_do(both: tuple[pl.Model, pl.Model]) -> None:
+    """The second MLP reads the stream without what the first one wrote; nothing rests on sums over parts."""
+    model = both[0]
+    blocks, ids = model.module.model.layers, model.inputs(PROMPT).tensors["input_ids"]
+    said: list[Tensor] = []
+    with torch.no_grad():
+        hooks = [
+            blocks[0].mlp.register_forward_hook(lambda m, a, out: said.append(out)),
+            blocks[1].post_attention_layernorm.register_forward_pre_hook(lambda m, a: (a[0] - said[-1],)),
+        ]
+        edited = model.module(input_ids=ids).logits[0, -1]
+        for hook in hooks:
+            hook.remove()
+        clean = model.module(input_ids=ids).logits[0, -1]
+    by_hand = float((edited[7] - edited[9]) - (clean[7] - clean[9]))
+    found = pl.causal.edge_ablation(
+        model, PROMPT, over=["layers.0.mlp.out"], receivers=["layers.1.mlp.out"], how="zero",
+        metric=pl.metrics.logit_difference(7, 9),
+    ).data["effect"]  # fmt: skip
+    assert float(found.values.ravel()[0]) == pytest.approx(by_hand, abs=2e-5)
 
 
 def test_quantised_weights_are_never_changed(both: tuple[pl.Model, pl.Model]) -> None:

@@ -77,6 +77,10 @@ def test_the_views_are_about_the_answer_that_was_named(kind: str, tmp_path: Path
         for each in next(v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict))
     ]
     exact = A.gradient_x_input(model(kind), PROMPT, target())
+    # a rival is spoken of where there is one, and the answer is named where it is asked about alone
+    lead = shown["document"].get("lead", "")
+    assert ("rather than" in lead) == (kind in ("llama", "ForTokenClassification"))
+    assert kind == "Model" or typed["answer"].strip() in lead
     if kind not in ("llama", "ForTokenClassification"):  # there against the runner-up
         drawn = np.frombuffer(base64.b64decode(packed["base64"]), np.float32)
         np.testing.assert_allclose(drawn, exact.values, rtol=1e-4, atol=1e-6)

@@ -171,6 +171,15 @@ def loop_of(module: nn.Module) -> Any:
     return found
 
 
+def ends_of(module: nn.Module, tokenizer: Any) -> tuple[list[int], int]:
+    """The tokens that end a row, and what stands behind its end."""
+    config = loop_of(module).generation_config
+    eos = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    pad = config.pad_token_id
+    pad = pad if pad is not None else getattr(tokenizer, "pad_token_id", None)
+    return eos, int(pad if pad is not None else eos[0] if eos else 0)
+
+
 def generate(
     anatomy: Anatomy,
     tokenizer: Any,
@@ -190,16 +199,12 @@ def generate(
 ) -> Generated:
     """Continue each row of the inputs; `options` are those of `sampling`."""
     module, runs = anatomy.module, loop_of(anatomy.module)
-    config = runs.generation_config
     width = inputs.stream("").ids.shape[1]
     number("seed", seed, 0, 2**63, whole=True)
     vocabulary = getattr(runs.config.get_text_config(), "vocab_size", None)
     stops = Stops.of(stop, tokenizer, vocabulary)
     _check_room(anatomy, width, options["max_new_tokens"])
-    eos = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
-    pad = config.pad_token_id
-    pad = pad if pad is not None else getattr(tokenizer, "pad_token_id", None)
-    pad = int(pad if pad is not None else eos[0] if eos else 0)
+    eos, pad = ends_of(module, tokenizer)
 
     def encode(text: str) -> list[int]:
         if tokenizer is None:
@@ -344,6 +349,22 @@ def _told(
     **found: Any,
 ) -> Generated:
     """What was written, with the tokens of the answer as the positions of what was kept."""
+    kept = follower.gathered(), [s.site for s in follower.kept_steps]
+    prompt = Run(follower.anatomy, inputs, None, follower.kept, [s.site for s in follower.kept_prompt])
+    return decoded(follower.anatomy, tokenizer, inputs, tokens, wrote, scores, kept, prompt=prompt, **found)
+
+
+def decoded(
+    anatomy: Anatomy,
+    tokenizer: Any,
+    inputs: Inputs,
+    tokens: Tensor,
+    wrote: Tensor,
+    scores: Tensor | None = None,
+    kept: tuple[Any, list[Site]] = ({}, []),
+    **found: Any,
+) -> Generated:
+    """Tokens [row, step], and which of them were written, with their texts."""
     lengths = wrote.sum(1)
     ids = [row[: int(k)].tolist() for row, k in zip(tokens, lengths, strict=True)]
     names = {i: f"#{i}" if tokenizer is None else _token(tokenizer, i) for row in ids for i in row}
@@ -352,9 +373,9 @@ def _told(
     texts, answer = tuple(said), Stream(tokens, wrote.long(), labels)
     streams = {name: answer if s is inputs.stream("") else s for name, s in inputs.streams.items()}
     written = Inputs({"input_ids": tokens}, streams, texts)
-    steps = Run(follower.anatomy, written, scores, follower.gathered(), [s.site for s in follower.kept_steps])
-    prompt = Run(follower.anatomy, inputs, None, follower.kept, [s.site for s in follower.kept_prompt])
-    return Generated(texts, tokens, inputs.texts, lengths, inputs=inputs, steps=steps, prompt=prompt, **found)
+    return Generated(
+        texts, tokens, inputs.texts, lengths, inputs=inputs, steps=Run(anatomy, written, scores, *kept), **found
+    )
 
 
 def _check_room(anatomy: Anatomy, width: int, new: int) -> None:

@@ -104,6 +104,16 @@ def current() -> Where | None:
     return _where.get()
 
 
+def reader(where: Where | None) -> Any:
+    """What runs prompts elsewhere, where `where`, or else the block around this call, says so (`pl.VLLM`); None: here."""
+    found = where or current()
+    if where is not None and not (hasattr(where, "execute") or type(where).__name__ == "Here"):
+        raise InputError(
+            f"on={where!r} shares out the pieces of longer work; one run or generation is done here, or by pl.VLLM"
+        )
+    return found if hasattr(found, "execute") else None
+
+
 @dataclass(eq=False)
 class Plan:
     """How a sweep will be executed. `explain()` says it in words; `run()` does it, and continues where it stopped."""

@@ -25,7 +25,7 @@ from pellucid.views.documents import document
 from pellucid.views.forms import tokens
 from pellucid.views.looking import attention as attention_view
 from pellucid.views.markup import quoted
-from pellucid.views.question import Question, ask
+from pellucid.views.question import ALONE, Question, ask
 from pellucid.views.schema import Code, Document, Numbers
 from pellucid.workbench import edits as acting
 from pellucid.workbench import finder
@@ -106,7 +106,9 @@ def _tokens(question: Question, asked: ViewRequest) -> ViewReply:
 
 def _rival(question: Question) -> str:
     """Which contrast is asked about, and how to ask about another."""
-    if question.target is None or question.against is None or question.kind == "class":
+    if question.target is not None and question.kind in ALONE:  # its own score, without a rival
+        return "" if question.kind == "value" else f"Asked is {quoted(question.target.text)}, by its own score."
+    if question.target is None or question.against is None:
         return ""
     asked = f"Asked is why {quoted(question.target.text)} rather than {quoted(question.against.text)}"
     if question.counterfactual is not None:

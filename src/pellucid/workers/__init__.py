@@ -3,5 +3,6 @@
 from pellucid.engine.sweep import on
 from pellucid.workers.pool import Devices, Here, Pool, Processes
 from pellucid.workers.ray import Ray
+from pellucid.workers.vllm import VLLM
 
-__all__ = ["Devices", "Here", "Pool", "Processes", "Ray", "on"]
+__all__ = ["VLLM", "Devices", "Here", "Pool", "Processes", "Ray", "on"]
