@@ -3,8 +3,8 @@
     python -m benchmarks.facts_easyedit CLONE --data DIR --moments FILE [--facts 6]
 
 Of a clone of zjunlp/EasyEdit only `easyeditor/models/rome` and what it imports are loaded (the package itself asks for more than this machine
-installs), with the settings of its hparams/ROME/llama-7b.yaml; two prefixes of five tokens stand for its twenty (cost), and its second
-moment is ours where it is on. Each fact is edited alone; both are judged by `scoreboard`'s measures.
+installs), with the settings of its hparams/ROME/llama-7b.yaml; our two contexts stand for its twenty prefixes (cost), and its second moment is
+ours where it is on. Each fact is edited alone; both are judged by `scoreboard`'s measures.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
     compute_u: Any = importlib.import_module("easyeditor.models.rome.compute_u")
     compute_u.get_inv_cov = lambda *a, **k: inverse
     module, weight = bench.model.module, bench.model.module.get_parameter(values.memory[0].parameter)
+    theirs.get_context_templates = lambda *_: ["{}", *(f"{c.strip().rstrip('.')}. {{}}" for c in bench.contexts)]
     about = settings(theirs, given.clone, len(bench.model.layers))
     found: dict[str, list[dict[str, float]]] = {}
     for f in facts:
@@ -88,7 +89,6 @@ def main() -> None:
 def settings(theirs: Any, clone: Path, layers: int) -> Any:
     made = theirs.ROMEHyperParams.from_hparams(str(clone / "hparams" / "ROME" / "llama-7b.yaml"))
     made.layers, made.v_loss_layer, made.device = [LAYER], layers - 1, "cpu"
-    made.context_template_length_params = [[5, 2]]
     return made
 
 

@@ -166,7 +166,7 @@ class VLLM:
             said[row, : lengths[row]] = torch.tensor(each)
         wrote = torch.arange(tokens.shape[1]) < lengths[:, None]
         ended = tuple("eos" if o.finish_reason == "stop" else "length" for o in outputs)
-        about = {"log_probabilities": said, "ended": ended, "because": ("",) * len(ended), "call": call}
+        about: dict[str, Any] = {"log_probabilities": said, "ended": ended, "because": ("",) * len(ended), "call": call}
         return decoded(model.anatomy, model.tokenizer, inputs, tokens, wrote, **about)
 
     def spread(
