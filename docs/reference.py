@@ -68,7 +68,10 @@ def write(app: Any) -> None:
     into = Path(app.srcdir) / "reference"
     into.mkdir(exist_ok=True)
     known: dict[Any, str] = {}  # classes, by where they were documented first
-    pages = {"model": top(), **{folder.replace(".", "_"): page(folder, title, known) for folder, title in FOLDERS.items()}}
+    pages = {
+        "model": top(),
+        **{folder.replace(".", "_"): page(folder, title, known) for folder, title in FOLDERS.items()},
+    }
     listed = "\n   ".join(pages)
     title = "Reference"
     pages["index"] = f"{title}\n{'=' * len(title)}\n\n.. toctree::\n   :maxdepth: 1\n\n   {listed}\n"
