@@ -256,7 +256,7 @@ TOLD = {
 ELSEWHERE = {  # why these are not a pair on the small GPT-2, and where both sides were run
     "SAELens": "Not run as a pair: the call takes released weights from a network. Both sides were run on dictionaries of random weights: with SAELens 6.54.12 "
     "activations and reconstructions agree within 2e-5 for five kinds ([dictionaries](dictionaries.md#files)).",
-    "EasyEdit": "Not run as a pair: easyeditor 0.0.1.dev0, which PyPI has, is not imported without `higher`, `omegaconf` and more that do not install here. "
+    "EasyEdit": "Not run as a pair: easyeditor 0.0.1.dev0, which PyPI has, asks at import for more than itself (`omegaconf` was the first that lacked) and was not taken further. "
     "Its ROME is run from a clone, beside ours on the same facts, by `benchmarks/facts_easyedit.py` ([facts](surgery.md#facts)).",
     "repeng": "Not run as a pair: repeng 0.4.0 is not imported beside numpy 2 (`np.float_`). With that name put back both sides were run by "
     "`benchmarks/safety_peers.py`: `pca_centred` is its `pca_diff` to a cosine of 1.000000, and GGUF files are read either way bit for bit ([safety](safety.md)).",
