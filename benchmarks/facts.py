@@ -501,7 +501,7 @@ class Bench:
 
             found = self.kept(f"memit {title}", one)
             show(f"{title}, {len(self.facts)} facts, penalties {found['penalty']}", found)
-            if title.startswith(("MEMIT, penalty", "MEMIT at layers", "MEMIT, five")):
+            if title.startswith(("MEMIT, penalty", "MEMIT at", "MEMIT, five")):
                 at = found["edited"]
                 for measure, least in (("efficacy", 0.95), ("paraphrase", 0.9), ("neighbourhood kept", 0.8)):
                     bar(f"10 {title}: {measure}", at[measure], f">= {least}", at[measure] >= least)

@@ -174,7 +174,10 @@ def _growth(size: str) -> None:
     plan = model.plan(given, variants, METRIC)
     plan.run()
     bare = limit(model, given, plan)
-    spent = [(cpu(bare), cpu(lambda: model.sweep(given, variants, METRIC)), cpu(bare), cpu(own)) for _ in range(1 if millions > 1000 else 3)]
+    spent = [
+        (cpu(bare), cpu(lambda: model.sweep(given, variants, METRIC)), cpu(bare), cpu(own))
+        for _ in range(1 if millions > 1000 else 3)
+    ]
     share = median(s / ((a + b) / 2) for a, s, b, _ in spent)
     say(f"  {len(variants)} patches: share of the limit", share, "in forwards", median(s / f for _, s, _, f in spent),
         "of the limit with the run without edits", median(s / ((a + b) / 2 + f) for a, s, b, f in spent))  # fmt: skip

@@ -29,18 +29,21 @@ def names(module: Any) -> list[str]:
     return sorted(n for n in listed if not n.startswith("_"))
 
 
-def entry(address: str, thing: Any) -> str:
-    """The directive that documents one public name."""
+def entry(address: str, thing: Any, known: dict[Any, str] | None = None) -> str:
+    """The directive that documents one public name; of a class that stands under another name already, where."""
     if inspect.isclass(thing):
+        first = address if known is None else known.setdefault(thing, address)
+        if first != address:
+            return f"`{address.removeprefix('pellucid.')}` is :class:`{first}`.\n"
         return f".. autoclass:: {address}\n   :members:\n"
     if inspect.isfunction(thing):
         return f".. autofunction:: {address}\n"
     return ""
 
 
-def page(folder: str, title: str) -> str:
+def page(folder: str, title: str, known: dict[Any, str] | None = None) -> str:
     module = importlib.import_module(f"pellucid.{folder}")
-    found = [entry(f"pellucid.{folder}.{name}", getattr(module, name)) for name in names(module)]
+    found = [entry(f"pellucid.{folder}.{name}", getattr(module, name), known) for name in names(module)]
     head = f"{title}\n{'=' * len(title)}\n\n.. currentmodule:: pellucid.{folder}\n"
     opening = (inspect.getdoc(module) or "").splitlines()
     literal(None, "module", folder, module, None, opening)
@@ -64,7 +67,11 @@ def write(app: Any) -> None:
     """One page for each folder, written where what it says has changed."""
     into = Path(app.srcdir) / "reference"
     into.mkdir(exist_ok=True)
-    pages = {"model": top(), **{folder.replace(".", "_"): page(folder, title) for folder, title in FOLDERS.items()}}
+    known: dict[Any, str] = {}  # classes, by where they were documented first
+    pages = {
+        "model": top(),
+        **{folder.replace(".", "_"): page(folder, title, known) for folder, title in FOLDERS.items()},
+    }
     listed = "\n   ".join(pages)
     title = "Reference"
     pages["index"] = f"{title}\n{'=' * len(title)}\n\n.. toctree::\n   :maxdepth: 1\n\n   {listed}\n"

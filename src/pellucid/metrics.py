@@ -456,7 +456,9 @@ class ReferenceMetric:
     def bind(self, tokenizer: Any, batch: int) -> BoundMetric:
         """InputError if the reference does not have one row per prompt and position read."""
         reference = _numbers(self.name, self.reference)
-        positions: Sequence[int] | None = (-1,) if isinstance(self.positions, str) else self.positions
+        positions = (
+            (-1,) if isinstance(self.positions, str) else None if self.positions is None else tuple(self.positions)
+        )
         if reference.ndim < 3:
             reference = reference.reshape(-1, 1, reference.shape[-1])
         read = reference.shape[1] if positions is None else len(positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +16,9 @@ from pellucid.views import counterfactual
 from pellucid.views.counterfactual import unrelated
 from pellucid.views.evidence import Evidence, Foreign
 from pellucid.views.question import ask
-from pellucid.views.report import Report, build
+from pellucid.views.report import Report, _page, build
 from pellucid.views.schema import Attention, Table
-from pellucid.views.sections import trust
+from pellucid.views.sections import origin, trust
 from tests.zoo import build as tiny
 from tests.zoo import tokenizer
 
@@ -44,6 +45,15 @@ def test_the_page_asks_no_network_for_anything(report: Report) -> None:
     assert not re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!#|data:)[^"'\s>]""", markup)
     assert not re.findall(r"@import|fetch\(|XMLHttpRequest|WebSocket", report.html)
     assert re.search(r"default-src (?:'|&#39;|&#x27;)none", report.html)
+
+
+def test_a_local_model_is_named_without_its_folder(tmp_path: Path) -> None:
+    llama = opened("llama")
+    llama.module.save_pretrained(tmp_path / "my-model")  # type: ignore[operator]
+    model = pl.load(str(tmp_path / "my-model"), tokenizer=llama.tokenizer)
+    question = ask(model, PROMPT, None, None, 5)
+    made = _page(question, [origin.origin(question, [])])
+    assert str(tmp_path) not in made and "my-model" in made
 
 
 def test_every_section_answers_or_says_why_it_cannot(report: Report) -> None:

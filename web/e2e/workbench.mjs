@@ -189,7 +189,7 @@ const claims = {
     await compare(page, "The capital of Italy is");
     await select(page, "layers.0.resid_post");
     await act(page, "Steer");
-    const slider = pane(page).getByRole("slider");
+    const slider = pane(page).getByRole("slider", { name: /^Strength/ });
     const seen = new Set([await numbers(choices(page).last())]);
     await slider.focus();
     for (let i = 0; i < 12; i++) {
@@ -230,7 +230,7 @@ const claims = {
     const written = () => page.waitForFunction(() => { const all = [...document.querySelectorAll("[aria-label='how it goes on']")]; return all.length === 2 && all.every((e) => e.textContent.length > 2); });
     await written();
     const rested = page.waitForResponse((r) => r.url().endsWith("/api/live") && r.request().postDataJSON().generate === 8 && r.request().postDataJSON().edits[0].strength === 3);
-    await pane(page).getByRole("slider").press("End");
+    await pane(page).getByRole("slider", { name: /^Strength/ }).press("End");
     await rested;
     await written();
     const texts = pane(page).getByLabel("how it goes on");

@@ -35,7 +35,7 @@ await shot("workbench-views", { width: 1360, height: 860, theme: "dark" }, async
   await page.getByRole("checkbox", { name: /^only at/ }).check();
   await button(page, "Steer").click();
   await changed(page);
-  await page.getByRole("slider").fill("1");
+  await page.getByRole("slider", { name: /^Strength/ }).fill("1");
   await page.evaluate(() => globalThis.pellucid.page.select("layers.23.attn.heads.4", null, false));
   for (const name of ["Lens", "Attention", "Neurons"]) await button(page, name).click();
   await page.locator("[data-view=neurons] td.meter").first().waitFor();

@@ -64,6 +64,11 @@ def _wire(model: Model, split: Split) -> Wiring:
     except Refused:
         raise
     except Exception as error:  # a family whose forward pass takes none of this
+        if is_packed(model.module):
+            raise Refused(
+                "circuits are refused on this model: the kernels of its quantised layers take one prompt's values, not a stack of "
+                f"messages ({told(error)}): load it unquantised, or use ablation and patching of whole sites"
+            ) from error
         raise Refused(
             f"circuits cannot be wired on this model: a trial run of its probe failed ({told(error)})"
         ) from error

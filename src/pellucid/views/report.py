@@ -120,9 +120,17 @@ def _page(question: Question, sections: list[Section]) -> str:
     )
     footer = join("Made with pellucid. ", tag("a", "Back to the top", href="#top"))
     made = page(f"{quoted(question.text[:60])} in {name}", header, sections, footer)
-    path = Path(question.model.name)
-    # a page is made for others, whom a folder of this machine tells nothing
-    return made.replace(question.model.name, path.name) if len(path.parts) > 1 and path.exists() else made
+    return shared(made, question.model.loaded.name)
+
+
+def shared(page: str, name: str) -> str:
+    """A page for others, whom a folder of this machine tells nothing: a local model is named by its file alone.
+
+    >>> shared("pl.load('/no/such/model.gguf')", "/no/such/model.gguf")  # not here: may be a name on the hub
+    "pl.load('/no/such/model.gguf')"
+    """
+    path = Path(name)
+    return page.replace(name, path.name) if len(path.parts) > 1 and path.exists() else page
 
 
 def _sure(section: Section) -> Html:

@@ -14,6 +14,7 @@ from pellucid.engine.edits import Edit
 from pellucid.engine.given import read_row
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.limits import claimed
+from pellucid.engine.places import Kind
 from pellucid.engine.run import Run
 from pellucid.errors import InputError
 from pellucid.model import Model
@@ -41,7 +42,7 @@ class Passed:
         return self.asked.inputs
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """As the report has it: what is no choice among answers counts as vectors."""
         return self.asked.kind if self.asked.kind in KINDS else "vectors"
 

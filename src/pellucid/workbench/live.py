@@ -55,7 +55,7 @@ class Live:
         )
         return LiveReply(
             serial=asked.serial, tokens=list(shown.source.labels[0]), clean=before, edited=after, lens=document,
-            milliseconds=times, pair=[answer_text(self.model, clean.kind, i) for i in pair or ()], more=more, note=note,
+            milliseconds=times, pair=[answer_text(self.model, clean.asked.kind, i) for i in pair or ()], more=more, note=note,
         )  # fmt: skip
 
     def _under(self, engine: Sequence[Edit], asked: LiveRequest, lens: bool) -> Passed:

@@ -97,7 +97,7 @@ def compare(
     read = [Example.of(each, f"example {i + 1}") for i, each in enumerate(examples)]
     if not read:
         raise InputError("there are no examples to compare methods on")
-    read_each(model, [example.text for example in read], what="example")
+    read_each(model, [example.text for example in read], what="text")
     chosen = methods_named(methods)
     wanted = [m for m in (METRICS if metrics is None else metrics) if m != "faithfulness"]
     if unknown := [m for m in wanted if m not in BETTER or m in PLAUSIBILITY]:
