@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
@@ -230,6 +231,17 @@ def test_a_notebook_output_carries_all_it_needs_and_a_plain_form() -> None:
     assert "data-pellucid" in html and "DecompressionStream" in html and "<table>" in html
     assert len(html) < 120_000
     assert output(result({})).count("<script") == 2
+
+
+def test_a_notebook_that_is_not_trusted_shows_a_picture(llama: pl.Model) -> None:
+    """Jupyter takes scripts out of it, and leaves an image with its data where it is."""
+    pytest.importorskip("matplotlib")
+    found = pl.causal.ablation(
+        llama, PROMPT, over="layers.*.mlp.out", metric=pl.metrics.logit_difference(" the", " of")
+    )
+    picture = re.search(r'<img src="data:image/png;base64,([^"]+)" alt="([^"]+)">', found._repr_html_())
+    assert picture and base64.b64decode(picture[1]).startswith(b"\x89PNG") and picture[2] == found.title
+    assert "<img" not in page(found)  # a file has its script
 
 
 def test_the_code_corner_is_the_recorded_call_and_gives_the_numbers_again(llama: pl.Model) -> None:

@@ -1,6 +1,7 @@
 """Where does a view live? In a notebook's output, in a file of its own, in a report: always with all it needs.
 
-A view in HTML is an element that carries its document as JSON and, as long as no script runs, a plain table:
+A view in HTML is an element that carries its document as JSON and, as long as no script runs, a plain table (in a notebook, whose
+scripts do not run when it is opened again before it is trusted, under a picture, where matplotlib is installed):
 
     <div data-pellucid><script type="application/json">{...}</script> ...fallback... </div>
 
@@ -14,8 +15,11 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import io
+import warnings
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from pellucid.views.plain import plain
 from pellucid.views.schema import Document
 
 SHOWN = 50  # prompts of one result, one beneath another
+STILLS = 4  # of these with a picture, which takes .2 s to draw
 
 # Jupyter evaluates scripts of an output anew whenever it is shown; the module is loaded once, and asked to look again.
 LOADER = """(()=>{const g=globalThis;if(g.pellucid)return g.pellucid.scan();if(g.pellucidLoads)return;g.pellucidLoads=1;
@@ -46,10 +51,10 @@ def bundle() -> str:
         ) from None
 
 
-def element(shown: Document) -> Html:
-    """The element a view lives in; without scripts it is a title and a short table."""
+def element(shown: Document, still: Html | str = "") -> Html:
+    """The element a view lives in; without scripts it is a title and a short table, below `still`."""
     body = shown.json()
-    return tag("div", Html(f'<script type="application/json">{body}</script>'), plain(shown), data_pellucid=True)
+    return tag("div", Html(f'<script type="application/json">{body}</script>'), still, plain(shown), data_pellucid=True)
 
 
 # ---- notebooks
@@ -62,7 +67,28 @@ def _loader() -> str:
 
 def output(thing: Any) -> str:
     """HTML for a notebook's output: lives without a kernel and without a network."""
-    return join(*(element(document(each)) for each in _apart(thing)), Html(f"<script>{_loader()}</script>"))
+    shown = [document(each) for each in _apart(thing)]
+    still = [_still(each) for each in shown[:STILLS]] + [""] * (len(shown) - STILLS)
+    return join(*map(element, shown, still), Html(f"<script>{_loader()}</script>"))
+
+
+def _still(shown: Document) -> Html | str:
+    """The view as a picture; nothing where matplotlib is missing, or the view has none. Jupyter lets an image's data through to an untrusted page."""
+    if find_spec("matplotlib") is None:
+        return ""
+    from matplotlib.figure import Figure  # not pyplot's, which a notebook would show once more
+
+    from pellucid.views import drawing, plots
+
+    figure, file = Figure(figsize=drawing.size(shown.data), layout="constrained"), io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # of signs that the font has not: the table below has them
+        try:
+            plots.plot(shown, figure.subplots())
+        except InputError:
+            return ""
+        figure.savefig(file, format="png", dpi=96)
+    picture = base64.b64encode(file.getvalue()).decode()
+    return tag("p", tag("img", src=f"data:image/png;base64,{picture}", alt=shown.title))
 
 
 def _apart(thing: Any) -> list[Any]:

@@ -17,7 +17,7 @@ class Html(str):
     __slots__ = ()
 
 
-VOID = {"meta", "br", "hr"}
+VOID = {"meta", "br", "hr", "img"}
 Child = Any  # text, Html, a number, None (nothing), or an iterable of them
 
 
