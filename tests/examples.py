@@ -548,8 +548,8 @@ def ordinary(first: int, last: int) -> str:
 
 FILES: dict[str, Callable[[Path], Any]] = {
     "dev.conllu": lambda path: path.write_text(conllu(), encoding="utf-8"),
-    "texts.txt": lambda path: path.write_text(ordinary(0, 130), encoding="utf-8"),
-    "held_out.txt": lambda path: path.write_text(ordinary(130, 150), encoding="utf-8"),
+    "texts.txt": lambda path: path.write_text(ordinary(0, 60), encoding="utf-8"),
+    "held_out.txt": lambda path: path.write_text(ordinary(130, 136), encoding="utf-8"),
     "concepts.safetensors": lambda path: Tuning.guided().objectives["objective"][0].save(path),
 }
 

@@ -452,6 +452,6 @@ def test_what_a_forward_raises_while_it_is_opened_is_one_line():
 def test_the_workbench_says_what_is_no_choice_among_answers_in_words(head, says):
     asked = passed(opened(head), PROMPT)
     assert says in asked.note
-    answers = answer(opened(head), asked).top
+    answers = answer(asked).top
     assert [each.token for each in answers] == ([] if says else sorted(("bad", "fair", "good"), key=lambda n: -dict(
         zip(("bad", "fair", "good"), asked.run.logits[0].tolist(), strict=True))[n]))  # fmt: skip

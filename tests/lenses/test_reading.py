@@ -58,7 +58,7 @@ def test_the_decoder_reads_each_encoder_layer_in_the_last_ones_place(family):
 def test_other_models_have_no_decoder_lens():
     with pytest.raises(Refused, match="no encoder and decoder"):
         decoder_lens(opened("gpt2"), PROMPT)
-    with pytest.raises(InputError, match="one prompt at a time"):
+    with pytest.raises(InputError, match="expected one text"):
         decoder_lens(opened("t5"), [PROMPT])
 
 
