@@ -268,7 +268,9 @@ def longest(model: Model) -> int:
     return limit(model.module, first) or claimed(model.module, first) or 1 << 30
 
 
-def read_each(model: Model, prompts: Any, more: int = 0, what: str = "prompt") -> list[Inputs]:
+def read_each(
+    model: Model, prompts: Any, more: int = 0, what: str = "prompt", truncate: int | None = None
+) -> list[Inputs]:
     """One prompt or several, each as inputs of its own, for what goes through them in turn or in batches: all are read first.
 
     InputError before anything runs for one that cannot be read, or is longer, with `more` tokens to come, than the model holds.
@@ -277,7 +279,7 @@ def read_each(model: Model, prompts: Any, more: int = 0, what: str = "prompt") -
     found = []
     for number, prompt in enumerate(given):
         try:
-            found.append(model.inputs(prompt))
+            found.append(model.inputs(prompt, truncate=truncate))
             if more and len(model.anatomy.stacks) == 1:  # they follow the prompt
                 check_length(
                     model.module, found[-1].stream("").ids.shape[1] + more - 1, what=f"with {more} new tokens it has"

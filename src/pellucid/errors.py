@@ -179,6 +179,15 @@ def single(function: Callable[..., Any], annotations: Mapping[str, str], argumen
         raise InputError(f"{name}={value!r:.80}: expected {' or '.join(words)}")
 
 
+def fitted(
+    function: Callable[..., Any], annotations: Mapping[str, str], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `plain` and `single` say of a call: its plain arguments, each as its own kind."""
+    made = plain(annotations, arguments)
+    single(function, annotations, arguments)
+    return made
+
+
 def listed(name: str, value: Any, expected: str) -> list[Any]:
     """The items of a value of which several are expected; InputError where it has none.
 
@@ -193,15 +202,14 @@ def listed(name: str, value: Any, expected: str) -> list[Any]:
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose options of plain kinds are checked before it runs; see `plain`."""
+    """A function whose options of plain kinds are checked before it runs; see `fitted`."""
     signature = inspect.signature(function)
     annotations = {name: each.annotation for name, each in signature.parameters.items()}
 
     @functools.wraps(function)
     def asked(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
-        bound.arguments.update(plain(annotations, bound.arguments))
-        single(function, annotations, bound.arguments)
+        bound.arguments.update(fitted(function, annotations, bound.arguments))
         return function(*bound.args, **bound.kwargs)
 
     return asked

@@ -37,7 +37,7 @@ from pellucid.anatomy.sites import Site
 from pellucid.engine.generation import Generated
 from pellucid.engine.inputs import Inputs
 from pellucid.engine.run import Run
-from pellucid.errors import plain, single
+from pellucid.errors import fitted
 from pellucid.model import Model
 from pellucid.results import Provenance, Result
 from pellucid.tasks import Prompts
@@ -305,7 +305,7 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
 
     Calls inside a recorded call are part of it, and are not recorded on their own. A call computes in evaluation mode and
     without a graph, whatever the user's modes are (`anatomy.modes.running`): what needs gradients enables them inside.
-    Options of plain kinds are checked first (`pellucid.errors.plain`, `single`): a technique need only say which numbers make sense.
+    Options of plain kinds are checked first (`pellucid.errors.fitted`): a technique need only say which numbers make sense.
 
     >>> import xarray as xr
     >>> from pellucid.results import Result
@@ -326,8 +326,7 @@ def technique(function: Callable[P, R]) -> Callable[P, R]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{function.__name__}(): {error}") from None
-        bound.arguments.update(plain(annotations, bound.arguments))
-        single(function, annotations, bound.arguments)
+        bound.arguments.update(fitted(function, annotations, bound.arguments))
         call = _Call.of(recorded, bound)  # before anything is consumed or changed
         token = _settled.set({})
         models = [v for v in bound.arguments.values() if isinstance(v, Model)]

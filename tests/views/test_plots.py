@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import io
 
 import matplotlib
 import numpy as np
 import pytest
+import xarray as xr
 
 from pellucid.errors import InputError
 from pellucid.results import Result
@@ -35,6 +37,26 @@ def test_every_view_is_drawn_on_the_axes_given(shown):
     file = io.BytesIO()
     ax.figure.savefig(file, format="svg")
     assert b"<path" in file.getvalue()
+
+
+def test_dollars_of_prompts_are_no_formulas():
+    """A title with two of them was set as a formula, or raised from within matplotlib where it is none."""
+    title, words = r"costs $5 and \frac{ $x_{", ["$a$^{", r"\x$", "$y_{$"]
+    grid = xr.DataArray(np.ones((3, 2)), {"token": words}, ("token", "head"), "effect")
+    ax = plot(Result(grid, kind="ablation", title=title))
+    file = io.BytesIO()
+    with plt.rc_context({"svg.fonttype": "none"}):
+        ax.figure.savefig(file, format="svg")
+    drawn = html.unescape(file.getvalue().decode())
+    assert all(word in drawn for word in words) and "costs $5 and" in drawn and r"\$" not in drawn
+
+
+def test_powers_on_a_logarithmic_axis_stay_powers():
+    """The axes as `plot` leaves them: "$10^{2}$" is matplotlib's own label there."""
+    ax = plot(gallery.document("Curves", gallery.curves()))
+    ax.figure.canvas.draw()
+    labels = [label for label in ax.get_xticklabels() if "$" in label.get_text()]
+    assert ax.get_xscale() == "log" and labels and all(label.get_parse_math() for label in labels)
 
 
 def test_every_kind_is_tried():

@@ -107,7 +107,7 @@ def current() -> Where | None:
 def reader(where: Where | None) -> Any:
     """What runs prompts elsewhere, where `where`, or else the block around this call, says so (`pl.VLLM`); None: here."""
     found = where or current()
-    if where is not None and not (hasattr(where, "execute") or type(where).__name__ == "Here"):
+    if where is not None and not hasattr(where, "execute") and (hasattr(where, "spread") or not hasattr(where, "run")):
         raise InputError(
             f"on={where!r} shares out the pieces of longer work; one run or generation is done here, or by pl.VLLM"
         )

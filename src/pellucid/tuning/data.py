@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pellucid.corpus import read_each
 from pellucid.engine.edits import Edit
 from pellucid.engine.inputs import Inputs, Stream
 from pellucid.engine.marks import special_ids, trailing_marks
@@ -176,8 +177,8 @@ class Encoded:
         self.positions: dict[str, list[list[int]]] = {name: [] for name in data.spans}
         self.content: list[list[int]] = []
         marks = special_ids(model.tokenizer)
-        for i, text in enumerate(data.texts):
-            prompt = self._cut(model, text, truncate, i)
+        prompts = read_each(model, list(data.texts), what="text", truncate=truncate)
+        for i, (text, prompt) in enumerate(zip(data.texts, prompts, strict=True)):
             stream = prompt.streams.get("encoder", prompt.stream(""))
             self.lengths.append(int(stream.lengths[0]))
             self.rows.append(
@@ -196,13 +197,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @staticmethod
-    def _cut(model: Model, text: str, truncate: int | None, i: int) -> Inputs:
-        try:
-            return model.inputs([text], truncate=truncate)
-        except InputError as error:
-            raise InputError(f"text {i}: {error}") from None
 
     def _answered(self, prompt: Inputs, text: str, label: Any, paired: bool, truncate: int | None, i: int) -> Inputs:
         if not isinstance(label, str) or not label:

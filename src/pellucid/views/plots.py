@@ -46,5 +46,25 @@ def plot(thing: Any, ax: Axes | None = None, *, choice: str | None = None) -> Ax
     ax.tick_params(labelsize=8, color=drawing.SOFT, labelcolor=drawing.INK, length=2)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+    before = set(ax.figure.axes)
     kind.draw(shown.data, ax, choice)
+    for each in (ax, *(set(ax.figure.axes) - before)):
+        _literal(each)
     return ax
+
+
+def _literal(ax: Axes) -> None:
+    """Dollar signs are those of prompts and tokens, and begin no formula; powers on a logarithmic axis are matplotlib's own."""
+    from matplotlib.text import Text
+
+    powers = {
+        label
+        for axis in (ax.xaxis, ax.yaxis)
+        if axis.get_scale() == "log"
+        for label in axis.get_ticklabels(which="both")
+    }
+    for text in set(ax.findobj(Text)) - powers:
+        if text.get_wrap():  # whose width matplotlib takes as a formula's, whatever `parse_math` says
+            text.set_text(text.get_text().replace("$", r"\$"))
+        else:
+            text.set_parse_math(False)
